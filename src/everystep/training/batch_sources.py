@@ -42,7 +42,7 @@ class Changed(NamedTuple):
         return cls({name.removeprefix(prefix): tensors[name] for name in own}, held)
 
 
-class _Noted(NamedTuple):
+class _AttributeThen(NamedTuple):
     """An attribute at one time: a digest, and the classes of what only the user's code makes."""
 
     digest: str
@@ -56,7 +56,7 @@ class BatchSources:
     """
 
     def __init__(self) -> None:
-        self._first: dict[int, tuple[weakref.ref[Any], dict[str, _Noted]]] = {}
+        self._first: dict[int, tuple[weakref.ref[Any], dict[str, _AttributeThen]]] = {}
 
     def note(self, batches: Any) -> None:
         """Note how the objects of some batches are, unless they are known."""
@@ -75,7 +75,7 @@ class BatchSources:
             if reference is None or reference() is not source:
                 continue
             for key, (found, data), now in _attributes(name, source, batches):
-                then = first.get(key, _Noted("", {}))
+                then = first.get(key, _AttributeThen("", {}))
                 if now.digest != then.digest and now.fixed == then.fixed:
                     tensors |= {place: tensor.detach().clone() for place, tensor in found.items()}
                     held.setdefault(name, {})[key] = {"value": data, "digest": now.digest}
@@ -134,7 +134,7 @@ def _with_state(batches: Any) -> dict[str, Any]:
 
 def _attributes(
     name: str, source: Any, batches: Any
-) -> Iterator[tuple[str, tuple[dict[str, Tensor], Any], _Noted]]:
+) -> Iterator[tuple[str, tuple[dict[str, Tensor], Any], _AttributeThen]]:
     """Yield the attributes of an object: live tensors, the rest, and how they are now."""
     others = {id(each) for each in sources_of(batches).values()}
     for key, value in list(vars(source).items()):
@@ -145,7 +145,7 @@ def _attributes(
             digest = xxhash.xxh3_128(json.dumps(data, sort_keys=True).encode())
             for tensor in tensors.values():
                 digest.update(repr(given_of(tensor.detach().cpu())).encode())
-            yield key, (tensors, data), _Noted(digest.hexdigest(), fixed)
+            yield key, (tensors, data), _AttributeThen(digest.hexdigest(), fixed)
 
 
 def _place(name: str, key: str) -> str:
