@@ -70,7 +70,11 @@ class RecordTraining(transformers.TrainerCallback):  # type: ignore[misc]  # unt
         """Begin the run; one that Trainer left with an error is closed."""
         if RecordTraining._begun is not None:
             RecordTraining._begun._close(RuntimeError("the training ended with an error"))
-        model, optimizer = given["model"], given["optimizer"]
+        optimizer = given["optimizer"]
+        # A trainer around this one may give callbacks an object of its own as the model.
+        model = next((each for each in given.values() if isinstance(each, nn.Module)), None)
+        if model is None:
+            raise UsageError("the trainer gives its callbacks no module; use everystep.record")
         self._recording = record(run=self._run, model=model, optimizer=optimizer, **self._options)
         self._recording.__enter__()
         self._hook = model.register_forward_pre_hook(self._is_called, with_kwargs=True)

@@ -29,7 +29,14 @@ from tests.training.loops import unrecorded
 from torch import nn
 from torch.nn import functional
 from torch.optim import lr_scheduler
-from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomSampler
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import everystep
@@ -454,6 +461,83 @@ def weighted(dataset, *, shuffle, **options):
 )
 def test_a_loop_goes_on_in_the_middle_of_an_epoch(make, options, dying):
     assert_resumes(partial(by_epochs, dataset=make(), **options), 3, 13)
+
+
+class Drawing(Noisy):
+    """Draws from a generator of its own, which is deep in it."""
+
+    def __init__(self):
+        self.transforms = [math.sin, SimpleNamespace(chance=np.random.default_rng(3))]
+
+    def __getitem__(self, row):
+        x, y = torch.full((6,), row / 23), torch.tensor([row / 23])
+        return x + self.transforms[1].chance.random(), y
+
+
+class DrawingInTurn(IterableDataset):
+    """Counts its epochs, and draws their rows from a generator of its own."""
+
+    def __init__(self):
+        self.chance, self.epochs = np.random.default_rng(3), torch.zeros(6)
+
+    def __iter__(self):
+        self.epochs += 1
+        for row in self.chance.permutation(23):
+            yield self.epochs + row / 23, torch.tensor([row / 23])
+
+
+class Shuffling:
+    """Samples batches in the order of a list, which it shuffles in each epoch."""
+
+    def __init__(self):
+        self.rows, self.chance = [*range(23)], Random(5)
+
+    def __iter__(self):
+        self.chance.shuffle(self.rows)
+        return (self.rows[first : first + 5] for first in range(0, 23, 5))
+
+
+class OwnLoader:
+    """A loader without torch's."""
+
+    def __init__(self):
+        self.epoch = 0
+
+    def __iter__(self):
+        self.epoch += 1
+        for rows in torch.full((23, 6), self.epoch / 10).split(5):
+            yield rows, rows[:, :1]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: DataLoader(Drawing(), batch_size=5, shuffle=True),
+        lambda: DataLoader(Subset(Drawing(), [*range(9)]), batch_size=2),
+        lambda: DataLoader(DrawingInTurn(), batch_size=5),
+        lambda: DataLoader(tensors(), batch_sampler=Shuffling()),
+        lambda: DataLoader(tensors(), batch_sampler=Shuffling(), num_workers=1, persistent_workers=True),
+        OwnLoader,
+    ],
+    ids=["dataset", "subset", "iterable", "batches", "workers", "loader"],
+)
+def test_what_samplers_and_data_sets_carry_goes_on(make, dying, capsys):
+    """Deaths in three epochs, the last one at the end of an epoch of some loaders."""
+
+    def body(record):
+        model, loader = nn.Linear(6, 1), make()
+        _sampler, _data = (getattr(loader, name, None) for name in ("batch_sampler", "dataset"))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with record(model=model, optimizer=optimizer) as recording:
+            for epoch in recording.epochs(4):
+                for x, y in recording.steps(loader):
+                    recording.log(loss=descend(optimizer, functional.mse_loss(model(x), y)))
+                recording.log(epoch=epoch)
+        return [*model.parameters()]
+
+    assert_resumes(body, 8, 13, 15)
+    named = capsys.readouterr().err
+    assert not any(f"{name}." in named for name in ("loader", "_sampler", "_data"))
 
 
 def halved(record):

@@ -359,6 +359,23 @@ def test_other_numbers_for_python_and_unknown_rates_are_reported(tmp_path):
         everystep.open(tmp_path / "own").what_if(4, lr=0.5, progress=False)
 
 
+def test_a_branch_on_whether_two_tensors_are_equal_may_turn_at_another_rate(tmp_path):
+    """No program has what `torch.equal` returns to Python."""
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
+        for x in recording.steps(torch.ones(4, 3, 2)):
+            loss = model(x).square().mean()
+            if torch.equal(model.weight > 9, torch.zeros(1, 2) > 9):
+                descend(optimizer, loss)
+            recording.log(loss=loss)
+    run = recording.run
+    assert run.what_if(0, lr=0.5, progress=False).cases[0].differs_from == 1
+    with pytest.raises(RunError, match=r"step 1 may differ .*: Python read 1 of its values"):
+        run.fork(0, lr=0.5, run=tmp_path / "fork", progress=False)
+    assert run.verify(processes=1, progress=False).is_exact
+
+
 RELABELLED = {2: 1, 4: 0}
 
 

@@ -214,6 +214,20 @@ class Distilling(transformers.Trainer):
         return (loss, output) if return_outputs else loss
 
 
+class Around(transformers.Trainer):
+    """Gives callbacks an object of its own, and what it trains by another name, as SetFit does."""
+
+    def __init__(self, *args, **keywords):
+        super().__init__(*args, **keywords)
+        call = self.callback_handler.call_event
+
+        def called(event, *given, **more):
+            self.callback_handler.model = {"body": self.model}
+            return call(event, *given, inner=self.model, **more)
+
+        self.callback_handler.call_event = called
+
+
 class Logged(transformers.TrainerCallback):
     def __init__(self):
         self.losses = []
@@ -240,6 +254,7 @@ def gpt():
         (transformers.Trainer, bert, 1, 0.1),
         (transformers.Trainer, gpt, 2, 0.0),
         (Distilling, bert, 2, 0.0),
+        (Around, bert, 1, 0.0),
     ],
 )
 def test_the_loss_of_a_step_is_what_trainer_logs(tmp_path, trainer, make, accumulated, smoothing):

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -384,6 +385,17 @@ def test_parameters_of_a_class_derived_from_torchs_are_parameters():
     assert not run.facts.training.loop.unseen
     assert run.verify(processes=1, progress=False).is_exact
     assert torch.equal(run[6].end["parameter/0.weight"], model[0].weight.detach())
+
+
+def test_a_part_may_hold_modules_of_python(tmp_path):
+    """Such as the library of arrays that it computes with."""
+    counter = SimpleNamespace(library=torch, other=everystep, count=0)
+    for _ in range(2):
+        with everystep.record(run=tmp_path / "run", resume=True, counter=counter) as recording:
+            for x in recording.steps(torch.ones(len(recording.run) + 2, 1)):
+                counter.count += 1
+                recording.log(loss=x)
+    assert counter.count == 4 and counter.library is torch
 
 
 def test_a_part_may_hold_a_view_at_which_autograd_refuses_to_look():

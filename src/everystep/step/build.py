@@ -113,7 +113,7 @@ class _Builder:
             ends=ends,
             gone=path.gone,
             moves=tuple(moves),
-            left_out=sum(map(self._is_read, left_out)),
+            left_out=sum(map(self._is_read, left_out)) + path.read_unseen,
             lines=tuple(self._lines.lines),
             sources=self._lines.sources,
         )

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode, _push_mode
 
 from everystep.program.collectives import taking_part
@@ -468,7 +469,9 @@ class Cursor(UnderWay):
         changed += [tensor for tensor, version in versions if version_of(tensor) != version] + others
         # What a tensor made of others does with them below autograd, torch does not count.
         inner = [t for each in changed for t in _made_of(each)]
-        self.note_unseen(changed, leaves(result), [t.untyped_storage()._cdata for t in inner])
+        self.note_unseen(
+            changed, pytree.tree_leaves(result), [t.untyped_storage()._cdata for t in inner]
+        )
         return result
 
     def _note_aside(self, written: Sequence[Tensor]) -> None:

@@ -17,7 +17,7 @@ from decimal import Decimal
 from enum import Enum
 from fractions import Fraction
 from pathlib import PurePath
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ __all__ = [
     "Lost",
     "decoded",
     "encoded",
+    "encoded_small",
     "encoded_whole",
     "has_graph",
     "is_aside",
@@ -68,6 +69,8 @@ _LEFT_ALONE = (type, nn.Module, torch.device, torch.dtype)
 _WITH_TEXTS = (range, slice, torch.Size, np.dtype, PurePath, Fraction, Decimal)
 #: Of an object in an attribute of a module, which may lead to a data set or a trainer.
 MOST_OBJECTS, MOST_VALUES, MOST_BYTES = 10, 1000, 16_000_000
+#: Of a collection and of tensors in what batches are drawn from, which may be the data itself.
+_MOST_SMALL, _MOST_SMALL_BYTES = 100_000, 1_000_000
 #: Values within values that are written; a chain of objects may be as long as it likes.
 _DEEPEST = 100
 #: Where the classes of locks, files, references and loggers are defined.
@@ -136,6 +139,18 @@ def encoded_whole(
     walk = _Capturing(names, known, left_alone, is_limited=True)
     data = walk.encoded(value, place)
     return None if walk.has_left else (walk.tensors, data, walk.objects)
+
+
+def encoded_small(
+    value: Any, place: str, left_alone: Container[int]
+) -> tuple[dict[str, Tensor], Any, dict[str, str]]:
+    """Do the same without what is large.
+
+    Returns also the classes of what only the user's code makes: objects, and what was left, by place.
+    """
+    walk = _CapturingSmall({}, {}, left_alone, is_limited=True)
+    data = walk.encoded(value, place)
+    return walk.tensors, data, walk.objects
 
 
 def decoded(
@@ -306,6 +321,28 @@ class _Capturing:
         return {"id": self._ids[key]} if type(key) is int and key in self._ids else key
 
 
+class _CapturingSmall(_Capturing):
+    """Leaves large values, so that data, and what was read of it, are not written."""
+
+    def _is_much(self, value: Any) -> bool:
+        if isinstance(value, Tensor | np.ndarray):
+            size = value.nbytes if isinstance(value, np.ndarray) or is_dense(value) else 0
+            self._bytes += size
+            return self._bytes > _MOST_SMALL_BYTES
+        kind, items = _kind_of(value), [None]
+        if kind is not None:
+            if _COLLECTIONS[kind].__len__(value) > _MOST_SMALL:
+                return True
+            items = [*dict.values(value)] if kind == "dict" else _items(kind, value)
+        # To look at numbers is fast, and at all else a hundred times slower.
+        self._count += sum(not is_plain_value(each) for each in items) or 1
+        return self._count > MOST_VALUES or isinstance(value, torch.optim.Optimizer)
+
+    def _left(self, value: Any) -> dict[str, Any]:
+        self.objects[self._places[id(value)][0]] = type(value).__name__
+        return super()._left(value)
+
+
 def _of_constant(value: Any) -> dict[str, Any] | None:
     """Return a value that never changes, as JSON can hold it; None of all else."""
     if type(value) is complex:
@@ -367,7 +404,12 @@ def _numbers_of_generator(value: Any) -> Any:
 
 
 def is_code(value: Any) -> bool:
-    """Return whether a value is like a function; an object of another class may count its calls."""
+    """Return whether a value is like a function; an object of another class may count its calls.
+
+    A module of Python, such as NumPy, is code, too.
+    """
+    if isinstance(value, ModuleType):
+        return True
     return callable(value) and type(value).__module__.partition(".")[0] in _WITH_CODE
 
 

@@ -30,6 +30,7 @@ from everystep.program.operation import Phase, Storage, extent_of
 from everystep.step.calling_code import Calls
 
 __all__ = [
+    "READ_UNSEEN",
     "Ending",
     "Entry",
     "Mark",
@@ -40,6 +41,9 @@ __all__ = [
     "SeenTensor",
     "places_of_reads",
 ]
+
+#: The key of an entry where an operation that no program can hold has returned a number to Python.
+READ_UNSEEN = ("unseen", "read")
 
 
 class SeenTensor(NamedTuple):
@@ -96,7 +100,8 @@ class Path:
     named: the tensors of the state and of the batch, by name; ends: the tensor of each state name after
     the step, if it is another; gone: names that no longer exist; gradients: as an optimizer found them;
     loss: the tensor logged as the loss; activations: the output of each module; logged: other logged
-    tensors with one element.
+    tensors with one element; read_unseen: how often an operation that no program can hold has returned a
+    number to Python.
     """
 
     operations: tuple[SeenOperation, ...]
@@ -109,6 +114,7 @@ class Path:
     loss: int | None
     activations: tuple[tuple[str, tuple[int, ...]], ...]
     logged: tuple[tuple[str, int], ...] = ()
+    read_unseen: int = 0
     #: The code that called each operation when a step had this path first.
     lines: tuple[Calls, ...] = ()
 
@@ -327,6 +333,7 @@ class PathWriter:
             loss=loss_number,
             activations=tuple(activations.items()),
             logged=tuple(logged.items()),
+            read_unseen=sum(entry.key == READ_UNSEEN for entry in end.from_root()),
             lines=tuple(lines),
         )
 

@@ -29,6 +29,7 @@ from everystep.step.outside_tensors import (
     places_read,
 )
 from everystep.step.path import (
+    READ_UNSEEN,
     Ending,
     Entry,
     Mark,
@@ -410,10 +411,11 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
     ) -> None:
         """Note what ran unseen: what it has changed and made is kept by content.
 
+        made: its results; Python may branch on a number, which no content shows.
         storages: more memory that it may have changed.
         """
         self.leave()
-        changed = [tensor for tensor in changed if is_plain(tensor)]
+        changed, made = [tensor for tensor in changed if is_plain(tensor)], [*made]
         storages = {*storages, *[tensor.untyped_storage()._cdata for tensor in changed]}
         self.tensors.catch_up(self.at)
         self.tensors.forget(storages)
@@ -422,7 +424,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         for tensor in (*changed, *made):
             if isinstance(tensor, Tensor) and is_plain(tensor):
                 self.number(tensor)
-        self.add(("unseen",))
+        self.add(READ_UNSEEN if any(isinstance(each, int | float) for each in made) else ("unseen",))
 
     # The end.
 

@@ -3,7 +3,7 @@
 A loader cannot be rewound. It goes to its place by its own state if it has one (`state_dict`, as
 torchdata's StatefulDataLoader), by its sampler alone if torch's own DataLoader reads in this process,
 and else by drawing batches again without using them. The random generators are restored before each draw
-that used them.
+that used them, and what samplers and data sets carry before the first.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from everystep.recording.keep import RECENT, Ahead
 from everystep.step.generators import Generators
 from everystep.step.kept_values import decoded, encoded
 from everystep.step.state import same_bits
+from everystep.training.batch_sources import BatchSources, Changed, samplers_of, sources_of
 
 __all__ = [
     "Drawn",
@@ -46,6 +47,8 @@ __all__ = [
 
 #: Prefix of the names of a loader's own state.
 LOADER = "own/loader"
+#: The same of what batches are drawn from, as a call of `steps` began, and since.
+_BEGUN, _DRAWN = "own/begun/", "own/drawn/"
 #: Generators that belong to no loader.
 _GLOBAL = {"torch", "device", "python", "numpy"}
 _SAMPLERS = (SequentialSampler, RandomSampler, WeightedRandomSampler)
@@ -75,8 +78,9 @@ class Recorded(BaseModel):
     step: after which the state is; draw_of: returns the draw of a step; loader: the loader's own state,
     None if it has none; tensors: those of the state on disk; at_first: the random generators of state 0;
     epoch: the epoch, None if the loop does not use `epochs`; has_workers: whether the call began with
-    workers of an earlier one; size: how many batches the call had, if another number of processes
-    continues, with other batches each: they continue at the same share of them.
+    workers of an earlier one; begun, drawn: what had changed in the objects that batches are drawn
+    from as the call began, and since; size: how many batches the call had, if another number of
+    processes continues, with other batches each: they continue at the same share of them.
 
     Raises:
         ValueError: a snapshot has no such place.
@@ -93,6 +97,8 @@ class Recorded(BaseModel):
     at_first: Mapping[str, Tensor] = {}
     epoch: Epoch | None = None
     has_workers: bool = False
+    begun: dict[str, dict[str, Any]] = {}
+    drawn: dict[str, dict[str, Any]] = {}
     size: PositiveInt | None = None
 
 
@@ -126,6 +132,8 @@ class LoaderPosition:
         self._is_between = False
         self._has_workers = False
         self._loader: Any = None
+        self._sources = BatchSources()
+        self._begun = Changed()
         self._at_first: dict[str, Any] = {}
         self._reached = reached
 
@@ -142,6 +150,11 @@ class LoaderPosition:
         may_repeat = (self._call - 1) * size + self.taken < RECENT
         return Ahead(left if may_repeat else left + later, step + left + later)
 
+    @property
+    def sources(self) -> set[int]:
+        """The ids of the objects that the current batches are drawn from."""
+        return {id(each) for each in sources_of(self._loader).values()}
+
     def settings(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the current place, as a state has it: tensors, and plain data."""
         if self._call < 0 and self._epoch is None:
@@ -157,8 +170,16 @@ class LoaderPosition:
             place["has_workers"] = True
         if not self._is_between and (size := _length(self._loader)):
             place["size"] = size
-        if not self._is_between and _has_state(self._loader):
-            tensors, place["loader"] = encoded(self._loader.state_dict(), LOADER, {})
+        if _has_state(self._loader):
+            if not self._is_between:
+                tensors, place["loader"] = encoded(self._loader.state_dict(), LOADER, {})
+            return tensors, {"place": place}
+        now = self._sources.changed(self._loader)
+        begun = now if self._is_between else self._begun
+        for prefix, changed in ((_BEGUN, begun), (_DRAWN, now)):
+            if changed.held and (changed is begun or changed.held != begun.held):
+                tensors |= changed.named(prefix)
+                place[prefix.split("/")[1]] = changed.held
         return tensors, {"place": place}
 
     def let_go(self) -> None:
@@ -206,12 +227,18 @@ class LoaderPosition:
         if goal is not None and self._call < goal.call:
             self._start_workers(batches, goal)
             return
+        own = None if _has_state(batches) else batches
+        self._sources.note(own)
         if goal is not None and goal.has_workers:
             self._start_workers(batches, goal)
         self._has_workers = getattr(batches, "_iterator", None) is not None
+        if goal is not None:
+            self._sources.restore(own, Changed.of_named(goal.tensors, _BEGUN, goal.begun))
+        self._begun = self._sources.changed(own)
         iterator = self._skipped(batches, goal) if goal is not None and goal.taken else None
         self.has_skipped = iterator is not None
-        if iterator is not None:
+        if goal is not None and (goal.taken or goal.begun):
+            self._sources.restore(own, Changed.of_named(goal.tensors, _DRAWN, goal.drawn))
             self._reached()
         self.goal = None
         quiet, draws = is_quiet(batches), type(batches) not in (list, tuple)
@@ -374,13 +401,5 @@ def _own_generators(loader: Any) -> dict[str, torch.Generator]:
     """Return the generators of a loader and of its samplers, by name."""
     if type(loader) is GeneratorType:
         return {}
-    sampler = getattr(loader, "sampler", None)
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    owners = {
-        "loader": loader,
-        "sampler": sampler,
-        "batch_sampler": batch_sampler,
-        "inner_sampler": getattr(batch_sampler, "sampler", None),
-    }
-    found = {name: getattr(owner, "generator", None) for name, owner in owners.items()}
+    found = {name: getattr(owner, "generator", None) for name, owner in samplers_of(loader).items()}
     return {name: each for name, each in found.items() if isinstance(each, torch.Generator)}

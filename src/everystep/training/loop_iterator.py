@@ -78,7 +78,8 @@ class LoopIterator(Iterator[Any]):
         if self._is_skipping:
             return None
         if self._variables is not None:
-            self._notices.begun_again(self._name, self._variables.changed(self._asking()[1]))
+            changed = self._variables.changed(self._asking()[1], self._place.sources)
+            self._notices.begun_again(self._name, changed)
             self._variables = None
         item = next(self._items)
         if self._place.has_skipped:

@@ -57,8 +57,12 @@ class LoopVariables:
         self._alive: list[Any] = [item]
         self._before = dict(self._contents(frame))
 
-    def changed(self, frame: FrameType) -> list[str]:
-        """Return the names of those that differ now; of an object, with the attribute."""
+    def changed(self, frame: FrameType, sources: set[int]) -> list[str]:
+        """Return the names of those that differ now; of an object, with the attribute.
+
+        sources: ids of what batches are drawn from, which a resume restores, too.
+        """
+        self._known |= sources
         now = dict(self._contents(frame))
         return [name for name, before in self._before.items() if _differs(before, now.get(name))]
 

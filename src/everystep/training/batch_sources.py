@@ -1,0 +1,152 @@
+"""The objects that batches are drawn from: what they carry from batch to batch, and from epoch to epoch.
+
+A sampler may shuffle a list of its own in each epoch, and a data set may draw from a generator of its
+own. A resumed loop has these objects as its script makes them, so what has changed in them is recorded.
+"""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import xxhash
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from everystep.recording.contents import given_of
+from everystep.step.kept_values import decoded, encoded_small, is_aside
+
+__all__ = ["BatchSources", "Changed", "samplers_of", "sources_of"]
+
+
+class Changed(NamedTuple):
+    """The attributes that have changed, by the names of their objects: tensors, and the rest.
+
+    held: each with its `value`, and a `digest` of both.
+    """
+
+    tensors: Mapping[str, Tensor] = {}
+    held: Mapping[str, Mapping[str, Any]] = {}
+
+    def named(self, prefix: str) -> dict[str, Tensor]:
+        """Return its tensors by other names, for a state that has several of these."""
+        return {f"{prefix}{name}": tensor for name, tensor in self.tensors.items()}
+
+    @classmethod
+    def of_named(cls, tensors: Mapping[str, Tensor], prefix: str, held: Any) -> Changed:
+        """Return what has the tensors that `named` has returned."""
+        own = [name for name in tensors if name.startswith(prefix)]
+        return cls({name.removeprefix(prefix): tensors[name] for name in own}, held)
+
+
+class _AttributeThen(NamedTuple):
+    """An attribute at one time: a digest, and the classes of what only the user's code makes."""
+
+    digest: str
+    fixed: dict[str, str]
+
+
+class BatchSources:
+    """Notes how the objects are at first, and finds what has changed in them since.
+
+    Left are tensors and collections that are large (the data), modules, functions and files.
+    """
+
+    def __init__(self) -> None:
+        self._first: dict[int, tuple[weakref.ref[Any], dict[str, _AttributeThen]]] = {}
+
+    def note(self, batches: Any) -> None:
+        """Note how the objects of some batches are, unless they are known."""
+        for name, source in _with_state(batches).items():
+            known = self._first.get(id(source))
+            if known is None or known[0]() is not source:
+                noted = {key: each for key, _, each in _attributes(name, source, batches)}
+                with suppress(TypeError):  # a class without weak references
+                    self._first[id(source)] = weakref.ref(source), noted
+
+    def changed(self, batches: Any) -> Changed:
+        """Return copies of what has changed since the objects were noted."""
+        tensors, held = dict[str, Tensor](), dict[str, dict[str, Any]]()
+        for name, source in _with_state(batches).items():
+            reference, first = self._first.get(id(source), (None, {}))
+            if reference is None or reference() is not source:
+                continue
+            for key, (found, data), now in _attributes(name, source, batches):
+                then = first.get(key, _AttributeThen("", {}))
+                if now.digest != then.digest and now.fixed == then.fixed:
+                    tensors |= {place: tensor.detach().clone() for place, tensor in found.items()}
+                    held.setdefault(name, {})[key] = {"value": data, "digest": now.digest}
+        return Changed(tensors, held)
+
+    def restore(self, batches: Any, changed: Changed) -> None:
+        """Bring the objects to what `changed` returned; where it does not fit, the batches differ."""
+        for name, source in _with_state(batches).items():
+            own, known = vars(source), changed.held.get(name, {})
+            current = {key: now.digest for key, _, now in _attributes(name, source, batches)}
+            for key, node in known.items():
+                with suppress(LookupError, TypeError, ValueError, AttributeError):
+                    if node["digest"] != current.get(key):  # an iterator may be in the middle of it
+                        place, data = _place(name, key), node["value"]
+                        own[key] = decoded(own.get(key), place, changed.tensors, data)
+
+
+def sources_of(batches: Any) -> dict[str, Any]:
+    """Return a loader, its samplers and its data sets, by name, as far as it has them."""
+    found = samplers_of(batches) | {"collate_fn": getattr(batches, "collate_fn", None)}
+    found |= _data_sets("dataset", getattr(batches, "dataset", None))
+    return {name: source for name, source in found.items() if source is not None}
+
+
+def samplers_of(batches: Any) -> dict[str, Any]:
+    """Return a loader and its samplers, by name, None for those that it does not have."""
+    sampler, batch_sampler = (getattr(batches, n, None) for n in ("sampler", "batch_sampler"))
+    inner = getattr(batch_sampler, "sampler", None)
+    names = ("loader", "sampler", "batch_sampler", "inner_sampler")
+    return dict(zip(names, (batches, sampler, batch_sampler, inner), strict=True))
+
+
+def _data_sets(name: str, data: Any) -> dict[str, Any]:
+    """Return a data set, and those that it consists of."""
+    found, within = {name: data}, vars(data) if isinstance(data, Dataset) else {}
+    inner = [within.get("dataset"), *(each if isinstance(each := within.get("datasets"), list) else [])]
+    for number, each in enumerate(inner):
+        if isinstance(each, Dataset) and len(name) < _DEEPEST:
+            found |= _data_sets(f"{name}_{number}", each)
+    return found
+
+
+#: Of a name of a data set within data sets.
+_DEEPEST = 32
+
+
+def _with_state(batches: Any) -> dict[str, Any]:
+    """Return the objects that may carry something: torch's own carry generators alone."""
+    return {
+        name: source
+        for name, source in sources_of(batches).items()
+        if hasattr(source, "__dict__") and not type(source).__module__.startswith("torch.utils.data")
+        if hasattr(source, "sampler") or not is_aside(source)
+    }
+
+
+def _attributes(
+    name: str, source: Any, batches: Any
+) -> Iterator[tuple[str, tuple[dict[str, Tensor], Any], _AttributeThen]]:
+    """Yield the attributes of an object: live tensors, the rest, and how they are now."""
+    others = {id(each) for each in sources_of(batches).values()}
+    for key, value in list(vars(source).items()):
+        if isinstance(source, DataLoader) and key.startswith("_"):
+            continue  # its iterator
+        with suppress(Exception):  # a class of the user's may raise anywhere
+            tensors, data, fixed = encoded_small(value, _place(name, key), others)
+            digest = xxhash.xxh3_128(json.dumps(data, sort_keys=True).encode())
+            for tensor in tensors.values():
+                digest.update(repr(given_of(tensor.detach().cpu())).encode())
+            yield key, (tensors, data), _AttributeThen(digest.hexdigest(), fixed)
+
+
+def _place(name: str, key: str) -> str:
+    return f"source/{name}/{key}"
