@@ -10,6 +10,7 @@ import json
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from operator import is_
 from typing import Any, NamedTuple
 
 import xxhash
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from everystep.recording.contents import given_of
-from everystep.step.kept_values import decoded, encoded_small, is_aside
+from everystep.step.kept_values import decoded, encoded_small, is_aside, is_plain_value
 
 __all__ = ["BatchSources", "Changed", "samplers_of", "sources_of"]
 
@@ -49,6 +50,10 @@ class _AttributeThen(NamedTuple):
     fixed: dict[str, str]
 
 
+_Encoded = tuple[dict[str, Tensor], Any]
+_Found = tuple[_Encoded, _AttributeThen]
+
+
 class BatchSources:
     """Notes how the objects are at first, and finds what has changed in them since.
 
@@ -57,13 +62,15 @@ class BatchSources:
 
     def __init__(self) -> None:
         self._first: dict[int, tuple[weakref.ref[Any], dict[str, _AttributeThen]]] = {}
+        #: Long lists of targets or paths as they were found last, and what that gave, by place.
+        self._lists: dict[str, tuple[list[Any], _Found]] = {}
 
     def note(self, batches: Any) -> None:
         """Note how the objects of some batches are, unless they are known."""
         for name, source in _with_state(batches).items():
             known = self._first.get(id(source))
             if known is None or known[0]() is not source:
-                noted = {key: each for key, _, each in _attributes(name, source, batches)}
+                noted = {key: each for key, _, each in self._attributes(name, source, batches)}
                 with suppress(TypeError):  # a class without weak references
                     self._first[id(source)] = weakref.ref(source), noted
 
@@ -74,7 +81,7 @@ class BatchSources:
             reference, first = self._first.get(id(source), (None, {}))
             if reference is None or reference() is not source:
                 continue
-            for key, (found, data), now in _attributes(name, source, batches):
+            for key, (found, data), now in self._attributes(name, source, batches):
                 then = first.get(key, _AttributeThen("", {}))
                 if now.digest != then.digest and now.fixed == then.fixed:
                     tensors |= {place: tensor.detach().clone() for place, tensor in found.items()}
@@ -85,12 +92,43 @@ class BatchSources:
         """Bring the objects to what `changed` returned; where it does not fit, the batches differ."""
         for name, source in _with_state(batches).items():
             own, known = vars(source), changed.held.get(name, {})
-            current = {key: now.digest for key, _, now in _attributes(name, source, batches)}
+            current = {key: now.digest for key, _, now in self._attributes(name, source, batches)}
             for key, node in known.items():
                 with suppress(LookupError, TypeError, ValueError, AttributeError):
                     if node["digest"] != current.get(key):  # an iterator may be in the middle of it
                         place, data = _place(name, key), node["value"]
                         own[key] = decoded(own.get(key), place, changed.tensors, data)
+
+    def _attributes(
+        self, name: str, source: Any, batches: Any
+    ) -> Iterator[tuple[str, _Encoded, _AttributeThen]]:
+        """Yield the attributes of an object: live tensors, the rest, and how they are now."""
+        others = {id(each) for each in sources_of(batches).values()}
+        for key, value in list(vars(source).items()):
+            if isinstance(source, DataLoader) and key.startswith("_"):
+                continue  # its iterator
+            with suppress(Exception):  # a class of the user's may raise anywhere
+                yield key, *self._found(_place(name, key), value, others)
+
+    def _found(self, place: str, value: Any, others: set[int]) -> _Found:
+        """Return an attribute as it is now."""
+        items, found = self._lists.get(place, ((), None))
+        # The same objects, which never change, are the same list; to write it down takes much longer.
+        if (
+            found is not None
+            and type(value) is list
+            and len(value) == len(items)
+            and all(map(is_, value, items))
+        ):
+            return found
+        tensors, data, fixed = encoded_small(value, place, others)
+        digest = xxhash.xxh3_128(json.dumps(data, sort_keys=True).encode())
+        for tensor in tensors.values():
+            digest.update(repr(given_of(tensor.detach().cpu())).encode())
+        found = (tensors, data), _AttributeThen(digest.hexdigest(), fixed)
+        if type(value) is list and all(map(is_plain_value, value)):
+            self._lists[place] = [*value], found
+        return found
 
 
 def sources_of(batches: Any) -> dict[str, Any]:
@@ -130,22 +168,6 @@ def _with_state(batches: Any) -> dict[str, Any]:
         if hasattr(source, "__dict__") and not type(source).__module__.startswith("torch.utils.data")
         if hasattr(source, "sampler") or not is_aside(source)
     }
-
-
-def _attributes(
-    name: str, source: Any, batches: Any
-) -> Iterator[tuple[str, tuple[dict[str, Tensor], Any], _AttributeThen]]:
-    """Yield the attributes of an object: live tensors, the rest, and how they are now."""
-    others = {id(each) for each in sources_of(batches).values()}
-    for key, value in list(vars(source).items()):
-        if isinstance(source, DataLoader) and key.startswith("_"):
-            continue  # its iterator
-        with suppress(Exception):  # a class of the user's may raise anywhere
-            tensors, data, fixed = encoded_small(value, _place(name, key), others)
-            digest = xxhash.xxh3_128(json.dumps(data, sort_keys=True).encode())
-            for tensor in tensors.values():
-                digest.update(repr(given_of(tensor.detach().cpu())).encode())
-            yield key, (tensors, data), _AttributeThen(digest.hexdigest(), fixed)
 
 
 def _place(name: str, key: str) -> str:
