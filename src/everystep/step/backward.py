@@ -167,6 +167,7 @@ class BackwardPasses:
         cursor = self._cursor
         if not cursor.is_paused:
             cursor.recover()
+        # `_unwatched` takes the innermost mode from the stack, which must be the cursor.
         if cursor.is_paused or _get_current_dispatch_mode() is not cursor:
             return run_engine(outputs, *args, **kwargs)
         graph = graph_of(outputs, args, kwargs, self._since, self._handles)
@@ -189,7 +190,7 @@ class BackwardPasses:
             return run_engine(outputs, *args, **kwargs)
         entry = cursor.at
         jump = entry.jump
-        # Numbers that the graph was made with are in its nodes, and not in its key.
+        # Numbers of the forward pass, such as an exponent, are in the nodes, and not in the key.
         case = () if jump is None else jump.case(cursor)
         if jump is not None and case in jump.known:
             result = self._unwatched(outputs, args, kwargs)
@@ -221,7 +222,9 @@ class BackwardPasses:
         if not known or jump is not None or not _can_jump(entry, end):
             return
         exports = {number for number in end.key[-1] if number is not None}
+        # A tensor of the pass that outlives it would have no number after an unwatched pass.
         if exports.issuperset(cursor.tensors.alive(entry.met, end.met)):
+            # These are in no node of the graph, and would make a case of almost every step.
             others = {*places_of_reads(entry.operations()), *_offsets_in_no_graph(entry)}
             numbers = [place for place in range(begin) if place not in others]
             entry.jump = jump = Jump(end, numbers, {})

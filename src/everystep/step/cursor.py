@@ -84,9 +84,11 @@ class Cursor(UnderWay):
         is_new = expected is None or expected.func is not func
         if self.is_paused or (is_new and func.namespace in _NO_OPERATIONS):
             result = func._op(*args, **(kwargs or {}))
+            # A replay does not repeat a pause, so what it changes is kept by content.
             if self.is_paused and (names := writes(func)):
                 self._note_aside(_written(func, names, args, kwargs or {}))
             return result
+        # Such hooks may be in force for a few calls only, but a later backward pass runs their Python.
         if _saved_hooks(True) is not None:
             self.has_saved_hooks = True
         if is_new and func.namespace == "c10d":  # a path has them as operators of programs
@@ -98,6 +100,7 @@ class Cursor(UnderWay):
                     self.__torch_dispatch__(call.operator, types, call.arguments)
                 return call.result
         if self.is_remembered:
+            # The usual call is checked here, without the loop of `_followed`: each step makes many.
             try:
                 if (
                     expected is not None
@@ -117,18 +120,22 @@ class Cursor(UnderWay):
                 return result
         keywords, known = kwargs or {}, known_operator(func)
         if known.how == "decompose":
+            # The mode is off within its own handler; with it, the component operations arrive here.
             with self:
                 return of_mode(func)(*args, **keywords)
+        # A view is known by its memory; it needs an entry only where later steps compare the call.
         if known.how == "pass" and not self.is_remembered:
             return func(*args, **keywords)
         self.tensors.catch_up(at)
         given = leaves([*args, *keywords.values()])
         copies = known.name == "copy_"
+        # A write into data that the step has partly read changes an input, so it must be noted.
         is_met = self._is_met_or_read if copies else self._is_met
         if gathers_data(known, given, is_met, self._is_drawn):
             result = func(*args, **keywords)
             if copies:  # a write through `tensor.data` is not counted
                 self.outside.forget(given[0].untyped_storage()._cdata)
+            # If the result is read, the run may keep the places of the pieces, not their bytes.
             if known.name in PICKING | JOINING:
                 self.gathered[result.untyped_storage()._cdata] = func, args
             return result
@@ -151,6 +158,7 @@ class Cursor(UnderWay):
                 if result is not MISS:
                     at.next = entry
                     return self._went(entry, result)
+                # The failed check may have noted memory that this call does not bring.
                 self.tensors.forget_brought(at.met)
             entry = next((each for each in others if each is not expected), None)
         return MISS
@@ -182,6 +190,7 @@ class Cursor(UnderWay):
         number, entry = self.tensors.number(tensor), self.at
         while number is not None and entry.parent is not None and number < entry.parent.met:
             entry = entry.parent
+        # The results of a call with an unknown shape are met in the entry after it.
         if entry.key[0] == "shape" and entry.parent is not None:
             entry = entry.parent
         if number is None or entry.operation is None or entry.parent is None:
@@ -225,7 +234,7 @@ class Cursor(UnderWay):
         if not known.gives:
             return operation
         if known.makes_dtype and not any(name == "dtype" for name, _ in keywords):
-            keywords = (*keywords, ("dtype", made[0].dtype))  # not the process's, which may differ
+            keywords = (*keywords, ("dtype", made[0].dtype))  # a replay may have another default dtype
         written = self.tensors.origins_of(number for number in numbers if number is not None)
         return operation._replace(
             keywords=keywords,
@@ -250,14 +259,17 @@ class Cursor(UnderWay):
         except UnseenError as error:
             del self.numbers[count:]
             tensors.catch_up(at)
+            # It computes nothing, so nothing is unseen; but later steps could not compare the call.
             if known.how in ("pass", "make"):
                 self.leave()
                 return func(*args, **keywords)
             return self._run_unseen(func, known, args, keywords, str(error))
         if self.is_remembered:
             self._remember_places(flat)
+        # The shape that its `out` gets depends on numbers, so later steps could not compare it.
         if known.resizes:
             self.leave()
+        # Before the call, which may overwrite what it reads.
         contents = self._bring(args, keywords) if is_seen else ()
         if known.draws:
             self.note_generator(at.draws)
@@ -271,6 +283,7 @@ class Cursor(UnderWay):
             raise
         self._note_result(known, result)
         made = flattened(result)
+        # Such a result has no number by which a later step could compare it.
         if not all(tensors.holds(each) for each in made if isinstance(each, Tensor)):
             self.leave()
         operation = None
@@ -287,6 +300,7 @@ class Cursor(UnderWay):
                 numbers=range(count, len(self.numbers)),
                 has_gradients=torch.is_grad_enabled(),
             )
+        # A result without a given dtype has the process's default, which no token shows.
         is_shaped = self.is_remembered and (
             is_shaped_by_numbers(func, args) or (known.makes_dtype and keywords.get("dtype") is None)
         )
@@ -351,6 +365,7 @@ class Cursor(UnderWay):
         is_seen = known.how == "see"  # the numbers of a view belong to its geometry
         token, slots = self.tensors.token, known.places if is_seen else {}
         self.tensors.overwritten = self._overwritten(known, args, keywords) if is_seen else ()
+        # A part counts as memory of its own, so a write into it would not reach the data.
         is_part = self._is_part if is_seen and not known.writes else None
         given = zip(args, known.places, strict=False)
         tokens = tuple([token(value, slots.get(name, False), is_part) for value, name in given])
@@ -371,6 +386,7 @@ class Cursor(UnderWay):
         def is_unread(target: Tensor) -> bool:
             memory = target.untyped_storage()
             is_part = memory.nbytes() > target.nbytes
+            # Earlier steps read more of such memory than calls overwrite: it must be kept by content.
             may_be_read = is_part and (memory.nbytes(), target.dtype) in self.paths.partly_read
             return memory._cdata not in read and not may_be_read
 
@@ -412,6 +428,7 @@ class Cursor(UnderWay):
             if [entry.kept for entry in made] != kept:
                 for entry, places in zip(made, kept, strict=True):
                     entry.kept = places
+                # This step has passed these calls without noting the memory; only later steps will.
                 self.leave()
 
     def _bring(self, args: Any, keywords: Any) -> tuple[tuple[int, int], ...]:
@@ -502,6 +519,7 @@ class Cursor(UnderWay):
             self.follower.watch = None
             if self._stance is not None:
                 self._stance.__exit__(*error)
+            # A mode that the user entered in the step may outlast it, and `__exit__` pops the innermost.
             while _get_current_dispatch_mode() is not self:
                 above.append(_pop_mode())
         super().__exit__(*error)  # type: ignore[no-untyped-call]
@@ -558,6 +576,7 @@ def _check_first(
     draws = entry.parent.draws  # type: ignore[union-attr]
 
     def before(args: Any, kwargs: Any) -> None:
+        # The entry outlives the step that made it, so the step under way is looked up.
         step: Cursor = paths.step
         given = flattened([args, kwargs]) if entry.contents else []
         for place, origin in entry.contents:

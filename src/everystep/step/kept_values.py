@@ -188,6 +188,7 @@ class _Capturing:
             return {"same": self._places[id(value)][0]}
         if id(value) in self._left_alone:
             return {"left": type(value).__name__}
+        # It holds the value, since a new object may get the id of one that is gone.
         self._places[id(value)] = place, value
         is_too_much = self._is_limited and self._is_much(value)
         if is_too_much or place.count(".") > _DEEPEST:
@@ -210,6 +211,7 @@ class _Capturing:
         is_left = is_code(value) or isinstance(value, _LEFT_ALONE) or not hasattr(value, "__dict__")
         if is_left or is_aside(value):
             return self._left(value)
+        # A dataclass is made again from its attributes; other classes need the user's code.
         if not dataclasses.is_dataclass(value):
             self.objects[place] = _path_of(type(value))
         return {"object": self.attributes(value, f"{place}."), "class": _path_of(type(value))}
@@ -259,13 +261,14 @@ class _Capturing:
             node[kind] = [[self._key(k), self.encoded(v, f"{place}.{i}")] for i, (k, v) in items]
         else:
             inner = _items(kind, value)
+            # The order of a set of texts is different in each process.
             inner = sorted(inner, key=repr) if kind in ("set", "frozenset") else inner
             node[kind] = [self.encoded(item, f"{place}.{i}") for i, item in enumerate(inner)]
         if isinstance(value, deque):
             node["longest"] = value.maxlen
         if isinstance(value, defaultdict):
             node["factory"] = getattr(value.default_factory, "__name__", None)
-            for index in range(len(value)):  # of these, it can make others
+            for index in range(len(value)):  # the factory makes these again
                 self.objects.pop(f"{place}.{index}", None)
         if type(value) is not _COLLECTIONS[kind]:
             node["class"] = _path_of(type(value))
@@ -349,6 +352,7 @@ def _class_of(path: str, there: Any, base: type, place: str) -> Any:
     if isinstance(there, base) and _path_of(type(there)) == path:
         return type(there)
     module, _, names = path.partition(":")
+    # Nothing is imported: the path may come from a stranger's snapshot.
     found: Any = sys.modules.get(module)
     for name in names.split("."):
         found = vars(found).get(name) if hasattr(found, "__dict__") else None
@@ -486,6 +490,7 @@ class _Restoring:
         path = node.get("class", _path_of(type(there)))
         kind = type(there) if _path_of(type(there)) == path else _class_of(path, None, object, place)
         parameters = getattr(kind, "__dataclass_params__", None)
+        # Other code may share a frozen object, so a restored one is an object of its own.
         found = None if parameters is not None and parameters.frozen else self._free(there)
         if type(found) is not kind:
             if parameters is None:
@@ -578,6 +583,7 @@ class _Restoring:
         for index, (key, each) in enumerate(node["dict"]):
             name = self._key(key)
             old = before.get(name)
+            # Without the user's code, only the factory can make an object that came later.
             if make and isinstance(each, dict) and "object" in each and name not in before:
                 with suppress(Exception):  # without one, the object is named as missing
                     old = make()

@@ -77,6 +77,7 @@ class MetTensors:
 
     def begin(self, state: Mapping[str, Tensor], same: int, root: Entry) -> None:
         """Begin a step with the tensors of the state. same: as `same` has returned it."""
+        # Checks hold these lists, so they are emptied and never replaced.
         self.numbers.clear()
         self._brought.clear()
         self.bases, self.parts, self._extents = {}, {}, None
@@ -86,6 +87,7 @@ class MetTensors:
         if lasting > same:  # another state: none of these may be found in a later step
             lasting, numbers, places = 0, {}, {}
         self._number_of, self._places = numbers, places
+        # Tensors that stay the same have tables that serve later steps, too; the others begin empty.
         for number in range(lasting, len(tensors)):
             if number == same:
                 self._number_of, self._places = {}, {}
@@ -118,6 +120,7 @@ class MetTensors:
         begin = int(tensor.storage_offset()) * tensor.itemsize
         is_aligned = not (tensor.is_floating_point() or tensor.is_complex())
         self.bases[number] = begin if is_aligned else begin - begin % ALIGNMENT
+        # -1 is no number: the memory of the data must not be found as that of its part.
         self.put(tensor, number, -1)
         self.parts.setdefault(tensor.untyped_storage()._cdata, number)
         return self.geometry(tensor, number)
@@ -210,6 +213,7 @@ class MetTensors:
         """Treat memory as new, and so the tensors on it. storages: their `_cdata`."""
         left = {*storages}
         for storage in left:
+            # An entry without a tensor hides the one that `_lasting` may have; removing would show it.
             self._places[storage] = None, 0
             self.parts.pop(storage, None)
         for number, tensor in self.alive(0, len(self.known)).items():
@@ -404,7 +408,7 @@ class MetTensors:
                 base = offset * tensor.itemsize
                 base -= base % ALIGNMENT
                 self.bases[origin] = min(base, self.bases.get(origin, base))
-            # Not of the state: it may be any part of more data.
+            # On memory of the state, the offset is compared; in more data, a batch may lie anywhere.
             lies = (offset - begin, offset * tensor.itemsize % ALIGNMENT) if place is None else offset
             shared = place, self.parts.get(storage._cdata)
             found.append((name, tensor.dtype, tensor.shape, tensor.stride(), shared, order, lies))

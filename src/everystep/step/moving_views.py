@@ -118,6 +118,7 @@ def check_of_views(
             for (place, _), each in zip(made, known, strict=True)
         ]
         for own, each, within in zip(lie, known, limits, strict=True):
+            # The view must stay within memory that the run keeps.
             begin, end = extent_of(own)
             if own[:3] != each.geometry[:3] or (
                 within and not any(first <= begin and end <= last for first, last in within)

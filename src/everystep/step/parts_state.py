@@ -91,7 +91,7 @@ class PartsState:
                 for (path, attribute), now in self._attributes(name, live).items():
                     known = first.get((path, attribute))
                     if now.objects != (known.objects if known is not None else {}):
-                        continue  # which only the user's code makes
+                        continue  # only the user's code can make these objects
                     if known is None or not now.is_same(known):
                         attributes.setdefault(path, {})[attribute] = now.data
                         tensors |= now.tensors
@@ -100,6 +100,7 @@ class PartsState:
                 found, held[name] = self._of_optimizer(name, part, live)
                 tensors |= found
             else:
+                # Parts that lie within this one are written under their own names.
                 alone = others - {id(part)}
                 found, data = encoded(part, name, live, names, alone, self.lost[name])
                 tensors |= found
@@ -205,6 +206,7 @@ class PartsState:
         except (ValueError, TypeError, AttributeError, StopIteration) as error:
             raise RunError(f"the part {name!r} does not fit the snapshot: {error}") from None
         try:
+            # Before `_fill`, which would write a tensor into memory that another one no longer shares.
             with torch.no_grad():
                 _share(parts.state(), state.settings.get("shared"))
         except RunError:

@@ -254,6 +254,7 @@ class Entry:
     def operations(self) -> Iterator[SeenOperation]:
         """Yield the operations from the beginning of the step to this entry."""
         for entry in self.from_root():
+            # The entry after a shaped one has the operation again, with its results.
             if entry.operation is not None and not entry.shaped:
                 yield entry.operation
 
@@ -301,8 +302,10 @@ class PathWriter:
                 storage = self._storages[self._tensors[numbers[0]].storage]
                 if mark.kind == "state":
                     named[mark.name] = before[mark.name] = numbers[0]
+                # A batch on memory of the state has its name there.
                 elif mark.kind == "batch" and storage.kind == "input":
                     named.setdefault(mark.name, numbers[0])
+                # A gradient that no operation has written remains from the step before.
                 elif mark.kind == "gradient" and self._tensors[numbers[0]].storage in written:
                     gradients.setdefault(mark.name, numbers[0])
                 elif mark.kind == "logged":
@@ -310,6 +313,7 @@ class PathWriter:
                 elif mark.kind == "output" or (
                     mark.kind == "last output" and mark.name not in activations
                 ):
+                    # The order is that in which the modules ran last.
                     activations.pop(mark.name, None)
                     activations[mark.name] = numbers
         after = {name: self._number(met) for name, met in state.items()}
@@ -333,6 +337,7 @@ class PathWriter:
         tensor = self._met[met]
         seen = SeenTensor(self._place(tensor.origin), *tensor.geometry)
         if tensor.moves is not None:
+            # The offset is the step's: in the path, it would make a program for each place.
             seen = seen._replace(offset=0, moves=tensor.moves)
         if seen not in self._number_of:
             self._number_of[seen] = len(self._tensors)

@@ -181,9 +181,11 @@ class StandIn:
         read = [*places_of_reads(self.path.operations)]
         found: dict[str, int] = {}
         for name, value in self._plain.items():
+            # As texts, -0.0 differs from 0.0, and NaN equals itself.
             places = [place for place in read if repr(self._numbers[place]) == repr(value)]
             if len(places) > 1:
                 raise NotReplaceableError(f"it is unclear which number {name} is; {CURE}")
+            # The program omits what no result needs, so it would not compute this number.
             if places and places[0] not in self._built.numbers_kept:
                 raise NotReplaceableError(f"{name} is returned as a Python number; return the tensor")
             if places:
@@ -226,6 +228,7 @@ class StandIn:
             if not is_known and not lies_as(tensor, self._state[name]):
                 return False
         if self.live is None or places != self._places:
+            # A write into shared memory changes several tensors, so the program must know of it.
             if not _share_as(found, self._state):
                 return False
             try:
@@ -270,6 +273,7 @@ class StandIn:
         self.load(batch)
         with without_autograd():
             live.run()
+            # The next step overwrites the memory of the program, and the caller may keep the values.
             found = {name: tensor.clone() for name, tensor in live.logged.items()}
         self.end(taken, state, is_settled=is_settled)
         for scheduler in self.schedulers:
@@ -403,6 +407,7 @@ class StandIn:
             for name, spec in interpreter.inputs.items()
             if name in batch
         }
+        # A comparison must leave the generator of the training as it is.
         after = torch.get_rng_state()
         torch.set_rng_state(before.generator)
         try:

@@ -132,6 +132,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
             root, same = known
         else:
             same = self.tensors.same(state)
+            # No path can compare tensors that a program cannot hold.
             if not all(map(is_plain, [*state.values()][same:])):
                 self.is_remembered = False
                 state = {name: tensor for name, tensor in state.items() if is_plain(tensor)}
@@ -196,6 +197,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
             tensors: that have a part in it; the step must have met them, unless they are only logged.
             marked: returns those of them that have a name.
         """
+        # Nothing happens within a step of torch's optimizers: one that is still open has raised.
         self.recover()
         expected = self.at.next
         if self.is_remembered and expected is not None and expected.key[:-1] == what:
@@ -207,10 +209,12 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
                 else:
                     self.at = expected
                     return True
+        # Copies of tensors that are made here are no operations of the step.
         with torch._C._DisableTorchDispatch():
             self.tensors.catch_up(self.at)
             numbers = tuple([None if t is None else self.tensors.number(t) for t in tensors])
             strange = [t for n, t in zip(numbers, tensors, strict=True) if n is None and t is not None]
+            # No later operation depends on a logged tensor from outside: the next step may log another.
             if strange and not (what[0] == "logged" and not any(map(self.is_on_known, strange))):
                 self.leave()
             key = *what, numbers
@@ -308,6 +312,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         """Add what has just happened to the path, and go there."""
         at, tensors = self.at, self.tensors
         tensors.keep_brought()
+        # A program has the module of each operation, so the same call in another module branches.
         place = (self.follower.where, key) if key[0] == "call" else key
         entry = at.children.get(place) if self.is_remembered else None
         if entry is not None and entry.met != len(tensors.known):
@@ -338,6 +343,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         node = torch._C._current_autograd_node() if is_of_graph else None
         if node is None:
             return calls
+        # A backward pass has many operations, and adds nodes only where gradients have a graph.
         if self._graph is None or self._graph[0] != _next_node():
             made = [e for e in self.at.from_root() if e.nodes and e.lines]
             self._graph = _next_node(), [e.nodes for e in made], [e.lines for e in made]
@@ -364,6 +370,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         draw: the number of draws before.
         """
         now = torch.get_rng_state()
+        # A replay has the state that its last draw left; only a different one must be kept.
         if self.drawn is None or not torch.equal(now, self.drawn):
             self.generators[draw] = now
 
@@ -423,6 +430,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         for tensor in (*changed, *made):
             if isinstance(tensor, Tensor) and is_plain(tensor):
                 self.number(tensor)
+        # Without an entry of their own, `catch_up` would forget the tensors that were just met.
         self.add(("unseen",))
 
     # The end.
@@ -438,6 +446,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
             ending = self.at.ending if self.is_remembered else None
             if ending is not None and self._ends_as(ending, state, loss):
                 changes = self._changes(versions, ending.bound)
+                # The operations are known, so a different count means a write that no call showed.
                 if changes != ending.changes:
                     pairs = zip(state, changes, ending.changes, strict=True)
                     self.changed_unseen = [name for name, one, two in pairs if one != two]
@@ -445,7 +454,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
                 self.is_followed = False
                 ending = self._write(state, versions, loss)
         self._origins = ending.origins
-        self.ending = ending if ending is self.at.ending else None  # one that others can have, too
+        self.ending = ending if ending is self.at.ending else None  # later steps may end with it, too
         self.numbers = self.numbers.copy()  # the list itself belongs to the recording
         return ending.path
 
@@ -463,6 +472,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         tensors, at = self.tensors, self.at
         tensors.catch_up(at)
         brought = len(self.brought)
+        # Before `after`, which gives a number to each tensor that has none.
         bound = tuple(map(self._bound, state.values())) if self.is_remembered else ()
         after = {name: self.number(tensor) for name, tensor in state.items() if is_plain(tensor)}
         logged = None
@@ -470,9 +480,11 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
             logged = self._read_from(loss)
         elif loss.numel() == 1 and is_plain(loss):
             logged = self.number(loss)
+            # A replay reads the loss at the end of a step, when the tensor has another value.
             logged = None if self._is_written_since(logged) else logged
         writer = PathWriter(tensors.known, has_host=self._device.type != "cpu")
         path = writer.path(at, after, logged)
+        # What has become state is in snapshots, so it needs no notice.
         written = self.written_outside.keys() - self.tensors.origins_of(after.values())
         texts = [text for origin, text in self.written_outside.items() if origin in written]
         self.changed_outside = texts[0] if texts else None
@@ -480,6 +492,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         if self.is_remembered:
             reads = tuple(places_of_reads(path.operations))
             token = self._loss_token(loss, path, reads)
+            # A later step skips all this if it ends alike, so nothing here may read a content.
             if None not in bound and token != _UNKNOWN and len(self.brought) == brought:
                 changes = self._changes(versions, bound)
                 ending = Ending(path, ending.origins, tuple(state), bound, changes, token, reads)
