@@ -187,6 +187,7 @@ class LoaderPosition:
             self._enter(number)
             self.has_skipped = goal is not None and 0 < number == first
             yield number
+        # Code after the loop is between two epochs, too: a resume begins with it.
         self._enter(first if count is None else max(first, count))
 
     def _enter(self, number: int) -> None:
@@ -221,6 +222,7 @@ class LoaderPosition:
             self.generators = {}
             is_seen = draws and (not quiet or self.taken == 0)
             before = self._generators() if is_seen else {}
+            # After the generators were read: a DataLoader draws a seed as its iterator is made.
             iterator = iter(batches) if iterator is None else iterator
             try:
                 batch = next(iterator)
@@ -229,6 +231,7 @@ class LoaderPosition:
                 self.at_end = {f"generator/{name}": tensor for name, tensor in held.items()}
                 return
             if is_seen:
+                # A resume has them as the previous draw left them, so these are not stored again.
                 is_left = after.keys() >= before.keys() and not different(before, after)
                 after = self._generators()
                 used = set() if is_left else different(before, after)

@@ -104,6 +104,7 @@ class LoopWriter(RunWriter):
         self._note_logged(step, path)
         self._note_numerics()
         self.timed(step.started, self.parts.state)
+        # Only this step shows which pending gradients the snapshot before it needs.
         self._keep_pending(self.watched.gradients_used())
         self._compare_with_later(None)
         if self.is_snapshot_due():
@@ -124,6 +125,7 @@ class LoopWriter(RunWriter):
         self._lacking = 0
         self.recorder.forget_after(self.step)
         self.taken = [row for row in self.taken if row.step <= self.step]
+        # A flush may have passed the loss on, so the list may be empty.
         self.losses = self.losses[: max(0, len(self.losses) - 1)]
         self.measured = [row for row in self.measured if row[1] <= self.step]
         if self._pending is not None and self._pending.step > self.step:
@@ -181,6 +183,7 @@ class LoopWriter(RunWriter):
             return
         self._in_effect = now
         values = numerics.Numerics.read(self.parts.device)
+        # What the loop sets before or in its first step holds for the run: it is not a change.
         if self.step == self.start + 1:
             self._numerics = values
             self.recorder.facts({"numerics": values})
@@ -256,6 +259,7 @@ class LoopWriter(RunWriter):
         self.recorder.snapshot(state)
 
     def _collected(self) -> tuple[Sequence[float | None], dict[str, Any]]:
+        # Here, not at each step: reading a number from a device waits for the device.
         losses = [None if loss is None else float(loss) for loss in self.losses]
         self.measured = [(name, step, float(value)) for name, step, value in self.measured]
         return losses, {"loss_dtype": self._loss_dtype} | self._loop_facts()

@@ -170,6 +170,7 @@ class WatchedSteps:
         path = step.end(after, self._versions)
         self.last, self.state = (path, watch), after
         self._ending = watch.ending if isinstance(watch, Cursor) else None
+        # No operation makes these changes in a replay, so the run keeps the tensors.
         if watch.changed_unseen and self._writer is not None:
             changed = {name: copy_of(after[name]) for name in watch.changed_unseen}
             self._writer.change(number, changed)
@@ -189,7 +190,8 @@ class WatchedSteps:
         if not taken.is_still:
             self._versions = versions_by_name(after)
         row = self._row(first, taken, taken.end({}, {}, None), {}, {}, nesting)
-        if count > 1 and taken.generators:  # which are those before the first step
+        if count > 1 and taken.generators:  # they are those before the first step
+            # A replay draws in the later steps from where the first one has left the generator.
             inputs = {n: t for n, t in row.inputs.items() if not n.startswith("generator/")}
             return [row, row._replace(step=first + 1, inputs=inputs, count=count - 1)]
         return [row._replace(count=count)]
@@ -323,6 +325,7 @@ class WatchedSteps:
         gone = [name for name in before.keys() - now.keys() if not name.startswith("gradient/")]
         if (changed or gone or drawn) and self._writer is not None:
             self._writer.change(step, changed | dict(drawn), gone)
+        # After an incomplete step, it is not known what the state was.
         return next(iter((*changed, *gone)), None) if before else None
 
     def exposes(self, tensor: Tensor) -> None:
@@ -335,8 +338,10 @@ class WatchedSteps:
                 for name, each in state.items():
                     self._lying.setdefault(each.untyped_storage()._cdata, []).append((name, each))
             memory = tensor.untyped_storage()._cdata
+            # torch does not count what is written through `data`, so a copy could be outdated.
             self._outside.forget(memory)
             for name, each in self._lying.get(memory, ()):
+                # A later digest could be of what the code has written already.
                 if name not in self._exposed:
                     self._exposed[name] = digest_of(each)
 
@@ -403,6 +408,7 @@ class WatchedSteps:
             if self.gradient_copies is not None:
                 self.gradient_copies.optimizer_begins(self.parts.gradients(optimizer))
             with torch._C._DisableTorchDispatch():
+                # The rates that the update uses: a scheduler may set others before the step ends.
                 self.under_way.rates |= self.parts.rates(optimizer)
                 gradients = self._gradients_of(optimizer)
                 watch.optimizers.begins(optimizer, name, has_arguments, gradients)
