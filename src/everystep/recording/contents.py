@@ -100,6 +100,7 @@ def unpacked(content: bytes | None, what: str, limit: int = 256_000_000) -> Any:
         return None
     try:
         machine = zlib.decompressobj()
+        # A few bytes of a stranger's may unpack to more than the memory holds.
         text = machine.decompress(content, limit)
         if machine.unconsumed_tail:
             raise ValueError("too long")
@@ -172,6 +173,7 @@ def _given_and_pieces(tensor: Tensor) -> tuple[Given, Sequence[memoryview]]:
     dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
     whole = memoryview(bytes_of(tensor))
     is_by_row = _is_by_row(shape, len(whole))
+    # An empty tensor has one piece, without bytes, so that it has a digest.
     size = len(whole) // shape[0] if is_by_row else max(1, len(whole))
     pieces = [whole[place : place + size] for place in range(0, max(1, len(whole)), size)]
     kind = _kind(dtype, shape, is_by_row)
@@ -227,6 +229,7 @@ def read_contents(directory: Path, places: Mapping[bytes, Place], given: Given) 
         raise RunError(f"{directory / BATCHES} was changed after recording: an input has another size")
     if not content:
         return torch.empty(given.shape, dtype=dtype)
+    # torch warns of memory that it cannot write to, such as `bytes`.
     return torch.frombuffer(bytearray(content), dtype=dtype).reshape(given.shape)
 
 
@@ -339,7 +342,8 @@ class Repeats:
         self._given: dict[int, tuple[Any, Given, set[int]]] = {}
         self._packed_key: Any = None
         self._packed = b""
-        shared: dict[tuple[int, bytes | None], tuple[int, bytes | None]] = {}  # there may be millions
+        # There may be millions of contents, and many have the same place.
+        shared: dict[tuple[int, bytes | None], tuple[int, bytes | None]] = {}
         for digest, number, place, size, source in database.all_contents():
             self._known[digest] = shared.setdefault((number, source), (number, source))
             file = self.files.setdefault(number, BatchFile(newest_step=recorded if keep is None else 0))
@@ -470,10 +474,11 @@ class Repeats:
     def _close_files(self, step: int) -> None:
         """Write out the files; close those that are full, or old at this step."""
         for is_draw, (number, opened) in [*self._open.items()]:
+            # The database is about to name these bytes, and a killed process loses what Python holds.
             opened.flush()
             file = self.files[number]
             is_old = self._keep is not None and step - file.begun >= self._keep.chunk
-            is_first = is_draw and file.begun == 1  # which stays
+            is_first = is_draw and file.begun == 1  # it stays, so others begin another file
             if is_old or is_first or file.size >= self._budget / FILES:
                 opened.close()
                 del self._open[is_draw]

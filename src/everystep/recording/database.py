@@ -131,6 +131,7 @@ class Database(Blocks):
         A run that no process writes has no log, so that readers make no files next to its database.
         """
         with suppress(sqlite3.Error):  # another process reads it now
+            # The end of a training must not wait for a reader.
             self.connection.execute("PRAGMA busy_timeout = 0")
             self.connection.execute("PRAGMA journal_mode = DELETE")
         self.connection.close()
@@ -139,11 +140,13 @@ class Database(Blocks):
     def transaction(self) -> Iterator[None]:
         """Commit all writes inside together, or none."""
         with _writing(self.path):
+            # The lock is taken now: to get it at the first write may fail at once, without patience.
             self.connection.execute("BEGIN IMMEDIATE")
             try:
                 yield
                 self.connection.execute("COMMIT")
             except BaseException:
+                # SQLite may have ended the transaction by itself, as on a full disk.
                 if self.connection.in_transaction:
                     self.connection.execute("ROLLBACK")
                 raise
@@ -309,6 +312,7 @@ def _connected(path: Path) -> sqlite3.Connection:
     found = sqlite3.connect(path, PATIENCE, isolation_level=None, check_same_thread=False)
     found.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST_VALUE)
     found.execute("PRAGMA journal_mode = WAL")  # processes read while this one writes
+    # With a log, a killed process loses no commit; a power failure may lose the newest.
     found.execute("PRAGMA synchronous = NORMAL")
     return found
 
