@@ -112,6 +112,7 @@ class BoundProgram:
         self.draws = any(draws_random_numbers(each.resolved) for each in program.operations)
         with without_autograd():
             self._calls_of = [self._bound(each) for each in program.operations]
+            # In their order, since they read results of each other.
             for place in sorted(steady):
                 self._run_once(place)
         self.calls = [*chain.from_iterable(self._calls_of)]
@@ -140,6 +141,7 @@ class BoundProgram:
         self.numbers = [*numbers]
         for put, number in zip(self._puts, numbers, strict=True):
             put(number)
+        # Only when all numbers are in place: the settings are compared as a whole.
         for optimizer in self._optimizers:
             optimizer.settle()
 
@@ -192,6 +194,7 @@ class BoundProgram:
         """Return what reads a number from a tensor."""
         place = len(self._puts)
         self.reads.append(place)
+        # It has a place among the numbers of the step, but the run finds its value.
         self._puts.append(lambda number: None)
 
         def read() -> None:
@@ -263,6 +266,7 @@ def _temporary(program: Program, device: torch.device, steady: Collection[int]) 
     steady: places of operations that do not run at each step.
     """
     names = program.of_kind("temporary")
+    # What runs once must keep its results for all steps.
     made = (name for place in steady for name in program.operations[place].changed())
     kept = shown_storages(program) | program.storages_of(made)
     alone = {name for name in names if name in kept or program.storages[name].host}

@@ -226,6 +226,7 @@ def _bindings(operator: Any) -> list[Callable[..., Any]]:
     name = operator.overloadpacket.__name__
     places = (torch, torch.Tensor, torch._C._nn)
     found = (getattr(place, name, None) for place in places)
+    # A function of torch that is written in Python is slower than the operator, and may do more.
     return [function for function in found if callable(function) and not hasattr(function, "__code__")]
 
 
@@ -237,6 +238,7 @@ def _calls_only(
     try:
         with probe:
             function(*arguments, **keywords)
+    # A binding that refuses these arguments, or calls another operator, is not the one.
     except Exception:
         return False
     return probe.calls == [_identities(_named(operator, arguments, keywords))]

@@ -67,6 +67,7 @@ class Interpreter:
         count = len(self.program.moves)
         if not count:
             return self, [*numbers]
+        # The instructions are the same; only the tensors that move lie at other places.
         other = copy(self)
         other.program = self.program.placed(numbers[:count])
         other.inputs = {name: other.program.tensors[name] for name in self.inputs}
@@ -325,4 +326,5 @@ class _Environment:
         if known is not None and known.data_ptr() == storage.data_ptr():
             return  # it wrote in place
         self._memory[spec.storage] = storage
+        # Tensors on the memory of an earlier result are no longer on this storage.
         self._tensors[spec.storage] = {name: tensor}

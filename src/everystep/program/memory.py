@@ -189,6 +189,7 @@ def copy_in_file(tensor: Tensor) -> Tensor:
     """
     own = tensor.detach().cpu()
     like = torch.empty_like(own, device="meta")
+    # The file gets the numbers without gaps, as `like` has them.
     if like.stride() != own.stride():
         own = own.clone()
     size = like.untyped_storage().nbytes()
