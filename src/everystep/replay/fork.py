@@ -203,6 +203,7 @@ class Fork:
             RunError: something does not fit the state.
         """
         groups = training.optimizer.param_groups
+        # `restore` overwrites them with the settings of the parent.
         fresh = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         training.restore(self._with_scheduler(training, state) if has_scheduler else state, kinds)
         if "optimizer" not in kinds:
@@ -232,6 +233,7 @@ class Fork:
             # torch warns that the optimizer has not stepped, which is correct here.
             warnings.simplefilter("ignore", UserWarning)
             for number in range(known.step + 1, self.at + 1):
+                # This scheduler follows the validation loss, which only the run still has.
                 if isinstance(scheduler, ReduceLROnPlateau) and number in followed:
                     scheduler.step(followed[number])
                 continued.advance(number)
@@ -372,6 +374,7 @@ def _fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome
             raise ExperimentError([fault], "the fork") from None
         if same_scheduler and training.scheduler is not None and "lr" in changed:
             _set_rate(training, training.optimizer.param_groups[0]["lr"])
+        # After the parent's state, which includes the parent's random generators.
         if new.seed != old.seed:
             torch.manual_seed(new.seed)
         if data is not None:
@@ -421,6 +424,7 @@ def _fork_objects(
             before = asked.bring(training, state, kinds, own_settings, has_scheduler=goes_on)
         except RunError as error:
             raise RunError(f"the objects do not fit the run's state: {error}") from None
+        # After the parent's state, which includes the parent's random generators.
         if "seed" in settings:
             torch.manual_seed(settings["seed"])
         else:

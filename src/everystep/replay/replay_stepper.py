@@ -359,6 +359,7 @@ class ReplayStepper:
         def look(tensor_of: Callable[[str], Tensor]) -> None:
             found.update((name, tensor_of(name).clone()) for name in names)
 
+        # This run of the step must not move the generators on for the one that counts.
         drawn = Generators.capture(self.steps.device)
         given = self.steps.inputs(row), self.steps.numbers(row), {index - 1: [look]}
         self.steps.program_of(row).run(copied_together(self._tensors), *given)
@@ -407,6 +408,7 @@ class ReplayStepper:
             self._diverged(number, f"step {number} differs from the recording: {differs}")
         elif (unknown := self.steps.unknown_in(number)) is not None:
             self._diverged(number, f"step {number} may differ from the recording: {unknown}")
+        # In another precision, no digest can be that of the recording.
         if not digests or self._has_diverged or self.steps.conversion is not None:
             return
         present = ((name, digest) for name, digest in digests.items() if name in self._tensors)

@@ -147,7 +147,8 @@ class Replay:
                 self._advance(stepper, stepper.state + count)
                 advance(count)
                 left -= count
-                if 0 < left <= spacing or (left and stepper.size <= KEPT_BYTES):  # of large ones, one
+                # Of large states, only the last before the target is kept: stepping back begins there.
+                if 0 < left <= spacing or (left and stepper.size <= KEPT_BYTES):
                     self._keep(stepper)
         return stepper
 
@@ -216,6 +217,7 @@ class Replay:
             suspends_device=True,
         )
         with held, generators_preserved(device):
+            # The replay has random generators of its own, which continue from call to call.
             if self._generators is not None:
                 self._generators.restore(device)
             try:
