@@ -359,9 +359,11 @@ def _pairs_within(values: tuple[Any, Any]) -> list[tuple[Any, Any]]:
 
 def _same_number(one: Any, other: Any) -> bool:
     """Return whether two values are the same, if need be once they are rounded to float32."""
+    # In Python, True equals 1.
     if isinstance(one, bool) is not isinstance(other, bool):
         return False
     if isinstance(one, float) and isinstance(other, float):
+        # A number beyond float32 becomes infinite, and NumPy would warn.
         with np.errstate(over="ignore"):
             return bool(one == other or np.float32(one) == np.float32(other))
     return bool(one == other)

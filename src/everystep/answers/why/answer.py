@@ -381,6 +381,7 @@ class Session:
         """Return the answer for a NaN or infinity, with the whole way to its origin."""
         chain: list[Why] = []
         left_out = 0
+        # The way may lead back through many steps, and a replay goes forward: it opens several at once.
         self._together = MOST_TOGETHER
         current = answer
         while True:
@@ -449,6 +450,7 @@ def _next_nonfinite(answer: Why) -> Number | None:
         return answer.number.earlier
     bad = [number for number in answer.numbers if not cmath.isfinite(number.value)]
     is_nan = answer.number.value != answer.number.value
+    # A NaN is more likely to come from a NaN, and an infinity from an infinity.
     bad.sort(key=lambda number: (number.value != number.value) is not is_nan)
     return bad[0] if bad else None
 
