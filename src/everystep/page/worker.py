@@ -106,6 +106,7 @@ class Interruption:
         self._is_heard = False
 
     def _hear(self, *signal: object) -> None:
+        # Once for each request: a second signal must not interrupt what handles the first.
         if self._is_heard:
             self._is_heard = False
             raise KeyboardInterrupt
@@ -200,6 +201,7 @@ def _answer(openers: Openers, asked: dict[str, Any]) -> Found:
     found = answer(step, run, asked)
     if isinstance(found, tuple):
         return found
+    # Bytes that are no text may name a run; Python has them as surrogates, UTF-8 has none.
     return {}, json.dumps(found, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace")
 
 
