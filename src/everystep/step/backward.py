@@ -91,6 +91,7 @@ def graph_of(outputs: Any, args: Any, kwargs: Any, since: int, known_handles: in
     edges: list[Any] = [tuple([number[root] for root in roots])]
     leaves: list[Tensor] = []
     is_other = False
+    # The list is the queue of the search, and grows on the way.
     for node in order:
         kind = type(node)
         kinds.append(kind)
@@ -217,6 +218,7 @@ class BackwardPasses:
         cursor, jump = self._cursor, entry.jump
         known = cursor.happens("end of backward", tensors=left)
         end = cursor.at
+        # A pass with other operations needs a path of its own, not another case of this one.
         if jump is not None and jump.end is end and len(jump.known) < _MOST_CASES:
             jump.known[case] = cursor.numbers[begin:]
         if not known or jump is not None or not _can_jump(entry, end):
@@ -236,6 +238,7 @@ class BackwardPasses:
         tensors = cursor.tensors
         tensors.drop_between(entry.met, end.met)
         for number, tensor in zip(end.key[-1], left, strict=True):
+            # Those with lower numbers were met before the pass.
             if number is not None and number >= entry.met and tensor is not None:
                 tensors.met[number], tensors.lies[number] = ref(tensor), tensor.data_ptr()
         cursor.at = end

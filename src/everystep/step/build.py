@@ -184,6 +184,7 @@ class _Builder:
             self._moves[name] = seen.moves
             offset = self._numbers[seen.moves]
         self._tensors[name] = _tensor_spec(place, dtype, seen.shape, seen.stride, offset)
+        # A tensor may have several names; operations use its first.
         self._tensor_names.setdefault(number, name)
 
     def _used_storages(self, tensors: Mapping[str, TensorSpec]) -> dict[str, Storage]:
@@ -317,7 +318,7 @@ def _checked(**parts: Any) -> Program:
     Raises:
         NotCapturableError: they are not a valid program, or one that is too long to be read.
     """
-    for key in ("operations", "tensors", "storages"):  # those that a reader refuses
+    for key in ("operations", "tensors", "storages"):  # a reader refuses longer ones
         if len(parts[key]) > MOST_ENTRIES:
             raise NotCapturableError(f"it has {len(parts[key]):,} {key}, more than {MOST_ENTRIES:,}")
     try:

@@ -81,6 +81,7 @@ class Cursor(UnderWay):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         at, expected = self.at, self.at.next
+        # A call that the path expects needs no questions about its kind: this runs at every call.
         is_new = expected is None or expected.func is not func
         if self.is_paused or (is_new and func.namespace in _NO_OPERATIONS):
             result = func._op(*args, **(kwargs or {}))
@@ -91,7 +92,7 @@ class Cursor(UnderWay):
         # Such hooks may be in force for a few calls only, but a later backward pass runs their Python.
         if _saved_hooks(True) is not None:
             self.has_saved_hooks = True
-        if is_new and func.namespace == "c10d":  # a path has them as operators of programs
+        if is_new and func.namespace == "c10d":  # a program has operators of its own for them
             if (how := how_collective(func, self.paths.has_ranks)) == "pass":
                 return func(*args, **(kwargs or {}))
             if how == "known":
@@ -152,7 +153,8 @@ class Cursor(UnderWay):
         entry, others = expected, iter(at.children.values())
         while entry is not None:
             if entry.func is func and entry.where == where:
-                if entry.brings:  # what the step has made itself is not from outside
+                # The check must know what the step has made itself: that is not from outside.
+                if entry.brings:
                     self.tensors.catch_up(at)
                 result = entry.check(args, kwargs)  # type: ignore[misc]
                 if result is not MISS:
@@ -315,6 +317,7 @@ class Cursor(UnderWay):
         in_graph = any(tensor.requires_grad for tensor in leaves(args))
         if moving is not None:
             lie = [tensors.known[number].geometry[:3] for _, number in places]
+            # A graph depends on where its views lie, so a call with gradients is another one.
             key = "call", func, moving, named, places, in_graph, *lie
             for _, number in places:
                 tensors.note_moving(number)
@@ -421,7 +424,7 @@ class Cursor(UnderWay):
                 self.keep_place_of(token[2])
         is_backward = torch._C._current_autograd_node() is not None
         if is_backward and self.followed is not None and any(t[0] in ("p", "x") for t in tokens):
-            # Perhaps autograd has kept it of a call that was followed, and no other tensor is on it.
+            # Autograd may have kept the result of a followed call that Python no longer holds.
             known = self.tensors.known
             made = [entry for entry in self.followed.from_root() if entry.check is not None]
             kept = [tuple(each for each in e.key[4] if known[each[1]].origin == each[1]) for e in made]
@@ -482,7 +485,7 @@ class Cursor(UnderWay):
             others = before
         changed = _written(func, known.writes or writes(func), args, keywords)
         changed += [tensor for tensor, version in versions if version_of(tensor) != version] + others
-        # What a tensor made of others does with them below autograd, torch does not count.
+        # A tensor made of others may write into them below autograd, where torch does not count.
         inner = [t for each in changed for t in _made_of(each)]
         self.note_unseen(changed, leaves(result), [t.untyped_storage()._cdata for t in inner])
         return result
@@ -499,7 +502,7 @@ class Cursor(UnderWay):
     # In force.
 
     def __enter__(self) -> Cursor:
-        # Modes of the user's stay above: what they do with a call is seen, and not its result alone.
+        # The user's modes stay above the watch, which then sees what they call, not only the result.
         above = [] if self._depth else [_pop_mode() for _ in range(torch._C._len_torch_dispatch_stack())]
         super().__enter__()  # type: ignore[no-untyped-call]
         _push_again(above)

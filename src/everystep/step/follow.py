@@ -220,6 +220,7 @@ class Follower:
         Raises:
             UsageError: it cannot be watched.
         """
+        # Each module can be compiled on its own, so its class does not show it.
         if type(module) not in self._ordinary or module._compiled_call_impl is not None:
             _check_watchable(module)
             if not hasattr(type(module), "join_hook"):  # what a wrapper does may change

@@ -66,9 +66,9 @@ _OF_TORCH = {
 _LEFT_ALONE = (type, nn.Module, torch.device, torch.dtype)
 #: Values that never change: a state shows whether there is another one.
 _WITH_TEXTS = (range, slice, torch.Size, np.dtype, PurePath, Fraction, Decimal)
-#: Of an object in an attribute of a module, which may lead to a data set or a trainer.
+#: Limits of an object in an attribute of a module: it may lead to a data set or a trainer.
 MOST_OBJECTS, MOST_VALUES, MOST_BYTES = 10, 1000, 16_000_000
-#: Values within values that are written; a chain of objects may be as long as it likes.
+#: Values within values that are written: a chain of objects may have no end.
 _DEEPEST = 100
 #: Where the classes of locks, files, references and loggers are defined.
 _WITHOUT_NUMBERS = ("_thread", "_io", "_csv", "weakref", "logging")
@@ -204,7 +204,7 @@ class _Capturing:
         if (kind := _kind_of(value)) is not None:
             return self._collection(kind, value, place)
         if isinstance(value, torch.optim.Optimizer) and value.state and not self._names:
-            self.unkept.add(type(value).__name__)  # its state is by parameters that nobody named
+            self.unkept.add(type(value).__name__)  # its state is by parameters, which have no names here
         if isinstance(value, Dataset) and "." in place:
             self.objects[place] = f"{_sizes(value)} {_path_of(type(value))}"
             return {"left": type(value).__name__}
@@ -402,7 +402,7 @@ def is_aside(value: Any) -> bool:
     package, _, module = type(value).__module__.partition(".")
     if package in _SHOWING or module in ("arrow_dataset", "utils.tensorboard.writer"):
         return True
-    # What wraps a loader of torch takes its attributes.
+    # A wrapper of torch's loader copies the loader's attributes.
     of_loader = {"dataset", "sampler", "batch_sampler"}
     wraps = hasattr(type(value), "__iter__") and of_loader <= getattr(value, "__dict__", {}).keys()
     return wraps or isinstance(value, DataLoader)
@@ -499,6 +499,7 @@ class _Restoring:
                     "everystep.record, or keep what it holds in a dict"
                 )
             found = object.__new__(kind)
+        # Before its attributes, which may refer to it.
         self._made[place] = found
         self.set_attributes(found, nodes, f"{place}.")
         return found
@@ -570,7 +571,7 @@ class _Restoring:
 
     def _dict(self, node: Mapping[str, Any], there: Any, wanted: Any, place: str) -> Any:
         before, found = dict(there or {}), there
-        # As an `OrderedDict` and an unordered one do, whatever a derived class does.
+        # The methods of the builtin class, since a derived one may do anything in its own.
         base: Any = OrderedDict if issubclass(wanted, OrderedDict) else dict
         if found is None:
             found = wanted.__new__(wanted)

@@ -71,6 +71,7 @@ class MetTensors:
         """Return how many tensors of a state, the first ones, are as they were at the last `begin`."""
         known = zip(state.values(), self.met, self.lies, self.looks, strict=False)
         for number, (tensor, reference, lies, looks) in enumerate(known):
+            # A tensor that is turned in place (`t_`) is the same object at the same address.
             if reference() is not tensor or lies != tensor.data_ptr() or looks[0] != geometry(tensor):
                 return number
         return min(len(state), len(self.looks))
@@ -395,6 +396,7 @@ class MetTensors:
         first: dict[int, tuple[int, int, int]] = {}
         places: dict[int, int] = {}
         for name, tensor in tensors.items():
+            # A tensor of the batch may be one of the state, too, or come twice.
             known, again = self.number(tensor), places.get(id(tensor))
             if known is not None or again is not None:
                 found.append((name, known, again))

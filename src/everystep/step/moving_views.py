@@ -72,7 +72,7 @@ def _loosened(func: Any, tokens: tuple[Any, ...], geometry: tuple[Any, ...]) -> 
     """
     name, (_, _, stride, _) = func.overloadpacket.__name__, geometry
     places = _PLACING.get(name, ())
-    if not places or len(tokens) < 2:  # torch leaves out what is as by default
+    if not places or len(tokens) < 2:  # torch omits arguments that have their defaults
         return tokens
     if name != "as_strided":
         dimension = tokens[1][1]  # perhaps of another call, on a tensor of more dimensions

@@ -176,7 +176,7 @@ class _Code:
         for table in tables:
             names = [n for n, each in table.items() if type(each) is FunctionType and n != "step"]
             if names:
-                read = itemgetter(*names, names[0])  # of one name, it would return no tuple
+                read = itemgetter(*names, names[0])  # for a single name, it would return no tuple
                 self._functions.append((table, read, read(table)))
         functions = (each for _, _, known in self._functions for each in known)
         self._is_known = all(map(_is_written_by_torch, functions))

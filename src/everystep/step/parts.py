@@ -158,6 +158,7 @@ class Parts:
                     gradient_names.append((tensor, f"gradient/{path}"))
         for leaf, name in gradient_names:
             gradient = leaf.grad
+            # A sparse gradient is not a tensor of the state: snapshots keep its indices and values.
             if gradient is not None and gradient.layout is torch.strided:
                 found[name] = gradient
         return found
@@ -339,6 +340,7 @@ def with_inner(named: Mapping[str, Any]) -> dict[str, Any]:
         known |= {id(each) for each in (part.modules() if isinstance(part, nn.Module) else [part])}
     for name, part in [*found.items()]:
         if not isinstance(part, _WHOLE):
+            # The search stops at what is known, so it would not look into this part.
             known.discard(id(part))
             _add(found, _within(part, name, known, _WHOLE))
     for name, part in [*found.items()]:
@@ -438,6 +440,7 @@ def _within(
         inner = iter(vars(value).items())
     else:
         return
+    # Before its items, which may lead back to it.
     known.add(id(value))
     for key, item in list(inner):
         if isinstance(item, Tensor | dict | list | tuple) or hasattr(item, "__dict__"):

@@ -42,7 +42,7 @@ from everystep.step.state import State, copy_of, same_bits
 
 __all__ = ["PartsState", "Rest"]
 
-#: Of what cannot be restored.
+#: Names in a message about what cannot be restored.
 MOST_NAMED = 5
 #: Attributes of every module, which are written in another way, or are hooks.
 _OF_MODULES = frozenset(vars(nn.Module()))

@@ -129,6 +129,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         self.is_remembered = True
         known = self.paths.beginning_after(left)
         if known is not None:
+            # If nothing has changed since the last step, the tensors need not be compared again.
             root, same = known
         else:
             same = self.tensors.same(state)
@@ -164,6 +165,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
     def module_done(self, path: str, outputs: list[Tensor]) -> None:
         """Note the output of a module; of several calls, the last that gradients flow through."""
         has_gradients = torch.is_grad_enabled()
+        # A pass without gradients, such as an evaluation, is not the one that is trained.
         kind = "output" if has_gradients else "last output"
         self.happens(
             *("module", path, has_gradients), tensors=outputs, marked=lambda: [(kind, path, outputs)]
@@ -275,13 +277,14 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         base, outside = self.tensors.bases.get(origin), self.outside
         if base is not None:
             content, call = outside.of_part(tensor, base), None
+            # With gaps, its bytes are not one piece of the data.
             read = (tensor, [base]) if tensor.is_contiguous() else None
         else:
             content = outside.of(tensor)
             call = self.gathered.get(tensor.untyped_storage()._cdata)
             read = None if call is None else places_read(*call)
         cut = None if read is None else outside.cut(*read, content.nbytes)
-        # A tensor that reads it may be a view of another shape.
+        # The tensor may be a view of another shape: only one of all the bytes shows their rows.
         has_rows = call is not None and read is None and tensor.dim() and content.nbytes == tensor.nbytes
         self.brought[origin] = Brought(content, cut, max(len(tensor), 1) if has_rows else 1)
 
@@ -376,6 +379,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
 
     def allow_changes(self, since: Sequence[int | None]) -> None:
         """Do not count the changes of the state since `state_versions` returned `since`."""
+        # The base moves by these changes alone, so that all others still count.
         counts = zip(self._versions, since, self.state_versions(), strict=True)
         self._versions = [n if n is None or a is None or b is None else n + b - a for n, a, b in counts]
 
@@ -545,6 +549,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         before, count = self._versions, len(self._versions)
         return tuple(
             [
+                # A tensor that came in this step has no count from before it.
                 None if type(n) is tuple or n >= count or now is None else now - (before[n] or 0)
                 for (_, now, _), n in zip(versions.values(), bound, strict=True)
             ]
