@@ -198,6 +198,7 @@ class Acceleration:
         logged = self._by_python(number, batch)
         # Python takes the step in any case; only what the program adds counts as its cost.
         started, (_, seen) = clock.now(), self.watched.last
+        # Of unknown code, only a step that does what an earlier one did shows what later ones do.
         if not self._is_known and not (isinstance(seen, Cursor) and seen.is_followed):
             kind.unlike += 1
             if kind.unlike == MOST_UNLIKE:

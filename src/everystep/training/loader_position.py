@@ -209,6 +209,7 @@ class LoaderPosition:
             return
         if goal is not None and goal.has_workers:
             self._start_workers(batches, goal)
+        # Before the iterator is made, which starts workers that stay.
         self._has_workers = getattr(batches, "_iterator", None) is not None
         iterator = self._skipped(batches, goal) if goal is not None and goal.taken else None
         self.has_skipped = iterator is not None
@@ -216,7 +217,7 @@ class LoaderPosition:
             self._reached()
         self.goal = None
         quiet, draws = is_quiet(batches), type(batches) not in (list, tuple)
-        # A resumed training begins with the generators of state 0; the effects of a draw repeat.
+        # The first draw is compared with state 0, from which a resumed training begins.
         after = self._at_first if self._call == 0 else {}
         while True:
             self.generators = {}
@@ -265,6 +266,7 @@ class LoaderPosition:
             return iter(batches)
         first = goal.step - goal.taken + 1
         draw = goal.draw_of(first)
+        # The first draw has no generators of its own where it used those of state 0.
         self._restore({**(goal.at_first if goal.call == 0 else {}), **draw.generators})
         iterator: Any = iter(batches)
         by_sampler = is_indexed(batches)

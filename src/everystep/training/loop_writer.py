@@ -230,6 +230,7 @@ class LoopWriter(RunWriter):
         if later is None or later.step != self.step:
             return
         is_between = later.settings.get("place", {}).get("is_between", False)
+        # A snapshot from between two epochs has what that code did, which the end of a step has not.
         if is_between != place.get("is_between", False):
             return
         self.later = None

@@ -78,6 +78,7 @@ class Recording(Generic[R]):
         self._checked: set[Any] = set()
         self._was_count_read = False
         self._is_writing = False
+        # Ctrl-C ends a step at once, as in any loop, unless it is being written; SIGTERM waits.
         self._interrupt = Interrupt(
             self._terminated, lambda number: number == signal.SIGTERM or self._is_writing
         )

@@ -314,6 +314,7 @@ class WatchedSteps:
         known = {*known, *self._written_unseen(state)}
         self._exposed, self._lying = {}, {}
         if before == now and not known and not drawn:
+            # Nothing has changed, so the next step begins as the last one ended.
             self._left = self._ending
             return None
         self._left = self._ending = None
