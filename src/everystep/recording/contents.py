@@ -63,7 +63,7 @@ FILES = 16
 _SMALLEST_ROW = 64
 #: A place in data: little-endian, 4 bytes.
 _PLACE = "<i4"
-#: Fewer bytes than this are copied sooner than passed on.
+#: To copy fewer bytes than this takes less time than a second call.
 _SHORT = 4096
 
 

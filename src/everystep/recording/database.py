@@ -140,7 +140,7 @@ class Database(Blocks):
     def transaction(self) -> Iterator[None]:
         """Commit all writes inside together, or none."""
         with _writing(self.path):
-            # The lock is taken now: to get it at the first write may fail at once, without patience.
+            # The lock is taken now: to take it at the first write may fail at once, without a wait.
             self.connection.execute("BEGIN IMMEDIATE")
             try:
                 yield

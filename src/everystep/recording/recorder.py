@@ -138,7 +138,7 @@ class Recorder:
             try:
                 closing.enter_context(locked(self._home.here))
                 closing.callback(self._remove_spare)
-                # Freed to write that the disk is full. No file system packs random bytes.
+                # Room for the last facts on a full disk; no file system can compress random bytes.
                 (self._home.here / SPARE_NAME).write_bytes(os.urandom(_SPARE))
                 (self._home.here / SNAPSHOTS).mkdir(exist_ok=is_resumed)
                 contents = {name: text.encode() for name, text in texts.items()}
