@@ -39,7 +39,7 @@ _SAME_AS: dict[str, Callable[[list[Any], Tensor], Call]] = {
     "aten.new_zeros.default": lambda arguments, result: result.zero_,
 }
 
-#: In the names of linear algebra, which `out=` may be given no part of a shared storage.
+#: Parts of the names of linear algebra: its `out=` may not be a part of a shared storage.
 _OF_MATRICES = ("linalg_", "cholesky", "triangular", "geqrf", "orgqr", "ormqr", "lu_")
 
 #: Losses that ATen computes element by element, and then takes the mean or the sum of.

@@ -260,7 +260,7 @@ def results_on_meta(operation: Operation, tensors: Mapping[str, Tensor]) -> list
         Exception: any error of torch for tensors that do not fit.
     """
     operator = operation.resolved
-    if isinstance(operator, OptimizerOperator):  # Python, which reads numbers that these have not
+    if isinstance(operator, OptimizerOperator):  # its Python reads numbers, which meta does not have
         raise NotImplementedError
     arguments = [decode(value, tensors.__getitem__) for value in operation.arguments]
     keywords = {k: decode(v, tensors.__getitem__) for k, v in operation.keywords.items()}
