@@ -333,7 +333,7 @@ def _fork_alone(asked: Fork, progress: Progress) -> Outcome:
         tops.append(place := create_directory(wanted, f"{run.name}-fork"))
         fork = replace(asked, run=of_rank).facts(asked.last).model_copy(update={"changed": changed})
         facts = Facts(name=place.name, started=now(), steps=asked.last, trained=trained, fork=fork)
-        # Only what changed is new: all batches are as far within a budget as the parent's.
+        # The batches are the parent's, which kept to its budget; only what changed is new.
         recorder = Recorder(place, facts, asked.budget, of_rank, at, math.inf, beginning=state)
         return recorder, facts
 
@@ -413,7 +413,7 @@ def _fork_objects(
         known = {each.class_name for each in facts.schedulers.values()} if is_known else set()
         goes_on = type(own.scheduler).__name__ in known
         training = job.training
-        # A loss with different numbers than the parent's in state 0 stays unchanged.
+        # A loss that differs from the parent's in state 0 is a change of the user's, and stays.
         first = None if is_own else asked.run.state_near(0)
         kinds = ["model", *["loss"] * (first is None or not _has_other_loss(training, first))]
         kinds += ["optimizer"] * (

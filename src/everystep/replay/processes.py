@@ -161,7 +161,7 @@ def pool(
     begin = {"initializer": _begin, "initargs": (threads, alive, in_order)}
     executor = ProcessPoolExecutor(count, env=environment, **begin)
     try:
-        before = _mask(signal.SIG_BLOCK)  # until it has prepared itself
+        before = _mask(signal.SIG_BLOCK)  # Ctrl-C would end it before it ignores that
         try:
             executor.submit(os.getpid)  # starts the first
         except OSError as error:

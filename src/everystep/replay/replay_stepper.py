@@ -159,7 +159,7 @@ class ReplayStepper:
 
         def is_of_model(name: str) -> bool:
             kind, _, path = name.partition("/")
-            # Layers may have come on the way.
+            # Layers may have been added during the training.
             is_new = kind == "parameter" and "#" not in path and name not in others
             return is_new or (kind in ("parameter", "buffer") and path in known)
 
