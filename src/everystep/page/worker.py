@@ -148,7 +148,7 @@ def answers(
 def main() -> None:
     """Answer until stdin is closed."""
     end_with_stdin()
-    warnings.simplefilter("ignore", DamageWarning)  # who asks reports damage
+    warnings.simplefilter("ignore", DamageWarning)  # the process that asks reports damage
     interruption = Interruption()
     limit_memory()
     numerics.prepare()
@@ -175,7 +175,7 @@ def _why(step: Step, run: Run, asked: dict[str, Any]) -> dict[str, Any]:
     wanted = asked["name"] or spot_of(step, run.facts, asked["id"], asked["index"])
     found = why(step, wanted, back=1, terms=TERMS)
     if found.origin == "state" and found.causes and found.began is None:
-        found = found.causes[0]  # it is followed into the state before
+        found = found.causes[0]  # the answer that follows the number into the state before
     return found.data()
 
 
