@@ -427,6 +427,7 @@ def held(token: Any) -> Any:
     if kind == "n":
         return value
     if kind == "c":
+        # A plain text would be read as a reference to a tensor.
         return ("text", value) if isinstance(value, str) else value
     return f"%{value}"
 

@@ -197,6 +197,7 @@ class PartsState:
         saved = {name: saved[name] for name in state.settings["names"] if name in saved} | saved
         self._make_buffers(parts, state, saved)
         try:
+            # An object may hold a parameter or a buffer, too, and must get the same tensor again.
             of_modules = ("parameter/", "buffer/")
             shared = {n: each for n, each in parts.state().items() if n.startswith(of_modules)}
             for name in parts.named:
@@ -483,6 +484,7 @@ def _share(live: Mapping[str, Tensor], shared: Mapping[str, Any] | None) -> None
     """
     if shared is None:  # of an earlier version
         return
+    # First apart, then together: a tensor may have moved from one memory to another.
     for name, place in _shared(live).items():
         if shared.get(name) != place:
             live[name].set_(live[name].clone())  # type: ignore[call-overload]
@@ -561,6 +563,7 @@ def _restore_groups(
 
 def _is_equal(one: Any, two: Any) -> bool:
     """Return whether two settings are written alike."""
+    # As texts, NaN equals NaN, and 1 differs from True.
     return json.dumps(one, sort_keys=True) == json.dumps(two, sort_keys=True)
 
 

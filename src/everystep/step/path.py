@@ -115,6 +115,7 @@ class Path:
     @cached_property
     def digest(self) -> bytes:
         """Stands for all but the lines of code (BLAKE2, 128 bits)."""
+        # Steps that do the same from different lines of code share a program.
         parts = [getattr(self, each.name) for each in fields(self) if each.name != "lines"]
         return blake2b(repr(parts).encode(), digest_size=16).digest()
 
@@ -375,6 +376,7 @@ class PathWriter:
         places = {tensors[number].storage for number in named}
         for storage in (place for place in places if storages[place].kind == "input"):
             ends = (extent_of(each.geometry)[1] for each in tensors if each.storage == storage)
+            # A copy, since many paths share one storage object.
             storages[storage] = storages[storage].model_copy(update={"bytes": max(ends)})
 
 
