@@ -497,6 +497,7 @@ class Repeats:
         for digest in [digest for digest in new if digest in self._known]:
             if may_be_old or self._are_fresh(self._files_of([digest]), step):
                 del new[digest]
+        # Repeated steps are only compared: the run does not change before the first new one.
         if new and step > self._recorded:
             places = None if cut is None else self._places(step, pieces[0], cut)
             if places is None:
