@@ -44,6 +44,7 @@ class Interpreter:
 
     def __init__(self, program: Program, device: torch.device) -> None:
         made = program.of_kind("temporary")
+        # Results are freed once nothing needs them, so only the largest is sure to be there.
         check_memory(max([program.storages[name].bytes for name in made], default=0), device)
         self.program = program
         self._device = device
@@ -147,6 +148,7 @@ class Interpreter:
             differs = differs or (found and f"operation #{index}, {call.operation.operator}, {found}")
             for look in looks.get(index, ()):
                 look(environment.tensor)
+            # After the looks, which may still read these.
             environment.free(self._over_after.get(index, ()))
         loss = None if self.program.loss is None else environment.tensor(self.program.loss).clone()
         ends = {name: environment.tensor(tensor) for name, tensor in self.program.ends.items()}
