@@ -114,6 +114,7 @@ class Fork:
     def stretch(self) -> Stretch:
         """The part of the parent that the state belongs to."""
         stretches = self.run.stretches
+        # The state may be the last of a stretch, but the fork takes the steps that follow it.
         return stretches[stretch_at(stretches, self.at + 1)]
 
     def facts(self, steps: int) -> ForkFacts:

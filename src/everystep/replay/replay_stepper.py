@@ -102,6 +102,7 @@ class ReplayStepper:
         if not isinstance(names, list):
             raise RunError(f"state {state.step} of {self._run.name} is not a state of watched steps")
         named = state.named() | {n: t for n, t in state.rest.items() if n.startswith(PREFIX)}
+        # An error on the way leaves no state, not a part of one.
         self.state = None
         self._tensors.clear()  # those of a large model take much memory
         self._begin(state.step, self._here({n: named[n] for n in names if n in named}))

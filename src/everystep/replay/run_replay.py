@@ -187,6 +187,7 @@ class Replay:
 
     def recorded_losses(self, first: int, last: int) -> list[float]:
         """Return the recorded losses of steps, as far as they exist."""
+        # A training still adds losses, so no block of them would be whole.
         if not self._is_over or first < 1 or last - first >= BLOCK:
             return self.run.losses_between(first, last)
         found: list[float] = []

@@ -377,6 +377,7 @@ class _StepsAlone:
         """
         stepper, begin = self.stepper, self.stepper.state
         assert begin is not None
+        # Only code of the user's may act differently after another number that it reads.
         if not self.is_loop:
             return len(stepper.run(last, self.ranks[0])), None
         saved = stepper.save()
@@ -409,6 +410,7 @@ class _StepsAlone:
             count, reason = self.run(writer.next_stop(last, one_by_one=stops_on_nan))
             if not count:
                 break
+            # Before `write`, which takes the losses out.
             loss = self.ranks[0].losses[begin + count]
             for rank in self.ranks:
                 rank.write(begin + 1, begin + count)
