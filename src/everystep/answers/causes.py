@@ -186,6 +186,7 @@ def _of_another_operation(
     Without such a setting of torch's own code, return the calls that only one step has.
     """
     near = [each for side in found.sides for each in _near(side, evidence)]
+    # What torch's own code does follows from its settings alone.
     if near and all(each.is_torchs for each in near):
         texts = _texts(near)
         return texts if len(texts) == 1 else [f"one or more of: {'; '.join(texts)}"]

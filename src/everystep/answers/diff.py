@@ -449,6 +449,7 @@ def footprints(
             at = replay.stretch_of(number)
             stepper = replay.go_to(number - 1, at)
             digests: dict[str, str] = {}
+            # Else it is the state after the step before, which has its digests there.
             if number in (first, replay.stretches[at].first):
                 named = sorted(stepper.named_state().items())
                 digests[BEFORE] = repr([(name, digest_of(tensor)) for name, tensor in named])

@@ -198,6 +198,7 @@ class Session:
                 "followed; use everystep.open(run).why(step, expression, back=...)"
             )
         for each in range(max(number - self._together + 1, 1), number):
+            # A step on the way may be lost; only the wanted one must open.
             with suppress(NotReplayedError):
                 self._first.earlier(each)
         return self._first.earlier(number)
@@ -435,6 +436,7 @@ class Session:
             for part in made.terms if isinstance(made, Sum) else (made,):
                 for piece in part.given.values():
                     after = origin.operation + piece.is_result
+                    # What the step has written is followed further; the rest was there before it.
                     if min(trace.writers(piece.name), default=after) < after:
                         waiting += [Spot(piece.name, piece.at(k), after) for k in range(piece.size)]
                     else:
