@@ -506,6 +506,7 @@ class _Restoring:
 
     def set_attributes(self, value: Any, nodes: Mapping[str, Any], prefix: str) -> None:
         """Set the attributes of an object to the values of nodes."""
+        # Through `vars`, since a frozen dataclass refuses `setattr`.
         own = vars(value)
         if isinstance(value, torch.optim.Optimizer):
             for name in own.keys() - nodes.keys() - _OF_TORCH:

@@ -300,6 +300,7 @@ class StandIn:
         self.live.put(self._built.numbers(numbers))
         taken = TakenByProgram(self.path, numbers, self._contents)
         if self._draws:
+            # Later draws begin where the first one leaves the generator.
             taken.generators[0] = torch.get_rng_state()
         return taken
 
@@ -384,6 +385,7 @@ class StandIn:
             return "a Python number in the step changes from step to step; compute it with tensors"
         for storage, content in self._contents.items():
             now = seen.from_outside(storage)
+            # An unchanged tensor has the same copy, which needs no comparison.
             if now is None or not (now.content is content or same_bits(now.content, content)):
                 return "a tensor from outside changes; make it a part, or pass it in the batch"
         plain = {name: value for name, value in logged.items() if not isinstance(value, Tensor)}
