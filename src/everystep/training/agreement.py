@@ -173,6 +173,7 @@ class Agreement:
             return own
         states = [row.step for row in own.own_snapshot_rows()]
         known = self._shared("states", [states, own.newest_step()])
+        # A kill ends the ranks at different steps, and with different states on the disk.
         of_all, steps = zip(*known, strict=True)
         own.common_states = frozenset.intersection(*map(frozenset, of_all))
         own.common_steps = min(steps)
