@@ -193,6 +193,7 @@ class Database(Blocks):
             RunError: one is not of the run.
         """
         names = [*names]
+        # Before anything is forgotten: names in a stranger's database may lead anywhere.
         paths = [own_path(self.path.parent, name) for name in names]
         with self.transaction():
             yield
