@@ -98,6 +98,7 @@ class BoundProgram:
             name: tensor_on(anchors[spec.storage].storage, spec, anchors[spec.storage].start)
             for name, spec in program.tensors.items()
         }
+        # Many storages are on the shared block, which counts once.
         sizes = {each.storage.data_ptr(): each.storage.nbytes() for each in temporary.values()}
         self.temporary_bytes = sum(sizes.values())
         used = Counter(spec.storage for spec in program.tensors.values())
@@ -269,6 +270,7 @@ def _temporary(program: Program, device: torch.device, steady: Collection[int]) 
     # What runs once must keep its results for all steps.
     made = (name for place in steady for name in program.operations[place].changed())
     kept = shown_storages(program) | program.storages_of(made)
+    # The shared block is on the device, and its content is lost within the step.
     alone = {name for name in names if name in kept or program.storages[name].host}
     offsets, size = plan_memory(program, [name for name in names if name not in alone])
     check_memory(size + sum(program.storages[name].bytes for name in alone), device)

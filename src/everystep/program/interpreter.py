@@ -172,6 +172,7 @@ class Interpreter:
                     f"{name} of the state is {what}, but the step needs {spec.shape} {spec.dtype}"
                 )
             on.setdefault(spec.storage, []).append(name)
+        # Tensors on one storage move together, or they would no longer share it.
         for storage, names in on.items():
             places = {state[name].untyped_storage().data_ptr() for name in names}
             if len(places) == 1 and all(lies_as(state[name], self.state[name]) for name in names):
