@@ -349,6 +349,7 @@ def _fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome
     if experiment is None:
         raise RunError(f"{asked.run.name} has no experiment: {EXPERIMENT_FILE} is missing")
     old, new = load(experiment), load(experiment, asked.settings)
+    # A file that the user names may be read; those that only the run names may be a stranger's choice.
     note_named(set(new.data.files) - set(old.data.files))
     device = select(new.device)
     old, new = old.with_fused(device.type), new.with_fused(device.type)

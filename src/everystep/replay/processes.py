@@ -310,6 +310,7 @@ class Opener:
         objects: Objects | None = None,
         counting: CountingSteps = uncounted,
     ) -> None:
+        # As early as possible: it has no effect on a library that has already computed.
         numerics.prepare()
         self.run = run
         self._counting = counting

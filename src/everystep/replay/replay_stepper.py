@@ -153,6 +153,7 @@ class ReplayStepper:
         dropped: set[str] = set()
         if not self._is_own_loop:  # its snapshots have what changed after the step
             self.settle()
+            # Snapshots of the training have only the gradients that a later step reads.
             dropped = {n for n in self._tensors if n.startswith("gradient/")} - self._names_read()
         copied: Callable[[Tensor], Tensor] = Tensor.cpu if is_live else copy_of
         copies = {name: copied(t) for name, t in self._tensors.items() if name not in dropped}

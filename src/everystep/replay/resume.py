@@ -243,6 +243,7 @@ def resume_experiment(
         asked.check()
         experiment = known
     else:
+        # The user has named these files, so they may be read.
         note_named(experiment.data.files)
         given = experiment.with_fused(select(experiment.device).type)
         _check_same_experiment(run, known, given)
