@@ -182,6 +182,7 @@ class RowsFollower:
                 return dict(zip(names, record.rows(call), strict=True)), None
             except MixesError as error:
                 return {}, str(error)
+            # Rules are written for usual arguments; rarer ones may not fit them.
             except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
                 return {}, "has no rule for these arguments"
         return (shared, None) if all(each.is_shared for each in given.values()) else ({}, "has no rule")
