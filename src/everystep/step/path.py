@@ -366,6 +366,7 @@ class PathWriter:
     def _named(self, value: Any) -> Any:
         if isinstance(value, str) and value.startswith("%"):
             return f"%{self._number(int(value[1:]))}"
+        # A text of the user's code may begin with `%`, too.
         if isinstance(value, tuple) and value[:1] != ("text",):
             return tuple(map(self._named, value))
         return value
