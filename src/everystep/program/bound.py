@@ -188,6 +188,7 @@ class BoundProgram:
         if isinstance(operator, OptimizerOperator):
             self._optimizers.append(_stepping(operator, arguments, keywords, results))
             return [self._optimizers[-1]]
+        # `put` writes numbers into the arguments, which a prebuilt call has read already.
         made = late_calls if slots else prebuilt_calls
         return made(operator, arguments, keywords, results)
 
