@@ -330,6 +330,7 @@ def _fork_alone(asked: Fork, progress: Progress) -> Outcome:
     def record(of_rank: RecordedRun, state: State) -> tuple[Recorder, Facts]:
         # An experiment of the parent does not describe the fork.
         trained = facts_alone(of_rank, at, lr).model_copy(update={"experiment_file": None})
+        # Rank 0 comes first; the directories of the others lie within its own.
         wanted = tops[0] / of_rank.within if tops else asked.directory
         tops.append(place := create_directory(wanted, f"{run.name}-fork"))
         fork = replace(asked, run=of_rank).facts(asked.last).model_copy(update={"changed": changed})

@@ -221,6 +221,7 @@ def shared(
             yield future.result()
 
 
+# The edition is a key of the cache: a run that was resumed needs another replay.
 @lru_cache(maxsize=2)
 def _replay(directory: Path, threads: int | None, edition: Edition) -> Replay:
     return Replay(RecordedRun(directory), threads=threads)

@@ -159,6 +159,7 @@ class Replay:
         """
         count, seconds = end - begin, 0.0
         if count > 0:
+            # As if a replay took as long as the training did.
             seconds = (self.run.facts.seconds or 0.0) * count / max(1, self.run.newest_step())
         if count <= 0 or seconds < LONG_SECONDS:
             return uncounted("replaying", count)
@@ -314,6 +315,7 @@ class Replay:
         place = self._at, stepper.state
         if place not in self._kept:
             self._kept[place] = stepper.save()
+            # The newest stays, however large it is: stepping back begins there.
             while len(self._kept) > 1 and sum(each.bytes for each in self._kept.values()) > KEPT_BYTES:
                 self._kept.popitem(last=False)
 
