@@ -68,6 +68,7 @@ class Evidence(StepPair):
         self.has_rows = not any(each.loop for each in self._facts)
         self.unseen = list(dict.fromkeys(text for each in self._facts for text in each.unseen))
         self.is_data_drawn = all(each.data.source == "random" for each in self._facts)
+        # An experiment sets its seed before it creates the model; other objects exist already.
         self.is_seeded = all((each.run.directory / EXPERIMENT_FILE).exists() for each in openers)
 
     @property
@@ -244,6 +245,7 @@ def _kept_gradients(found: OperationDifference, evidence: Evidence) -> str | Non
 def _calls(found: OperationDifference, evidence: Evidence) -> Iterator[str]:
     """Yield the later operations that only one step has, or has more often, as text."""
     counts = [
+        # The operations before this one are the same in both.
         Counter((_name(each), each.operation.phase) for each in step.operations[found.index :])
         for step in evidence.steps
     ]
@@ -397,6 +399,7 @@ def _of_inputs(found: OperationDifference, evidence: Evidence, *, is_shape_known
         name = memory_of(each.name)
         if name in evidence.steps[0].batch.tensors:
             yield from _of_batch(name, found, evidence)
+        # The cause of another shape is known already.
         elif is_shape_known and not each.positions:
             continue
         elif name.startswith("group/"):  # a learning rate that is a tensor

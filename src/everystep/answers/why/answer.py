@@ -374,6 +374,7 @@ class Session:
     def _one(self, number: Number, depth: int, back: int) -> Iterator[Why]:
         at = number.spot.after if not number.is_made else ""
         place = number.step, f"{number.rank} {number.name} {at}"
+        # Several ways may lead to one number, which is answered once.
         if place not in self._followed:
             self._followed.add(place)
             yield self.followed(number.why(terms=self._terms), max(depth, 1), back)
@@ -396,6 +397,7 @@ class Session:
             current = number.why(terms=self._terms)
             chain.append(current)
             if len(chain) > 2 * LONGEST:
+                # Readers need both ends of a long way, so the middle goes.
                 del chain[LONGEST]
                 left_out += 1
             # The way may be long, and a step holds all its tensors.
@@ -441,6 +443,7 @@ class Session:
                         waiting += [Spot(piece.name, piece.at(k), after) for k in range(piece.size)]
                     else:
                         found |= trace.rows(piece)
+            # The rest of the way cannot add a row.
             if len(found) == trace.step.batch.count:
                 break
         return tuple(trace.step.batch.number(place) for place in sorted(found))
