@@ -236,6 +236,7 @@ class Recording(Generic[R]):
         """
         _ = self.writer
         steps = self._marked(self._steps(batches), batches, "steps")
+        # Weak, since `break` shows only once nothing holds the iterator.
         self._iterator = weakref.ref(steps)
         return steps
 

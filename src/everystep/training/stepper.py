@@ -336,6 +336,7 @@ class Stepper(Acceleration):
         live, places, batches, first = stand_in.live, stand_in.places, self._rows, self.step + 1
         assert live is not None
         size = batches.batches.rows_of(first)
+        # Until the end: an error may leave the state in the middle of a step.
         is_settled, self._is_settled = self._is_settled, False
         taken = stand_in.begin(numbers)
         if batches.is_fixed:
@@ -348,6 +349,7 @@ class Stepper(Acceleration):
                             break
                         batches.into(number, *places)
                     live.run()
+                    # The next step overwrites the memory of the loss.
                     self._losses.append(live.loss.clone())
                     self.step = number
         finally:
