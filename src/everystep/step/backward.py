@@ -47,7 +47,7 @@ class Jump(NamedTuple):
     known: dict[tuple[str, ...], list[int | float]]
 
     def case(self, cursor: UnderWay) -> tuple[str, ...]:
-        """Return the numbers that the graph may have; the text tells -0.0 from 0.0, and NaN is equal."""
+        """Return the numbers that the graph may have, as texts: -0.0 is not 0.0, and NaN is equal."""
         return tuple([repr(cursor.numbers[place]) for place in self.numbers])
 
 

@@ -166,29 +166,29 @@ class Cursor(UnderWay):
         return MISS
 
     def _is_met(self, tensor: Tensor) -> bool:
-        """Tell whether a tensor is on memory that the step knows, and not as data from outside."""
+        """Return whether a tensor is on memory that the step knows, and not as data from outside."""
         place = self.tensors.place(tensor.untyped_storage())
         return place is not None and not self._is_data(place)
 
     def _is_met_or_read(self, tensor: Tensor) -> bool:
-        """Tell whether a tensor is on memory that the step knows, or has read a part of."""
+        """Return whether a tensor is on memory that the step knows, or has read a part of."""
         storage = tensor.untyped_storage()
         return storage._cdata in self.tensors.parts or self.tensors.place(storage) is not None
 
     def _is_data(self, place: int) -> bool:
-        """Tell whether memory is from outside, and the step has not changed it."""
+        """Return whether memory is from outside, and the step has not changed it."""
         if self.tensors.known[place].kind != "input":
             return False
         operations = [entry.operation for entry in self.at.from_root() if entry.operation is not None]
         return not any(place in operation.writes for operation in operations)
 
     def _is_part(self, tensor: Tensor) -> bool:
-        """Tell whether a tensor is a part of data from outside, which the step has not changed."""
+        """Return whether a tensor is a part of data from outside, which the step has not changed."""
         is_part = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.itemsize
         return is_part and not self._is_met(tensor) and not tensor.requires_grad
 
     def _is_drawn(self, tensor: Tensor) -> bool:
-        """Tell whether the step has drawn a tensor at random, from nothing else."""
+        """Return whether the step has drawn a tensor at random, from nothing else."""
         number, entry = self.tensors.number(tensor), self.at
         while number is not None and entry.parent is not None and number < entry.parent.met:
             entry = entry.parent
@@ -466,7 +466,7 @@ class Cursor(UnderWay):
                 self.written_outside[origin] = f"{text} ({where})" if where else text
 
     def _are_gradients(self, numbers: Sequence[int]) -> bool:
-        """Tell whether tensors are on the memory of gradients from before the step."""
+        """Return whether tensors are on the memory of gradients from before the step."""
         marks = self.at.from_root()[0].marks
         gradients = [m.numbers[0] for m in marks if m.name.startswith("gradient/")]
         return {*self.tensors.origins_of(numbers)} <= {*self.tensors.origins_of(gradients)}

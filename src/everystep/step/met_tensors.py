@@ -267,7 +267,7 @@ class MetTensors:
             self._brought.clear()
 
     def lies_as(self, tensor: Tensor, token: Any) -> bool:
-        """Tell whether a tensor after the step is the one that a number, or a place, stands for."""
+        """Return whether a tensor after the step is the one that a number, or a place, stands for."""
         if type(token) is tuple:
             known = self.place(tensor.untyped_storage())
             return known == token[0] and bool(self.geometry(tensor, token[0]) == token[1])
@@ -278,7 +278,7 @@ class MetTensors:
         return tuple(dict.fromkeys([self.known[number].origin for number in numbers]))
 
     def is_within(self, number: int) -> bool:
-        """Tell whether a tensor lies within those kept, if the batch or the state has its memory.
+        """Return whether a tensor lies within those kept, if the batch or the state has its memory.
 
         Memory that the step has overwritten is kept as far as it did so.
         """
@@ -336,7 +336,7 @@ class MetTensors:
         return "c", value, kind, repr(value)
 
     def fits(self, token: Any, value: Any) -> bool:
-        """Tell whether an argument is the one of a token; note it if the step meets it here."""
+        """Return whether an argument is the one of a token; note it if the step meets it here."""
         kind = token[0]
         if kind == "r":
             return value is not None and self.lies_as(value, token[1])
@@ -357,7 +357,7 @@ class MetTensors:
         return isinstance(value, Tensor) and self.holds(value) and self._fits_new(token, value)
 
     def holds(self, tensor: Tensor) -> bool:
-        """Tell whether a program can hold a tensor: a plain one, or the conjugate of one that it has."""
+        """Return whether a program can hold a tensor: plain, or the conjugate of one that it has."""
         if is_plain(tensor):
             return True
         if not tensor.is_conj():
@@ -442,7 +442,7 @@ def tensor_tokens(tokens: Iterable[Any]) -> Iterator[Any]:
 
 
 def is_plain(tensor: Tensor, *, may_be_conjugated: bool = False) -> bool:
-    """Tell whether a program can hold a tensor: dense, with stored values, of a passive class."""
+    """Return whether a program can hold a tensor: dense, with stored values, of a passive class."""
     return (
         _is_passive(type(tensor))
         and tensor.layout == torch.strided
@@ -458,7 +458,7 @@ def is_plain(tensor: Tensor, *, may_be_conjugated: bool = False) -> bool:
 
 @cache
 def _is_passive(kind: type[Tensor]) -> bool:
-    """Tell whether a class of tensors leaves torch's functions and operators as they are.
+    """Return whether a class of tensors leaves torch's functions and operators as they are.
 
     A class derived from `Parameter` does, unless it defines more.
     """

@@ -66,7 +66,7 @@ class MovingViews:
 def _loosened(func: Any, tokens: tuple[Any, ...], geometry: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the tokens of a call, with any integers in place of those that place its result.
 
-    Not where the offset of the result does not tell them, as in an expanded dimension.
+    Not where the offset of the result does not show them, as in an expanded dimension.
 
     geometry: of the tensor that it is a view of.
     """

@@ -155,7 +155,7 @@ def is_torchs_optimizer(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def has_own_zero_grad(optimizer: torch.optim.Optimizer) -> bool:
-    """Tell whether an optimizer has a custom zero_grad."""
+    """Return whether an optimizer has a custom zero_grad."""
     usual = torch.optim.Optimizer.zero_grad
     return type(optimizer).zero_grad is not usual or "zero_grad" in vars(optimizer)
 

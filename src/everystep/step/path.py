@@ -8,9 +8,9 @@ them:
     ("a", k, place, geometry)      another tensor on memory that the step knows; it becomes k
     ("x", k, about, geometry)      the first tensor on memory from outside; it becomes k
     ("p", k, place, geometry)      a part of data from outside, at any place in it; it becomes k
-    ("c", value, type, text)       a constant; the text tells -0.0 from 0.0, and finds NaN equal
+    ("c", value, type, text)       a constant; the text distinguishes -0.0 from 0.0, and finds NaN equal
     ("n", type)                    a slot: the number belongs to the step
-    ("i",)                         any integer: where a view begins, which its offset tells
+    ("i",)                         any integer: where a view begins, which its offset shows
     ("l", tokens)                  a list
 """
 
@@ -90,8 +90,8 @@ class SeenOperation(NamedTuple):
 class Path:
     """What one step did, without its numbers and the content of its inputs.
 
-    Two are equal if their digests are: unlike the values themselves, those tell 1 from True, and -0.0
-    from 0.0.
+    Two are equal if their digests are: unlike the values, these distinguish 1 from True, and -0.0 from
+    0.0.
 
     named: the tensors of the state and of the batch, by name; ends: the tensor of each state name after
     the step, if it is another; gone: names that no longer exist; gradients: as an optimizer found them;

@@ -228,7 +228,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         """Watch again if what ran unwatched has raised."""
 
     def is_on_known(self, tensor: Tensor) -> bool:
-        """Tell whether a tensor is on memory that the step knows, or on none."""
+        """Return whether a tensor is on memory that the step knows, or on none."""
         return not is_plain(tensor) or self.tensors.place(tensor.untyped_storage()) is not None
 
     def marks(self, marked: Marked) -> list[Mark]:
@@ -253,7 +253,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         return number
 
     def is_unread(self, number: int) -> bool:
-        """Tell whether a tensor is on memory from outside that no operation has read yet."""
+        """Return whether a tensor is on memory from outside that no operation has read yet."""
         origin = self.tensors.known[number].origin
         return self.tensors.known[origin].kind in ("input", "part") and origin not in self.brought
 
@@ -463,7 +463,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         return ending.path
 
     def _ends_as(self, ending: Ending, state: Mapping[str, Tensor], loss: Any) -> bool:
-        """Tell whether the step has ended as an earlier one."""
+        """Return whether the step has ended as an earlier one."""
         lies_as, known = self.tensors.lies_as, ending.loss
         if ending.names != tuple(state) or not all(map(lies_as, state.values(), ending.bound)):
             return False
@@ -507,7 +507,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         return ending
 
     def _is_written_since(self, number: int) -> bool:
-        """Tell whether an operation has written into the memory of the loss since it was logged."""
+        """Return whether an operation has written into the memory of the loss since it was logged."""
         entry, origin = self.at, self.tensors.known[number].origin
         while entry is not self.loss_at and entry.parent is not None:
             if entry.operation is not None and origin in entry.operation.writes:
