@@ -272,6 +272,7 @@ class LoaderPosition:
         by_sampler = is_indexed(batches)
         for place in range(self.taken):
             if place and not by_sampler and goal.size is None:
+                # Between the batches, the loop drew from the same generators.
                 draw = goal.draw_of(first + place)
                 self._restore(draw.generators)
             try:

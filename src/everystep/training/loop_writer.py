@@ -113,6 +113,7 @@ class LoopWriter(RunWriter):
         taken = self.step - self.start
         if taken >= RECENT and not taken & (taken - 1) and not self.recorder.is_estimated:
             self.flush()
+            # After the flush, since it is made from what has been written.
             self.recorder.estimate(self._place.ahead(self.step))
 
     def keep(self) -> None:

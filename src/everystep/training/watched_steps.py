@@ -135,7 +135,7 @@ class WatchedSteps:
         watch = Cursor(self._paths, self.parts.device, self.follower, self._outside)
         step = StepUnderWay(watch, self.parts.rates())
         watch.begin(state, self._versions, self._ending if state is self.state else self._left)
-        self.state = None  # which would hold gradients that the step drops
+        self.state = None  # it would hold gradients that the step drops
         watch.gradient_copies = self.gradient_copies
         self._left = None
         self.follower.step_begins()
@@ -360,7 +360,7 @@ class WatchedSteps:
         return [name for name, digest in exposed if digest_of(state[name]) != digest]
 
     def is_as_after(self, state: dict[str, Tensor]) -> bool:
-        """Tell whether the state is still that after the last step."""
+        """Return whether the state is still that after the last step."""
         # A program writes gradients as Python does, and nothing has run since.
         is_counted = self._is_still or self._versions == versions_by_name(state)
         return is_counted and not self._written_unseen(state)
