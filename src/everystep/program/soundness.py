@@ -438,7 +438,7 @@ _SHAPES: dict[str, Callable[[Given], bool]] = {
 
 
 def is_known_sound(text: bytes) -> bool:
-    """Tell whether a program with this text passed the same check before."""
+    """Return whether a program with this text passed the same check before."""
     with suppress(OSError):
         return _mark(text).is_file()
     return False

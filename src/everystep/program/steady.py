@@ -62,7 +62,7 @@ def steady_operations(program: Program) -> set[int]:
 
 
 def has_fixed_shapes(program: Program) -> bool:
-    """Tell whether no result has a shape that depends on the numbers in tensors."""
+    """Return whether no result has a shape that depends on the numbers in tensors."""
 
     def indices(operation: Operation) -> Iterator[torch.dtype]:
         for name in references(operation.given().get("indices")):
