@@ -236,7 +236,7 @@ def read_contents(directory: Path, places: Mapping[bytes, Place], given: Given) 
 def _read_piece(
     directory: Path, kind: bytes, piece: Place, source: Place | None = None, size: int = 0
 ) -> bytes:
-    """Return the bytes of a piece; of one that was cut out of `source`, of which there are `size`.
+    """Return the bytes of a piece; `size` of them, if it was cut out of `source`.
 
     Raises:
         RunError: they are not those that were recorded.
@@ -385,7 +385,7 @@ class Repeats:
                 found.append(now)
         new = compare(found)
         self._close_files(rows[-1].step)
-        old = self.oldest(self._budget, spared=self._newest)  # which the steps just taken need
+        old = self.oldest(self._budget, spared=self._newest)  # the steps just taken need that file
         lost_to = max([self.lost_to, *(self.files[number].newest_step for number in old)])
         with self._database.removing(self.drop(old)):
             self._database.enter(self._rows)
@@ -412,7 +412,7 @@ class Repeats:
     def forget(self, not_kept: Sequence[NotKeptFacts], resumed: Sequence[tuple[int, int]]) -> None:
         """Give up what repeats steps; to be called in a transaction.
 
-        not_kept: the steps; resumed: first and last steps of which a resume may need the draws.
+        not_kept: the steps; resumed: ranges of steps; a resume may need their draws.
         """
         for each in not_kept:
             since = min((begin for begin, end in resumed if end >= each.first), default=each.last + 1)
