@@ -337,7 +337,7 @@ class Watches(FileSystemEventHandler):
 
 
 def _place(directory: Path) -> tuple[int, int] | None:
-    """Return what tells a directory from another one at its path; None if there is none."""
+    """Return what distinguishes a directory from another one at its path; None if there is none."""
     try:
         stat = directory.stat()
     except OSError:
