@@ -141,7 +141,7 @@ def _into_results(
     variant = out_variant(operator)
     # Kernels refuse to write into a tensor with several elements in one place.
     can_be_given = all(r is not None and not repeats(r) for r in results)
-    can_be_given &= str(operator) not in _ELEMENTWISE_LOSSES  # which resize the tensor that they get
+    can_be_given &= str(operator) not in _ELEMENTWISE_LOSSES  # these resize the tensor that they get
     # Linear algebra asks whether tensors are on one storage, and takes that for the same memory.
     can_be_given &= not any(part in str(operator) for part in _OF_MATRICES)
     if str(operator) == "aten.native_batch_norm.default":
