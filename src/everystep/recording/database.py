@@ -244,7 +244,7 @@ class Database(Blocks):
 
     def measurement_ends(self) -> list[MeasurementEnds]:
         """Return how many values each measurement has, and the first and the last, by name."""
-        self.measurement_names()  # which checks them
+        self.measurement_names()  # it checks them
         return self.rows(
             MeasurementEnds,
             "SELECT name, count, "

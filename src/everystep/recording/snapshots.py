@@ -223,7 +223,7 @@ class SnapshotPlan:
 
     def choose_interval(self, step_seconds: float, snapshot_seconds: float) -> None:
         """Choose the interval from the measured times of a step and of a snapshot."""
-        # A clock may not move during a step, and the loops below would not end.
+        # A coarse clock may show 0 seconds, and the loops below would not end.
         seconds = max(step_seconds, 1e-9)
         self.interval = self.least
         while 2 * self.interval * seconds <= REPLAY_SECONDS:
