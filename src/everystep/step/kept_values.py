@@ -68,7 +68,7 @@ _LEFT_ALONE = (type, nn.Module, torch.device, torch.dtype)
 _WITH_TEXTS = (range, slice, torch.Size, np.dtype, PurePath, Fraction, Decimal)
 #: Limits of an object in an attribute of a module: it may lead to a data set or a trainer.
 MOST_OBJECTS, MOST_VALUES, MOST_BYTES = 10, 1000, 16_000_000
-#: Values within values that are written: a chain of objects may have no end.
+#: Values within values that are written; a chain of objects may be as long as it likes.
 _DEEPEST = 100
 #: Where the classes of locks, files, references and loggers are defined.
 _WITHOUT_NUMBERS = ("_thread", "_io", "_csv", "weakref", "logging")

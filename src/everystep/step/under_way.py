@@ -431,10 +431,10 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         self.tensors.forget(storages)
         for storage in storages:
             self.outside.forget(storage)  # a kernel may not count its changes
+        # They get an entry below, or `catch_up` would forget that they were met.
         for tensor in (*changed, *made):
             if isinstance(tensor, Tensor) and is_plain(tensor):
                 self.number(tensor)
-        # Without an entry of their own, `catch_up` would forget the tensors that were just met.
         self.add(("unseen",))
 
     # The end.
@@ -463,7 +463,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         return ending.path
 
     def _ends_as(self, ending: Ending, state: Mapping[str, Tensor], loss: Any) -> bool:
-        """Return whether the step has ended as an earlier one."""
+        """Tell whether the step has ended as an earlier one."""
         lies_as, known = self.tensors.lies_as, ending.loss
         if ending.names != tuple(state) or not all(map(lies_as, state.values(), ending.bound)):
             return False
