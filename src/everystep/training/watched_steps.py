@@ -326,7 +326,6 @@ class WatchedSteps:
         gone = [name for name in before.keys() - now.keys() if not name.startswith("gradient/")]
         if (changed or gone or drawn) and self._writer is not None:
             self._writer.change(step, changed | dict(drawn), gone)
-        # After an incomplete step, it is not known what the state was.
         return next(iter((*changed, *gone)), None) if before else None
 
     def exposes(self, tensor: Tensor) -> None:
