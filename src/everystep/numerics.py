@@ -397,6 +397,7 @@ def _active_mode() -> str | None:
     if torch._C._len_torch_dispatch_stack():
         return "a TorchDispatchMode"
     for mode in _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
+        # A default device is such a mode, too; `in_force` knows what to do with it.
         if type(mode) is not DeviceContext:
             return f"a TorchFunctionMode ({type(mode).__name__})"
     return None
@@ -437,6 +438,7 @@ def _flushes_denormals() -> bool:
     """Find out by computing: torch has a setter for it but no getter."""
     import torch
 
+    # 1e-39 is a denormal number of float32.
     return (torch.tensor([1e-39], device="cpu") * 1).item() == 0
 
 
@@ -450,6 +452,7 @@ def _mkl_cbwr() -> str:
     get = getattr(library, "mkl_serv_cbwr_get", None) if library else None
     if get is None:
         return "unknown"
+    # -1 is MKL_CBWR_ALL: it asks for the branch and its flags.
     value = int(get(-1))
     branch = value & ~_CBWR_STRICT
     name = _CBWR_BRANCHES.get(branch, str(branch))

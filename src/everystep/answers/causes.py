@@ -68,6 +68,7 @@ class Evidence(StepPair):
         self.has_rows = not any(each.loop for each in self._facts)
         self.unseen = list(dict.fromkeys(text for each in self._facts for text in each.unseen))
         self.is_data_drawn = all(each.data.source == "random" for each in self._facts)
+        # An experiment sets its seed before it creates the model; other objects exist already.
         self.is_seeded = all((each.run.directory / EXPERIMENT_FILE).exists() for each in openers)
 
     @property
@@ -186,6 +187,7 @@ def _of_another_operation(
     Without such a setting of torch's own code, return the calls that only one step has.
     """
     near = [each for side in found.sides for each in _near(side, evidence)]
+    # What torch's own code does follows from its settings alone.
     if near and all(each.is_torchs for each in near):
         texts = _texts(near)
         return texts if len(texts) == 1 else [f"one or more of: {'; '.join(texts)}"]
@@ -243,6 +245,7 @@ def _kept_gradients(found: OperationDifference, evidence: Evidence) -> str | Non
 def _calls(found: OperationDifference, evidence: Evidence) -> Iterator[str]:
     """Yield the later operations that only one step has, or has more often, as text."""
     counts = [
+        # The operations before this one are the same in both.
         Counter((_name(each), each.operation.phase) for each in step.operations[found.index :])
         for step in evidence.steps
     ]
@@ -359,9 +362,11 @@ def _pairs_within(values: tuple[Any, Any]) -> list[tuple[Any, Any]]:
 
 def _same_number(one: Any, other: Any) -> bool:
     """Return whether two values are the same, if need be once they are rounded to float32."""
+    # In Python, True equals 1.
     if isinstance(one, bool) is not isinstance(other, bool):
         return False
     if isinstance(one, float) and isinstance(other, float):
+        # A number beyond float32 becomes infinite, and NumPy would warn.
         with np.errstate(over="ignore"):
             return bool(one == other or np.float32(one) == np.float32(other))
     return bool(one == other)
@@ -394,6 +399,7 @@ def _of_inputs(found: OperationDifference, evidence: Evidence, *, is_shape_known
         name = memory_of(each.name)
         if name in evidence.steps[0].batch.tensors:
             yield from _of_batch(name, found, evidence)
+        # The cause of another shape is known already.
         elif is_shape_known and not each.positions:
             continue
         elif name.startswith("group/"):  # a learning rate that is a tensor

@@ -161,6 +161,7 @@ def _diff(
 ) -> Difference:
     pairs = zip(*(run.losses["loss"].to_list() for run in (one, other)), strict=False)
     loss = _first_number(enumerate(pairs, start=1))
+    # Where no step draws, generators may differ without any effect.
     random = _draws_at_random(one) or _draws_at_random(other)
     common, states, problems = _snapshots(one, other, compares_generators=random)
     steps = (one.newest_step(), other.newest_step())
@@ -321,6 +322,7 @@ def _snapshots(
             if different:
                 break
         common.append(step)
+    # The replay of both begins with the last one, so it must be readable.
     while common and not states(common[-1]):
         common.pop()
     return common, different, problems
@@ -447,6 +449,7 @@ def footprints(
             at = replay.stretch_of(number)
             stepper = replay.go_to(number - 1, at)
             digests: dict[str, str] = {}
+            # Else it is the state after the step before, which has its digests there.
             if number in (first, replay.stretches[at].first):
                 named = sorted(stepper.named_state().items())
                 digests[BEFORE] = repr([(name, digest_of(tensor)) for name, tensor in named])

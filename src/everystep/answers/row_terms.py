@@ -139,6 +139,7 @@ class RowsFollower:
         is_forward = operation.phase in ("forward", "loss", "other") and index < self._last_backward
         found: dict[str, Tracked] = {}
         for name, tensor in {**seen.results, **seen.written}.items():
+            # A write that changes no number leaves the rows of the tensor as they were.
             if name in seen.written and torch.equal(tensor, seen.inputs[name]):
                 continue
             result = results.get(name) or filled(MIXED, tensor)
@@ -181,6 +182,7 @@ class RowsFollower:
                 return dict(zip(names, record.rows(call), strict=True)), None
             except MixesError as error:
                 return {}, str(error)
+            # Rules are written for usual arguments; rarer ones may not fit them.
             except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
                 return {}, "has no rule for these arguments"
         return (shared, None) if all(each.is_shared for each in given.values()) else ({}, "has no rule")

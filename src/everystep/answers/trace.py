@@ -98,9 +98,11 @@ class Trace:
         self._writes: dict[str, list[_Write]] = defaultdict(list)
         #: The sizes of the numbers on each storage, in bytes.
         self._sizes: dict[str, set[int]] = defaultdict(set)
+        # In reverse, since a look from the end must find the first names first.
         for name in reversed([*step.places.tensors, *step.state]):
             spec = self.spec(name)
             self._sizes[spec.storage].add(spec.torch_dtype.itemsize)
+            # A name with `~` is a view of another tensor on the storage.
             if "~" not in name:
                 self._writes[spec.storage].append(_Write(-1, 0, name))
         for number in range(len(step.operations)):
@@ -154,6 +156,7 @@ class Trace:
         if spot.half is not None:
             dtype = dtype.to_real()
             begin += spot.half * dtype.itemsize
+        # Only where numbers of other sizes lie can its parts come from different operations.
         if dtype.is_complex and self._sizes[spec.storage] != {dtype.itemsize}:
             real, imaginary = (self.origin(each) for each in spot.halves)
             assert real is not None and imaginary is not None

@@ -45,7 +45,7 @@ _POLICY = "; ".join(
 _HEADERS = {
     "Content-Security-Policy": _POLICY,
     "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
+    "Referrer-Policy": "no-referrer",  # an address may have the token in it
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
@@ -83,6 +83,7 @@ class Guard:
         has_token = self._is_token(self._token_in_address(scope))
         reason = self._foreign(headers, has_token)
         kind = headers.get("content-type", "").partition(";")[0].strip()
+        # A form on another site can send a POST, but not of this type.
         if reason is None and scope["method"] == "POST" and kind != "application/json":
             reason = "the request must be JSON (Content-Type: application/json)"
         if reason is None and not (has_token or self._has_cookie(headers)):
@@ -113,6 +114,7 @@ class Guard:
         """
         hosts = headers.getlist("host")
         host = host_without_port(hosts[0]) if len(hosts) == 1 else None
+        # Another site can let its own name resolve to this machine (DNS rebinding).
         if host is None or not self._is_ours(host):
             shown = ", ".join(hosts) or "no host"
             return (
@@ -139,6 +141,7 @@ class Guard:
         return any(self._is_token(cookie) for cookie in cookies)
 
     def _is_token(self, text: str | None) -> bool:
+        # In constant time, which shows nothing of how much of a guess is right.
         return text is not None and hmac.compare_digest(text.encode(), self._token.encode())
 
     def _token_in_address(self, scope: Scope) -> str | None:
@@ -213,6 +216,7 @@ def _secret() -> bytes:
 
 def _read(path: Path) -> bytes | None:
     """Return the secret, None where there is none that nobody else can have read or written."""
+    # No link is followed, and a pipe in place of the file makes nothing wait.
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         descriptor = os.open(path, flags)
@@ -232,6 +236,7 @@ def _write(path: Path) -> None:
     with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(secrets.token_bytes(_BYTES))
     try:
+        # What nobody can use is replaced; else the link fails if another process was first.
         if os.path.lexists(path) and _read(path) is None:
             new.replace(path)
         else:

@@ -220,6 +220,7 @@ class Feed(Generic[Content]):
         self._listeners.add(news)
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._work())
+            # If the task fails, its listeners wake up, and raise its error.
             self._task.add_done_callback(lambda task: self._tell())
         elif self._seen:
             news.set()
@@ -248,6 +249,7 @@ class Feed(Generic[Content]):
 
     async def _work(self) -> None:
         while True:
+            # Before the look: a change that comes during it must lead to another look.
             self._changed.clear()
             sight = await asyncio.to_thread(self._look)
             is_complete = self._watches.watch(sight.directories)
@@ -306,6 +308,7 @@ class Watches(FileSystemEventHandler):
                 del self._watched[directory]
                 self._observer.unschedule(watch)
         for directory in directories - self._watched.keys():
+            # Before `schedule`: a directory that is replaced in between is found at the next look.
             place_now = _place(directory)
             try:
                 watch = self._observer.schedule(self, str(directory), event_filter=_EVENTS)
@@ -334,7 +337,7 @@ class Watches(FileSystemEventHandler):
 
 
 def _place(directory: Path) -> tuple[int, int] | None:
-    """Return what tells a directory from another one at its path; None if there is none."""
+    """Return what distinguishes a directory from another one at its path; None if there is none."""
     try:
         stat = directory.stat()
     except OSError:

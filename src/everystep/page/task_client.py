@@ -77,6 +77,7 @@ class Task:
         silence: seconds without a message after which None is yielded.
         """
         while True:
+            # Before the messages are read: one that comes meanwhile sets this event.
             changed = self._changed
             for event in sorted(self._said.values()):
                 if event.number > after:
@@ -141,6 +142,7 @@ class Tasks:
         Raises:
             Busy: there are too many already.
         """
+        # A process takes time to start: meanwhile, another request could begin the same task.
         async with self._beginning:
             for id, (task, _) in self._tasks.items():
                 if asked["task"] in QUESTIONS and task.asked == asked and task.goes_on:

@@ -106,6 +106,7 @@ class Interruption:
         self._is_heard = False
 
     def _hear(self, *signal: object) -> None:
+        # Once for each request: a second signal must not interrupt what handles the first.
         if self._is_heard:
             self._is_heard = False
             raise KeyboardInterrupt
@@ -147,7 +148,7 @@ def answers(
 def main() -> None:
     """Answer until stdin is closed."""
     end_with_stdin()
-    warnings.simplefilter("ignore", DamageWarning)  # who asks reports damage
+    warnings.simplefilter("ignore", DamageWarning)  # the process that asks reports damage
     interruption = Interruption()
     limit_memory()
     numerics.prepare()
@@ -174,7 +175,7 @@ def _why(step: Step, run: Run, asked: dict[str, Any]) -> dict[str, Any]:
     wanted = asked["name"] or spot_of(step, run.facts, asked["id"], asked["index"])
     found = why(step, wanted, back=1, terms=TERMS)
     if found.origin == "state" and found.causes and found.began is None:
-        found = found.causes[0]  # it is followed into the state before
+        found = found.causes[0]  # the answer that follows the number into the state before
     return found.data()
 
 
@@ -200,6 +201,7 @@ def _answer(openers: Openers, asked: dict[str, Any]) -> Found:
     found = answer(step, run, asked)
     if isinstance(found, tuple):
         return found
+    # Bytes that are no text may name a run; Python has them as surrogates, UTF-8 has none.
     return {}, json.dumps(found, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace")
 
 

@@ -98,6 +98,7 @@ class BoundProgram:
             name: tensor_on(anchors[spec.storage].storage, spec, anchors[spec.storage].start)
             for name, spec in program.tensors.items()
         }
+        # Many storages are on the shared block, which counts once.
         sizes = {each.storage.data_ptr(): each.storage.nbytes() for each in temporary.values()}
         self.temporary_bytes = sum(sizes.values())
         used = Counter(spec.storage for spec in program.tensors.values())
@@ -112,6 +113,7 @@ class BoundProgram:
         self.draws = any(draws_random_numbers(each.resolved) for each in program.operations)
         with without_autograd():
             self._calls_of = [self._bound(each) for each in program.operations]
+            # In their order, since they read results of each other.
             for place in sorted(steady):
                 self._run_once(place)
         self.calls = [*chain.from_iterable(self._calls_of)]
@@ -140,6 +142,7 @@ class BoundProgram:
         self.numbers = [*numbers]
         for put, number in zip(self._puts, numbers, strict=True):
             put(number)
+        # Only when all numbers are in place: the settings are compared as a whole.
         for optimizer in self._optimizers:
             optimizer.settle()
 
@@ -185,6 +188,7 @@ class BoundProgram:
         if isinstance(operator, OptimizerOperator):
             self._optimizers.append(_stepping(operator, arguments, keywords, results))
             return [self._optimizers[-1]]
+        # `put` writes numbers into the arguments, which a prebuilt call has read already.
         made = late_calls if slots else prebuilt_calls
         return made(operator, arguments, keywords, results)
 
@@ -192,6 +196,7 @@ class BoundProgram:
         """Return what reads a number from a tensor."""
         place = len(self._puts)
         self.reads.append(place)
+        # It has a place among the numbers of the step, but the run finds its value.
         self._puts.append(lambda number: None)
 
         def read() -> None:
@@ -263,8 +268,10 @@ def _temporary(program: Program, device: torch.device, steady: Collection[int]) 
     steady: places of operations that do not run at each step.
     """
     names = program.of_kind("temporary")
+    # What runs once must keep its results for all steps.
     made = (name for place in steady for name in program.operations[place].changed())
     kept = shown_storages(program) | program.storages_of(made)
+    # The shared block is on the device, and its content is lost within the step.
     alone = {name for name in names if name in kept or program.storages[name].host}
     offsets, size = plan_memory(program, [name for name in names if name not in alone])
     check_memory(size + sum(program.storages[name].bytes for name in alone), device)

@@ -39,7 +39,7 @@ _SAME_AS: dict[str, Callable[[list[Any], Tensor], Call]] = {
     "aten.new_zeros.default": lambda arguments, result: result.zero_,
 }
 
-#: In the names of linear algebra, which `out=` may be given no part of a shared storage.
+#: Parts of the names of linear algebra: its `out=` may not be a part of a shared storage.
 _OF_MATRICES = ("linalg_", "cholesky", "triangular", "geqrf", "orgqr", "ormqr", "lu_")
 
 #: Losses that ATen computes element by element, and then takes the mean or the sum of.
@@ -141,7 +141,7 @@ def _into_results(
     variant = out_variant(operator)
     # Kernels refuse to write into a tensor with several elements in one place.
     can_be_given = all(r is not None and not repeats(r) for r in results)
-    can_be_given &= str(operator) not in _ELEMENTWISE_LOSSES  # which resize the tensor that they get
+    can_be_given &= str(operator) not in _ELEMENTWISE_LOSSES  # these resize the tensor that they get
     # Linear algebra asks whether tensors are on one storage, and takes that for the same memory.
     can_be_given &= not any(part in str(operator) for part in _OF_MATRICES)
     if str(operator) == "aten.native_batch_norm.default":
@@ -226,6 +226,7 @@ def _bindings(operator: Any) -> list[Callable[..., Any]]:
     name = operator.overloadpacket.__name__
     places = (torch, torch.Tensor, torch._C._nn)
     found = (getattr(place, name, None) for place in places)
+    # A function of torch that is written in Python is slower than the operator, and may do more.
     return [function for function in found if callable(function) and not hasattr(function, "__code__")]
 
 
@@ -237,6 +238,7 @@ def _calls_only(
     try:
         with probe:
             function(*arguments, **keywords)
+    # A binding that refuses these arguments, or calls another operator, is not the one.
     except Exception:
         return False
     return probe.calls == [_identities(_named(operator, arguments, keywords))]

@@ -44,6 +44,7 @@ class Interpreter:
 
     def __init__(self, program: Program, device: torch.device) -> None:
         made = program.of_kind("temporary")
+        # Results are freed once nothing needs them, so only the largest is sure to be there.
         check_memory(max([program.storages[name].bytes for name in made], default=0), device)
         self.program = program
         self._device = device
@@ -67,6 +68,7 @@ class Interpreter:
         count = len(self.program.moves)
         if not count:
             return self, [*numbers]
+        # The instructions are the same; only the tensors that move lie at other places.
         other = copy(self)
         other.program = self.program.placed(numbers[:count])
         other.inputs = {name: other.program.tensors[name] for name in self.inputs}
@@ -146,6 +148,7 @@ class Interpreter:
             differs = differs or (found and f"operation #{index}, {call.operation.operator}, {found}")
             for look in looks.get(index, ()):
                 look(environment.tensor)
+            # After the looks, which may still read these.
             environment.free(self._over_after.get(index, ()))
         loss = None if self.program.loss is None else environment.tensor(self.program.loss).clone()
         ends = {name: environment.tensor(tensor) for name, tensor in self.program.ends.items()}
@@ -169,6 +172,7 @@ class Interpreter:
                     f"{name} of the state is {what}, but the step needs {spec.shape} {spec.dtype}"
                 )
             on.setdefault(spec.storage, []).append(name)
+        # Tensors on one storage move together, or they would no longer share it.
         for storage, names in on.items():
             places = {state[name].untyped_storage().data_ptr() for name in names}
             if len(places) == 1 and all(lies_as(state[name], self.state[name]) for name in names):
@@ -325,4 +329,5 @@ class _Environment:
         if known is not None and known.data_ptr() == storage.data_ptr():
             return  # it wrote in place
         self._memory[spec.storage] = storage
+        # Tensors on the memory of an earlier result are no longer on this storage.
         self._tensors[spec.storage] = {name: tensor}

@@ -139,6 +139,7 @@ def tensor_on(storage: torch.UntypedStorage, spec: TensorSpec, start: int = 0) -
     Raises:
         ProgramError: it would exceed the memory.
     """
+    # `set_` would enlarge the storage, which is then other memory than that of the program.
     if start + spec.end > storage.nbytes():
         size = storage.nbytes() - start
         raise ProgramError(f"a tensor needs {spec.end} bytes, but the storage has {size}")
@@ -189,6 +190,7 @@ def copy_in_file(tensor: Tensor) -> Tensor:
     """
     own = tensor.detach().cpu()
     like = torch.empty_like(own, device="meta")
+    # The file gets the numbers without gaps, as `like` has them.
     if like.stride() != own.stride():
         own = own.clone()
     size = like.untyped_storage().nbytes()

@@ -17,7 +17,7 @@ from everystep.program.operators import ALLOCATING
 
 __all__ = ["OVERWRITING", "Observed", "overwrites", "unread_inputs", "unset_results"]
 
-#: From which of their results on kernels return their own memory, of which they do not write all:
+#: The first result of a kernel that is its own memory, as all later ones are; it writes only parts:
 #: workspaces, reserves, a table of the CTC loss, the state of a generator that only dropout sets, and
 #: log-sum-exps that are padded to a multiple of 32 rows.
 _MEMORY_FROM = {
@@ -50,7 +50,7 @@ _ONLY_SHAPES = {"bernoulli.p", "nll_loss_backward.default", "nll_loss2d_backward
 
 
 def overwrites(operation: Operation) -> bool:
-    """Tell whether an operation writes to all of its first argument without reading it."""
+    """Return whether an operation writes to all of its first argument without reading it."""
     return operation.name in OVERWRITING
 
 

@@ -180,10 +180,12 @@ class BoundOptimizer:
         Raises:
             ValueError, RuntimeError: they do not fit the tensors.
         """
+        # Adagrad reads one of its settings there, and not in its param groups.
         self._optimizer.defaults = {key: values[0] for key, values in settings.items() if values}
         for place, group in enumerate(self._optimizer.param_groups):
             for key, values in settings.items():
                 value = values[place]
+                # A program is JSON, which has lists in place of tuples.
                 group[key] = tuple(value) if isinstance(value, list) else value
         for parameter, gradient in self._given:
             parameter.grad = gradient

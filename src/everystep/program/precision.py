@@ -84,7 +84,7 @@ class Precision:
             for name, storage in program.storages.items()
         }
         cast = cast.model_copy(update={"tensors": tensors, "storages": storages})
-        return Program.from_json(cast.to_json())  # which checks it again
+        return Program.from_json(cast.to_json())  # reading checks it again
 
     def _dtypes(self, program: Program, kept: set[str]) -> dict[str, torch.dtype]:
         """Return the dtypes of storages that have floating-point numbers, by name.

@@ -155,6 +155,7 @@ class _Check:
                 if name is not None:
                     raise ValueError(f"returns no tensor as {name}")
                 continue
+            # A stranger's program of a few bytes could take all memory of the machine.
             if tensor.numel() * tensor.itemsize > self._bytes:
                 raise ValueError("returns more bytes than all storages of the program have")
             if name is None or is_vague:
@@ -190,6 +191,7 @@ class _Check:
             if name in known:
                 if _listed(value, known[name].size) != _listed(theirs[name], known[name].size):
                     return False
+                # Integers are positions, which the kernel trusts; with other numbers, it only computes.
                 if self._is_changed(self._integers(value), place, index):
                     return False
             elif name.startswith("grad") and "Tensor" in parameter.kind:
@@ -206,6 +208,7 @@ class _Check:
         return (
             kept == [forward.results[each] for each in places]
             and theirs.get("compute_log_sumexp", True)
+            # On shared memory, the forward kernel would overwrite one result with another.
             and len(storages) == len(set(storages))
             and not self._is_changed(kept, place, index)
             and all(map(self._is_gradient, gradients, forward.results))
@@ -257,7 +260,7 @@ def results_on_meta(operation: Operation, tensors: Mapping[str, Tensor]) -> list
         Exception: any error of torch for tensors that do not fit.
     """
     operator = operation.resolved
-    if isinstance(operator, OptimizerOperator):  # Python, which reads numbers that these have not
+    if isinstance(operator, OptimizerOperator):  # its Python reads numbers, which meta does not have
         raise NotImplementedError
     arguments = [decode(value, tensors.__getitem__) for value in operation.arguments]
     keywords = {k: decode(v, tensors.__getitem__) for k, v in operation.keywords.items()}
@@ -265,6 +268,7 @@ def results_on_meta(operation: Operation, tensors: Mapping[str, Tensor]) -> list
         return [_grouped_mm(*arguments, **keywords)]
     known = parameters(operator)
     devices = [place for place, p in enumerate(known) if p.kind == "Optional[Device]"]
+    # Neither a tensor nor an argument would keep it on meta, so it would allocate real memory.
     if not devices and not any(True for _ in operation.reads()):
         raise ValueError("has no tensor argument")
     for place in devices:
@@ -434,7 +438,7 @@ _SHAPES: dict[str, Callable[[Given], bool]] = {
 
 
 def is_known_sound(text: bytes) -> bool:
-    """Tell whether a program with this text passed the same check before."""
+    """Return whether a program with this text passed the same check before."""
     with suppress(OSError):
         return _mark(text).is_file()
     return False

@@ -62,7 +62,7 @@ def steady_operations(program: Program) -> set[int]:
 
 
 def has_fixed_shapes(program: Program) -> bool:
-    """Tell whether no result has a shape that depends on the numbers in tensors."""
+    """Return whether no result has a shape that depends on the numbers in tensors."""
 
     def indices(operation: Operation) -> Iterator[torch.dtype]:
         for name in references(operation.given().get("indices")):
@@ -117,6 +117,7 @@ class SteadyOptimizer:
         kept = self._optimizer.kept()
         with seen:
             self._optimizer.step(self._settings)
+        # A step that exchanges tensors of the state writes into others the next time.
         is_kept = [*map(id, kept)] == [*map(id, self._optimizer.kept())]
         given = _memory([*kept, *self._optimizer.given()])
         self._calls = seen.calls(given) if is_kept else None
@@ -156,6 +157,7 @@ class _Seen(OperatorMode):  # type: ignore[no-untyped-call]
                 return None  # a constant, which the next step finds changed
             if not written and (computes(operator) or operator.overloadpacket.__name__ in ALLOCATING):
                 own = _memory(results)
+                # A result on the memory of an argument is not the operator's own, to write into again.
                 if not own.isdisjoint(_memory([*arguments, *keywords.values()])):
                     return None
                 made |= own

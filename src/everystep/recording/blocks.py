@@ -136,6 +136,7 @@ class Blocks:
         try:
             return [*shaped(self.connection.execute(query, arguments))]
         except (sqlite3.Error, UnicodeError) as error:
+            # An extended error code has the primary one in its lowest byte.
             is_damaged = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_CORRUPT
             cure = f"; everystep doctor {self.path.parent.name} reports what can be read"
             raise RunError(f"{self.path} cannot be read: {error}{cure if is_damaged else ''}") from None
@@ -159,6 +160,7 @@ class Blocks:
         values = np.array(
             self.numbers(f"SELECT {column} {which}", *given, kind=float | None, wrong=wrong), np.float64
         )
+        # Two steps show that none is missing, in place of a column of as many steps as losses.
         if name == LOSS and len(values):
             query = f"SELECT (SELECT step {which} LIMIT 1), (SELECT step {which} DESC LIMIT 1)"
             ((low, high),) = self._fetched(query, (*given, *given))
@@ -242,6 +244,7 @@ class Blocks:
         for name, numbers in series.items():
             before = self.series(series_of(name), min(numbers), max(numbers))
             old = {step: value for step, value in _pairs(before) if step in numbers}
+            # The exclusive or takes a number out of its digest in the same way as it was added.
             if old:
                 self.change_digests(series_of(name), old)
             self.change_digests(series_of(name), numbers)
@@ -258,6 +261,7 @@ class Blocks:
         series = {block.name for block in self.blocks() if block.name != FACTS}
         for table in ("steps", "measurements"):
             self.connection.execute(f"DELETE FROM {table} WHERE step > ?", (step,))
+        # The block with `step` in it loses its later numbers, so its digest is computed again.
         among = "WHERE name <> ? AND first > ?"
         self.connection.execute(f"DELETE FROM blocks {among}", (FACTS, step - BLOCK))
         for name in series:

@@ -63,7 +63,7 @@ FILES = 16
 _SMALLEST_ROW = 64
 #: A place in data: little-endian, 4 bytes.
 _PLACE = "<i4"
-#: Fewer bytes than this are copied sooner than passed on.
+#: To copy fewer bytes than this takes less time than a second call.
 _SHORT = 4096
 
 
@@ -100,6 +100,7 @@ def unpacked(content: bytes | None, what: str, limit: int = 256_000_000) -> Any:
         return None
     try:
         machine = zlib.decompressobj()
+        # A few bytes of a stranger's may unpack to more than the memory holds.
         text = machine.decompress(content, limit)
         if machine.unconsumed_tail:
             raise ValueError("too long")
@@ -172,6 +173,7 @@ def _given_and_pieces(tensor: Tensor) -> tuple[Given, Sequence[memoryview]]:
     dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
     whole = memoryview(bytes_of(tensor))
     is_by_row = _is_by_row(shape, len(whole))
+    # An empty tensor has one piece, without bytes, so that it has a digest.
     size = len(whole) // shape[0] if is_by_row else max(1, len(whole))
     pieces = [whole[place : place + size] for place in range(0, max(1, len(whole)), size)]
     kind = _kind(dtype, shape, is_by_row)
@@ -227,13 +229,14 @@ def read_contents(directory: Path, places: Mapping[bytes, Place], given: Given) 
         raise RunError(f"{directory / BATCHES} was changed after recording: an input has another size")
     if not content:
         return torch.empty(given.shape, dtype=dtype)
+    # torch warns of memory that it cannot write to, such as `bytes`.
     return torch.frombuffer(bytearray(content), dtype=dtype).reshape(given.shape)
 
 
 def _read_piece(
     directory: Path, kind: bytes, piece: Place, source: Place | None = None, size: int = 0
 ) -> bytes:
-    """Return the bytes of a piece; of one that was cut out of `source`, of which there are `size`.
+    """Return the bytes of a piece; `size` of them, if it was cut out of `source`.
 
     Raises:
         RunError: they are not those that were recorded.
@@ -339,7 +342,8 @@ class Repeats:
         self._given: dict[int, tuple[Any, Given, set[int]]] = {}
         self._packed_key: Any = None
         self._packed = b""
-        shared: dict[tuple[int, bytes | None], tuple[int, bytes | None]] = {}  # there may be millions
+        # There may be millions of contents, and many have the same place.
+        shared: dict[tuple[int, bytes | None], tuple[int, bytes | None]] = {}
         for digest, number, place, size, source in database.all_contents():
             self._known[digest] = shared.setdefault((number, source), (number, source))
             file = self.files.setdefault(number, BatchFile(newest_step=recorded if keep is None else 0))
@@ -381,7 +385,7 @@ class Repeats:
                 found.append(now)
         new = compare(found)
         self._close_files(rows[-1].step)
-        old = self.oldest(self._budget, spared=self._newest)  # which the steps just taken need
+        old = self.oldest(self._budget, spared=self._newest)  # the steps just taken need that file
         lost_to = max([self.lost_to, *(self.files[number].newest_step for number in old)])
         with self._database.removing(self.drop(old)):
             self._database.enter(self._rows)
@@ -408,7 +412,7 @@ class Repeats:
     def forget(self, not_kept: Sequence[NotKeptFacts], resumed: Sequence[tuple[int, int]]) -> None:
         """Give up what repeats steps; to be called in a transaction.
 
-        not_kept: the steps; resumed: first and last steps of which a resume may need the draws.
+        not_kept: the steps; resumed: ranges of steps; a resume may need their draws.
         """
         for each in not_kept:
             since = min((begin for begin, end in resumed if end >= each.first), default=each.last + 1)
@@ -470,10 +474,11 @@ class Repeats:
     def _close_files(self, step: int) -> None:
         """Write out the files; close those that are full, or old at this step."""
         for is_draw, (number, opened) in [*self._open.items()]:
+            # The database is about to name these bytes, and a killed process loses what Python holds.
             opened.flush()
             file = self.files[number]
             is_old = self._keep is not None and step - file.begun >= self._keep.chunk
-            is_first = is_draw and file.begun == 1  # which stays
+            is_first = is_draw and file.begun == 1  # it stays, so others begin another file
             if is_old or is_first or file.size >= self._budget / FILES:
                 opened.close()
                 del self._open[is_draw]
@@ -492,6 +497,7 @@ class Repeats:
         for digest in [digest for digest in new if digest in self._known]:
             if may_be_old or self._are_fresh(self._files_of([digest]), step):
                 del new[digest]
+        # Repeated steps are only compared: the run does not change before the first new one.
         if new and step > self._recorded:
             places = None if cut is None else self._places(step, pieces[0], cut)
             if places is None:

@@ -131,6 +131,7 @@ class Database(Blocks):
         A run that no process writes has no log, so that readers make no files next to its database.
         """
         with suppress(sqlite3.Error):  # another process reads it now
+            # The end of a training must not wait for a reader.
             self.connection.execute("PRAGMA busy_timeout = 0")
             self.connection.execute("PRAGMA journal_mode = DELETE")
         self.connection.close()
@@ -139,11 +140,13 @@ class Database(Blocks):
     def transaction(self) -> Iterator[None]:
         """Commit all writes inside together, or none."""
         with _writing(self.path):
+            # The lock is taken now: to take it at the first write may fail at once, without a wait.
             self.connection.execute("BEGIN IMMEDIATE")
             try:
                 yield
                 self.connection.execute("COMMIT")
             except BaseException:
+                # SQLite may have ended the transaction by itself, as on a full disk.
                 if self.connection.in_transaction:
                     self.connection.execute("ROLLBACK")
                 raise
@@ -190,6 +193,7 @@ class Database(Blocks):
             RunError: one is not of the run.
         """
         names = [*names]
+        # Before anything is forgotten: names in a stranger's database may lead anywhere.
         paths = [own_path(self.path.parent, name) for name in names]
         with self.transaction():
             yield
@@ -240,7 +244,7 @@ class Database(Blocks):
 
     def measurement_ends(self) -> list[MeasurementEnds]:
         """Return how many values each measurement has, and the first and the last, by name."""
-        self.measurement_names()  # which checks them
+        self.measurement_names()  # it checks them
         return self.rows(
             MeasurementEnds,
             "SELECT name, count, "
@@ -309,6 +313,7 @@ def _connected(path: Path) -> sqlite3.Connection:
     found = sqlite3.connect(path, PATIENCE, isolation_level=None, check_same_thread=False)
     found.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST_VALUE)
     found.execute("PRAGMA journal_mode = WAL")  # processes read while this one writes
+    # With a log, a killed process loses no commit; a power failure may lose the newest.
     found.execute("PRAGMA synchronous = NORMAL")
     return found
 

@@ -166,6 +166,7 @@ def take_file(source: Path, name: str, target: Path, own_name: str | None = None
     taken = own_path(target, own_name or name)
     taken.parent.mkdir(parents=True, exist_ok=True)
     with open_own(source, name) as file:
+        # The link must lead to the open file, which is known to be a regular one of the run.
         with suppress(OSError):  # another file system, or one without hard links
             os.link(source / name, taken)
             if os.path.samestat(os.fstat(file.fileno()), taken.lstat()):
@@ -187,6 +188,7 @@ def own_path(directory: Path, name: str) -> Path:
     is_own = bool(given.parts) and not given.anchor and ".." not in given.parts
     place = directory
     try:
+        # One part after the other, since a look at the whole path would follow links within it.
         for part in given.parts if is_own else ():
             place /= part
             mode = place.lstat().st_mode
@@ -247,6 +249,7 @@ def completed(path: Path, name: str = "") -> Iterator[Path]:
 
     name: the temporary one, if it is to be another than usual.
     """
+    # In the same directory, since a rename is atomic within one file system only.
     temporary = path.with_name(name or f".{path.name}.tmp")
     try:
         yield temporary

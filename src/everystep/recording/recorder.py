@@ -138,7 +138,7 @@ class Recorder:
             try:
                 closing.enter_context(locked(self._home.here))
                 closing.callback(self._remove_spare)
-                # Freed to write that the disk is full. No file system packs random bytes.
+                # Room for the last facts on a full disk; no file system can compress random bytes.
                 (self._home.here / SPARE_NAME).write_bytes(os.urandom(_SPARE))
                 (self._home.here / SNAPSHOTS).mkdir(exist_ok=is_resumed)
                 contents = {name: text.encode() for name, text in texts.items()}
@@ -189,6 +189,7 @@ class Recorder:
 
         gone: the names of removed tensors.
         """
+        # A replay needs the change only to take the next step.
         if step >= self.recorded and self._is_kept(step + 1):
             row = write_change(self._home.here, step, Change(tensors, [*gone]))
             with self._database.transaction():
@@ -299,6 +300,7 @@ class Recorder:
     @property
     def has_interval(self) -> bool:
         """Whether the snapshot interval is chosen: the first step of a process is slow."""
+        # The first two snapshots show what one takes, so the interval is chosen again after each.
         return self.plan.interval is not None and self._chosen_after >= min(self._snapshots_written, 2)
 
     def choose_interval(self, step_seconds: float, size: int, waited: float) -> None:
@@ -346,6 +348,7 @@ class Recorder:
         if self._thread.is_alive():
             say(f"the last steps are still being written to {self.directory}: the disk is slow")
             self._thread.join()
+        # A repeated step that differs leaves the run as it was; a run that is gone takes no facts.
         if self._error is not None and not isinstance(self._error, RunError | GoneError):
             self._close_failed(self._error, facts)
         self._closing.close()
@@ -439,10 +442,12 @@ class Recorder:
             self._pin()
         states = self.plan.thin()
         for row in self._database.snapshots():
-            if row.step in self.plan.kept.keys() - self._call_begins:  # of before a resume
+            # Those from before a resume are not noted yet.
+            if row.step in self.plan.kept.keys() - self._call_begins:
                 with suppress(RunError):
                     self._note_call(read_snapshot(self._home.here, row))
         resumed = [(self._call_begins.get(step, 1), step) for step in self.plan.kept]
+        # The next snapshot may lie in the current call of `steps`: a resume from it needs these draws.
         resumed.append((max(self.plan.kept) + 1, MOST_STEPS))
         changes = self._database.changes(lambda changed: not self._is_kept(changed + 1))
         batches = self._repeats.drop(self._repeats.unneeded(resumed))
@@ -459,6 +464,7 @@ class Recorder:
         written = threading.Event()
         self._put(written.set)
         while not written.wait(0.01):
+            # After an error, the thread runs no job, and this would wait forever.
             self.check()
 
     def _put(self, job: Callable[[], None]) -> None:
@@ -466,6 +472,7 @@ class Recorder:
 
     def _work(self) -> None:
         while (job := self._queue.get()) is not None:
+            # Later data without the data that failed would leave a gap in the run.
             if self._error is not None:
                 continue
             self._job_began = time.monotonic()
@@ -525,11 +532,13 @@ class Recorder:
             rows = cut(rows, first, MOST_STEPS)
             return rows if self._again is None else self._again.new_repeats(rows)
 
+        # Before the losses: a process that is killed in between leaves no loss that nothing repeats.
         if taken:
             self._repeats.write(taken, new)
         self._bytes_written += sum(row.bytes for row in taken)
         self._write_numbers(measured, facts, losses, first)
         self._passed = max(self._passed, last)
+        # After the commit, so that no loss that was shown can be lost.
         shown = max(first, self.recorded + 1)
         if losses[shown - first :]:
             self._written.put((shown, losses[shown - first :]))
@@ -571,7 +580,7 @@ class Recorder:
         first = next((row for row in self._database.snapshots() if row.step == 0), None)
         try:
             row = write_snapshot(self._home.here, state, first)
-        except Exception:  # safetensors has its own
+        except Exception:  # safetensors raises errors of its own
             if not self._follow():
                 raise
             row = write_snapshot(self._home.here, state, first)

@@ -101,6 +101,7 @@ def write_snapshot(run: Path, state: State, first: SnapshotRow | None = None) ->
         about = {"unchanged": unchanged, "size": file.size, "digest": file.digest.hex()}
     files = (PARAMETERS, written, about), (REST, state.rest, state.settings)
     with completed(run / name) as temporary:
+        # A process that was killed may have left it.
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()  # the run may have been moved: no directory of that name may come back
         rows = (write_tensors(temporary / file, f"{name}/{file}", *given) for file, *given in files)
@@ -124,7 +125,7 @@ def _unchanged(run: Path, state: State, first: SnapshotRow) -> list[str]:
                 for name, tensor in state.parameters.items()
                 if name in known and same_bits(tensor, file.get_tensor(name))
             }
-    except (OSError, SafetensorError):  # the state that does not need it is written whole
+    except (OSError, SafetensorError):  # without a readable state 0, this one is written whole
         return []
     return [*found] if 2 * sum(found.values()) > whole else []
 
@@ -222,6 +223,7 @@ class SnapshotPlan:
 
     def choose_interval(self, step_seconds: float, snapshot_seconds: float) -> None:
         """Choose the interval from the measured times of a step and of a snapshot."""
+        # A coarse clock may show 0 seconds, and the loops below would not end.
         seconds = max(step_seconds, 1e-9)
         self.interval = self.least
         while 2 * self.interval * seconds <= REPLAY_SECONDS:
@@ -241,6 +243,7 @@ class SnapshotPlan:
     def thin(self) -> list[int]:
         """Return the steps of snapshots to delete to keep within the budget, and forget them."""
         given_up = self._take_out_between()
+        # Only while a snapshot may go: the interval would double without end.
         while (
             sum(self.kept.values()) > self.budget
             and self.kept.keys() - self.pinned - {self.begin, max(self.kept)}

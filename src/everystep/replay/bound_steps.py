@@ -96,6 +96,7 @@ class BoundStep:
         if is_new and not self._load(row):
             return False
         if row.numbers != self._put:
+            # Until all are in place: a `put` that fails leaves some numbers of each step.
             self._put, self._recorded = _NOTHING, self._steps.numbers(row)
             try:
                 self.live.put(self._recorded)
@@ -239,6 +240,7 @@ class BoundSteps:
         except ProgramError:
             return False
         moved = {name: mine for name, mine in bound.own.items() if self._state[name] is not mine}
+        # Copies first: one tensor may lie where another one belongs.
         values = {name: self._state[name].clone() for name in moved}
         held = {_place(tensor) for name, tensor in self._state.items() if name not in moved}
         if not (held - {0}).isdisjoint(map(_place, moved.values())):

@@ -114,6 +114,7 @@ class Fork:
     def stretch(self) -> Stretch:
         """The part of the parent that the state belongs to."""
         stretches = self.run.stretches
+        # The state may be the last of a stretch, but the fork takes the steps that follow it.
         return stretches[stretch_at(stretches, self.at + 1)]
 
     def facts(self, steps: int) -> ForkFacts:
@@ -203,6 +204,7 @@ class Fork:
             RunError: something does not fit the state.
         """
         groups = training.optimizer.param_groups
+        # `restore` overwrites them with the settings of the parent.
         fresh = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         training.restore(self._with_scheduler(training, state) if has_scheduler else state, kinds)
         if "optimizer" not in kinds:
@@ -232,6 +234,7 @@ class Fork:
             # torch warns that the optimizer has not stepped, which is correct here.
             warnings.simplefilter("ignore", UserWarning)
             for number in range(known.step + 1, self.at + 1):
+                # This scheduler follows the validation loss, which only the run still has.
                 if isinstance(scheduler, ReduceLROnPlateau) and number in followed:
                     scheduler.step(followed[number])
                 continued.advance(number)
@@ -327,11 +330,12 @@ def _fork_alone(asked: Fork, progress: Progress) -> Outcome:
     def record(of_rank: RecordedRun, state: State) -> tuple[Recorder, Facts]:
         # An experiment of the parent does not describe the fork.
         trained = facts_alone(of_rank, at, lr).model_copy(update={"experiment_file": None})
+        # Rank 0 comes first; the directories of the others lie within its own.
         wanted = tops[0] / of_rank.within if tops else asked.directory
         tops.append(place := create_directory(wanted, f"{run.name}-fork"))
         fork = replace(asked, run=of_rank).facts(asked.last).model_copy(update={"changed": changed})
         facts = Facts(name=place.name, started=now(), steps=asked.last, trained=trained, fork=fork)
-        # Only what changed is new: all batches are as far within a budget as the parent's.
+        # The batches are the parent's, which kept to its budget; only what changed is new.
         recorder = Recorder(place, facts, asked.budget, of_rank, at, math.inf, beginning=state)
         return recorder, facts
 
@@ -346,6 +350,7 @@ def _fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome
     if experiment is None:
         raise RunError(f"{asked.run.name} has no experiment: {EXPERIMENT_FILE} is missing")
     old, new = load(experiment), load(experiment, asked.settings)
+    # A file that the user names may be read; those that only the run names may be a stranger's choice.
     note_named(set(new.data.files) - set(old.data.files))
     device = select(new.device)
     old, new = old.with_fused(device.type), new.with_fused(device.type)
@@ -372,6 +377,7 @@ def _fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome
             raise ExperimentError([fault], "the fork") from None
         if same_scheduler and training.scheduler is not None and "lr" in changed:
             _set_rate(training, training.optimizer.param_groups[0]["lr"])
+        # After the parent's state, which includes the parent's random generators.
         if new.seed != old.seed:
             torch.manual_seed(new.seed)
         if data is not None:
@@ -410,7 +416,7 @@ def _fork_objects(
         known = {each.class_name for each in facts.schedulers.values()} if is_known else set()
         goes_on = type(own.scheduler).__name__ in known
         training = job.training
-        # A loss with different numbers than the parent's in state 0 stays unchanged.
+        # A loss that differs from the parent's in state 0 is a change of the user's, and stays.
         first = None if is_own else asked.run.state_near(0)
         kinds = ["model", *["loss"] * (first is None or not _has_other_loss(training, first))]
         kinds += ["optimizer"] * (
@@ -421,6 +427,7 @@ def _fork_objects(
             before = asked.bring(training, state, kinds, own_settings, has_scheduler=goes_on)
         except RunError as error:
             raise RunError(f"the objects do not fit the run's state: {error}") from None
+        # After the parent's state, which includes the parent's random generators.
         if "seed" in settings:
             torch.manual_seed(settings["seed"])
         else:

@@ -98,6 +98,7 @@ class Probe:
         """Answer the question at a step, and keep values for the next; return whether to continue."""
         goes_on = self._answer(number, loss)
         found = {each: self.value_of(each._replace(is_previous=False)) for each in self._previous}
+        # Clones, since the next step writes into the same memory.
         self._before = {each: value.clone() for each, value in found.items() if value is not None}
         return goes_on
 

@@ -161,7 +161,7 @@ def pool(
     begin = {"initializer": _begin, "initargs": (threads, alive, in_order)}
     executor = ProcessPoolExecutor(count, env=environment, **begin)
     try:
-        before = _mask(signal.SIG_BLOCK)  # until it has prepared itself
+        before = _mask(signal.SIG_BLOCK)  # Ctrl-C would end it before it ignores that
         try:
             executor.submit(os.getpid)  # starts the first
         except OSError as error:
@@ -221,6 +221,7 @@ def shared(
             yield future.result()
 
 
+# The edition is a key of the cache: a run that was resumed needs another replay.
 @lru_cache(maxsize=2)
 def _replay(directory: Path, threads: int | None, edition: Edition) -> Replay:
     return Replay(RecordedRun(directory), threads=threads)
@@ -310,6 +311,7 @@ class Opener:
         objects: Objects | None = None,
         counting: CountingSteps = uncounted,
     ) -> None:
+        # As early as possible: it has no effect on a library that has already computed.
         numerics.prepare()
         self.run = run
         self._counting = counting

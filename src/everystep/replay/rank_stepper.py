@@ -64,6 +64,7 @@ class RankStepper(ReplayStepper):
         self._differing: set[int] = set()
         #: Why the next step cannot be repeated, once that was tried.
         self._reason: NotReplayedError | None = None
+        # Whether the processor flushes denormal numbers belongs to each thread.
         flush = steps.facts.numerics.flush_denormal
         self._pool = ThreadPoolExecutor(
             len(others) + 1, "everystep rank", torch.set_flush_denormal, (flush,)
@@ -183,6 +184,7 @@ class RankStepper(ReplayStepper):
         try:
             turns.run(self._pool, partial(self._done, note))
         except NotReplayedError as error:
+            # The rank of this stepper may have ended its step before another one failed.
             self.state, self._reason = before, error
             if ended:
                 last = self.others[ended[0]].steps.last
@@ -257,6 +259,7 @@ class _Turns:
                     "step: the ranks did different things, or the run was changed"
                 )
         finally:
+            # Ranks that still wait for a turn would occupy the threads of the pool forever.
             self._is_over = True
             for go in self._go.values():
                 go.release()

@@ -102,6 +102,7 @@ class ReplayStepper:
         if not isinstance(names, list):
             raise RunError(f"state {state.step} of {self._run.name} is not a state of watched steps")
         named = state.named() | {n: t for n, t in state.rest.items() if n.startswith(PREFIX)}
+        # An error on the way leaves no state, not a part of one.
         self.state = None
         self._tensors.clear()  # those of a large model take much memory
         self._begin(state.step, self._here({n: named[n] for n in names if n in named}))
@@ -152,6 +153,7 @@ class ReplayStepper:
         dropped: set[str] = set()
         if not self._is_own_loop:  # its snapshots have what changed after the step
             self.settle()
+            # Snapshots of the training have only the gradients that a later step reads.
             dropped = {n for n in self._tensors if n.startswith("gradient/")} - self._names_read()
         copied: Callable[[Tensor], Tensor] = Tensor.cpu if is_live else copy_of
         copies = {name: copied(t) for name, t in self._tensors.items() if name not in dropped}
@@ -159,7 +161,7 @@ class ReplayStepper:
 
         def is_of_model(name: str) -> bool:
             kind, _, path = name.partition("/")
-            # Layers may have come on the way.
+            # Layers may have been added during the training.
             is_new = kind == "parameter" and "#" not in path and name not in others
             return is_new or (kind in ("parameter", "buffer") and path in known)
 
@@ -359,6 +361,7 @@ class ReplayStepper:
         def look(tensor_of: Callable[[str], Tensor]) -> None:
             found.update((name, tensor_of(name).clone()) for name in names)
 
+        # This run of the step must not move the generators on for the one that counts.
         drawn = Generators.capture(self.steps.device)
         given = self.steps.inputs(row), self.steps.numbers(row), {index - 1: [look]}
         self.steps.program_of(row).run(copied_together(self._tensors), *given)
@@ -407,6 +410,7 @@ class ReplayStepper:
             self._diverged(number, f"step {number} differs from the recording: {differs}")
         elif (unknown := self.steps.unknown_in(number)) is not None:
             self._diverged(number, f"step {number} may differ from the recording: {unknown}")
+        # In another precision, no digest can be that of the recording.
         if not digests or self._has_diverged or self.steps.conversion is not None:
             return
         present = ((name, digest) for name, digest in digests.items() if name in self._tensors)

@@ -134,6 +134,7 @@ class Resume:
         # Without a state it was killed before its first one was on disk, and begins.
         begin = 0 if state is None else state.step
         job = replace(job, steps=self.last).numbered_as(facts)
+        # Rows that the run was trained without stay left out.
         job = job.without_rows((), begin, facts.batches.without)
         if job.evaluation is not None and facts.evaluate_every is not None:
             job = replace(job, evaluate_every=facts.evaluate_every)
@@ -141,6 +142,7 @@ class Resume:
         # A metric more or less changes no step.
         changed = changes(facts, job.facts, ("data.digest", "evaluate_every", *left_out))
         check_changes(run, changed, is_accepted=self.is_accepted)
+        # After the check: another number of processes is noted, but is no reason to refuse.
         changed = (*changes_by_others(run, job.facts), *changed)
         if state is not None:
             check_rules(run, state.step)
@@ -241,6 +243,7 @@ def resume_experiment(
         asked.check()
         experiment = known
     else:
+        # The user has named these files, so they may be read.
         note_named(experiment.data.files)
         given = experiment.with_fused(select(experiment.device).type)
         _check_same_experiment(run, known, given)
@@ -319,6 +322,7 @@ def _restore_objects(run: RecordedRun, objects: Objects) -> None:
     if state is None:
         raise RunError(f"the last state of {run.name} cannot be read: {'; '.join(problems)}")
     device = select(run.facts.training.device)
+    # A state includes the random generators, but the caller asked for the objects alone.
     with generators_preserved(device):
         objects.model.to(device)
         parts = training_parts(objects.model, objects.loss, objects.optimizer, objects.scheduler)

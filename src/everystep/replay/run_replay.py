@@ -147,7 +147,8 @@ class Replay:
                 self._advance(stepper, stepper.state + count)
                 advance(count)
                 left -= count
-                if 0 < left <= spacing or (left and stepper.size <= KEPT_BYTES):  # of large ones, one
+                # Of large states, only the last before the target is kept: stepping back begins there.
+                if 0 < left <= spacing or (left and stepper.size <= KEPT_BYTES):
                     self._keep(stepper)
         return stepper
 
@@ -158,6 +159,7 @@ class Replay:
         """
         count, seconds = end - begin, 0.0
         if count > 0:
+            # As if a replay took as long as the training did.
             seconds = (self.run.facts.seconds or 0.0) * count / max(1, self.run.newest_step())
         if count <= 0 or seconds < LONG_SECONDS:
             return uncounted("replaying", count)
@@ -186,6 +188,7 @@ class Replay:
 
     def recorded_losses(self, first: int, last: int) -> list[float]:
         """Return the recorded losses of steps, as far as they exist."""
+        # A training still adds losses, so no block of them would be whole.
         if not self._is_over or first < 1 or last - first >= BLOCK:
             return self.run.losses_between(first, last)
         found: list[float] = []
@@ -216,6 +219,7 @@ class Replay:
             suspends_device=True,
         )
         with held, generators_preserved(device):
+            # The replay has random generators of its own, which continue from call to call.
             if self._generators is not None:
                 self._generators.restore(device)
             try:
@@ -311,6 +315,7 @@ class Replay:
         place = self._at, stepper.state
         if place not in self._kept:
             self._kept[place] = stepper.save()
+            # The newest stays, however large it is: stepping back begins there.
             while len(self._kept) > 1 and sum(each.bytes for each in self._kept.values()) > KEPT_BYTES:
                 self._kept.popitem(last=False)
 

@@ -132,6 +132,7 @@ def what_if(
     check_question(question, opener)
     train: Callable[..., list[Case]] = _train_without if without_rows else _train_alone
     trained = opener.state(at), until, question, objects
+    # Without a change first: a training that differs from its recording shows nothing of a change.
     (recorded,) = opener.call(train, [None], *trained)
     losses = run.losses_between(at + 1, until)
     if not all(map(same_number, recorded.losses, losses)):

@@ -180,6 +180,7 @@ def continue_alone(
         del reached  # the states of a large model take much memory
         taken = _StepsAlone(replay, at, steps_of)
         taken.begin(*beginning)
+        # One step is tried before there is a run: a fork without a step of its own is of no use.
         if taken.is_loop:
             count, reason = taken.run(at + 1)
             if not count:
@@ -290,8 +291,10 @@ class _RankAlone:
         if self._logged:
             found = self._measured.setdefault(number, [])
             for name, value in self._logged.items():
-                title = f"{name} (logged)"  # of a rate; this name is for the one that was used
+                # The plain name of a rate is for the one that the update used.
+                title = f"{name} (logged)"
                 found.append((title if title in self._known else name, number, value))
+        # A step without a loss has NaN in the run: nothing was computed that could change.
         is_known = self._has_loss(number) or math.isnan(RecordedSteps.loss(self.steps, number))
         if self._is_loop and not is_known:
             self._end(number, f"your code computes the loss of step {number}, not an operation of torch")
@@ -374,6 +377,7 @@ class _StepsAlone:
         """
         stepper, begin = self.stepper, self.stepper.state
         assert begin is not None
+        # Only code of the user's may act differently after another number that it reads.
         if not self.is_loop:
             return len(stepper.run(last, self.ranks[0])), None
         saved = stepper.save()
@@ -385,6 +389,7 @@ class _StepsAlone:
             return count, None
         number, reason = self._end
         stepper.restore(begin, saved)
+        # The steps that stay have been noted already.
         stepper.hooks = {}
         if begin < number - 1:
             stepper.run(number - 1)
@@ -405,6 +410,7 @@ class _StepsAlone:
             count, reason = self.run(writer.next_stop(last, one_by_one=stops_on_nan))
             if not count:
                 break
+            # Before `write`, which takes the losses out.
             loss = self.ranks[0].losses[begin + count]
             for rank in self.ranks:
                 rank.write(begin + 1, begin + count)

@@ -47,7 +47,7 @@ class Jump(NamedTuple):
     known: dict[tuple[str, ...], list[int | float]]
 
     def case(self, cursor: UnderWay) -> tuple[str, ...]:
-        """Return the numbers that the graph may have; the text tells -0.0 from 0.0, and NaN is equal."""
+        """Return the numbers that the graph may have, as texts: -0.0 is not 0.0, and NaN is equal."""
         return tuple([repr(cursor.numbers[place]) for place in self.numbers])
 
 
@@ -91,6 +91,7 @@ def graph_of(outputs: Any, args: Any, kwargs: Any, since: int, known_handles: in
     edges: list[Any] = [tuple([number[root] for root in roots])]
     leaves: list[Tensor] = []
     is_other = False
+    # The list is the queue of the search, and grows on the way.
     for node in order:
         kind = type(node)
         kinds.append(kind)
@@ -167,6 +168,7 @@ class BackwardPasses:
         cursor = self._cursor
         if not cursor.is_paused:
             cursor.recover()
+        # `_unwatched` takes the innermost mode from the stack, which must be the cursor.
         if cursor.is_paused or _get_current_dispatch_mode() is not cursor:
             return run_engine(outputs, *args, **kwargs)
         graph = graph_of(outputs, args, kwargs, self._since, self._handles)
@@ -189,7 +191,7 @@ class BackwardPasses:
             return run_engine(outputs, *args, **kwargs)
         entry = cursor.at
         jump = entry.jump
-        # Numbers that the graph was made with are in its nodes, and not in its key.
+        # Numbers of the forward pass, such as an exponent, are in the nodes, and not in the key.
         case = () if jump is None else jump.case(cursor)
         if jump is not None and case in jump.known:
             result = self._unwatched(outputs, args, kwargs)
@@ -216,12 +218,15 @@ class BackwardPasses:
         cursor, jump = self._cursor, entry.jump
         known = cursor.happens("end of backward", tensors=left)
         end = cursor.at
+        # A pass with other operations needs a path of its own, not another case of this one.
         if jump is not None and jump.end is end and len(jump.known) < _MOST_CASES:
             jump.known[case] = cursor.numbers[begin:]
         if not known or jump is not None or not _can_jump(entry, end):
             return
         exports = {number for number in end.key[-1] if number is not None}
+        # A tensor of the pass that outlives it would have no number after an unwatched pass.
         if exports.issuperset(cursor.tensors.alive(entry.met, end.met)):
+            # These are in no node of the graph, and would make a case of almost every step.
             others = {*places_of_reads(entry.operations()), *_offsets_in_no_graph(entry)}
             numbers = [place for place in range(begin) if place not in others]
             entry.jump = jump = Jump(end, numbers, {})
@@ -233,6 +238,7 @@ class BackwardPasses:
         tensors = cursor.tensors
         tensors.drop_between(entry.met, end.met)
         for number, tensor in zip(end.key[-1], left, strict=True):
+            # Those with lower numbers were met before the pass.
             if number is not None and number >= entry.met and tensor is not None:
                 tensors.met[number], tensors.lies[number] = ref(tensor), tensor.data_ptr()
         cursor.at = end

@@ -81,6 +81,7 @@ class _Builder:
         path = self._path
         for name, number in self._state.items():
             self._add_tensor(name, number)
+        # Before the operations, which name their results after the operator.
         loss = None if path.loss is None else self._named(path.loss, self._unused("loss"))
         gradients = {
             name: self._named(number, self._unused(f"gradient/{name}"))
@@ -183,10 +184,12 @@ class _Builder:
             self._moves[name] = seen.moves
             offset = self._numbers[seen.moves]
         self._tensors[name] = _tensor_spec(place, dtype, seen.shape, seen.stride, offset)
+        # A tensor may have several names; operations use its first.
         self._tensor_names.setdefault(number, name)
 
     def _used_storages(self, tensors: Mapping[str, TensorSpec]) -> dict[str, Storage]:
         """Return the storages of tensors; for a batch that is a slice of more data, that slice."""
+        # A view that moves may reach any place of its memory in another step.
         moved = {spec.storage for name, spec in tensors.items() if name in self._moves}
         ends: dict[str, int] = {}
         for spec in tensors.values():
@@ -238,8 +241,10 @@ class _Builder:
         undrawn: the places of some for which only the results count.
         """
         needed = {self._tensors[name].storage for name in wanted if name}
+        # Later steps read the state, so every write into it has an effect.
         needed |= {name for name, storage in self._storages.items() if storage.kind == "state"}
         kept = set()
+        # From the end, since what an operation reads matters only if its results do.
         for place, operation in reversed([*enumerate(operations)]):
             is_used = not needed.isdisjoint(self._writes(operation))
             if is_used or (_matters(operation.resolved) and place not in undrawn):
@@ -313,7 +318,7 @@ def _checked(**parts: Any) -> Program:
     Raises:
         NotCapturableError: they are not a valid program, or one that is too long to be read.
     """
-    for key in ("operations", "tensors", "storages"):  # those that a reader refuses
+    for key in ("operations", "tensors", "storages"):  # a reader refuses longer ones
         if len(parts[key]) > MOST_ENTRIES:
             raise NotCapturableError(f"it has {len(parts[key]):,} {key}, more than {MOST_ENTRIES:,}")
     try:

@@ -91,6 +91,7 @@ def calls_here() -> tuple[Calls, bool]:
     while frame is not None and len(found) < MOST_CALLS:
         code = frame.f_code
         kind = _kind(code.co_filename)
+        # The lines above have called everystep, not the operation.
         if kind == "everystep":
             break
         if kind == "backward":
@@ -98,6 +99,7 @@ def calls_here() -> tuple[Calls, bool]:
         elif kind == "user":
             # Generated code may have no line, or line 0.
             found.append(CallingLine(code.co_filename, frame.f_lineno or 1, code.co_name))
+            # What is above it runs the script or the notebook.
             if code.co_name == "<module>":
                 break
         frame = frame.f_back  # type: ignore[assignment]

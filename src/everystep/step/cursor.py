@@ -83,15 +83,18 @@ class Cursor(UnderWay):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         at, expected = self.at, self.at.next
+        # A call that the path expects needs no questions about its kind: this runs at every call.
         is_new = expected is None or expected.func is not func
         if self.is_paused or (is_new and func.namespace in _NO_OPERATIONS):
             result = func._op(*args, **(kwargs or {}))
+            # A replay does not repeat a pause, so what it changes is kept by content.
             if self.is_paused and (names := writes(func)):
                 self._note_aside(_written(func, names, args, kwargs or {}))
             return result
+        # Such hooks may be in force for a few calls only, but a later backward pass runs their Python.
         if _saved_hooks(True) is not None:
             self.has_saved_hooks = True
-        if is_new and func.namespace == "c10d":  # a path has them as operators of programs
+        if is_new and func.namespace == "c10d":  # a program has operators of its own for them
             if (how := how_collective(func, self.paths.has_ranks)) == "pass":
                 return func(*args, **(kwargs or {}))
             if how == "known":
@@ -100,6 +103,7 @@ class Cursor(UnderWay):
                     self.__torch_dispatch__(call.operator, types, call.arguments)
                 return call.result
         if self.is_remembered:
+            # The usual call is checked here, without the loop of `_followed`: each step makes many.
             try:
                 if (
                     expected is not None
@@ -119,18 +123,22 @@ class Cursor(UnderWay):
                 return result
         keywords, known = kwargs or {}, known_operator(func)
         if known.how == "decompose":
+            # The mode is off within its own handler; with it, the component operations arrive here.
             with self:
                 return of_mode(func)(*args, **keywords)
+        # A view is known by its memory; it needs an entry only where later steps compare the call.
         if known.how == "pass" and not self.is_remembered:
             return func(*args, **keywords)
         self.tensors.catch_up(at)
         given = leaves([*args, *keywords.values()])
         copies = known.name == "copy_"
+        # A write into data that the step has partly read changes an input, so it must be noted.
         is_met = self._is_met_or_read if copies else self._is_met
         if gathers_data(known, given, is_met, self._is_drawn):
             result = func(*args, **keywords)
             if copies:  # a write through `tensor.data` is not counted
                 self.outside.forget(given[0].untyped_storage()._cdata)
+            # If the result is read, the run may keep the places of the pieces, not their bytes.
             if known.name in PICKING | JOINING:
                 self.gathered[result.untyped_storage()._cdata] = func, args
             return result
@@ -147,43 +155,46 @@ class Cursor(UnderWay):
         entry, others = expected, iter(at.children.values())
         while entry is not None:
             if entry.func is func and entry.where == where:
-                if entry.brings:  # what the step has made itself is not from outside
+                # The check must know what the step has made itself: that is not from outside.
+                if entry.brings:
                     self.tensors.catch_up(at)
                 result = entry.check(args, kwargs)  # type: ignore[misc]
                 if result is not MISS:
                     at.next = entry
                     return self._went(entry, result)
+                # The failed check may have noted memory that this call does not bring.
                 self.tensors.forget_brought(at.met)
             entry = next((each for each in others if each is not expected), None)
         return MISS
 
     def _is_met(self, tensor: Tensor) -> bool:
-        """Tell whether a tensor is on memory that the step knows, and not as data from outside."""
+        """Return whether a tensor is on memory that the step knows, and not as data from outside."""
         place = self.tensors.place(tensor.untyped_storage())
         return place is not None and not self._is_data(place)
 
     def _is_met_or_read(self, tensor: Tensor) -> bool:
-        """Tell whether a tensor is on memory that the step knows, or has read a part of."""
+        """Return whether a tensor is on memory that the step knows, or has read a part of."""
         storage = tensor.untyped_storage()
         return storage._cdata in self.tensors.parts or self.tensors.place(storage) is not None
 
     def _is_data(self, place: int) -> bool:
-        """Tell whether memory is from outside, and the step has not changed it."""
+        """Return whether memory is from outside, and the step has not changed it."""
         if self.tensors.known[place].kind != "input":
             return False
         operations = [entry.operation for entry in self.at.from_root() if entry.operation is not None]
         return not any(place in operation.writes for operation in operations)
 
     def _is_part(self, tensor: Tensor) -> bool:
-        """Tell whether a tensor is a part of data from outside, which the step has not changed."""
+        """Return whether a tensor is a part of data from outside, which the step has not changed."""
         is_part = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.itemsize
         return is_part and not self._is_met(tensor) and not tensor.requires_grad
 
     def _is_drawn(self, tensor: Tensor) -> bool:
-        """Tell whether the step has drawn a tensor at random, from nothing else."""
+        """Return whether the step has drawn a tensor at random, from nothing else."""
         number, entry = self.tensors.number(tensor), self.at
         while number is not None and entry.parent is not None and number < entry.parent.met:
             entry = entry.parent
+        # The results of a call with an unknown shape are met in the entry after it.
         if entry.key[0] == "shape" and entry.parent is not None:
             entry = entry.parent
         if number is None or entry.operation is None or entry.parent is None:
@@ -227,7 +238,7 @@ class Cursor(UnderWay):
         if not known.gives:
             return operation
         if known.makes_dtype and not any(name == "dtype" for name, _ in keywords):
-            keywords = (*keywords, ("dtype", made[0].dtype))  # not the process's, which may differ
+            keywords = (*keywords, ("dtype", made[0].dtype))  # a replay may have another default dtype
         written = self.tensors.origins_of(number for number in numbers if number is not None)
         return operation._replace(
             keywords=keywords,
@@ -252,14 +263,17 @@ class Cursor(UnderWay):
         except UnseenError as error:
             del self.numbers[count:]
             tensors.catch_up(at)
+            # It computes nothing, so nothing is unseen; but later steps could not compare the call.
             if known.how in ("pass", "make"):
                 self.leave()
                 return func(*args, **keywords)
             return self._run_unseen(func, known, args, keywords, str(error))
         if self.is_remembered:
             self._remember_places(flat)
+        # The shape that its `out` gets depends on numbers, so later steps could not compare it.
         if known.resizes:
             self.leave()
+        # Before the call, which may overwrite what it reads.
         contents = self._bring(args, keywords) if is_seen else ()
         if known.draws:
             self.note_generator(at.draws)
@@ -273,6 +287,7 @@ class Cursor(UnderWay):
             raise
         self._note_result(known, result)
         made = flattened(result)
+        # Such a result has no number by which a later step could compare it.
         if not all(tensors.holds(each) for each in made if isinstance(each, Tensor)):
             self.leave()
         operation = None
@@ -289,6 +304,7 @@ class Cursor(UnderWay):
                 numbers=range(count, len(self.numbers)),
                 has_gradients=torch.is_grad_enabled(),
             )
+        # A result without a given dtype has the process's default, which no token shows.
         is_shaped = self.is_remembered and (
             is_shaped_by_numbers(func, args) or (known.makes_dtype and keywords.get("dtype") is None)
         )
@@ -303,6 +319,7 @@ class Cursor(UnderWay):
         in_graph = any(tensor.requires_grad for tensor in leaves(args))
         if moving is not None:
             lie = [tensors.known[number].geometry[:3] for _, number in places]
+            # A graph depends on where its views lie, so a call with gradients is another one.
             key = "call", func, moving, named, places, in_graph, *lie
             for _, number in places:
                 tensors.note_moving(number)
@@ -353,6 +370,7 @@ class Cursor(UnderWay):
         is_seen = known.how == "see"  # the numbers of a view belong to its geometry
         token, slots = self.tensors.token, known.places if is_seen else {}
         self.tensors.overwritten = self._overwritten(known, args, keywords) if is_seen else ()
+        # A part counts as memory of its own, so a write into it would not reach the data.
         is_part = self._is_part if is_seen and not known.writes else None
         given = zip(args, known.places, strict=False)
         tokens = tuple([token(value, slots.get(name, False), is_part) for value, name in given])
@@ -373,6 +391,7 @@ class Cursor(UnderWay):
         def is_unread(target: Tensor) -> bool:
             memory = target.untyped_storage()
             is_part = memory.nbytes() > target.nbytes
+            # Earlier steps read more of such memory than calls overwrite: it must be kept by content.
             may_be_read = is_part and (memory.nbytes(), target.dtype) in self.paths.partly_read
             return memory._cdata not in read and not may_be_read
 
@@ -407,13 +426,14 @@ class Cursor(UnderWay):
                 self.keep_place_of(token[2])
         is_backward = torch._C._current_autograd_node() is not None
         if is_backward and self.followed is not None and any(t[0] in ("p", "x") for t in tokens):
-            # Perhaps autograd has kept it of a call that was followed, and no other tensor is on it.
+            # Autograd may have kept the result of a followed call that Python no longer holds.
             known = self.tensors.known
             made = [entry for entry in self.followed.from_root() if entry.check is not None]
             kept = [tuple(each for each in e.key[4] if known[each[1]].origin == each[1]) for e in made]
             if [entry.kept for entry in made] != kept:
                 for entry, places in zip(made, kept, strict=True):
                     entry.kept = places
+                # This step has passed these calls without noting the memory; only later steps will.
                 self.leave()
 
     def _bring(self, args: Any, keywords: Any) -> tuple[tuple[int, int], ...]:
@@ -448,7 +468,7 @@ class Cursor(UnderWay):
                 self.written_outside[origin] = f"{text} ({where})" if where else text
 
     def _are_gradients(self, numbers: Sequence[int]) -> bool:
-        """Tell whether tensors are on the memory of gradients from before the step."""
+        """Return whether tensors are on the memory of gradients from before the step."""
         marks = self.at.from_root()[0].marks
         gradients = [m.numbers[0] for m in marks if m.name.startswith("gradient/")]
         return {*self.tensors.origins_of(numbers)} <= {*self.tensors.origins_of(gradients)}
@@ -467,7 +487,7 @@ class Cursor(UnderWay):
             others = before
         changed = _written(func, known.writes or writes(func), args, keywords)
         changed += [tensor for tensor, version in versions if version_of(tensor) != version] + others
-        # What a tensor made of others does with them below autograd, torch does not count.
+        # A tensor made of others may write into them below autograd, where torch does not count.
         inner = [t for each in changed for t in _made_of(each)]
         self.note_unseen(
             changed, pytree.tree_leaves(result), [t.untyped_storage()._cdata for t in inner]
@@ -486,7 +506,7 @@ class Cursor(UnderWay):
     # In force.
 
     def __enter__(self) -> Cursor:
-        # Modes of the user's stay above: what they do with a call is seen, and not its result alone.
+        # The user's modes stay above the watch, which then sees what they call, not only the result.
         above = [] if self._depth else [_pop_mode() for _ in range(torch._C._len_torch_dispatch_stack())]
         super().__enter__()  # type: ignore[no-untyped-call]
         _push_again(above)
@@ -506,6 +526,7 @@ class Cursor(UnderWay):
             self.follower.watch = None
             if self._stance is not None:
                 self._stance.__exit__(*error)
+            # A mode that the user entered in the step may outlast it, and `__exit__` pops the innermost.
             while _get_current_dispatch_mode() is not self:
                 above.append(_pop_mode())
         super().__exit__(*error)  # type: ignore[no-untyped-call]
@@ -562,6 +583,7 @@ def _check_first(
     draws = entry.parent.draws  # type: ignore[union-attr]
 
     def before(args: Any, kwargs: Any) -> None:
+        # The entry outlives the step that made it, so the step under way is looked up.
         step: Cursor = paths.step
         given = flattened([args, kwargs]) if entry.contents else []
         for place, origin in entry.contents:

@@ -55,7 +55,7 @@ _lock = Lock()
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Tell whether calls of a module run a graph of torch.compile's."""
+    """Return whether calls of a module run a graph of torch.compile's."""
     is_around = type(module).__module__.startswith("torch._dynamo")
     return is_around or module._compiled_call_impl is not None
 
@@ -114,7 +114,7 @@ class Follower:
     Args:
         modules: paths of modules, by id.
         optimizers: names of optimizers, by id; they are the module of what they do.
-        is_torchs: tells of an optimizer whether its step runs only torch's code, and a closure first.
+        is_torchs: returns whether the step of an optimizer runs only torch's code, and a closure first.
     """
 
     _listener: Listener
@@ -220,6 +220,7 @@ class Follower:
         Raises:
             UsageError: it cannot be watched.
         """
+        # Each module can be compiled on its own, so its class does not show it.
         if type(module) not in self._ordinary or module._compiled_call_impl is not None:
             _check_watchable(module)
             if not hasattr(type(module), "join_hook"):  # what a wrapper does may change

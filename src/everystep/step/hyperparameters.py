@@ -30,7 +30,7 @@ def hyperparameters(groups: Groups) -> dict[str, float]:
 
 
 def changes_more_than_lr(scheduler: Any) -> bool:
-    """Tell whether a scheduler may change other settings of the optimizer, such as its momentum."""
+    """Return whether a scheduler may change other settings of the optimizer, such as its momentum."""
     inner = getattr(scheduler, "_schedulers", ())
     is_known = type(scheduler).__module__.startswith("torch.")
     own = not is_known or getattr(scheduler, "cycle_momentum", False)

@@ -67,7 +67,7 @@ _OF_TORCH = {
 _LEFT_ALONE = (type, nn.Module, torch.device, torch.dtype)
 #: Values that never change: a state shows whether there is another one.
 _WITH_TEXTS = (range, slice, torch.Size, np.dtype, PurePath, Fraction, Decimal)
-#: Of an object in an attribute of a module, which may lead to a data set or a trainer.
+#: Limits of an object in an attribute of a module: it may lead to a data set or a trainer.
 MOST_OBJECTS, MOST_VALUES, MOST_BYTES = 10, 1000, 16_000_000
 #: Of a collection and of tensors in what batches are drawn from, which may be the data itself.
 _MOST_SMALL, _MOST_SMALL_BYTES = 100_000, 1_000_000
@@ -203,6 +203,7 @@ class _Capturing:
             return {"same": self._places[id(value)][0]}
         if id(value) in self._left_alone:
             return {"left": type(value).__name__}
+        # It holds the value, since a new object may get the id of one that is gone.
         self._places[id(value)] = place, value
         is_too_much = self._is_limited and self._is_much(value)
         if is_too_much or place.count(".") > _DEEPEST:
@@ -218,13 +219,14 @@ class _Capturing:
         if (kind := _kind_of(value)) is not None:
             return self._collection(kind, value, place)
         if isinstance(value, torch.optim.Optimizer) and value.state and not self._names:
-            self.unkept.add(type(value).__name__)  # its state is by parameters that nobody named
+            self.unkept.add(type(value).__name__)  # its state is by parameters, which have no names here
         if isinstance(value, Dataset) and "." in place:
             self.objects[place] = f"{_sizes(value)} {_path_of(type(value))}"
             return {"left": type(value).__name__}
         is_left = is_code(value) or isinstance(value, _LEFT_ALONE) or not hasattr(value, "__dict__")
         if is_left or is_aside(value):
             return self._left(value)
+        # A dataclass is made again from its attributes; other classes need the user's code.
         if not dataclasses.is_dataclass(value):
             self.objects[place] = _path_of(type(value))
         return {"object": self.attributes(value, f"{place}."), "class": _path_of(type(value))}
@@ -274,13 +276,14 @@ class _Capturing:
             node[kind] = [[self._key(k), self.encoded(v, f"{place}.{i}")] for i, (k, v) in items]
         else:
             inner = _items(kind, value)
+            # The order of a set of texts is different in each process.
             inner = sorted(inner, key=repr) if kind in ("set", "frozenset") else inner
             node[kind] = [self.encoded(item, f"{place}.{i}") for i, item in enumerate(inner)]
         if isinstance(value, deque):
             node["longest"] = value.maxlen
         if isinstance(value, defaultdict):
             node["factory"] = getattr(value.default_factory, "__name__", None)
-            for index in range(len(value)):  # of these, it can make others
+            for index in range(len(value)):  # the factory makes these again
                 self.objects.pop(f"{place}.{index}", None)
         if type(value) is not _COLLECTIONS[kind]:
             node["class"] = _path_of(type(value))
@@ -386,6 +389,7 @@ def _class_of(path: str, there: Any, base: type, place: str) -> Any:
     if isinstance(there, base) and _path_of(type(there)) == path:
         return type(there)
     module, _, names = path.partition(":")
+    # Nothing is imported: the path may come from a stranger's snapshot.
     found: Any = sys.modules.get(module)
     for name in names.split("."):
         found = vars(found).get(name) if hasattr(found, "__dict__") else None
@@ -440,7 +444,7 @@ def is_aside(value: Any) -> bool:
     package, _, module = type(value).__module__.partition(".")
     if package in _SHOWING or module in ("arrow_dataset", "utils.tensorboard.writer"):
         return True
-    # What wraps a loader of torch takes its attributes.
+    # A wrapper of torch's loader copies the loader's attributes.
     of_loader = {"dataset", "sampler", "batch_sampler"}
     wraps = hasattr(type(value), "__iter__") and of_loader <= getattr(value, "__dict__", {}).keys()
     return wraps or isinstance(value, DataLoader)
@@ -528,6 +532,7 @@ class _Restoring:
         path = node.get("class", _path_of(type(there)))
         kind = type(there) if _path_of(type(there)) == path else _class_of(path, None, object, place)
         parameters = getattr(kind, "__dataclass_params__", None)
+        # Other code may share a frozen object, so a restored one is an object of its own.
         found = None if parameters is not None and parameters.frozen else self._free(there)
         if type(found) is not kind:
             if parameters is None:
@@ -536,12 +541,14 @@ class _Restoring:
                     "everystep.record, or keep what it holds in a dict"
                 )
             found = object.__new__(kind)
+        # Before its attributes, which may refer to it.
         self._made[place] = found
         self.set_attributes(found, nodes, f"{place}.")
         return found
 
     def set_attributes(self, value: Any, nodes: Mapping[str, Any], prefix: str) -> None:
         """Set the attributes of an object to the values of nodes."""
+        # Through `vars`, since a frozen dataclass refuses `setattr`.
         own = vars(value)
         if isinstance(value, torch.optim.Optimizer):
             for name in own.keys() - nodes.keys() - _OF_TORCH:
@@ -607,7 +614,7 @@ class _Restoring:
 
     def _dict(self, node: Mapping[str, Any], there: Any, wanted: Any, place: str) -> Any:
         before, found = dict(there or {}), there
-        # As an `OrderedDict` and an unordered one do, whatever a derived class does.
+        # The methods of the builtin class, since a derived one may do anything in its own.
         base: Any = OrderedDict if issubclass(wanted, OrderedDict) else dict
         if found is None:
             found = wanted.__new__(wanted)
@@ -620,6 +627,7 @@ class _Restoring:
         for index, (key, each) in enumerate(node["dict"]):
             name = self._key(key)
             old = before.get(name)
+            # Without the user's code, only the factory can make an object that came later.
             if make and isinstance(each, dict) and "object" in each and name not in before:
                 with suppress(Exception):  # without one, the object is named as missing
                     old = make()

@@ -104,6 +104,7 @@ class KnownPaths:
                 if any(map(has_hooks_on_node, unknown)):
                     return True
             known.update((id(leaf), ref(leaf)) for leaf in unknown)
+        # Only now, since the look itself has registered hooks.
         self._handles = handles()
         return False
 

@@ -71,12 +71,14 @@ class MetTensors:
         """Return how many tensors of a state, the first ones, are as they were at the last `begin`."""
         known = zip(state.values(), self.met, self.lies, self.looks, strict=False)
         for number, (tensor, reference, lies, looks) in enumerate(known):
+            # A tensor that is turned in place (`t_`) is the same object at the same address.
             if reference() is not tensor or lies != tensor.data_ptr() or looks[0] != geometry(tensor):
                 return number
         return min(len(state), len(self.looks))
 
     def begin(self, state: Mapping[str, Tensor], same: int, root: Entry) -> None:
         """Begin a step with the tensors of the state. same: as `same` has returned it."""
+        # Checks hold these lists, so they are emptied and never replaced.
         self.numbers.clear()
         self._brought.clear()
         self.bases, self.parts, self._extents = {}, {}, None
@@ -86,6 +88,7 @@ class MetTensors:
         if lasting > same:  # another state: none of these may be found in a later step
             lasting, numbers, places = 0, {}, {}
         self._number_of, self._places = numbers, places
+        # Tensors that stay the same have tables that serve later steps, too; the others begin empty.
         for number in range(lasting, len(tensors)):
             if number == same:
                 self._number_of, self._places = {}, {}
@@ -118,6 +121,7 @@ class MetTensors:
         begin = int(tensor.storage_offset()) * tensor.itemsize
         is_aligned = not (tensor.is_floating_point() or tensor.is_complex())
         self.bases[number] = begin if is_aligned else begin - begin % ALIGNMENT
+        # -1 is no number: the memory of the data must not be found as that of its part.
         self.put(tensor, number, -1)
         self.parts.setdefault(tensor.untyped_storage()._cdata, number)
         return self.geometry(tensor, number)
@@ -210,6 +214,7 @@ class MetTensors:
         """Treat memory as new, and so the tensors on it. storages: their `_cdata`."""
         left = {*storages}
         for storage in left:
+            # An entry without a tensor hides the one that `_lasting` may have; removing would show it.
             self._places[storage] = None, 0
             self.parts.pop(storage, None)
         for number, tensor in self.alive(0, len(self.known)).items():
@@ -262,7 +267,7 @@ class MetTensors:
             self._brought.clear()
 
     def lies_as(self, tensor: Tensor, token: Any) -> bool:
-        """Tell whether a tensor after the step is the one that a number, or a place, stands for."""
+        """Return whether a tensor after the step is the one that a number, or a place, stands for."""
         if type(token) is tuple:
             known = self.place(tensor.untyped_storage())
             return known == token[0] and bool(self.geometry(tensor, token[0]) == token[1])
@@ -273,7 +278,7 @@ class MetTensors:
         return tuple(dict.fromkeys([self.known[number].origin for number in numbers]))
 
     def is_within(self, number: int) -> bool:
-        """Tell whether a tensor lies within those kept, if the batch or the state has its memory.
+        """Return whether a tensor lies within those kept, if the batch or the state has its memory.
 
         Memory that the step has overwritten is kept as far as it did so.
         """
@@ -331,7 +336,7 @@ class MetTensors:
         return "c", value, kind, repr(value)
 
     def fits(self, token: Any, value: Any) -> bool:
-        """Tell whether an argument is the one of a token; note it if the step meets it here."""
+        """Return whether an argument is the one of a token; note it if the step meets it here."""
         kind = token[0]
         if kind == "r":
             return value is not None and self.lies_as(value, token[1])
@@ -352,7 +357,7 @@ class MetTensors:
         return isinstance(value, Tensor) and self.holds(value) and self._fits_new(token, value)
 
     def holds(self, tensor: Tensor) -> bool:
-        """Tell whether a program can hold a tensor: a plain one, or the conjugate of one that it has."""
+        """Return whether a program can hold a tensor: plain, or the conjugate of one that it has."""
         if is_plain(tensor):
             return True
         if not tensor.is_conj():
@@ -391,6 +396,7 @@ class MetTensors:
         first: dict[int, tuple[int, int, int]] = {}
         places: dict[int, int] = {}
         for name, tensor in tensors.items():
+            # A tensor of the batch may be one of the state, too, or come twice.
             known, again = self.number(tensor), places.get(id(tensor))
             if known is not None or again is not None:
                 found.append((name, known, again))
@@ -404,7 +410,7 @@ class MetTensors:
                 base = offset * tensor.itemsize
                 base -= base % ALIGNMENT
                 self.bases[origin] = min(base, self.bases.get(origin, base))
-            # Not of the state: it may be any part of more data.
+            # On memory of the state, the offset is compared; in more data, a batch may lie anywhere.
             lies = (offset - begin, offset * tensor.itemsize % ALIGNMENT) if place is None else offset
             shared = place, self.parts.get(storage._cdata)
             found.append((name, tensor.dtype, tensor.shape, tensor.stride(), shared, order, lies))
@@ -421,6 +427,7 @@ def held(token: Any) -> Any:
     if kind == "n":
         return value
     if kind == "c":
+        # A plain text would be read as a reference to a tensor.
         return ("text", value) if isinstance(value, str) else value
     return f"%{value}"
 
@@ -435,7 +442,7 @@ def tensor_tokens(tokens: Iterable[Any]) -> Iterator[Any]:
 
 
 def is_plain(tensor: Tensor, *, may_be_conjugated: bool = False) -> bool:
-    """Tell whether a program can hold a tensor: dense, with stored values, of a passive class."""
+    """Return whether a program can hold a tensor: dense, with stored values, of a passive class."""
     return (
         _is_passive(type(tensor))
         and tensor.layout == torch.strided
@@ -451,7 +458,7 @@ def is_plain(tensor: Tensor, *, may_be_conjugated: bool = False) -> bool:
 
 @cache
 def _is_passive(kind: type[Tensor]) -> bool:
-    """Tell whether a class of tensors leaves torch's functions and operators as they are.
+    """Return whether a class of tensors leaves torch's functions and operators as they are.
 
     A class derived from `Parameter` does, unless it defines more.
     """

@@ -66,13 +66,13 @@ class MovingViews:
 def _loosened(func: Any, tokens: tuple[Any, ...], geometry: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the tokens of a call, with any integers in place of those that place its result.
 
-    Not where the offset of the result does not tell them, as in an expanded dimension.
+    Not where the offset of the result does not show them, as in an expanded dimension.
 
     geometry: of the tensor that it is a view of.
     """
     name, (_, _, stride, _) = func.overloadpacket.__name__, geometry
     places = _PLACING.get(name, ())
-    if not places or len(tokens) < 2:  # torch leaves out what is as by default
+    if not places or len(tokens) < 2:  # torch omits arguments that have their defaults
         return tokens
     if name != "as_strided":
         dimension = tokens[1][1]  # perhaps of another call, on a tensor of more dimensions
@@ -118,6 +118,7 @@ def check_of_views(
             for (place, _), each in zip(made, known, strict=True)
         ]
         for own, each, within in zip(lie, known, limits, strict=True):
+            # The view must stay within memory that the run keeps.
             begin, end = extent_of(own)
             if own[:3] != each.geometry[:3] or (
                 within and not any(first <= begin and end <= last for first, last in within)

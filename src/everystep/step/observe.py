@@ -174,6 +174,7 @@ class StepObserver:
         written = self._interpreter.written[index]
         names = [name for name in operation.results if name] or written
         for storage in {self._storage(name) for name in (*names, *written)}:
+            # Other tensors on this memory have new numbers, too.
             self._copies.pop(storage, None)
         given = index + 1, tensor_of
         results = {name: self._copy(name, *given) for name in names}

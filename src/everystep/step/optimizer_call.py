@@ -103,6 +103,7 @@ class OptimizerCalls:
         if known is None or len(known[0]) != len(given) or not all(map(is_, known[0], given)):
             known = self._known[id(optimizer)] = given, _call_of(operator, optimizer)
         call = known[1]
+        # Gradients are other tensors at each step, so they are not part of what is kept.
         made = [gradient for gradient in gradients if gradient is not None]
         return None if call is None else call._replace(tensors=call.tensors + made)
 
@@ -130,6 +131,7 @@ def _call_of(operator: OptimizerOperator, optimizer: torch.optim.Optimizer) -> O
     has_defaults = all(value == default for value in values.get(_FROM_DEFAULTS, ()))
     is_usual = all(map(_is_setting, values.values())) and not any(values.get("differentiable", ()))
     parameters = [[p for p in group["params"] if p.grad is not None] for group in groups]
+    # Copies, since the step adds what it creates to the same dicts, and `made` compares.
     kept = [optimizer.state.get(p, _NOTHING).copy() for group in parameters for p in group]
     tensors = [*chain(*parameters), *chain(*[entries.values() for entries in kept])]
     if not is_usual or not has_defaults or not all(isinstance(each, Tensor) for each in tensors):
@@ -153,7 +155,7 @@ def is_torchs_optimizer(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def has_own_zero_grad(optimizer: torch.optim.Optimizer) -> bool:
-    """Tell whether an optimizer has a custom zero_grad."""
+    """Return whether an optimizer has a custom zero_grad."""
     usual = torch.optim.Optimizer.zero_grad
     return type(optimizer).zero_grad is not usual or "zero_grad" in vars(optimizer)
 
@@ -174,7 +176,7 @@ class _Code:
         for table in tables:
             names = [n for n, each in table.items() if type(each) is FunctionType and n != "step"]
             if names:
-                read = itemgetter(*names, names[0])  # of one name, it would return no tuple
+                read = itemgetter(*names, names[0])  # for a single name, it would return no tuple
                 self._functions.append((table, read, read(table)))
         functions = (each for _, _, known in self._functions for each in known)
         self._is_known = all(map(_is_written_by_torch, functions))
@@ -188,7 +190,7 @@ class _Code:
             for table, read, known in self._functions:
                 if not all(map(is_, read(table), known)):
                     return False
-        except KeyError:
+        except KeyError:  # somebody has deleted one
             return False
         step = self._kind.step
         if step is not self._step:

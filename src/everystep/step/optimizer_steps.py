@@ -68,6 +68,7 @@ class OptimizerSteps:
         """
         step = self._step
         self.recover()
+        # `_pop_mode` below takes the innermost mode, which must be this step.
         is_ours = _get_current_dispatch_mode() is step and not has_arguments
         call = step.paths.calls.of(optimizer) if is_ours else None
         if call is None or not self._may_be_one(call):
@@ -75,6 +76,7 @@ class OptimizerSteps:
             return
         what = "optimizer", call.operator, name, call.keys, call.layout
         step.happens(*what, tensors=call.tensors, marked=lambda: as_gradients(gradients()))
+        # A followed step uses the same tensors as one that was checked.
         if not step.is_followed and not self._can_hold(call):
             step.leave()
             return
@@ -122,6 +124,7 @@ class OptimizerSteps:
         begin = len(step.numbers)
         with torch._C._DisableTorchDispatch():
             self._note(call, optimizer.state, name, gradients)
+            # The operation has these writes; they must not count as changes that no call showed.
             step.allow_changes(versions)
         self.seen.append(OptimizerStep(optimizer, begin, len(step.numbers), call.layout))
 

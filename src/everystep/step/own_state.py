@@ -37,6 +37,7 @@ def registered(
         if tensor is not None:
             yield f"{prefix}{name}", tensor
     for name, inner in vars(module)["_modules"].items():
+        # A module may lie within itself.
         if inner is not None and id(inner) not in around:
             yield from registered(inner, kind, f"{prefix}{name}.", (*around, id(module)))
 

@@ -61,7 +61,8 @@ class Parts:
         modules_and_optimizers = self.modules.keys() | self.optimizers.keys()
         self._others = {n: part for n, part in named.items() if n not in modules_and_optimizers}
         models, seen = set[str](), set[int]()
-        for name, module in self.modules.items():  # a loss without tensors is none, nor is a wrapper
+        # A loss without tensors is not a second model, nor is a wrapper of the model.
+        for name, module in self.modules.items():
             both = (registered(module, kind) for kind in ("_parameters", "_buffers"))
             own = {id(tensor) for _, tensor in chain(*both)} - seen
             models |= {name} if own and name not in apart else set()
@@ -99,6 +100,7 @@ class Parts:
         """Return the prefix of the names of a module's tensors."""
         if name == self.main:
             return ""
+        # A loss and a module of the model may have the same name.
         taken = vars(self.named[self.main])["_modules"] if name in self.apart and self.main else ()
         while name in taken:
             name += "_"
@@ -156,6 +158,7 @@ class Parts:
                     gradient_names.append((tensor, f"gradient/{path}"))
         for leaf, name in gradient_names:
             gradient = leaf.grad
+            # A sparse gradient is not a tensor of the state: snapshots keep its indices and values.
             if gradient is not None and gradient.layout is torch.strided:
                 found[name] = gradient
         return found
@@ -272,6 +275,7 @@ class _Layout:
         self._views = [view for table in tables for view in (table.keys(), table.values())]
         self._optimizers = [*optimizers.values()]
         self._entries = [entries for o in self._optimizers for _, entries in entries_of(o)]
+        # Such an optimizer may keep tensors in any attribute, which these tables do not show.
         self._is_sure = not any(map(keeps_own_state, self._optimizers))
         self._known = self._objects()
 
@@ -341,10 +345,12 @@ def with_inner(named: Mapping[str, Any]) -> dict[str, Any]:
         known |= {id(each) for each in (part.modules() if isinstance(part, nn.Module) else [part])}
     for name, part in [*found.items()]:
         if not isinstance(part, _WHOLE):
+            # The search stops at what is known, so it would not look into this part.
             known.discard(id(part))
             _add(found, _within(part, name, known, _WHOLE))
     for name, part in [*found.items()]:
         for path, inner in part.named_modules() if isinstance(part, nn.Module) else ():
+            # torch's own modules have no optimizer in their attributes.
             if type(inner).__module__.startswith("torch."):
                 continue
             place = f"{name}.{path}".rstrip(".")
@@ -425,6 +431,7 @@ def _within(
         known |= {id(each) for each in (value.modules() if isinstance(value, nn.Module) else [value])}
         yield path, value
         return
+    # A data set within a part may have many rows, and would be looked through at every step.
     is_data = isinstance(value, Dataset) and depth < _DEPTH
     if depth == 0 or is_data or isinstance(value, (Tensor, *_WHOLE)) or is_aside(value):
         return
@@ -438,6 +445,7 @@ def _within(
         inner = iter(vars(value).items())
     else:
         return
+    # Before its items, which may lead back to it.
     known.add(id(value))
     for key, item in list(inner):
         if isinstance(item, Tensor | dict | list | tuple) or hasattr(item, "__dict__"):

@@ -42,7 +42,7 @@ from everystep.step.state import State, copy_of, same_bits
 
 __all__ = ["PartsState", "Rest"]
 
-#: Of what cannot be restored.
+#: Names in a message about what cannot be restored.
 MOST_NAMED = 5
 #: Attributes of every module, which are written in another way, or are hooks.
 _OF_MODULES = frozenset(vars(nn.Module()))
@@ -91,7 +91,7 @@ class PartsState:
                 for (path, attribute), now in self._attributes(name, live).items():
                     known = first.get((path, attribute))
                     if now.objects != (known.objects if known is not None else {}):
-                        continue  # which only the user's code makes
+                        continue  # only the user's code can make these objects
                     if known is None or not now.is_same(known):
                         attributes.setdefault(path, {})[attribute] = now.data
                         tensors |= now.tensors
@@ -100,6 +100,7 @@ class PartsState:
                 found, held[name] = self._of_optimizer(name, part, live)
                 tensors |= found
             else:
+                # Parts that lie within this one are written under their own names.
                 alone = others - {id(part)}
                 found, data = encoded(part, name, live, names, alone, self.lost[name])
                 tensors |= found
@@ -196,6 +197,7 @@ class PartsState:
         saved = {name: saved[name] for name in state.settings["names"] if name in saved} | saved
         self._make_buffers(parts, state, saved)
         try:
+            # An object may hold a parameter or a buffer, too, and must get the same tensor again.
             of_modules = ("parameter/", "buffer/")
             shared = {n: each for n, each in parts.state().items() if n.startswith(of_modules)}
             for name in parts.named:
@@ -205,6 +207,7 @@ class PartsState:
         except (ValueError, TypeError, AttributeError, StopIteration) as error:
             raise RunError(f"the part {name!r} does not fit the snapshot: {error}") from None
         try:
+            # Before `_fill`, which would write a tensor into memory that another one no longer shares.
             with torch.no_grad():
                 _share(parts.state(), state.settings.get("shared"))
         except RunError:
@@ -481,6 +484,7 @@ def _share(live: Mapping[str, Tensor], shared: Mapping[str, Any] | None) -> None
     """
     if shared is None:  # of an earlier version
         return
+    # First apart, then together: a tensor may have moved from one memory to another.
     for name, place in _shared(live).items():
         if shared.get(name) != place:
             live[name].set_(live[name].clone())  # type: ignore[call-overload]
@@ -559,6 +563,7 @@ def _restore_groups(
 
 def _is_equal(one: Any, two: Any) -> bool:
     """Return whether two settings are written alike."""
+    # As texts, NaN equals NaN, and 1 differs from True.
     return json.dumps(one, sort_keys=True) == json.dumps(two, sort_keys=True)
 
 

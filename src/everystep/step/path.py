@@ -8,9 +8,9 @@ them:
     ("a", k, place, geometry)      another tensor on memory that the step knows; it becomes k
     ("x", k, about, geometry)      the first tensor on memory from outside; it becomes k
     ("p", k, place, geometry)      a part of data from outside, at any place in it; it becomes k
-    ("c", value, type, text)       a constant; the text tells -0.0 from 0.0, and finds NaN equal
+    ("c", value, type, text)       a constant; the text distinguishes -0.0 from 0.0, and finds NaN equal
     ("n", type)                    a slot: the number belongs to the step
-    ("i",)                         any integer: where a view begins, which its offset tells
+    ("i",)                         any integer: where a view begins, which its offset shows
     ("l", tokens)                  a list
 """
 
@@ -94,8 +94,8 @@ class SeenOperation(NamedTuple):
 class Path:
     """What one step did, without its numbers and the content of its inputs.
 
-    Two are equal if their digests are: unlike the values themselves, those tell 1 from True, and -0.0
-    from 0.0.
+    Two are equal if their digests are: unlike the values, these distinguish 1 from True, and -0.0 from
+    0.0.
 
     named: the tensors of the state and of the batch, by name; ends: the tensor of each state name after
     the step, if it is another; gone: names that no longer exist; gradients: as an optimizer found them;
@@ -121,6 +121,7 @@ class Path:
     @cached_property
     def digest(self) -> bytes:
         """Stands for all but the lines of code (BLAKE2, 128 bits)."""
+        # Steps that do the same from different lines of code share a program.
         parts = [getattr(self, each.name) for each in fields(self) if each.name != "lines"]
         return blake2b(repr(parts).encode(), digest_size=16).digest()
 
@@ -261,6 +262,7 @@ class Entry:
     def operations(self) -> Iterator[SeenOperation]:
         """Yield the operations from the beginning of the step to this entry."""
         for entry in self.from_root():
+            # The entry after a shaped one has the operation again, with its results.
             if entry.operation is not None and not entry.shaped:
                 yield entry.operation
 
@@ -308,8 +310,10 @@ class PathWriter:
                 storage = self._storages[self._tensors[numbers[0]].storage]
                 if mark.kind == "state":
                     named[mark.name] = before[mark.name] = numbers[0]
+                # A batch on memory of the state has its name there.
                 elif mark.kind == "batch" and storage.kind == "input":
                     named.setdefault(mark.name, numbers[0])
+                # A gradient that no operation has written remains from the step before.
                 elif mark.kind == "gradient" and self._tensors[numbers[0]].storage in written:
                     gradients.setdefault(mark.name, numbers[0])
                 elif mark.kind == "logged":
@@ -317,6 +321,7 @@ class PathWriter:
                 elif mark.kind == "output" or (
                     mark.kind == "last output" and mark.name not in activations
                 ):
+                    # The order is that in which the modules ran last.
                     activations.pop(mark.name, None)
                     activations[mark.name] = numbers
         after = {name: self._number(met) for name, met in state.items()}
@@ -341,6 +346,7 @@ class PathWriter:
         tensor = self._met[met]
         seen = SeenTensor(self._place(tensor.origin), *tensor.geometry)
         if tensor.moves is not None:
+            # The offset is the step's: in the path, it would make a program for each place.
             seen = seen._replace(offset=0, moves=tensor.moves)
         if seen not in self._number_of:
             self._number_of[seen] = len(self._tensors)
@@ -368,6 +374,7 @@ class PathWriter:
     def _named(self, value: Any) -> Any:
         if isinstance(value, str) and value.startswith("%"):
             return f"%{self._number(int(value[1:]))}"
+        # A text of the user's code may begin with `%`, too.
         if isinstance(value, tuple) and value[:1] != ("text",):
             return tuple(map(self._named, value))
         return value
@@ -378,6 +385,7 @@ class PathWriter:
         places = {tensors[number].storage for number in named}
         for storage in (place for place in places if storages[place].kind == "input"):
             ends = (extent_of(each.geometry)[1] for each in tensors if each.storage == storage)
+            # A copy, since many paths share one storage object.
             storages[storage] = storages[storage].model_copy(update={"bytes": max(ends)})
 
 

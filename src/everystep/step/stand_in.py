@@ -181,9 +181,11 @@ class StandIn:
         read = [*places_of_reads(self.path.operations)]
         found: dict[str, int] = {}
         for name, value in self._plain.items():
+            # As texts, -0.0 differs from 0.0, and NaN equals itself.
             places = [place for place in read if repr(self._numbers[place]) == repr(value)]
             if len(places) > 1:
                 raise NotReplaceableError(f"it is unclear which number {name} is; {CURE}")
+            # The program omits what no result needs, so it would not compute this number.
             if places and places[0] not in self._built.numbers_kept:
                 raise NotReplaceableError(f"{name} is returned as a Python number; return the tensor")
             if places:
@@ -215,6 +217,7 @@ class StandIn:
                 return False
         if era != self._era:
             self._loaded = []
+        # In the same era, only programs have run, and they exchange no tensors but gradients.
         elif self.live is not None and not self._moves:
             return True
         found = {name: state[name] for name in self._state if name in state}
@@ -226,6 +229,7 @@ class StandIn:
             if not is_known and not lies_as(tensor, self._state[name]):
                 return False
         if self.live is None or places != self._places:
+            # A write into shared memory changes several tensors, so the program must know of it.
             if not _share_as(found, self._state):
                 return False
             try:
@@ -270,6 +274,7 @@ class StandIn:
         self.load(batch)
         with without_autograd():
             live.run()
+            # The next step overwrites the memory of the program, and the caller may keep the values.
             found = {name: tensor.clone() for name, tensor in live.logged.items()}
         self.end(taken, state, is_settled=is_settled)
         for scheduler in self.schedulers:
@@ -283,6 +288,7 @@ class StandIn:
         """Put a batch where the program reads it, unless it is there already."""
         assert self.live is not None
         tensors = [*batch.values()]
+        # The same objects have the same numbers: once other code has run, none counts as loaded.
         if [*map(id, tensors)] != [*map(id, self._loaded)]:
             with without_autograd():
                 self.live.load(batch)
@@ -294,6 +300,7 @@ class StandIn:
         self.live.put(self._built.numbers(numbers))
         taken = TakenByProgram(self.path, numbers, self._contents)
         if self._draws:
+            # Later draws begin where the first one leaves the generator.
             taken.generators[0] = torch.get_rng_state()
         return taken
 
@@ -378,6 +385,7 @@ class StandIn:
             return "a Python number in the step changes from step to step; compute it with tensors"
         for storage, content in self._contents.items():
             now = seen.from_outside(storage)
+            # An unchanged tensor has the same copy, which needs no comparison.
             if now is None or not (now.content is content or same_bits(now.content, content)):
                 return "a tensor from outside changes; make it a part, or pass it in the batch"
         plain = {name: value for name, value in logged.items() if not isinstance(value, Tensor)}
@@ -403,6 +411,7 @@ class StandIn:
             for name, spec in interpreter.inputs.items()
             if name in batch
         }
+        # A comparison must leave the generator of the training as it is.
         after = torch.get_rng_state()
         torch.set_rng_state(before.generator)
         try:

@@ -128,7 +128,7 @@ class StateDifference(NamedTuple):
 
 
 def same_bits(one: Tensor, two: Tensor) -> bool:
-    """Tell whether two tensors are bit-identical; NaN equals NaN, -0.0 differs from 0.0.
+    """Return whether two tensors are bit-identical; NaN equals NaN, -0.0 differs from 0.0.
 
     They may be on different devices.
     """

@@ -271,7 +271,7 @@ def handles() -> int:
 
 
 def has_hooks_on_node(tensor: Tensor) -> bool:
-    """Tell whether Python runs when autograd accumulates a parameter's gradient.
+    """Return whether Python runs when autograd accumulates a parameter's gradient.
 
     The node that does so lives as long as other code keeps a graph with it. Registering a hook shows
     which others exist.

@@ -129,9 +129,11 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         self.is_remembered = True
         known = self.paths.beginning_after(left)
         if known is not None:
+            # If nothing has changed since the last step, the tensors need not be compared again.
             root, same = known
         else:
             same = self.tensors.same(state)
+            # No path can compare tensors that a program cannot hold.
             if not all(map(is_plain, [*state.values()][same:])):
                 self.is_remembered = False
                 state = {name: tensor for name, tensor in state.items() if is_plain(tensor)}
@@ -163,6 +165,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
     def module_done(self, path: str, outputs: list[Tensor]) -> None:
         """Note the output of a module; of several calls, the last that gradients flow through."""
         has_gradients = torch.is_grad_enabled()
+        # A pass without gradients, such as an evaluation, is not the one that is trained.
         kind = "output" if has_gradients else "last output"
         self.happens(
             *("module", path, has_gradients), tensors=outputs, marked=lambda: [(kind, path, outputs)]
@@ -196,6 +199,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
             tensors: that have a part in it; the step must have met them, unless they are only logged.
             marked: returns those of them that have a name.
         """
+        # Nothing happens within a step of torch's optimizers: one that is still open has raised.
         self.recover()
         expected = self.at.next
         if self.is_remembered and expected is not None and expected.key[:-1] == what:
@@ -207,10 +211,12 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
                 else:
                     self.at = expected
                     return True
+        # Copies of tensors that are made here are no operations of the step.
         with torch._C._DisableTorchDispatch():
             self.tensors.catch_up(self.at)
             numbers = tuple([None if t is None else self.tensors.number(t) for t in tensors])
             strange = [t for n, t in zip(numbers, tensors, strict=True) if n is None and t is not None]
+            # No later operation depends on a logged tensor from outside: the next step may log another.
             if strange and not (what[0] == "logged" and not any(map(self.is_on_known, strange))):
                 self.leave()
             key = *what, numbers
@@ -222,7 +228,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         """Watch again if what ran unwatched has raised."""
 
     def is_on_known(self, tensor: Tensor) -> bool:
-        """Tell whether a tensor is on memory that the step knows, or on none."""
+        """Return whether a tensor is on memory that the step knows, or on none."""
         return not is_plain(tensor) or self.tensors.place(tensor.untyped_storage()) is not None
 
     def marks(self, marked: Marked) -> list[Mark]:
@@ -247,7 +253,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         return number
 
     def is_unread(self, number: int) -> bool:
-        """Tell whether a tensor is on memory from outside that no operation has read yet."""
+        """Return whether a tensor is on memory from outside that no operation has read yet."""
         origin = self.tensors.known[number].origin
         return self.tensors.known[origin].kind in ("input", "part") and origin not in self.brought
 
@@ -271,13 +277,14 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         base, outside = self.tensors.bases.get(origin), self.outside
         if base is not None:
             content, call = outside.of_part(tensor, base), None
+            # With gaps, its bytes are not one piece of the data.
             read = (tensor, [base]) if tensor.is_contiguous() else None
         else:
             content = outside.of(tensor)
             call = self.gathered.get(tensor.untyped_storage()._cdata)
             read = None if call is None else places_read(*call)
         cut = None if read is None else outside.cut(*read, content.nbytes)
-        # A tensor that reads it may be a view of another shape.
+        # The tensor may be a view of another shape: only one of all the bytes shows their rows.
         has_rows = call is not None and read is None and tensor.dim() and content.nbytes == tensor.nbytes
         self.brought[origin] = Brought(content, cut, max(len(tensor), 1) if has_rows else 1)
 
@@ -308,6 +315,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         """Add what has just happened to the path, and go there."""
         at, tensors = self.at, self.tensors
         tensors.keep_brought()
+        # A program has the module of each operation, so the same call in another module branches.
         place = (self.follower.where, key) if key[0] == "call" else key
         entry = at.children.get(place) if self.is_remembered else None
         if entry is not None and entry.met != len(tensors.known):
@@ -338,6 +346,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         node = torch._C._current_autograd_node() if is_of_graph else None
         if node is None:
             return calls
+        # A backward pass has many operations, and adds nodes only where gradients have a graph.
         if self._graph is None or self._graph[0] != _next_node():
             made = [e for e in self.at.from_root() if e.nodes and e.lines]
             self._graph = _next_node(), [e.nodes for e in made], [e.lines for e in made]
@@ -364,11 +373,13 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         draw: the number of draws before.
         """
         now = torch.get_rng_state()
+        # A replay has the state that its last draw left; only a different one must be kept.
         if self.drawn is None or not torch.equal(now, self.drawn):
             self.generators[draw] = now
 
     def allow_changes(self, since: Sequence[int | None]) -> None:
         """Do not count the changes of the state since `state_versions` returned `since`."""
+        # The base moves by these changes alone, so that all others still count.
         counts = zip(self._versions, since, self.state_versions(), strict=True)
         self._versions = [n if n is None or a is None or b is None else n + b - a for n, a, b in counts]
 
@@ -421,6 +432,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         self.tensors.forget(storages)
         for storage in storages:
             self.outside.forget(storage)  # a kernel may not count its changes
+        # They get an entry below, or `catch_up` would forget that they were met.
         for tensor in (*changed, *made):
             if isinstance(tensor, Tensor) and is_plain(tensor):
                 self.number(tensor)
@@ -439,6 +451,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
             ending = self.at.ending if self.is_remembered else None
             if ending is not None and self._ends_as(ending, state, versions, loss):
                 changes = self._changes(versions, ending.bound)
+                # The operations are known, so a different count means a write that no call showed.
                 if changes != ending.changes:
                     pairs = zip(state, changes, ending.changes, strict=True)
                     self.changed_unseen = [name for name, one, two in pairs if one != two]
@@ -446,7 +459,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
                 self.is_followed = False
                 ending = self._write(state, versions, loss)
         self._origins = ending.origins
-        self.ending = ending if ending is self.at.ending else None  # one that others can have, too
+        self.ending = ending if ending is self.at.ending else None  # later steps may end with it, too
         self.numbers = self.numbers.copy()  # the list itself belongs to the recording
         return ending.path
 
@@ -474,6 +487,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         tensors, at = self.tensors, self.at
         tensors.catch_up(at)
         brought = len(self.brought)
+        # Before `after`, which gives a number to each tensor that has none.
         bound = tuple(map(self._bound, state.values())) if self.is_remembered else ()
         after = {name: self.number(tensor) for name, tensor in state.items() if is_plain(tensor)}
         logged = None
@@ -481,9 +495,11 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
             logged = self._read_from(loss)
         elif loss.numel() == 1 and is_plain(loss):
             logged = self.number(loss)
+            # A replay reads the loss at the end of a step, when the tensor has another value.
             logged = None if self._is_written_since(logged) else logged
         writer = PathWriter(tensors.known, has_host=self._device.type != "cpu")
         path = writer.path(at, after, logged)
+        # What has become state is in snapshots, so it needs no notice.
         written = self.written_outside.keys() - self.tensors.origins_of(after.values())
         texts = [text for origin, text in self.written_outside.items() if origin in written]
         self.changed_outside = texts[0] if texts else None
@@ -491,6 +507,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         if self.is_remembered:
             reads = tuple(places_of_reads(path.operations))
             token = self._loss_token(loss, path, reads)
+            # A later step skips all this if it ends alike, so nothing here may read a content.
             if None not in bound and token != _UNKNOWN and len(self.brought) == brought:
                 changes = self._changes(versions, bound)
                 is_met = all(type(each) is int for each in bound)
@@ -502,7 +519,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         return ending
 
     def _is_written_since(self, number: int) -> bool:
-        """Tell whether an operation has written into the memory of the loss since it was logged."""
+        """Return whether an operation has written into the memory of the loss since it was logged."""
         entry, origin = self.at, self.tensors.known[number].origin
         while entry is not self.loss_at and entry.parent is not None:
             if entry.operation is not None and origin in entry.operation.writes:
@@ -544,6 +561,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         before, count = self._versions, len(self._versions)
         return tuple(
             [
+                # A tensor that came in this step has no count from before it.
                 None if type(n) is tuple or n >= count or now is None else now - (before[n] or 0)
                 for now, n in zip(versions.counts, bound, strict=True)
             ]

@@ -196,7 +196,9 @@ class Acceleration:
         compares = self._is_known and not is_first
         before = PartsCopy.of(self.watched.parts, tensors) if compares else None
         logged = self._by_python(number, batch)
+        # Python takes the step in any case; only what the program adds counts as its cost.
         started, (_, seen) = clock.now(), self.watched.last
+        # Of unknown code, only a step that does what an earlier one did shows what later ones do.
         if not self._is_known and not (isinstance(seen, Cursor) and seen.is_followed):
             kind.unlike += 1
             if kind.unlike == MOST_UNLIKE:
@@ -210,6 +212,7 @@ class Acceleration:
             if before is not None:
                 reason = self._difference(stand_in, seen.numbers, before, logged)
         except NotReplaceableError as error:
+            # The first step creates the state of the optimizer; the second shows what later ones do.
             if is_first and isinstance(error, CreatesTensorsError):
                 return logged
             reason = str(error)
@@ -259,6 +262,7 @@ class Acceleration:
         if reason is None:
             kind.is_checked = True
             self._plan.passed(number, clock.now() - started)
+        # The program has run steps since the last check, and they may be wrong, too.
         elif kind.is_checked:
             self._fail(number, reason)
         else:
@@ -316,6 +320,7 @@ class Acceleration:
         self._is_settled, state = False, self.watched.state
         for kind in self._kinds.values():
             if kind.stand_in is not None and state is not None and kind.stand_in.release(state):
+                # The gradients are other tensors now, but with the same values: nothing has changed.
                 self.watched.note_versions()
 
     def _compare_guards(self, step: int, when: str = "") -> None:

@@ -117,9 +117,11 @@ class Agreement:
                 if not self.rank:
                     try:
                         place = create_directory(wanted, name)
+                        # The other ranks wait for this directory to appear.
                         (place / RANKS).mkdir()
                         top = str(place.resolve())
                     finally:
+                        # The others wait for an answer, also if there is no directory.
                         self._shared("directory", top, sources=[])
                 elif top := self._shared("directory", None, sources=[0])[0]:
                     place = create_directory(self._place_in(Path(top), parent), name)
@@ -141,6 +143,7 @@ class Agreement:
             yield
         except EverystepError as problem:
             error = problem
+        # Before raising: the others wait for this rank's answer.
         problems = self._shared("begun", "" if error is None else str(error))
         if error is not None:
             raise error
@@ -170,6 +173,7 @@ class Agreement:
             return own
         states = [row.step for row in own.own_snapshot_rows()]
         known = self._shared("states", [states, own.newest_step()])
+        # A kill ends the ranks at different steps, and with different states on the disk.
         of_all, steps = zip(*known, strict=True)
         own.common_states = frozenset.intersection(*map(frozenset, of_all))
         own.common_steps = min(steps)

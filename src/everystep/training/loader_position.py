@@ -208,6 +208,7 @@ class LoaderPosition:
             self._enter(number)
             self.has_skipped = goal is not None and 0 < number == first
             yield number
+        # Code after the loop is between two epochs, too: a resume begins with it.
         self._enter(first if count is None else max(first, count))
 
     def _enter(self, number: int) -> None:
@@ -231,6 +232,7 @@ class LoaderPosition:
         self._sources.note(own)
         if goal is not None and goal.has_workers:
             self._start_workers(batches, goal)
+        # Before the iterator is made, which starts workers that stay.
         self._has_workers = getattr(batches, "_iterator", None) is not None
         if goal is not None:
             self._sources.restore(own, Changed.of_named(goal.tensors, _BEGUN, goal.begun))
@@ -242,12 +244,13 @@ class LoaderPosition:
             self._reached()
         self.goal = None
         quiet, draws = is_quiet(batches), type(batches) not in (list, tuple)
-        # A resumed training begins with the generators of state 0; the effects of a draw repeat.
+        # The first draw is compared with state 0, from which a resumed training begins.
         after = self._at_first if self._call == 0 else {}
         while True:
             self.generators = {}
             is_seen = draws and (not quiet or self.taken == 0)
             before = self._generators() if is_seen else {}
+            # After the generators were read: a DataLoader draws a seed as its iterator is made.
             iterator = iter(batches) if iterator is None else iterator
             try:
                 batch = next(iterator)
@@ -256,6 +259,7 @@ class LoaderPosition:
                 self.at_end = {f"generator/{name}": tensor for name, tensor in held.items()}
                 return
             if is_seen:
+                # A resume has them as the previous draw left them, so these are not stored again.
                 is_left = after.keys() >= before.keys() and not different(before, after)
                 after = self._generators()
                 used = set() if is_left else different(before, after)
@@ -289,11 +293,13 @@ class LoaderPosition:
             return iter(batches)
         first = goal.step - goal.taken + 1
         draw = goal.draw_of(first)
+        # The first draw has no generators of its own where it used those of state 0.
         self._restore({**(goal.at_first if goal.call == 0 else {}), **draw.generators})
         iterator: Any = iter(batches)
         by_sampler = is_indexed(batches)
         for place in range(self.taken):
             if place and not by_sampler and goal.size is None:
+                # Between the batches, the loop drew from the same generators.
                 draw = goal.draw_of(first + place)
                 self._restore(draw.generators)
             try:

@@ -104,6 +104,7 @@ class LoopWriter(RunWriter):
         self._note_logged(step, path)
         self._note_numerics()
         self.timed(step.started, self.parts.state)
+        # Only this step shows which pending gradients the snapshot before it needs.
         self._keep_pending(self.watched.gradients_used())
         self._compare_with_later(None)
         if self.is_snapshot_due():
@@ -112,6 +113,7 @@ class LoopWriter(RunWriter):
         taken = self.step - self.start
         if taken >= RECENT and not taken & (taken - 1) and not self.recorder.is_estimated:
             self.flush()
+            # After the flush, since it is made from what has been written.
             self.recorder.estimate(self._place.ahead(self.step))
 
     def keep(self) -> None:
@@ -124,6 +126,7 @@ class LoopWriter(RunWriter):
         self._lacking = 0
         self.recorder.forget_after(self.step)
         self.taken = [row for row in self.taken if row.step <= self.step]
+        # A flush may have passed the loss on, so the list may be empty.
         self.losses = self.losses[: max(0, len(self.losses) - 1)]
         self.measured = [row for row in self.measured if row[1] <= self.step]
         if self._pending is not None and self._pending.step > self.step:
@@ -181,6 +184,7 @@ class LoopWriter(RunWriter):
             return
         self._in_effect = now
         values = numerics.Numerics.read(self.parts.device)
+        # What the loop sets before or in its first step holds for the run: it is not a change.
         if self.step == self.start + 1:
             self._numerics = values
             self.recorder.facts({"numerics": values})
@@ -227,6 +231,7 @@ class LoopWriter(RunWriter):
         if later is None or later.step != self.step:
             return
         is_between = later.settings.get("place", {}).get("is_between", False)
+        # A snapshot from between two epochs has what that code did, which the end of a step has not.
         if is_between != place.get("is_between", False):
             return
         self.later = None
@@ -256,6 +261,7 @@ class LoopWriter(RunWriter):
         self.recorder.snapshot(state)
 
     def _collected(self) -> tuple[Sequence[float | None], dict[str, Any]]:
+        # Here, not at each step: reading a number from a device waits for the device.
         losses = [None if loss is None else float(loss) for loss in self.losses]
         self.measured = [(name, step, float(value)) for name, step, value in self.measured]
         return losses, {"loss_dtype": self._loss_dtype} | self._loop_facts()

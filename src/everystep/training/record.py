@@ -78,6 +78,7 @@ class Recording(Generic[R]):
         self._checked: set[Any] = set()
         self._was_count_read = False
         self._is_writing = False
+        # Ctrl-C ends a step at once, as in any loop, unless it is being written; SIGTERM waits.
         self._interrupt = Interrupt(
             self._terminated, lambda number: number == signal.SIGTERM or self._is_writing
         )
@@ -137,6 +138,7 @@ class Recording(Generic[R]):
                 f"another recording is in progress ({_recording[-1].run.name}); end it first: everystep "
                 "records one loop at a time"
             )
+        # Before the run is created, so that a loop that is refused leaves no directory.
         self._parts.check()
         if self._conditions is not None:
             self._conditions.check(self._parts)
@@ -149,6 +151,7 @@ class Recording(Generic[R]):
         if self._conditions is not None:
             self._writer.watched.gradient_copies = self._conditions.gradient_copies
             at = self._writer.step
+            # A condition may read `previous.loss` in the first step of a resumed loop.
             for loss in earlier.losses_between(at, at) if earlier is not None else ():
                 self._conditions.note_loss(loss)
         self._writer.watched.follow()
@@ -167,9 +170,10 @@ class Recording(Generic[R]):
         error = self._at_break if error is None else error
         try:
             if self._under_way is not None and error is None:
-                self.end_step()  # `next` asked for the batch, and not for another
+                self.end_step()  # the loop took its last batch by `next`, and asked for no other
             elif self._under_way is not None:
                 self._abandon()
+            # `steps` took the exception for a `break`, which Python shows in the same way.
             elif error is not None and self._left_at == writer.step:
                 writer.take_back()
         finally:
@@ -205,13 +209,14 @@ class Recording(Generic[R]):
             self._interrupt.__exit__()
             self._place.let_go()
             directory = self._directory = writer.recorder.directory
-            # What holds the recording, such as a trainer that is a part, must not be held by it.
+            # What holds the recording, such as a trainer that is a part, would form a cycle with it.
             self._writer, self._parts, self._conditions = None, Parts({}), None
             with suppress(RunError):  # a fork without a step of its own is removed
                 if is_failed and at is not None and RecordedRun(directory).newest_step() <= at:
                     shutil.rmtree(directory, ignore_errors=True)
         if is_failed and kind is None and error is not None:
             raise error
+        # Ctrl-C waited until the run was written; now it ends the program.
         if error is None and self._interrupt.is_by_user:
             raise KeyboardInterrupt
 
@@ -231,6 +236,7 @@ class Recording(Generic[R]):
         """
         _ = self.writer
         steps = self._marked(self._steps(batches), batches, "steps")
+        # Weak, since `break` shows only once nothing holds the iterator.
         self._iterator = weakref.ref(steps)
         return steps
 
@@ -450,6 +456,7 @@ class Recording(Generic[R]):
             raise UsageError(f"{self._stopped}: leave the loop once recording.is_stopping")
         writer.recorder.wait()
         self._place.at_end = {}
+        # If no code has run since the last step, the state need not be looked up or compared.
         state = writer.watched.state if is_still else None
         if state is None:
             state = self._parts.state()
@@ -461,6 +468,7 @@ class Recording(Generic[R]):
             try:
                 self.add_batch(batch)
             except BaseException:
+                # If the step stayed open, every later one would be refused as a second one.
                 writer.watched.close()
                 raise
 

@@ -140,6 +140,7 @@ class Stepper(Acceleration):
                 pending = tuple([_layout(p.grad) for p in self.watched.parts.parameter_names()])
                 self._take(number, last, (self._rows.batches.rows_of(number), pending), None)
             self._check_dataset()
+            # A failed check went back: the caller must drop what it has of the steps since.
             if self.step < number:
                 return
 
@@ -250,6 +251,7 @@ class Stepper(Acceleration):
             TrainingError: other code has run since, and cannot be undone.
         """
         verified, state = self._way_back
+        # Python took this step, and no program has taken one since the last check.
         if verified >= number - 1:
             self._give_up(f"{reason} at step {number}", number)
             return
@@ -310,6 +312,7 @@ class Stepper(Acceleration):
         """Run steps up to one that needs another program."""
         started, first = clock.now(), number
         size = self._rows.batches.rows_of(number)
+        # A scheduler changes the numbers of each step, and other gradients need another program.
         is_alone = self.training.scheduler is not None or not stand_in.is_steady
         while True:
             self._run_alike(stand_in, numbers, last if not is_alone else number, state)
@@ -333,6 +336,7 @@ class Stepper(Acceleration):
         live, places, batches, first = stand_in.live, stand_in.places, self._rows, self.step + 1
         assert live is not None
         size = batches.batches.rows_of(first)
+        # Until the end: an error may leave the state in the middle of a step.
         is_settled, self._is_settled = self._is_settled, False
         taken = stand_in.begin(numbers)
         if batches.is_fixed:
@@ -345,9 +349,11 @@ class Stepper(Acceleration):
                             break
                         batches.into(number, *places)
                     live.run()
+                    # The next step overwrites the memory of the loss.
                     self._losses.append(live.loss.clone())
                     self.step = number
         finally:
+            # Ctrl-C may end the stretch: the steps before it are complete, and count.
             if (count := self.step - first + 1) > 0:
                 stand_in.end(taken, state, is_settled=is_settled)
                 self.taken += self.watched.ran(first, count, taken, state, self._nesting)

@@ -136,7 +136,7 @@ class WatchedSteps:
         watch = Cursor(self._paths, self.parts.device, self.follower, self._outside)
         step = StepUnderWay(watch, self.parts.rates())
         watch.begin(state, self._versions, self._ending if state is self.state else self._left)
-        self.state = None  # which would hold gradients that the step drops
+        self.state = None  # it would hold gradients that the step drops
         watch.gradient_copies = self.gradient_copies
         self._left = None
         self.follower.step_begins()
@@ -171,6 +171,7 @@ class WatchedSteps:
         path = step.end(after, self._versions)
         self.last, self.state = (path, watch), after
         self._ending = watch.ending if isinstance(watch, Cursor) else None
+        # No operation makes these changes in a replay, so the run keeps the tensors.
         if watch.changed_unseen and self._writer is not None:
             changed = {name: copy_of(after[name]) for name in watch.changed_unseen}
             self._writer.change(number, changed)
@@ -190,7 +191,8 @@ class WatchedSteps:
         if not taken.is_still:
             self._versions = Versions.of(after)
         row = self._row(first, taken, taken.end({}, {}, None), {}, {}, nesting)
-        if count > 1 and taken.generators:  # which are those before the first step
+        if count > 1 and taken.generators:  # they are those before the first step
+            # A replay draws in the later steps from where the first one has left the generator.
             inputs = {n: t for n, t in row.inputs.items() if not n.startswith("generator/")}
             return [row, row._replace(step=first + 1, inputs=inputs, count=count - 1)]
         return [row._replace(count=count)]
@@ -313,6 +315,7 @@ class WatchedSteps:
         known = {*known, *self._written_unseen(state)}
         self._exposed, self._lying = {}, {}
         if before == now and not known and not drawn:
+            # Nothing has changed, so the next step begins as the last one ended.
             self._left = self._ending
             return None
         self._left = self._ending = None
@@ -337,8 +340,10 @@ class WatchedSteps:
                 for name, each in state.items():
                     self._lying.setdefault(each.untyped_storage()._cdata, []).append((name, each))
             memory = tensor.untyped_storage()._cdata
+            # torch does not count what is written through `data`, so a copy could be outdated.
             self._outside.forget(memory)
             for name, each in self._lying.get(memory, ()):
+                # A later digest could be of what the code has written already.
                 if name not in self._exposed:
                     self._exposed[name] = digest_of(each)
 
@@ -357,7 +362,7 @@ class WatchedSteps:
         return [name for name, digest in exposed if digest_of(state[name]) != digest]
 
     def is_as_after(self, state: dict[str, Tensor]) -> bool:
-        """Tell whether the state is still that after the last step."""
+        """Return whether the state is still that after the last step."""
         # A program writes gradients as Python does, and nothing has run since.
         is_counted = self._is_still or self._versions == Versions.of(state)
         return is_counted and not self._written_unseen(state)
@@ -406,6 +411,7 @@ class WatchedSteps:
             if self.gradient_copies is not None:
                 self.gradient_copies.optimizer_begins(self.parts.gradients(optimizer))
             with torch._C._DisableTorchDispatch():
+                # The rates that the update uses: a scheduler may set others before the step ends.
                 self.under_way.rates |= self.parts.rates(optimizer)
                 gradients = self._gradients_of(optimizer)
                 watch.optimizers.begins(optimizer, name, has_arguments, gradients)

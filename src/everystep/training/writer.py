@@ -134,6 +134,7 @@ class RunWriter:
             self._lost_to = recorder.lost_to
             recorder.plan.begin = self.step
             return True
+        # On a slow disk, snapshots that wait in memory would only add up.
         is_due = recorder.plan.is_due(self.step) and not recorder.is_behind
         return is_due or self.step == recorder.recorded or self.step in recorder.plan.pinned
 

@@ -198,6 +198,7 @@ class Session:
                 "followed; use everystep.open(run).why(step, expression, back=...)"
             )
         for each in range(max(number - self._together + 1, 1), number):
+            # A step on the way may be lost; only the wanted one must open.
             with suppress(NotReplayedError):
                 self._first.earlier(each)
         return self._first.earlier(number)
@@ -373,6 +374,7 @@ class Session:
     def _one(self, number: Number, depth: int, back: int) -> Iterator[Why]:
         at = number.spot.after if not number.is_made else ""
         place = number.step, f"{number.rank} {number.name} {at}"
+        # Several ways may lead to one number, which is answered once.
         if place not in self._followed:
             self._followed.add(place)
             yield self.followed(number.why(terms=self._terms), max(depth, 1), back)
@@ -381,6 +383,7 @@ class Session:
         """Return the answer for a NaN or infinity, with the whole way to its origin."""
         chain: list[Why] = []
         left_out = 0
+        # The way may lead back through many steps, and a replay goes forward: it opens several at once.
         self._together = MOST_TOGETHER
         current = answer
         while True:
@@ -394,6 +397,7 @@ class Session:
             current = number.why(terms=self._terms)
             chain.append(current)
             if len(chain) > 2 * LONGEST:
+                # Readers need both ends of a long way, so the middle goes.
                 del chain[LONGEST]
                 left_out += 1
             # The way may be long, and a step holds all its tensors.
@@ -434,10 +438,12 @@ class Session:
             for part in made.terms if isinstance(made, Sum) else (made,):
                 for piece in part.given.values():
                     after = origin.operation + piece.is_result
+                    # What the step has written is followed further; the rest was there before it.
                     if min(trace.writers(piece.name), default=after) < after:
                         waiting += [Spot(piece.name, piece.at(k), after) for k in range(piece.size)]
                     else:
                         found |= trace.rows(piece)
+            # The rest of the way cannot add a row.
             if len(found) == trace.step.batch.count:
                 break
         return tuple(trace.step.batch.number(place) for place in sorted(found))
@@ -449,6 +455,7 @@ def _next_nonfinite(answer: Why) -> Number | None:
         return answer.number.earlier
     bad = [number for number in answer.numbers if not cmath.isfinite(number.value)]
     is_nan = answer.number.value != answer.number.value
+    # A NaN is more likely to come from a NaN, and an infinity from an infinity.
     bad.sort(key=lambda number: (number.value != number.value) is not is_nan)
     return bad[0] if bad else None
 
