@@ -161,7 +161,7 @@ class RowsFollower:
         trace, made = self._trace, {**seen.results, **seen.written}
         shared = {name: filled(SHARED, tensor) for name, tensor in made.items()}
         if seen.operation.phase == "update" and all(
-            trace.kind(name) == "state" and "gradient/" not in name[:9] for name in made
+            trace.kind(name) == "state" and not name.startswith("gradient/") for name in made
         ):
             return shared, None
         call = RowsCall(

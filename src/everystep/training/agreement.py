@@ -302,7 +302,7 @@ def _states_alike(ranks: Sequence[RecordedRun], at: int) -> list[State]:
     if not at or len(states) < len(ranks):
         raise RunError(
             f"{ranks[0].name} has no readable state after a step of all its ranks, from which another "
-            f"number of processes could continue it; {cure}, or record it anew"
+            f"number of processes could continue it; {cure}, or record it again"
         )
     for rank, state in enumerate(states):
         found = [each.tensor for each in state_differences(states[0], state, only_seen=True)]

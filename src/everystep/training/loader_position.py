@@ -198,7 +198,7 @@ class LoaderPosition:
             if goal.epoch is None and (goal.call or goal.taken):
                 raise RunError(
                     "the loop was recorded without recording.epochs, so which epoch it was in is not "
-                    "known; write the loop as it was, or record it anew"
+                    "known; write the loop as it was, or record it again"
                 )
             if goal.epoch is not None and self._loop < goal.epoch.loop:
                 return
