@@ -217,23 +217,6 @@ def everystep_command(capfd, monkeypatch):
     return run
 
 
-@pytest.fixture
-def torture(monkeypatch, capfd):
-    """Make trials, in forks of this process: to start another one takes longer than they do."""
-
-    def torture(*arguments):
-        monkeypatch.undo()  # what makes a test quick would be no trial
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", ["torture", *arguments])
-            with pytest.raises(SystemExit) as ended:
-                import_module("benchmarks.torture.__main__").main()
-        out, err = capfd.readouterr()
-        assert ended.value.code == 0, out + err
-        assert "\n0 failures" in out
-
-    return torture
-
-
 @pytest.fixture(autouse=True)
 def leaves_torch_as_it_was():
     before = torch.get_deterministic_debug_mode(), torch.get_num_threads()
