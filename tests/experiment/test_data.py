@@ -205,6 +205,13 @@ def test_a_row_with_more_values_than_columns_is_named(tmp_path):
         make_data(made, "values")
 
 
+def test_one_endless_line_is_no_table(tmp_path):
+    (tmp_path / "t.csv").write_text("[" + "1" * 200_000 + "]")
+    with pytest.raises(DataError, match=r"t\.csv cannot be read as csv: field larger than"):
+        made = experiment({"source": "table", "path": str(tmp_path / "t.csv"), "target": "y"})
+        make_data(made, "values")
+
+
 def test_a_table_that_is_cut_within_quotes_is_refused(tmp_path):
     (tmp_path / "t.csv").write_text('a,y\n"1","2"\n"3","1234')
     with pytest.raises(DataError, match="is not closed; the file may be cut off"):

@@ -6,7 +6,7 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
@@ -136,7 +136,7 @@ def read_errors(path: Path | str, separator: str | None = None) -> Iterator[None
         raise
     except pl.exceptions.NoDataError:
         raise DataError(f"{path} has no rows") from None
-    except (pl.exceptions.PolarsError, OSError, ValueError) as error:
+    except (pl.exceptions.PolarsError, csv.Error, OSError, ValueError) as error:
         reason = None if separator is None else _long_row(Path(path), separator)
         reason = reason or shorten(str(error).strip().partition("\n")[0], 300)
         kind = Path(path).suffix[1:] or "a table"
@@ -198,15 +198,17 @@ def _rows(path: Path, separator: str) -> Iterator[list[str]]:
 
 def _long_row(path: Path, separator: str) -> str | None:
     """Return in words which row of a text is the first with more values than the heading, if one is."""
-    rows = _rows(path, separator)
-    columns = len(next(rows, []))
-    longer = (number for number, row in enumerate(rows) if len(row) > columns)
-    if (number := next(longer, None)) is None:
-        return None
-    return (
-        f"row {number} (counted from 0) has more values than the heading has columns ({columns}); quote "
-        f"values that contain {separator!r}, and leave out lines that are not rows"
-    )
+    with suppress(csv.Error):  # such as of a value that is too long
+        rows = _rows(path, separator)
+        columns = len(next(rows, []))
+        longer = (number for number, row in enumerate(rows) if len(row) > columns)
+        if (number := next(longer, None)) is not None:
+            return (
+                f"row {number} (counted from 0) has more values than the heading has columns "
+                f"({columns}); quote values that contain {separator!r}, and leave out lines that are "
+                "not rows"
+            )
+    return None
 
 
 def _first_wrong_byte(content: bytes) -> int | None:

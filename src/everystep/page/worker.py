@@ -201,7 +201,7 @@ def _answer(openers: Openers, asked: dict[str, Any]) -> Found:
     found = answer(step, run, asked)
     if isinstance(found, tuple):
         return found
-    # Bytes that are no text may name a run; Python has them as surrogates, UTF-8 has none.
+    # Bytes that are not text may name a run; Python has them as surrogates, UTF-8 has none.
     return {}, json.dumps(found, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace")
 
 

@@ -142,7 +142,7 @@ class Resume:
         # A metric more or less changes no step.
         changed = changes(facts, job.facts, ("data.digest", "evaluate_every", *left_out))
         check_changes(run, changed, is_accepted=self.is_accepted)
-        # After the check: another number of processes is noted, but is no reason to refuse.
+        # After the check: another number of processes is noted, but does not refuse the resume.
         changed = (*changes_by_others(run, job.facts), *changed)
         if state is not None:
             check_rules(run, state.step)

@@ -121,7 +121,7 @@ class MetTensors:
         begin = int(tensor.storage_offset()) * tensor.itemsize
         is_aligned = not (tensor.is_floating_point() or tensor.is_complex())
         self.bases[number] = begin if is_aligned else begin - begin % ALIGNMENT
-        # -1 is no number: the memory of the data must not be found as that of its part.
+        # -1 stands for no tensor: the memory of the data must not be found as that of its part.
         self.put(tensor, number, -1)
         self.parts.setdefault(tensor.untyped_storage()._cdata, number)
         return self.geometry(tensor, number)

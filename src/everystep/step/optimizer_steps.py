@@ -99,7 +99,7 @@ class OptimizerSteps:
             if not all(is_plain(tensor) and step.is_on_known(tensor) for tensor in given):
                 return False
             parameters = [p for group in call.parameters for p in group]
-            if any(p.grad.dtype != p.dtype for p in parameters):  # type: ignore[union-attr]
+            if any(p.grad is None or p.grad.dtype != p.dtype for p in parameters):
                 return False
             tensors.catch_up(step.at)
             try:

@@ -211,7 +211,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
                 else:
                     self.at = expected
                     return True
-        # Copies of tensors that are made here are no operations of the step.
+        # Copies of tensors that are made here do not belong to the step.
         with torch._C._DisableTorchDispatch():
             self.tensors.catch_up(self.at)
             numbers = tuple([None if t is None else self.tensors.number(t) for t in tensors])

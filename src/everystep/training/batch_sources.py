@@ -126,7 +126,7 @@ class BatchSources:
         for tensor in tensors.values():
             digest.update(repr(given_of(tensor.detach().cpu())).encode())
         found = (tensors, data), _AttributeThen(digest.hexdigest(), fixed)
-        if type(value) is list and all(map(is_plain_value, value)):
+        if type(value) is list and not fixed and all(map(is_plain_value, value)):
             self._lists[place] = [*value], found
         return found
 
