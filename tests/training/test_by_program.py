@@ -12,6 +12,7 @@ from torch import nn
 
 import everystep
 from everystep.errors import TrainingError
+from everystep.program import memory
 from everystep.step.stand_in import StandIn
 from everystep.training import acceleration
 
@@ -190,3 +191,13 @@ def test_programs_of_many_kinds_of_batches_share_a_limit_of_memory(monkeypatch):
     assert len(let_go) > 5
     assert (list(run.losses["loss"]), state_of(case)) == (losses, state)
     assert function_of(run).by_program >= case.least
+
+
+def test_python_runs_the_steps_where_a_program_would_need_more_memory_than_is_free(monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "_LARGE", 1)
+        patch.setattr(memory, "free_memory", lambda: 1000)
+        little = everystep.train_experiment("two-layer", {"steps": 5}, run="little", progress=False)
+    assert "from step 2 on: the program needs 0.0 GB of memory, but only" in capsys.readouterr().err
+    usual_run = everystep.train_experiment("two-layer", {"steps": 5}, run="usual", progress=False)
+    assert little.losses.equals(usual_run.losses)

@@ -39,13 +39,10 @@ class Interpreter:
     state, inputs: the tensors that must exist before the step, by name.
 
     Raises:
-        ProgramError: an argument is not of a kind that a program holds, or there is not enough memory.
+        ProgramError: an argument is not of a kind that a program holds.
     """
 
     def __init__(self, program: Program, device: torch.device) -> None:
-        made = program.of_kind("temporary")
-        # Results are freed once nothing needs them, so only the largest is sure to be there.
-        check_memory(max([program.storages[name].bytes for name in made], default=0), device)
         self.program = program
         self._device = device
         self._calls = [_Instruction(operation) for operation in program.operations]

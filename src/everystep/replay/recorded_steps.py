@@ -14,7 +14,7 @@ from everystep.errors import ProgramError, RunError
 from everystep.experiment.batches import RowsOf
 from everystep.program.arguments import DTYPES
 from everystep.program.interpreter import Interpreter
-from everystep.program.memory import copy_on_cpu
+from everystep.program.memory import check_memory, copy_on_cpu
 from everystep.program.precision import Precision
 from everystep.program.step_program import Program
 from everystep.recording.contents import Given, Inputs, inputs_of, unpacked
@@ -147,12 +147,16 @@ class RecordedSteps:
 
         Raises:
             NotReplayedError: it cannot be read.
+            ProgramError: it needs more memory than is free.
         """
         if number not in self._programs:
             with _reading():
                 program = self._recorded[number] = read_program(self.run, number)
             if self.conversion is not None:
                 program = self.conversion.program(program)
+            made = [program.storages[name].bytes for name in program.of_kind("temporary")]
+            # Results are freed once nothing needs them, so only the largest is sure to be there.
+            check_memory(max(made, default=0), self.device)
             self._programs[number] = Interpreter(program, self.device)
         return self._programs[number]
 

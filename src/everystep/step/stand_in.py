@@ -401,7 +401,10 @@ class StandIn:
     ) -> str | None:
         """Run a step that Python just ran, on a copy; describe the difference, or return None."""
         interpreter = self._interpreter
-        live, copies = self._bound_to_copies(before.tensors)
+        try:
+            live, copies = self._bound_to_copies(before.tensors)
+        except ProgramError as error:  # there is not enough memory for both
+            return str(error)
         batch = before.batch
         inputs = {f"input/{name}": tensor for name, tensor in self._inputs().items()}
         inputs |= {f"batch/{name}": tensor for name, tensor in batch.items()}
