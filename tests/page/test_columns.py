@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.page.serving import Application, written
+from tests.page.test_app import FACTS
 from tests.sealing import sql
 
+import everystep
 from everystep.recording.database import Database
-from everystep.recording.recorded_run import RecordedRun
 
 any_float32 = st.integers(0, 2**32 - 1).map(lambda bits: struct.unpack("f", struct.pack("I", bits))[0])
 few = st.sampled_from([0.1, -0.1, 1.0, 1.5, 2.0, math.nan, math.inf, -math.inf]).map(
@@ -181,12 +182,25 @@ def test_as_many_rows_are_had_at_once_as_the_page_copies(write_run, page):
 
 
 def test_the_file_of_losses_has_the_rows_that_the_table_shows(write_run, page):
-    run = write_run("é", [2.0, math.nan, 1.0], [("m", 3, 0.5)])
+    run = write_run("é", [2.0, math.nan, 1.0], [("m", 3, 0.5), ("lr", 1, 0.1)], **FACTS)
     answer = page.ask("/api/runs/é/losses.csv", params={"sort": "loss", "first": 1, "last": 3})
     assert answer.headers["content-type"].startswith("text/csv")
     assert "filename*=UTF-8''%C3%A9%20losses.csv" in answer.headers["content-disposition"]
-    frame = RecordedRun(run).table_frame().sort("loss")
+    frame = everystep.open(run).table_frame().sort("loss")
     assert answer.text == frame.write_csv(null_value="")
+
+
+def test_a_learning_rate_holds_until_it_changes(write_run, page):
+    measured = [("lr", 2, 0.1), ("lr", 4, 0.05), ("m", 2, 7.0)]
+    run = write_run("run", [4.0, 3.0, 2.0, 1.0], measured, **FACTS)
+    held = [None, 0.1, 0.1, 0.05]
+    frame = everystep.open(run).table_frame()
+    assert (frame["lr"].to_list(), frame["m"].to_list()) == (held, [None, 7.0, None, None])
+    assert everystep.open(run).table_frame(2)["lr"].to_list() == held[2:]
+    assert everystep.open(run).table_frame(2).columns == ["step", "loss", "lr"]
+    assert everystep.open(run).table().frame["lr"].to_list() == held
+    rows = page.json("/api/runs/run/table", sort="lr", direction="desc")["rows"]
+    assert [row[2] for row in rows] == ["0.1", "0.1", "0.05", ""]
 
 
 def test_a_measurement_of_state_0_is_in_the_curve_but_in_no_row(write_run, page):

@@ -11,10 +11,9 @@ from everystep.errors import RunError
 from everystep.page.columns import RunColumns
 from everystep.page.run_index import names_of_ranks
 from everystep.recording.database import MeasurementEnds
-from everystep.recording.facts import ModuleFacts, TrainingFacts
+from everystep.recording.facts import Facts, ModuleFacts, TrainingFacts
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.settings_diff import flat
-from everystep.recording.texts import is_rate
 from everystep.views.facts_text import facts_data, shortest_name, state_data
 from everystep.views.plain import metric_data, plain_data, plain_number
 
@@ -29,7 +28,7 @@ def live_data(run: RecordedRun, columns: RunColumns, status: str) -> dict[str, A
     """Return the data of a run that changes during training."""
     return state_data(run, columns.facts, status, columns.steps) | {
         "last_loss": plain_number(float(columns.losses[-1])) if columns.steps else None,
-        "measurements": [_measurement(ends) for ends in columns.ends],
+        "measurements": [_measurement(ends, columns.facts) for ends in columns.ends],
         **columns.landmarks,
     }
 
@@ -91,10 +90,10 @@ def _argument(directory: Path) -> str:
     return argument.encode("utf-8", "backslashreplace").decode()
 
 
-def _measurement(ends: MeasurementEnds) -> dict[str, Any]:
+def _measurement(ends: MeasurementEnds, facts: Facts) -> dict[str, Any]:
     first, last = (plain_number(math.nan if end is None else end) for end in (ends.first, ends.last))
     found = {"name": ends.name, "count": ends.values, "first": first, "last": last}
-    return found | {"is_rate": is_rate(ends.name), **metric_data(ends.name)}
+    return found | {"is_rate": facts.is_setting(ends.name), **metric_data(ends.name)}
 
 
 def _by_path(experiment: dict[str, Any]) -> dict[str, Any]:

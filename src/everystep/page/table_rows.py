@@ -105,8 +105,9 @@ def _column(columns: RunColumns, title: str, rows: Rows) -> pl.Series:
     steps, values = columns.series(name)
     if not len(steps):
         return pl.repeat(None, len(rows), dtype=pl.Float64, eager=True)
-    places = np.searchsorted(steps, rows + 1).clip(max=len(steps) - 1)
-    is_there = steps[places] == rows + 1
+    places = np.searchsorted(steps, rows + 1, side="right") - 1
+    holds = columns.facts.is_setting(name)
+    is_there = (places >= 0) & (holds | (steps[places] == rows + 1))
     return pl.select(
         pl.when(pl.Series(is_there)).then(pl.Series(values[places])).otherwise(None)
     ).to_series()

@@ -7,6 +7,7 @@ that of the model, too. A database may come from an untrusted source, so reading
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import product
@@ -19,6 +20,7 @@ from pydantic_core import from_json, to_json, to_jsonable_python
 from everystep.bounded import MOST_STEPS
 from everystep.errors import RunError, UsageError
 from everystep.numerics import Numerics
+from everystep.step.hyperparameters import is_hyperparameter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,6 +70,8 @@ MOST_TAGS, LONGEST_TAG, LARGEST_CONFIG = 100, 100, 1_000_000
 #: Processes that train together.
 MOST_RANKS = 4096
 Tag = Annotated[str, Field(min_length=1, max_length=LONGEST_TAG)]
+#: Of several optimizers, the name of each is before it; `[1]` is the second param group.
+_LEARNING_RATE = re.compile(r"(?:(\w+)\.)?lr(?:\[\d+\])?")
 #: A seed has 64 bits.
 Whole = Annotated[int, Field(gt=-(2**64), lt=2**64)]
 #: Plain values by name, as in JSON; a value that JSON cannot hold is described as text.
@@ -348,6 +352,22 @@ class TrainingFacts(_Fact):
         """Whether losses are recorded: a user's loop may log none."""
         return self.loop is None or self.loop.has_loss
 
+    def is_learning_rate(self, measurement: str) -> bool:
+        """Return whether a measurement is a learning rate of an optimizer, by its name."""
+        found = _LEARNING_RATE.fullmatch(measurement)
+        owners = self.optimizers if len(self.optimizers) > 1 else [None] * len(self.optimizers)
+        return found is not None and found[1] in owners
+
+    def is_setting(self, measurement: str) -> bool:
+        """Return whether a measurement is recorded where it changes, and holds until the next change.
+
+        Of everystep's own steps, these are the settings of the optimizer; of a loop, the learning rates:
+        what it logs belongs to its step.
+        """
+        if self.loop is None:
+            return is_hyperparameter(measurement)
+        return self.is_learning_rate(measurement)
+
 
 class EarlierFacts(_Fact):
     """How earlier steps, up to `last`, were trained: those of a parent, or before a resume."""
@@ -483,6 +503,10 @@ class Facts(_Fact):
     def has_loss(self) -> bool:
         """Whether losses are recorded, as far as is known."""
         return self.trained is None or self.trained.has_loss
+
+    def is_setting(self, measurement: str) -> bool:
+        """Return what `TrainingFacts.is_setting` does, as far as is known."""
+        return self.trained is not None and self.trained.is_setting(measurement)
 
     def rows(self) -> dict[str, Any]:
         """Return the known facts, each as a row of the database."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
@@ -275,8 +276,8 @@ class RecordedRun:
 
         The run of rank 0 has a column for the losses of each other rank: `loss (rank 1)`.
 
-        A step without a measurement has null there. Measurements of state 0, before the first step, have
-        no row.
+        A step without a measurement has null there; a learning rate, recorded where it changes, is that
+        of each step. Measurements of state 0, before the first step, have no row.
         """
         import polars as pl
 
@@ -309,15 +310,22 @@ class RecordedRun:
                 )  # before that, there was no such rank
                 shown = [None if place < begins else loss for place, loss in enumerate(own)]
                 columns[f"loss (rank {rank})"] = [*shown, *[None] * (len(steps) - len(own))]
-        for series, (at, values) in found.items():
-            if last is not None and not len(at):
-                continue
-            title = column_title(series.partition("/")[2])
-            column: list[float | None] = [None] * len(steps)
-            for step, value in zip(at.tolist(), values.tolist(), strict=True):
-                if 0 <= step - first < len(steps):
-                    column[step - first] = value
-            columns[title] = column
+        measured = {
+            series.partition("/")[2]: dict(zip(at.tolist(), values.tolist(), strict=True))
+            for series, (at, values) in found.items()
+        }
+        settings = {*filter(self.facts.is_setting, self.measurement_names)}
+        if last is not None:  # one may hold that changed long before
+            measured |= {name: self.measured(name) for name in settings}
+        for name, of_steps in measured.items():
+            column = [*map(of_steps.get, range(first, first + len(steps)))]
+            if name in settings:
+                before = [value for step, value in of_steps.items() if step < first][-1:]
+                values = [*before, *column]
+                held: Iterable[Any] = accumulate(values, lambda old, now: old if now is None else now)
+                column = [*held][len(before) :]
+            if last is None or any(value is not None for value in column):
+                columns[column_title(name)] = column
         return columns
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +9,6 @@ from everystep.recording.facts import Described, LossFacts, ModuleFacts, Optimiz
 
 __all__ = [
     "column_title",
-    "is_rate",
     "loss_text",
     "model_text",
     "number_text",
@@ -26,12 +24,6 @@ __all__ = [
 
 #: A line of text, and its depth.
 _Line = tuple[int, str]
-_RATE = re.compile(r"(.*\.)?(lr|momentum|beta1)(\[\d+\])?")
-
-
-def is_rate(name: str) -> bool:
-    """Return whether a measurement is a learning rate or its like: recorded where it changes."""
-    return _RATE.fullmatch(name) is not None
 
 
 def processes_text(count: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from everystep.expression import Expression, Reference, parse
 from everystep.recording.facts import TrainingFacts
 from everystep.recording.recorded_run import RecordedRun
 from everystep.replay.shown import Shown
-from everystep.step.hyperparameters import is_hyperparameter
 
 __all__ = [
     "RANKS_DIFFER",
@@ -23,8 +21,6 @@ __all__ = [
     "Which",
     "ask_columns",
     "chosen",
-    "is_learning_rate",
-    "is_setting",
     "read_question",
     "recorded_at",
     "settings_of",
@@ -34,8 +30,6 @@ __all__ = [
 RANKS_DIFFER = "ranks differ"
 #: Steps in the `repr` of an answer.
 SHOWN = 10
-#: Of several optimizers, the name of each is before it; `[1]` is the second param group.
-_LEARNING_RATE = re.compile(r"(?:(\w+)\.)?lr(?:\[\d+\])?")
 Answers = list[tuple[int, float]]
 Which = Literal["first", "last", "all"]
 
@@ -93,22 +87,6 @@ def _held(changes: Mapping[int, float]) -> Callable[[int], float | None]:
     return lambda step: values[bisect_right(steps, step)]
 
 
-def is_learning_rate(facts: TrainingFacts, name: str) -> bool:
-    """Return whether a measurement is a learning rate of an optimizer, by its name."""
-    found = _LEARNING_RATE.fullmatch(name)
-    owners = facts.optimizers if len(facts.optimizers) > 1 else [None] * len(facts.optimizers)
-    return found is not None and found[1] in owners
-
-
-def is_setting(facts: TrainingFacts, name: str) -> bool:
-    """Return whether a measurement is recorded where it changes, and holds until the next change.
-
-    Of everystep's own steps, these are the settings of the optimizer; of a loop, the learning rates:
-    what it logs belongs to its step.
-    """
-    return is_hyperparameter(name) if facts.loop is None else is_learning_rate(facts, name)
-
-
 def settings_of(
     run: RecordedRun, facts: TrainingFacts, first: int, last: int = MOST_STEPS
 ) -> Callable[[int], dict[str, float]]:
@@ -118,7 +96,7 @@ def settings_of(
     """
     found = {}
     for name in run.measurement_names:
-        if is_setting(facts, name):
+        if facts.is_setting(name):
             changes = run.measured(name).items()
             found[name] = _held({step: value for step, value in changes if first <= step <= last})
 
@@ -132,7 +110,7 @@ def settings_of(
 def recorded_at(run: RecordedRun, name: str) -> Callable[[int], float | None]:
     """Return a function that looks up a measurement by step (None if it has none)."""
     values = run.measured(name)
-    return _held(values) if is_setting(run.facts.training, name) else values.get
+    return _held(values) if run.facts.training.is_setting(name) else values.get
 
 
 class _NothingThereError(Exception):

@@ -23,7 +23,7 @@ from everystep.recording.database import Repeat
 from everystep.replay.bound_steps import BoundStep, BoundSteps, Hook
 from everystep.replay.opened_step import Batch, Step, observed_step, of_kind
 from everystep.replay.recorded_batches import batches_of
-from everystep.replay.recorded_columns import is_learning_rate, settings_of
+from everystep.replay.recorded_columns import settings_of
 from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps
 from everystep.step.build import NotCapturableError
 from everystep.step.expanded import Expanded, Expander
@@ -230,7 +230,7 @@ class ReplayStepper:
     def rates(self) -> list[str]:
         """Return the names of the learning rates."""
         names = dict.fromkeys((*self.hyperparameters(), *self._run.measurement_names))
-        return [name for name in names if is_learning_rate(self.steps.facts, name)]
+        return [name for name in names if self.steps.facts.is_learning_rate(name)]
 
     def _groups(self) -> list[dict[str, Any]]:
         """Return the param groups of everystep's own steps with the numbers that the last one used."""

@@ -23,7 +23,6 @@ from everystep.recording.recorded_run import RecordedRun, Stretch, stretch_at
 from everystep.recording.recorder import Recorder
 from everystep.replay.changed_steps import ChangedSteps, FurtherSteps
 from everystep.replay.processes import needs_worker, recorded_numerics
-from everystep.replay.recorded_columns import is_setting
 from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps
 from everystep.replay.run_replay import Replay
 from everystep.step.state import State
@@ -124,7 +123,7 @@ def check_determined(run: RecordedRun, at: int, until: int, change: str, *, is_o
                 f"{cure}"
             )
     if is_of_rates and facts.loop:
-        rates = (run.measured(each) for each in run.measurement_names if is_setting(facts, each))
+        rates = (run.measured(each) for each in run.measurement_names if facts.is_setting(each))
         changed = sorted(step for rate in rates for step in rate if at + 1 < step <= until)
         if changed:
             raise RunError(f"your code changes the learning rate of {name} at step {changed[0]}; {cure}")

@@ -123,6 +123,8 @@ def loss_table(run: RecordedRun, rows: int = 100_000) -> LossTable:
     measured = run.measurements.with_columns(pl.col("name").replace(titles))
     measured = measured.pivot("name", index="step", values="value")
     frame = losses.join(measured, on="step", how="full", coalesce=True).sort("step")
+    settings = [*filter(run.facts.is_setting, measured.columns)]
+    frame = frame.with_columns(pl.col(settings).forward_fill())
     if not run.facts.has_loss:
         frame = frame.drop("loss")
     total = len(frame)

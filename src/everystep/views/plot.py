@@ -19,7 +19,6 @@ import polars as pl
 
 from everystep.errors import UsageError, did_you_mean
 from everystep.recording.recorded_run import RecordedRun
-from everystep.recording.texts import is_rate
 from everystep.views.output_file import write_file
 from everystep.views.reduction import reduce
 
@@ -220,7 +219,7 @@ def _measured(
             raise UsageError(f"no measurement {wanted!r}; {cure}")
         for run, frame, name in zip(runs, frames, names, strict=True):
             of_run = frame.filter(pl.col("name") == wanted)
-            if is_rate(wanted) and len(of_run):
+            if run.facts.is_setting(wanted) and len(of_run):
                 of_run = _held(of_run, run.newest_step())
             line = _drawable(of_run, f"{name}, {_plain(wanted)}", "value", log, notes)
             lines.append(line.assign(run=name, measurement=_plain(wanted)))
