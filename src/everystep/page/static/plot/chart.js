@@ -88,7 +88,7 @@ function seriesOptions({ title, colour: token, scale, kind, curve }, { isLine, i
   const common = { label: title, scale, stroke };
   if (kind === "average") return { ...common, width: 2, points: { show: false } };
   // A learning rate is constant until it changes; between other measurements, a line is only a guide.
-  const guide = { ...common, width: 2, spanGaps: true, points: { show: curve.points()[0].length <= FEW, size: 6, fill: stroke } };
+  const guide = { ...common, width: 2, spanGaps: true, points: { show: () => curve.points()[0].length <= FEW, size: 6, fill: stroke } };
   if (kind === "rate") return { ...guide, paths: window.uPlot.paths.stepped({ align: 1 }) };
   if (kind === "measured") return guide;
   const alpha = kind === "faint" ? 0.28 : 1;

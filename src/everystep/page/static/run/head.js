@@ -66,7 +66,7 @@ export function lineage({ name, parent, forks, unread }) {
 export function factsList({ facts, details, times }) {
   const rows = facts.flatMap(([label, text]) => [
     element("dt", {}, label),
-    element("dd", { class: label === "model" ? "model" : "" }, text),
+    label === "model" ? element("dd", { class: "model" }, ...text.split("\n").map((line) => element("span", {}, `${line}\n`))) : element("dd", {}, text),
   ]);
   const fold = (brief, pairs) => element("details", {}, element("summary", {}, brief), element("dl", { class: "pairs" }, ...described(pairs)));
   const more = details.map(([title, brief, pairs]) => [title, fold(brief, pairs)]);
