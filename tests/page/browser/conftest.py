@@ -238,7 +238,7 @@ def visit(windows, copied, train):
     with contextlib.ExitStack() as stack:
 
         def visit(
-            path, *, viewport=SIZE, color_scheme=None, reduced_motion=None, expected=(), **options
+            path, *, viewport=SIZE, color_scheme="light", reduced_motion="null", expected=(), **options
         ):
             window = windows(**options)
             stack.callback(window.check, expected)
