@@ -193,6 +193,7 @@ def test_how_the_page_looks_is_remembered(visit):
     after = page.locator("body").evaluate("body => getComputedStyle(body).backgroundColor")
     assert before != after
     page.evaluate("localStorage.clear()")  # the window is that of other tests, too
+    page.reload()
 
 
 def test_a_link_shows_the_same_tensors_unfolded(chapter, visit):
