@@ -6,17 +6,22 @@ from dataclasses import dataclass, field
 
 __all__ = ["CheckPlan"]
 
-#: Checks may take this share of the time, once the steps 2, 4, 8, ... are that far apart. A check that
-#: takes longer than so many seconds may not take more before either, nor at the last step.
+#: Checks may take this share of the time.
 CHECK_SHARE = 0.01
+#: Where a user vouches for the steps, a check of fewer seconds may take more at steps 4, 8, 16, ... and
+#: at the last one: unlike torch's, such code may change what it does as a training begins or ends.
 LIGHT_SECONDS = 0.03
 
 
 @dataclass
 class CheckPlan:
-    """When a program was checked, and when it will be: ever more rarely from `start` on."""
+    """When a program was checked, and when it will be: ever more rarely from `start` on.
+
+    is_vouched: whether a user vouches for the steps.
+    """
 
     start: int = 0
+    is_vouched: bool = False
     checked: list[int] = field(default_factory=list)
     next: int = 0
     _step_seconds: float = 0.0
@@ -36,13 +41,18 @@ class CheckPlan:
         else:
             self.checked.append(step)
 
+    @property
+    def is_light(self) -> bool:
+        """Whether a check may take more than its share."""
+        return self.is_vouched and self._seconds < LIGHT_SECONDS
+
     def until(self, last: int | None) -> int:
         """Return the next step to check; the last step of a training is checked if that is cheap."""
         if last is None:
             return self.next
         since = last - (self.checked[-1] if self.checked else self.start)
         allowed = since * self._step_seconds * CHECK_SHARE
-        is_cheap = self._seconds < LIGHT_SECONDS or allowed >= self._seconds
+        is_cheap = self.is_light or allowed >= self._seconds
         return min(self.next, last if is_cheap else last + 1)
 
     def passed(self, step: int, seconds: float) -> None:
@@ -51,7 +61,7 @@ class CheckPlan:
         self._seconds = seconds
         # A check runs a step twice, and at the first check no step was timed alone.
         allowed = (self._step_seconds or seconds / 2) * CHECK_SHARE
-        interval, is_light = 1, seconds < LIGHT_SECONDS
-        while interval * allowed < seconds and (interval < step - self.start or not is_light):
+        interval = 1
+        while interval * allowed < seconds and (interval < step - self.start or not self.is_light):
             interval *= 2
         self.next = step + interval

@@ -3,7 +3,7 @@
 The step is torch's own code, or the user vouches that it runs the same operations each time. Visible
 conditions are checked (see `replaceable`): its numbers are those of torch's optimizers, are read from
 tensors and only logged, or stay the same. The program is compared with Python's step on a copy of the
-state, at first and at steps 2, 4, 8, ..., bit for bit.
+state, at first and at steps that a `CheckPlan` names, bit for bit.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A program may run a step if all of its Python is torch's own, known by identity, or if the user vouches
 for it. What a watched step in Python has done becomes a program, for later steps with such a batch. At
-steps 2, 4, 8, ..., then at an interval that costs less than a hundredth of the time, and at the last
-step, Python runs the step and the program is compared with it.
+step 2, then at intervals that cost less than a hundredth of the time, Python runs the step and the
+program is compared with it.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Acceleration:
         self._is_quiet = is_quiet
         #: Whether each step has the same batch.
         self._is_fixed = False
-        self._plan = CheckPlan(start)
+        self._plan = CheckPlan(start, is_vouched=not is_known)
         #: The step before the first that may show what later ones do.
         self._since = start
         self._kinds: dict[Any, _Kind] = {}

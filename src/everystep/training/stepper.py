@@ -231,6 +231,7 @@ class Stepper(Acceleration):
             against = f"{type(scheduler).__qualname__} calls a function of yours"
         vouches = self._engine == "program"
         self.stands_behind = "vouched" if vouches and against is not None else "known"
+        self._plan.is_vouched = self.stands_behind == "vouched"
         self.is_vouchable = against is not None and other is None
         if self._engine == "eager":
             return 'engine="eager" is set'
