@@ -81,6 +81,20 @@ def floats_of_every_kind(record):
     return trained(record, body, model, sgd(model, lr=1e-4))
 
 
+@loop(20)
+def answers_about_two_tensors(record):
+    known = torch.full((8,), float("nan"))  # not equal to itself, but the same memory is
+
+    def body(model, optimizer, x, y, number):
+        bias = model[4].bias.detach()
+        decays = torch.equal(bias > 0, y[0] > 0) or torch.allclose(bias, bias * 0, atol=0.3)
+        penalty = bias.square().mean() if decays else 0.0
+        loss = functional.mse_loss(model(x), y) + model[0].bias.square().mean() * penalty
+        return descend(optimizer, loss * torch.equal(known, known) * (not torch.equal(known, y)))
+
+    return trained(record, body)
+
+
 @loop(5)
 def exponents_that_become_zero_and_one(record):
     def body(model, optimizer, x, y, number):

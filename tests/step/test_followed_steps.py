@@ -20,7 +20,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 OFTEN = {
     *("a_batch_that_is_added_late_and_aliases", "a_mode_of_operators_in_the_step", "modes_at_random"),
     *("an_evaluation_in_inference_mode", "data_and_buffers_of_which_the_step_reads_more"),
-    *("floats_of_every_kind", "gradients_of_the_batch_that_add_up", "nothing_is_a_part"),
+    *(
+        "answers_about_two_tensors",
+        "floats_of_every_kind",
+        "gradients_of_the_batch_that_add_up",
+        "nothing_is_a_part",
+    ),
     *("steps_that_fail_and_are_taken_again", "tensors_from_elsewhere_that_alias"),
     "memory_in_a_cycle_that_python_has_collected",
 }

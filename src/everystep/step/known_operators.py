@@ -23,6 +23,7 @@ from everystep.program.operators import (
     writes,
 )
 from everystep.step.met_tensors import is_plain
+from everystep.step.mode_formulas import is_decomposed
 
 __all__ = [
     "JOINING",
@@ -71,7 +72,9 @@ def known_operator(func: Any) -> KnownOperator:
     """Return the properties of an operator."""
     name = func.overloadpacket.__name__
     how, text = "see", str(func)
-    if func.namespace in ("prim", "profiler") or name in _OTHER_GEOMETRY or _asks(func):
+    if is_decomposed(func):
+        how = "decompose"
+    elif func.namespace in ("prim", "profiler") or name in _OTHER_GEOMETRY or _asks(func):
         how = "pass"
     else:
         try:
@@ -105,6 +108,8 @@ def known_operator(func: Any) -> KnownOperator:
 
 def _asks(func: Any) -> bool:
     """Return whether an operator returns only how tensors lie, such as sizes."""
+    if func.namespace != "aten":  # one of another package may read numbers
+        return False
     types = {str(result.type) for result in func._schema.returns}
     is_of_values = torch.Tag.data_dependent_output in func.tags or "is_nonzero" in str(func)
     return bool(types) and types <= _ANSWERS and not is_of_values

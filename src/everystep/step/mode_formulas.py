@@ -16,7 +16,7 @@ from torch import Tensor
 
 from everystep.program.operators import OperatorMode
 
-__all__ = ["ModeFormulas", "of_mode"]
+__all__ = ["ModeFormulas", "is_decomposed", "of_mode"]
 
 _aten = torch.ops.aten
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
@@ -76,6 +76,34 @@ def _eigvals(matrix: Tensor) -> Any:
     return _aten.linalg_eigvals.default._op_dk(_COMPOSITE, matrix)
 
 
+def _equal(one: Tensor, other: Tensor) -> bool:
+    with torch._C._DisableTorchDispatch():
+        found = torch.equal(one, other)  # of one memory, NaN counts as equal; raises of other dtypes
+    if one.shape == other.shape:
+        bool(torch.eq(one, other).all())
+    return found
+
+
+def _allclose(
+    one: Tensor, other: Tensor, rtol: float = 1e-05, atol: float = 1e-08, equal_nan: bool = False
+) -> bool:
+    return bool(torch.isclose(one, other, rtol, atol, equal_nan).all())
+
+
+def _is_left_aligned(values: Tensor, mask: Tensor) -> bool:
+    with torch._C._DisableTorchDispatch():
+        found: bool = torch._nested_tensor_from_mask_left_aligned(values, mask)
+    bool((mask[:, 1:] <= mask[:, :-1]).all())
+    return found
+
+
+#: Functions that return to Python what they find in tensors. Operations that a program can hold find the
+#: same, so that a replay compares what Python may branch on.
+_READING: dict[Any, Callable[..., Any]] = {
+    _aten.equal.default: _equal,
+    _aten.allclose.default: _allclose,
+    _aten._nested_tensor_from_mask_left_aligned.default: _is_left_aligned,
+}
 _FORMULAS: dict[Any, Callable[..., Any]] = {
     _aten.matmul.default: _matmul,
     _aten.linalg_svdvals.default: _svdvals,
@@ -84,9 +112,14 @@ _FORMULAS: dict[Any, Callable[..., Any]] = {
 }
 
 
+def is_decomposed(function: Any) -> bool:
+    """Return whether `of_mode` has a formula for a function that is no composite."""
+    return function in _READING
+
+
 def of_mode(function: Any) -> Callable[..., Any]:
-    """Return what a mode calls to see the operations of a composite function of torch."""
-    formula: Callable[..., Any] = _FORMULAS.get(function, function.decompose)
+    """Return what a mode calls to see the operations of a function of torch."""
+    formula: Callable[..., Any] = (_READING | _FORMULAS).get(function, function.decompose)
     return formula
 
 
