@@ -95,6 +95,17 @@ def answers_about_two_tensors(record):
     return trained(record, body)
 
 
+@loop(20)
+def memory_that_python_reads(record):
+    def body(model, optimizer, x, y, number):
+        h = model(x)
+        largest, mean = max(h.detach().flatten().tolist()), y.numpy().mean()
+        loss = functional.mse_loss(h, y) * (2.0 if largest > 0.5 else 1.0)
+        return descend(optimizer, loss if mean > 0 else loss + h.square().mean())
+
+    return trained(record, body)
+
+
 @loop(5)
 def exponents_that_become_zero_and_one(record):
     def body(model, optimizer, x, y, number):

@@ -22,6 +22,7 @@ OFTEN = {
     *("an_evaluation_in_inference_mode", "data_and_buffers_of_which_the_step_reads_more"),
     *(
         "answers_about_two_tensors",
+        "memory_that_python_reads",
         "floats_of_every_kind",
         "gradients_of_the_batch_that_add_up",
         "nothing_is_a_part",

@@ -275,6 +275,17 @@ def branched_by_a_number():
 
 
 @case
+def branched_by_memory():
+    """A step that decides by what NumPy reads of a prediction."""
+
+    def loss(model, x, y):
+        largest = model(x).detach().numpy().max()
+        return mean_square(model, x, y) * (2 if largest > 1.0 else 1)
+
+    return usual(sgd, loss=loss, reason="reads the memory of a tensor")
+
+
+@case
 def other_number_returned():
     """A step that returns another number than its loss as Python's."""
     made = usual(sgd, reason="norm is returned as a Python number")

@@ -12,10 +12,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from everystep.program.arguments import encode
+from everystep.program.arguments import DTYPES, encode
 from everystep.program.collectives import is_collective
 from everystep.program.number_slots import READ, Number
-from everystep.program.operators import draws_random_numbers
+from everystep.program.operators import draws_random_numbers, has_shape_of_values
 from everystep.program.step_program import MOST_ENTRIES, Operation, Program, Storage, TensorSpec
 from everystep.step.calling_code import LineTable
 from everystep.step.path import Path
@@ -278,8 +278,10 @@ class _Builder:
         return {self._tensors[name].storage for name in operation.changed()}
 
     def _is_read(self, operation: Operation) -> bool:
-        """Return whether an operation gives Python something that is not a tensor."""
-        return any(operation.reads()) and not self._writes(operation)
+        """Return whether an operation gives Python numbers, or a shape that depends on them."""
+        dtypes = (DTYPES[self._tensors[name].dtype] for name in [*operation.reads()][1:])
+        is_shaped = has_shape_of_values(operation.resolved, dtypes)
+        return is_shaped or (any(operation.reads()) and not self._writes(operation))
 
     def _checkable_reads(self, operations: Sequence[Operation], kept: set[int]) -> set[int]:
         """Return the reads of numbers that are computed anyway: they check a replay.

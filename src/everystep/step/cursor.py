@@ -22,7 +22,13 @@ from everystep.program.collectives import taking_part
 from everystep.program.memory import geometry
 from everystep.program.observed import OVERWRITING
 from everystep.program.operation import fills
-from everystep.program.operators import flattened, leaves, parameters, writes
+from everystep.program.operators import (
+    flattened,
+    has_shape_of_values,
+    leaves,
+    parameters,
+    writes,
+)
 from everystep.step.backward import BackwardPasses
 from everystep.step.call_checks import MISS, check_of
 from everystep.step.calling_code import named_here
@@ -43,7 +49,7 @@ from everystep.step.mode_formulas import of_mode
 from everystep.step.moving_views import check_of_views
 from everystep.step.optimizer_steps import OptimizerSteps
 from everystep.step.outside_tensors import OutsideTensors
-from everystep.step.path import Entry, SeenOperation
+from everystep.step.path import READ_UNSEEN, Entry, SeenOperation
 from everystep.step.under_way import UnderWay
 from everystep.step.versions import version_of
 
@@ -489,9 +495,10 @@ class Cursor(UnderWay):
         changed += [tensor for tensor, version in versions if version_of(tensor) != version] + others
         # A tensor made of others may write into them below autograd, where torch does not count.
         inner = [t for each in changed for t in _made_of(each)]
-        self.note_unseen(
-            changed, pytree.tree_leaves(result), [t.untyped_storage()._cdata for t in inner]
-        )
+        # Python sees the shapes of results.
+        is_read = func.namespace != "aten" or has_shape_of_values(func, (t.dtype for t in before[1:]))
+        storages = [t.untyped_storage()._cdata for t in inner]
+        self.note_unseen(changed, pytree.tree_leaves(result), storages, is_read=is_read)
         return result
 
     def _note_aside(self, written: Sequence[Tensor]) -> None:
@@ -536,6 +543,21 @@ class Cursor(UnderWay):
         """Forget a tensor that has got other memory."""
         self.tensors.catch_up(self.at)
         self.tensors.drop(tensor)
+
+    def reads(self, tensor: Tensor) -> None:
+        """Note that Python reads the numbers of a tensor from its memory."""
+        depth = torch._C._len_torch_dispatch_stack()
+        is_watching = any(torch._C._get_dispatch_stack_at(place) is self for place in range(depth))
+        # Its own code reads tensors, too, but not while it watches.
+        if not is_watching or self.is_paused:
+            return
+        expected = self.at.next
+        if expected is None or expected.key[:2] != READ_UNSEEN:
+            with torch._C._DisableTorchDispatch():
+                self.tensors.catch_up(self.at)
+                if not self.is_on_known(tensor):  # data from outside that no operation has used yet
+                    return
+        self.happens(*READ_UNSEEN, tensors=[tensor])
 
 
 def _push_again(modes: Sequence[Any]) -> None:

@@ -2,9 +2,9 @@
 
 torch has no hook where `backward` and `grad` start the engine (`torch.autograd._engine_run_backward`),
 nor where `tensor.data = other` gives a tensor other memory, which no call of the dispatcher shows, nor
-where code between two steps takes `tensor.data`: torch does not count what is written into it. These
-functions are replaced. They belong to the process, but a follower to its thread: in others, they do what
-torch's do.
+where code between two steps takes `tensor.data`: torch does not count what is written into it. Nor does
+it show where `numpy` and `tolist` read memory. These functions are replaced. They belong to the process,
+but a follower to its thread: in others, they do what torch's do.
 
 Each optimizer marks its time for a profiler. That is no operation, and no mode sees it meanwhile.
 """
@@ -15,6 +15,7 @@ import inspect
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from operator import itemgetter
 from threading import Lock, get_ident
 from typing import Any, Protocol
@@ -41,8 +42,10 @@ __all__ = [
     "scripted_fault",
 ]
 
+#: Methods of tensors that read memory; `numpy.asarray` calls the second.
+_READING = "__dlpack__", "numpy", "tolist"
 #: Names of the functions that are replaced; another thread may be the reason that they are.
-OF_WATCHES = {"_engine_run_backward", "data"}
+OF_WATCHES = {"_engine_run_backward", "data", *_READING}
 
 _DATA = torch._C.TensorBase.data
 _next_node = torch._C._autograd._get_sequence_nr
@@ -330,10 +333,19 @@ class _Replacement:
         _engine = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
         torch.autograd._engine_run_backward = _run  # type: ignore[attr-defined,assignment]
         torch.Tensor.data = property(_get_data, _set_data, _DATA.__delete__)  # type: ignore
+        #: Those of `torch.Tensor` itself; others are of its base.
+        self._own = {name: vars(torch.Tensor).get(name) for name in _READING}
+        for name in _READING:
+            setattr(torch.Tensor, name, _noted(getattr(torch.Tensor, name)))
 
     def remove(self) -> None:
         """Restore torch's functions."""
         self._unmarked = None
+        for name, function in self._own.items():
+            if function is None:
+                delattr(torch.Tensor, name)
+            else:
+                setattr(torch.Tensor, name, function)
         torch.autograd._engine_run_backward = _engine  # type: ignore[attr-defined]
         del torch.Tensor.data
 
@@ -354,6 +366,18 @@ def _get_data(tensor: Tensor) -> Tensor:
         for follower in _followers.get(get_ident(), ()):
             follower.exposes(tensor)
     return _DATA.__get__(tensor)  # type: ignore[attr-defined,no-any-return]
+
+
+def _noted(read: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method of tensors that reports that it reads the memory of one."""
+
+    @wraps(read)
+    def noted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if (watch := _watch()) is not None:
+            watch.reads(tensor)
+        return read(tensor, *args, **kwargs)
+
+    return noted
 
 
 def _set_data(tensor: Tensor, value: Tensor) -> None:

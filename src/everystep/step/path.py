@@ -16,7 +16,7 @@ them:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from hashlib import blake2b
@@ -42,7 +42,8 @@ __all__ = [
     "places_of_reads",
 ]
 
-#: The key of an entry where an operation that no program can hold has returned a number to Python.
+#: How the key of an entry begins where Python has got numbers, from an operation that no program can
+#: hold, or from the memory of a tensor, which follows.
 READ_UNSEEN = ("unseen", "read")
 
 
@@ -100,8 +101,7 @@ class Path:
     named: the tensors of the state and of the batch, by name; ends: the tensor of each state name after
     the step, if it is another; gone: names that no longer exist; gradients: as an optimizer found them;
     loss: the tensor logged as the loss; activations: the output of each module; logged: other logged
-    tensors with one element; read_unseen: how often an operation that no program can hold has returned a
-    number to Python.
+    tensors with one element; read_unseen: how often Python has got numbers that no program computes.
     """
 
     operations: tuple[SeenOperation, ...]
@@ -300,7 +300,10 @@ class PathWriter:
         operations: list[SeenOperation] = []
         lines: list[Calls] = []
         written: set[int] = set()
+        read_unseen = 0
         for entry in end.from_root():
+            if entry.key[:2] == READ_UNSEEN:
+                read_unseen += self._is_computed(entry, written)
             if entry.operation is not None and not entry.shaped:
                 lines.append(entry.lines)
                 operations.append(self._renumbered(entry.operation))
@@ -338,9 +341,21 @@ class PathWriter:
             loss=loss_number,
             activations=tuple(activations.items()),
             logged=tuple(logged.items()),
-            read_unseen=sum(entry.key == READ_UNSEEN for entry in end.from_root()),
+            read_unseen=read_unseen,
             lines=tuple(lines),
         )
+
+    def _is_computed(self, read: Entry, written: Container[int]) -> bool:
+        """Return whether numbers that Python got may be others than those of data from outside.
+
+        written: storages that the step has written so far.
+        """
+        numbers = read.key[2] if len(read.key) > 2 else (None,)
+        if numbers[0] is None:
+            return True
+        origin = self._met[numbers[0]].origin
+        is_data = self._met[origin].kind in ("batch", "input", "part")
+        return not is_data or self._place_of.get(origin) in written
 
     def _number(self, met: int) -> int:
         tensor = self._met[met]

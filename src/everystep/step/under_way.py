@@ -418,12 +418,18 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
             self.note_unseen(changed, left, others)
 
     def note_unseen(
-        self, changed: Iterable[Tensor], made: Iterable[Any], storages: Iterable[int] = ()
+        self,
+        changed: Iterable[Tensor],
+        made: Iterable[Any],
+        storages: Iterable[int] = (),
+        *,
+        is_read: bool = False,
     ) -> None:
         """Note what ran unseen: what it has changed and made is kept by content.
 
         made: its results; Python may branch on a number, which no content shows.
         storages: more memory that it may have changed.
+        is_read: whether Python has got numbers in another way.
         """
         self.leave()
         changed, made = [tensor for tensor in changed if is_plain(tensor)], [*made]
@@ -436,7 +442,8 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         for tensor in (*changed, *made):
             if isinstance(tensor, Tensor) and is_plain(tensor):
                 self.number(tensor)
-        self.add(READ_UNSEEN if any(isinstance(each, int | float) for each in made) else ("unseen",))
+        is_read = is_read or any(isinstance(each, int | float) for each in made)
+        self.add(READ_UNSEEN if is_read else ("unseen",))
 
     # The end.
 
