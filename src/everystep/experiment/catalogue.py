@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +24,6 @@ from everystep.experiment.metrics import METRICS, Metric
 from everystep.gradient_descent import GradientDescent
 
 __all__ = [
-    "LayerCall",
     "build",
     "keyword_parameters",
     "make_layer",
@@ -52,16 +51,12 @@ _UNFIT = {
 }
 
 
-class LayerCall(NamedTuple):
-    """A parsed layer of an experiment: `Linear(1000, 100, bias=False)`."""
+def parse_layer(text: str) -> tuple[str, list[Any], dict[str, Any]]:
+    """Return the name, the arguments and the keywords of `Linear(1000, 100, bias=False)`.
 
-    name: str
-    arguments: tuple[Any, ...]
-    keywords: dict[str, Any]
-
-
-def parse_layer(text: str) -> LayerCall:
-    """Parse the text of a layer; raises ValueError with the problem and a fix."""
+    Raises:
+        ValueError: it is not a layer; reports the problem and a fix.
+    """
     try:
         call = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError):
@@ -74,7 +69,7 @@ def parse_layer(text: str) -> LayerCall:
         written = ast.unparse(call.func)
         raise ValueError(f'{written!r}: write only the name of a torch.nn class, as in "ReLU()"')
     try:
-        arguments = tuple(ast.literal_eval(argument) for argument in call.args)
+        arguments = [ast.literal_eval(argument) for argument in call.args]
         keywords = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg is not None}
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         raise ValueError(
@@ -82,13 +77,13 @@ def parse_layer(text: str) -> LayerCall:
         ) from None
     if len(keywords) != len(call.keywords):
         raise ValueError(f"{text!r}: ** is not supported; write out each argument")
-    return LayerCall(call.func.id, arguments, keywords)
+    return call.func.id, arguments, keywords
 
 
 def make_layer(text: str) -> nn.Module:
     """Make the layer of a text, as torch does; raises ValueError if that names none."""
-    call = parse_layer(text)
-    layer: nn.Module = make("layer", call.name, call.keywords, *call.arguments)
+    name, arguments, keywords = parse_layer(text)
+    layer: nn.Module = make("layer", name, keywords, *arguments)
     return layer
 
 
@@ -127,13 +122,13 @@ def metric_by_name(name: str) -> Metric:
 
 def _check_layer(text: str) -> None:
     """Check a layer and its arguments; raises ValueError with the problem and a fix."""
-    call = parse_layer(text)
-    signature = inspect.signature(_class_of("layer", call.name))
+    name, arguments, keywords = parse_layer(text)
+    signature = inspect.signature(_class_of("layer", name))
     try:
-        signature.bind(*call.arguments, **call.keywords)
+        signature.bind(*arguments, **keywords)
     except TypeError as error:
-        known = ", ".join(name for name in signature.parameters if name != "device")
-        raise ValueError(f"{text}: {error}; the arguments of {call.name} are ({known})") from None
+        known = ", ".join(each for each in signature.parameters if each != "device")
+        raise ValueError(f"{text}: {error}; the arguments of {name} are ({known})") from None
     _try(text, lambda: make_layer(text))
 
 
