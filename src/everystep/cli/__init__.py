@@ -16,7 +16,6 @@ import typer
 
 from everystep.cli import display_commands as display
 from everystep.cli import question_commands as question
-from everystep.cli import shared_options as shared
 from everystep.cli import space_commands as space
 from everystep.cli import training_commands as training
 from everystep.cli.command_group import Commands, documented
@@ -42,28 +41,14 @@ app = typer.Typer(
 )
 for command in (
     *(training.train, training.sweep, training.resume, training.experiments, display.runs),
-    *(
-        display.losses,
-        display.table,
-        display.plot,
-        display.report,
-        display.step,
-        question.verify,
-        question.doctor,
-    ),
-    *(question.diff, question.match, question.rerun, training.fork, question.what_if, question.measure),
-    *(question.when, question.first_nonfinite, question.why, question.rows, display.view),
-    *(space.du, space.prune, space.rm),
+    *(display.losses, display.table, display.plot, display.report, display.step),
+    *(question.verify, question.doctor, question.diff, question.match, question.rerun, training.fork),
+    *(question.what_if, question.measure, question.when, question.first_nonfinite, question.why),
+    *(question.rows, display.view, space.du, space.prune, space.rm),
 ):
     # -1 is a step, not an option.
     has_step = command in (display.step, question.why, question.rows)
-    settings = {"ignore_unknown_options": True} if has_step else {}
-    named = documented(command)
-    is_of_rank = has_step or command in (
-        *(display.losses, display.table, display.report),
-        *(question.measure, question.when, question.first_nonfinite),
-    )
-    app.command(context_settings=settings)(shared.with_rank(named) if is_of_rank else named)
+    app.command(context_settings={"ignore_unknown_options": has_step})(documented(command))
 
 
 @app.callback(invoke_without_command=True)
