@@ -182,19 +182,16 @@ def _targets(
 
 
 def _of_table(x: Tensor, table: TablePreparation) -> Iterator[tuple[str, list[Any]]]:
-    numbers = x.double().cpu()
-    place = 0
-    for column in table.columns:
+    widths = [len(column.x_names) for column in table.columns]
+    for column, numbers in zip(
+        table.columns, x.double().cpu().split_with_sizes(widths, dim=1), strict=True
+    ):
         if isinstance(column, CategoricalColumn):
-            flags = numbers[:, place : place + len(column.categories)].tolist()
-            place += len(column.categories)
-            yield column.name, [_word(row, column.categories) for row in flags]
-            continue
-        values = numbers[:, place]
-        place += 1
-        if scaling := column.scaling:
-            values = values * scaling.deviation[0] + scaling.mean[0]
-        yield column.name, _values(values)
+            yield column.name, [_word(row, column.categories) for row in numbers.tolist()]
+        elif scaling := column.scaling:
+            yield column.name, _values(numbers[:, 0] * scaling.deviation[0] + scaling.mean[0])
+        else:
+            yield column.name, _values(numbers[:, 0])
 
 
 def _word(flags: list[float], categories: list[str]) -> str:
