@@ -23,14 +23,7 @@ from everystep.errors import ExperimentError, Fault, did_you_mean
 from everystep.experiment.metrics import METRICS, Metric
 from everystep.gradient_descent import GradientDescent
 
-__all__ = [
-    "build",
-    "keyword_parameters",
-    "make_layer",
-    "metric_by_name",
-    "names_faults",
-    "parse_layer",
-]
+__all__ = ["build", "keyword_parameters", "make_layer", "metric_by_name", "names_faults", "parse_layer"]
 
 _CONTAINERS = {"Module", "Sequential", "ModuleList", "ModuleDict", "ParameterList", "ParameterDict"}
 #: The attribute in which `torch._compile` keeps the replacement of a function.

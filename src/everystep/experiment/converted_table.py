@@ -16,12 +16,7 @@ import numpy as np
 import polars as pl
 
 from everystep.errors import DataError, named
-from everystep.experiment.preparation import (
-    CategoricalColumn,
-    NumericColumn,
-    Scaling,
-    TablePreparation,
-)
+from everystep.experiment.preparation import CategoricalColumn, NumericColumn, Scaling, TablePreparation
 from everystep.experiment.prepared_rows import Prepare, Reading, SourceArray
 from everystep.experiment.source_files import Conversion, SourceFile, check_room, converted
 from everystep.experiment.specification import TableData

@@ -18,13 +18,7 @@ from everystep.recording.facts import Facts, LoopFacts, ModuleFacts, TrainingFac
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.texts import loss_text, optimizer_parts, shortest
 from everystep.replay.opened_step import Batch, Segment, Step, norm, statistics
-from everystep.views.batch_text import (
-    class_names,
-    classes_of_tensors,
-    first_of,
-    plain_values,
-    targets,
-)
+from everystep.views.batch_text import class_names, classes_of_tensors, first_of, plain_values, targets
 from everystep.views.formatting import dtype_text
 from everystep.views.mathematics import argument_texts, mathematics
 from everystep.views.plain import plain_data
