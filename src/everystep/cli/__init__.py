@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Mapping
 from typing import Annotated
 
 import typer
@@ -70,15 +69,8 @@ _OF_NAMES = {
 }
 
 
-#: Set in a process that another one has started in its place.
+#: Set in a process that runs the same command in place of another one, in an environment that it needs.
 _STARTED_AGAIN = "EVERYSTEP_STARTED_AGAIN"
-
-
-def _start_again(environment: Mapping[str, str] | None) -> None:
-    """Replace this process by one that runs the same command in an environment; only once."""
-    if environment is not None and _STARTED_AGAIN not in os.environ:
-        changed = os.environ | environment | {_STARTED_AGAIN: "1"}
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], changed)
 
 
 def main() -> None:
@@ -96,7 +88,10 @@ def main() -> None:
         drop_output(error)
         sys.exit(error.exit_code)
     except EverystepError as error:
-        _start_again(getattr(error, "environment", None))
+        needed = getattr(error, "environment", None)
+        if needed is not None and _STARTED_AGAIN not in os.environ:
+            changed = os.environ | needed | {_STARTED_AGAIN: "1"}
+            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], changed)
         rank = f"rank {os.environ['RANK']}: " if "TORCHELASTIC_RUN_ID" in os.environ else ""
         hint(f"everystep: {rank}{shortened(str(error))}")
         sys.exit(error.exit_code)

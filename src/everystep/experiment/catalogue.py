@@ -12,7 +12,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -140,7 +139,8 @@ def names_faults(experiment: Mapping[str, Any]) -> list[Fault]:
     for path, names, check in checks:
         for index, name in enumerate(names if isinstance(names, list) else []):
             if isinstance(name, str):
-                faults += _faults_of(f"{path}[{index}]", partial(check, name))
+                with _noted(faults, f"{path}[{index}]"):
+                    check(name)
     for section in ("loss", "optimizer", "scheduler"):
         table = experiment.get(section)
         if isinstance(table, Mapping) and isinstance(table.get("name"), str):
@@ -151,9 +151,11 @@ def names_faults(experiment: Mapping[str, Any]) -> list[Fault]:
 
 
 def _section_faults(section: str, name: str, keywords: Mapping[str, Any]) -> list[Fault]:
-    if faults := _faults_of(f"{section}.name", partial(_class_of, section, name)):
+    faults: list[Fault] = []
+    with _noted(faults, f"{section}.name"):
+        parameters = keyword_parameters(section, name)
+    if faults:
         return faults
-    parameters = keyword_parameters(section, name)
     listed = f"known arguments: {', '.join(parameters)}"
     for key in sorted({*keywords} - {*parameters}):
         cure = did_you_mean(key, list(parameters)) or listed
@@ -167,22 +169,20 @@ def _section_faults(section: str, name: str, keywords: Mapping[str, Any]) -> lis
     ]
     if section == "scheduler" or faults:
         return faults
-
-    def check() -> None:
+    with _noted(faults, section):
         if section == "loss":
             _check_reduction(keywords.get("reduction", "mean"))
         given = [] if section == "loss" else [[nn.Parameter(torch.zeros(2, 2))]]
         _try(name, lambda: make(section, name, keywords, *given))
+    return faults
 
-    return _faults_of(section, check)
 
-
-def _faults_of(path: str, check: Callable[[], Any]) -> list[Fault]:
+@contextmanager
+def _noted(faults: list[Fault], path: str) -> Iterator[None]:
     try:
-        check()
+        yield
     except ValueError as error:
-        return [Fault(path, str(error))]
-    return []
+        faults.append(Fault(path, str(error)))
 
 
 def keyword_parameters(section: str, name: str) -> dict[str, bool]:
