@@ -280,7 +280,7 @@ class RowsOf:
         return None if indices is None else indices.to(self._x.device)
 
     def _taken(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        return self._x.index_select(0, indices), self.y.index_select(0, indices)
+        return self._x.index_select(0, indices), self.y.index_select(0, indices.to(self.y.device))
 
 
 class RowsInFiles(RowsOf):
@@ -299,7 +299,7 @@ class RowsInFiles(RowsOf):
         known = {number: each for number, each in self._gathered.items() if number in wanted}
         for number in wanted:
             if number not in known:
-                indices = self._indices(number)
+                indices = self.batches.indices(number)  # on the CPU, as the files are
                 assert indices is not None
                 known[number] = _GATHERERS.submit(self._taken, indices)
         found = known.pop(step).result()

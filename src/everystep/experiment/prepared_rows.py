@@ -179,7 +179,7 @@ class PreparedRows:
     def index_select(self, dimension: int, places: Tensor) -> Tensor:
         """Return rows by their places, as of a tensor."""
         assert dimension == 0
-        rows = places.cpu().numpy()
+        rows = places.numpy()
         return self._made(self._source.take(rows if self._rows is None else self._rows[rows]))
 
     def _made(self, taken: np.ndarray) -> Tensor:
