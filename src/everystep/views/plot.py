@@ -59,7 +59,9 @@ def loss_plot(
         UsageError: none of the runs has a measurement.
     """
     runs = [*{rank.directory.resolve(): rank for run in runs for rank in run.shown_ranks}.values()]
-    curves = dict(zip(_names(runs), (run.losses for run in runs), strict=True))
+    count = Counter(run.name for run in runs)
+    names = [_plain(run.name if count[run.name] == 1 else str(run.directory)) for run in runs]
+    curves = dict(zip(names, (run.losses for run in runs), strict=True))
     damage = [_plain("\n".join(wrap(run.damage, _CAPTION_WIDTH))) for run in runs if run.damage]
     return _plot(curves, runs, measurements, log, damage)
 
@@ -154,12 +156,6 @@ def save_plot(plot: p9.ggplot, path: str | Path) -> None:
     with _quiet():
         plot.save(content, format=suffix[1:], dpi=DOTS_PER_INCH, verbose=False, **mark)
     write_file(path, content.getvalue())
-
-
-def _names(runs: Sequence[RecordedRun]) -> list[str]:
-    """Return the name of each run, or its directory if the name is not unique."""
-    count = Counter(run.name for run in runs)
-    return [_plain(run.name if count[run.name] == 1 else str(run.directory)) for run in runs]
 
 
 def _drawable(frame: pl.DataFrame, name: str, column: str, log: bool, notes: list[str]) -> pd.DataFrame:
