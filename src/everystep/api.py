@@ -224,8 +224,9 @@ def train(
         stop_on_nan=stop_on_nan,
         engine=engine,
     )
-    place, resume, config = _place(run, resume, config)
+    place, resumed, config = _start(run, resume, config)
     user_facts = facts_from(config, tags)
+    watcher = progress_of(progress)
     if parts is not None:
         others = {
             **{"loss": loss, "optimizer": optimizer, "batch_size": batch_size, "drop_last": drop_last},
@@ -239,7 +240,6 @@ def train(
         from everystep.training.step_function import check_step, train_step
 
         check_step(model, data, parts, others)
-        watcher, resumed = progress_of(progress), _resumed(place, resume)
         budgets = snapshot_budget, batch_budget, keep_of(keep)
         forked = _forked(fork, at, resumed)
         start = LoopStart(place, *budgets, watcher.advance, resumed, forked, force, user_facts)
@@ -257,7 +257,6 @@ def train(
     # Checked later, where all faults are reported at once.
     trained = model, loss, optimizer, data, scheduler, scheduler_every
     objects = Objects(*trained, validation, metrics or (), limit)
-    resumed, watcher = _resumed(place, resume), progress_of(progress)
     if resumed is not None:
         from everystep.replay.resume import Resume, resume_objects
 
@@ -350,8 +349,8 @@ def record(
             f"record got {kinds} without a name; name each part: everystep.record(model=model, "
             "optimizer=optimizer)"
         )
-    place, resume, config = _place(run, resume, config)
-    user_facts, resumed = facts_from(config, tags), _resumed(place, resume)
+    place, resumed, config = _start(run, resume, config)
+    user_facts = facts_from(config, tags)
     budgets = snapshot_budget, batch_budget, keep_of(keep)
     start = LoopStart(place, *budgets, None, resumed, _forked(fork, at, resumed), force, user_facts)
     conditions = LoopConditions(stop_when, mark_when) if stop_when or mark_when else None
@@ -364,10 +363,6 @@ def _forked(
     """Return the run to make a fork of, and the step after which it begins; None for no new fork.
 
     resumed: the run to continue, which must then be that fork.
-
-    Raises:
-        UsageError: only one of the two is given, there is no such step, or the run is another one.
-        RunError: the run does not exist.
     """
     if fork is None and at is None:
         return None
@@ -385,36 +380,28 @@ def _forked(
     return None
 
 
-def _place(
+def _start(
     run: str | Path | None, resume: bool | str | Path, config: Any = None
-) -> tuple[Path | None, bool | str | Path, Any]:
-    """Return where a run goes, whether to continue one, and its config.
+) -> tuple[Path | None, Run | None, Any]:
+    """Return where a run goes, the run to continue (None: begin one), and the config.
 
     In a function that a sweep calls, the first run without a name goes to the sweep, and continues there
     if it was begun; its config is the settings, unless it has one.
     """
     place = AWAITED.pop("place", None) if run is None and resume is False else None
-    if place is not None:
-        return place, True, AWAITED["settings"] if config is None else config
-    return place_of(run), resume, config
-
-
-def _resumed(place: Path | None, resume: bool | str | Path) -> Run | None:
-    """Return the run to continue, None to begin one.
-
-    Raises:
-        UsageError: it is not named, or twice.
-        RunError: it does not exist.
-    """
-    if resume is False:
-        return None
-    if resume is not True:
-        if place is not None:
-            raise UsageError("both run and resume name a run; pass one of them")
-        return Run(find_run(resume))
     if place is None:
-        raise UsageError("resume=True needs the run: run=...; or pass resume=RUN")
-    return None if remove_unbegun(place) else Run(place)
+        place = place_of(run)
+    else:
+        resume, config = True, AWAITED["settings"] if config is None else config
+    if resume is False:
+        return place, None, config
+    if resume is True:
+        if place is None:
+            raise UsageError("resume=True needs the run: run=...; or pass resume=RUN")
+        return place, None if remove_unbegun(place) else Run(place), config
+    if place is not None:
+        raise UsageError("both run and resume name a run; pass one of them")
+    return None, Run(find_run(resume)), config
 
 
 def train_experiment(
@@ -457,9 +444,8 @@ def train_experiment(
         experiment.model_dump(exclude_none=True) if isinstance(experiment, Experiment) else experiment
     )
     loaded = load(source, settings)
-    place, resume, config = _place(run, resume)
-    user_facts = facts_from(config, tags)
-    resumed, watcher = _resumed(place, resume), progress_of(progress)
+    place, resumed, config = _start(run, resume)
+    user_facts, watcher = facts_from(config, tags), progress_of(progress)
     if resumed is None:
         return run_of(train_loaded(loaded, name, place, snapshot_budget, watcher, user_facts))
     from everystep.replay.resume import Resume, resume_experiment

@@ -81,15 +81,13 @@ class UsageError(EverystepError, ValueError):
     def __init__(self, faults: str | Sequence[Fault], where: str = "") -> None:
         self.faults = [Fault("", faults)] if isinstance(faults, str) else list(faults)
         self.where = where
-        super().__init__(self._message())
-
-    def _message(self) -> str:
         if len(self.faults) == 1:
-            return f"{self.where}: {self.faults[0]}" if self.where else str(self.faults[0])
-        heading = f"{len(self.faults):,} errors" + (f" in {self.where}" if self.where else "")
+            super().__init__(f"{where}: {self.faults[0]}" if where else str(self.faults[0]))
+            return
+        heading = f"{len(self.faults):,} errors{f' in {where}' if where else ''}:"
         shown = [*map(str, self.faults[:MOST_SHOWN])]
         more = len(self.faults) - len(shown)
-        return "\n  ".join([heading + ":", *shown, *([f"and {more:,} more"] if more else [])])
+        super().__init__("\n  ".join([heading, *shown, *([f"and {more:,} more"] if more else [])]))
 
 
 class ExperimentError(UsageError):

@@ -25,8 +25,8 @@ def test_an_update_has_its_own_parameters_and_the_last_of_several_has_them(tmp_p
             recording.log(loss=loss)
     run = everystep.open(tmp_path / "run")
     training = run.facts.training
-    happened = as_it_happened(run[2], training, training.loop)
-    updates = [seen for seen in happened.segments if seen.segment.phase == "update"]
+    segments, changed_otherwise = as_it_happened(run[2], training, training.loop)
+    updates = [seen for seen in segments if seen.segment.phase == "update"]
     assert [(seen.optimizer, list(seen.formulas)) for seen in updates] == [
         ("optimizer_critic", []),
         ("optimizer_critic", ["critic.weight", "critic.bias"]),
@@ -37,9 +37,9 @@ def test_an_update_has_its_own_parameters_and_the_last_of_several_has_them(tmp_p
     headings = [line for line in page if line.startswith("update")]
     critic, actor = (f"update    optimizer_{name}: SGD, lr = 0.1" for name in ("critic", "actor"))
     assert headings == [critic, critic, actor]
-    firsts = [seen.segment.first for seen in happened.segments]
+    firsts = [seen.segment.first for seen in segments]
     assert firsts == sorted(firsts)
-    assert happened.changed_otherwise in ([], ["scale"])
+    assert changed_otherwise in ([], ["scale"])
 
 
 def test_the_only_optimizer_is_named_and_statistics_of_complex_numbers_say_what_they_are_of(tmp_path):

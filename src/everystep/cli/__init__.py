@@ -9,14 +9,12 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Mapping
 from typing import Annotated
 
 import typer
 
 from everystep.cli import display_commands as display
 from everystep.cli import question_commands as question
-from everystep.cli import shared_options as shared
 from everystep.cli import space_commands as space
 from everystep.cli import training_commands as training
 from everystep.cli.command_group import Commands, documented
@@ -42,28 +40,14 @@ app = typer.Typer(
 )
 for command in (
     *(training.train, training.sweep, training.resume, training.experiments, display.runs),
-    *(
-        display.losses,
-        display.table,
-        display.plot,
-        display.report,
-        display.step,
-        question.verify,
-        question.doctor,
-    ),
-    *(question.diff, question.match, question.rerun, training.fork, question.what_if, question.measure),
-    *(question.when, question.first_nonfinite, question.why, question.rows, display.view),
-    *(space.du, space.prune, space.rm),
+    *(display.losses, display.table, display.plot, display.report, display.step),
+    *(question.verify, question.doctor, question.diff, question.match, question.rerun, training.fork),
+    *(question.what_if, question.measure, question.when, question.first_nonfinite, question.why),
+    *(question.rows, display.view, space.du, space.prune, space.rm),
 ):
     # -1 is a step, not an option.
     has_step = command in (display.step, question.why, question.rows)
-    settings = {"ignore_unknown_options": True} if has_step else {}
-    named = documented(command)
-    is_of_rank = has_step or command in (
-        *(display.losses, display.table, display.report),
-        *(question.measure, question.when, question.first_nonfinite),
-    )
-    app.command(context_settings=settings)(shared.with_rank(named) if is_of_rank else named)
+    app.command(context_settings={"ignore_unknown_options": has_step})(documented(command))
 
 
 @app.callback(invoke_without_command=True)
@@ -85,15 +69,8 @@ _OF_NAMES = {
 }
 
 
-#: Set in a process that another one has started in its place.
+#: Set in a process that runs the same command in place of another one, in an environment that it needs.
 _STARTED_AGAIN = "EVERYSTEP_STARTED_AGAIN"
-
-
-def _start_again(environment: Mapping[str, str] | None) -> None:
-    """Replace this process by one that runs the same command in an environment; only once."""
-    if environment is not None and _STARTED_AGAIN not in os.environ:
-        changed = os.environ | environment | {_STARTED_AGAIN: "1"}
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], changed)
 
 
 def main() -> None:
@@ -111,7 +88,10 @@ def main() -> None:
         drop_output(error)
         sys.exit(error.exit_code)
     except EverystepError as error:
-        _start_again(getattr(error, "environment", None))
+        needed = getattr(error, "environment", None)
+        if needed is not None and _STARTED_AGAIN not in os.environ:
+            changed = os.environ | needed | {_STARTED_AGAIN: "1"}
+            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], changed)
         rank = f"rank {os.environ['RANK']}: " if "TORCHELASTIC_RUN_ID" in os.environ else ""
         hint(f"everystep: {rank}{shortened(str(error))}")
         sys.exit(error.exit_code)

@@ -80,7 +80,10 @@ class Commands(typer.core.TyperGroup):
         """
         name = "" if ctx.resilient_parsing or not args else args[0]  # the shell wants no errors
         if name and not name.startswith("-") and self.get_command(ctx, name) is None:
-            raise UsageError(f"no command {name!r}; {self._instead(ctx, name)}")
+            known = self.list_commands(ctx)
+            begun = [f"did you mean {each}?" for each in known if each.startswith(name)]
+            cure = _INSTEAD.get(name) or (begun[0] if len(begun) == 1 else did_you_mean(name, known))
+            raise UsageError(f"no command {name!r}; {cure or 'everystep -h lists the commands'}")
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
@@ -104,9 +107,3 @@ class Commands(typer.core.TyperGroup):
                 problem = problem.partition(" (")[0]
                 cure = f"{_TRAINING[name]} --set {_SETTINGS[option]}=VALUE"
             raise UsageError(f"{problem}; {cure}") from None
-
-    def _instead(self, ctx: Any, name: str) -> str:
-        known = self.list_commands(ctx)
-        begun = [f"did you mean {each}?" for each in known if each.startswith(name)]
-        cure = _INSTEAD.get(name) or (begun[0] if len(begun) == 1 else did_you_mean(name, known))
-        return cure or "everystep -h lists the commands"

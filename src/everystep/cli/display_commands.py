@@ -89,6 +89,7 @@ def losses(
     parquet: Annotated[bool, typer.Option("--parquet")] = False,
     last: Annotated[int | None, typer.Option(min=1, metavar="N")] = None,
     output: shared.FileOption = None,
+    rank: shared.RankOption = None,
 ) -> None:
     """Print the loss and the measurements of every step.
 
@@ -105,7 +106,7 @@ def losses(
         raise UsageError("--csv, --json and --parquet are mutually exclusive")
     if parquet and output is None:
         raise UsageError("Parquet is binary; write it to a file: --parquet -o losses.parquet")
-    opened = everystep.open(run)
+    opened = everystep.open(shared.of_rank(run, rank))
     content: str | bytes
     if parquet:
         file = io.BytesIO()  # if polars writes a file itself, a full disk raises its own error
@@ -126,6 +127,7 @@ def table(
     run: shared.RunArgument,
     output: shared.FileOption = None,
     rows: shared.CountOption = 100_000,
+    rank: shared.RankOption = None,
 ) -> None:
     """Write a page with a table of the losses to browse.
 
@@ -137,7 +139,7 @@ def table(
     """
     from everystep.views.output_file import default_output
 
-    opened = everystep.open(run)
+    opened = everystep.open(shared.of_rank(run, rank))
     place = output or default_output(f"{opened.name}-losses.html")
     opened.table(rows).save(place)
     say_written(place)
@@ -186,6 +188,7 @@ def report(
     run: shared.RunArgument,
     output: shared.FileOption = None,
     steps: Annotated[list[int] | None, typer.Option("--step", metavar="N")] = None,
+    rank: shared.RankOption = None,
 ) -> None:
     """Write everything about a run as one page.
 
@@ -195,7 +198,7 @@ def report(
     """
     from everystep.views.output_file import default_output, write_file
 
-    opened = everystep.open(run)
+    opened = everystep.open(shared.of_rank(run, rank))
     place = output or default_output(f"{opened.name}-report.html")
     if steps:
         from everystep.page.share import shared_report
@@ -222,6 +225,7 @@ def step(
     lines: Annotated[bool, typer.Option("--lines")] = False,
     values: Annotated[bool, typer.Option("--values")] = False,
     json: shared.JsonOption = False,
+    rank: shared.RankOption = None,
 ) -> None:
     """Open a step: batch, operations, gradients, updates.
 
@@ -235,7 +239,7 @@ def step(
     """
     if phase is not None and operation is not None:
         raise UsageError("--phase and --op are mutually exclusive")
-    opened = everystep.open(run)
+    opened = everystep.open(shared.of_rank(run, rank))
     text = {"phase": phase, "operation": operation, "lines": lines, "width": page_width()}
     answer(opened[number], json, opened.problems, text=text, values=values)
 

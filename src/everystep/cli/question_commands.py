@@ -38,6 +38,7 @@ def why(
     depth: shared.CountOption = 1,
     terms: shared.CountOption = 5,
     json: shared.JsonOption = False,
+    rank: shared.RankOption = None,
 ) -> None:
     """Show where a number of a step comes from.
 
@@ -52,6 +53,7 @@ def why(
         depth: Follow the largest numbers N operations deep.
         terms: Terms of a sum to show one by one.
     """
+    run = shared.of_rank(run, rank)
     opened = everystep.open(run)
     found = opened.why(number, expression, back=back, depth=depth, terms=terms)
     answer(found, json, opened.problems, text={"width": page_width()})
@@ -66,6 +68,7 @@ def rows(
     parameter: Annotated[str | None, typer.Option(metavar="NAME")] = None,
     first: shared.CountOption = 10,
     json: shared.JsonOption = False,
+    rank: shared.RankOption = None,
 ) -> None:
     """Rank the rows (samples) of a step by loss or gradient.
 
@@ -78,11 +81,11 @@ def rows(
         parameter: The gradient of this parameter only: 0.weight.
         first: Rows to print.
     """
-    from everystep.views.rows_text import order_of
+    from everystep.views.rows_text import orders_of
 
-    opened = everystep.open(run)
+    opened = everystep.open(shared.of_rank(run, rank))
     found = opened.rows(number)
-    is_known = order_of(found, by, parameter) is not None
+    is_known = bool(orders_of(found, by, parameter))
     first_rows = {"first": first}
     answer(found, json, opened.problems, is_yes=is_known, text=first_rows, by=by, parameter=parameter)
 
@@ -176,6 +179,7 @@ def measure(
     every: shared.CountOption = 1,
     overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
     processes: shared.ProcessesOption = None,
+    rank: shared.RankOption = None,
 ) -> None:
     """Add a measurement to a finished run.
 
@@ -190,6 +194,7 @@ def measure(
         every: Measure every N steps.
         overwrite: Replace an existing measurement of that name.
     """
+    run = shared.of_rank(run, rank)
     opened = everystep.open(run)
     found = opened.measure(expression, name=name, every=every, overwrite=overwrite, processes=processes)
     answer(found)
@@ -205,6 +210,7 @@ def when(
     all: Annotated[bool, typer.Option("--all")] = False,
     processes: shared.ProcessesOption = None,
     json: shared.JsonOption = False,
+    rank: shared.RankOption = None,
 ) -> None:
     """Find the first step at which something is true.
 
@@ -219,7 +225,7 @@ def when(
 
     if last and all:
         raise UsageError("--last and --all are mutually exclusive")
-    opened = everystep.open(run)
+    opened = everystep.open(shared.of_rank(run, rank))
     found = opened.when(condition, "last" if last else "all" if all else "first", processes=processes)
     if found.inexact:
         hint(f"everystep: {skipped_text(found.inexact)}; run everystep verify for details")
@@ -233,7 +239,10 @@ def when(
 
 
 def first_nonfinite(
-    run: shared.RunArgument, processes: shared.ProcessesOption = None, json: shared.JsonOption = False
+    run: shared.RunArgument,
+    processes: shared.ProcessesOption = None,
+    json: shared.JsonOption = False,
+    rank: shared.RankOption = None,
 ) -> None:
     """Find the operation that made the first NaN or infinity.
 
@@ -241,7 +250,7 @@ def first_nonfinite(
     """
     from everystep.views.run_view import finite_text
 
-    opened = everystep.open(run)
+    opened = everystep.open(shared.of_rank(run, rank))
     found = opened.first_nonfinite(processes=processes)
     if found is None:
         say("null" if json else finite_text(opened))

@@ -8,11 +8,9 @@ directories.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -25,6 +23,7 @@ __all__ = [
     "JsonOption",
     "ProcessesOption",
     "QuietOption",
+    "RankOption",
     "RelabelOption",
     "RowsOption",
     "RunArgument",
@@ -35,11 +34,11 @@ __all__ = [
     "experiment_names",
     "experiments_and_files",
     "measurement_names",
+    "of_rank",
     "one_of",
     "row_numbers",
     "run_names",
     "targets",
-    "with_rank",
 ]
 
 
@@ -113,7 +112,7 @@ ProcessesOption = Annotated[
 FileOption = Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE")]
 RowsOption = Annotated[str | None, typer.Option(metavar="ROWS")]
 RelabelOption = Annotated[list[str] | None, typer.Option(metavar="ROW=TARGET")]
-_RankOption = Annotated[
+RankOption = Annotated[
     int | None,
     typer.Option(min=0, metavar="N", help="Of several processes that trained together, number N."),
 ]
@@ -153,27 +152,14 @@ def targets(texts: Sequence[str] | None) -> dict[int, float]:
     return found
 
 
-def with_rank(command: Callable[..., None]) -> Callable[..., None]:
-    """Return a command on a run that takes `--rank N`, too, for the run of that rank."""
-
-    @wraps(command)
-    def of_rank(*, rank: int | None = None, **given: Any) -> None:
-        command(**given if rank is None else given | {"run": _of_rank(given["run"], rank)})
-
-    own, kind = inspect.signature(command), inspect.Parameter.KEYWORD_ONLY
-    asked = inspect.Parameter("rank", kind, default=None, annotation=_RankOption)
-    wrapped: Any = of_rank
-    wrapped.__signature__ = own.replace(parameters=[*own.parameters.values(), asked])
-    wrapped.__annotations__ = command.__annotations__ | {"rank": _RankOption}
-    return of_rank
-
-
-def _of_rank(run: str, rank: int) -> str:
-    """Return the directory of a rank of a run.
+def of_rank(run: str, rank: int | None) -> str:
+    """Return the directory of a rank of a run; the run itself if none is asked for.
 
     Raises:
         UsageError: it has no such rank.
     """
+    if rank is None:
+        return run
     from everystep.recording.directories import find_run
     from everystep.recording.recorded_run import RecordedRun
 

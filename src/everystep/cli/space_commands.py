@@ -108,11 +108,7 @@ def rm(runs: shared.RunsArgument, force: Annotated[bool, typer.Option("--force",
 
 
 def _is_sure(what: str, force: bool) -> bool:
-    """Ask whether to do what cannot be undone.
-
-    Raises:
-        UsageError: nobody can answer.
-    """
+    """Ask whether to do what cannot be undone."""
     if force:
         return True
     if not sys.stdin.isatty():

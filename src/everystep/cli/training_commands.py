@@ -219,9 +219,6 @@ def _train(quiet: bool, budget: int, train: Callable[..., Run], *given: Any, **n
     """Train, then print how that ended, and what to type next.
 
     budget: of snapshots, in MB; train: is called with all others, and with what watches it.
-
-    Raises:
-        Exit: it was stopped.
     """
     from everystep.run import StoppedByUser
     from everystep.views.facts_text import closing

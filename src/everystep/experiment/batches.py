@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -18,8 +17,8 @@ from everystep.experiment.prepared_rows import PreparedRows
 
 __all__ = ["Batches", "RowsInFiles", "RowsOf"]
 
-#: Steps with rows that are gathered from files in advance.
-_STEPS_AHEAD = 4
+#: Steps with rows that are gathered from files in advance, and the threads that do it.
+_STEPS_AHEAD, _GATHERERS = 4, ThreadPoolExecutor(2, "everystep-rows")
 
 
 @dataclass(frozen=True)
@@ -258,11 +257,9 @@ class RowsOf:
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """Return x and y of a step (from 1)."""
         indices = self._indices(step)
-        if indices is None and not self.is_fixed:
-            return self._x.clone(), self.y.clone()
-        if indices is None:
-            return self._x, self.y
-        return self._x.index_select(0, indices), self.y.index_select(0, indices)
+        if indices is not None:
+            return self._taken(indices)
+        return (self._x, self.y) if self.is_fixed else (self._x.clone(), self.y.clone())
 
     def into(self, step: int, x: Tensor, y: Tensor) -> None:
         """Write x and y of a step into tensors of their shape."""
@@ -282,6 +279,9 @@ class RowsOf:
         indices = self.batches.indices(step)
         return None if indices is None else indices.to(self._x.device)
 
+    def _taken(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return self._x.index_select(0, indices), self.y.index_select(0, indices.to(self.y.device))
+
 
 class RowsInFiles(RowsOf):
     """The batches of rows that stay in files; those of the next steps are gathered in the background."""
@@ -299,16 +299,12 @@ class RowsInFiles(RowsOf):
         known = {number: each for number, each in self._gathered.items() if number in wanted}
         for number in wanted:
             if number not in known:
-                places = self.batches.indices(number)
-                assert places is not None
-                known[number] = _gatherers().submit(self._pair, places)
+                indices = self.batches.indices(number)  # on the CPU, as the files are
+                assert indices is not None
+                known[number] = _GATHERERS.submit(self._taken, indices)
         found = known.pop(step).result()
         self._gathered = known
         return found
-
-    def _pair(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        y = self.y.index_select(0, places.to(self.y.device))
-        return self._x.index_select(0, places), y
 
     def into(self, step: int, x: Tensor, y: Tensor) -> None:
         """Write x and y of a step into tensors of their shape."""
@@ -318,8 +314,3 @@ class RowsInFiles(RowsOf):
     def versions(self) -> list[int | None]:
         """Return how often the data was changed: never, as steps see copies of its rows."""
         return [0, 0]
-
-
-@cache
-def _gatherers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(2, "everystep-rows")

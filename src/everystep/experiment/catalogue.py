@@ -12,8 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,15 +22,7 @@ from everystep.errors import ExperimentError, Fault, did_you_mean
 from everystep.experiment.metrics import METRICS, Metric
 from everystep.gradient_descent import GradientDescent
 
-__all__ = [
-    "LayerCall",
-    "build",
-    "keyword_parameters",
-    "make_layer",
-    "metric_by_name",
-    "names_faults",
-    "parse_layer",
-]
+__all__ = ["build", "keyword_parameters", "make_layer", "metric_by_name", "names_faults", "parse_layer"]
 
 _CONTAINERS = {"Module", "Sequential", "ModuleList", "ModuleDict", "ParameterList", "ParameterDict"}
 #: The attribute in which `torch._compile` keeps the replacement of a function.
@@ -52,16 +43,12 @@ _UNFIT = {
 }
 
 
-class LayerCall(NamedTuple):
-    """A parsed layer of an experiment: `Linear(1000, 100, bias=False)`."""
+def parse_layer(text: str) -> tuple[str, list[Any], dict[str, Any]]:
+    """Return the name, the arguments and the keywords of `Linear(1000, 100, bias=False)`.
 
-    name: str
-    arguments: tuple[Any, ...]
-    keywords: dict[str, Any]
-
-
-def parse_layer(text: str) -> LayerCall:
-    """Parse the text of a layer; raises ValueError with the problem and a fix."""
+    Raises:
+        ValueError: it is not a layer; reports the problem and a fix.
+    """
     try:
         call = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError):
@@ -74,7 +61,7 @@ def parse_layer(text: str) -> LayerCall:
         written = ast.unparse(call.func)
         raise ValueError(f'{written!r}: write only the name of a torch.nn class, as in "ReLU()"')
     try:
-        arguments = tuple(ast.literal_eval(argument) for argument in call.args)
+        arguments = [ast.literal_eval(argument) for argument in call.args]
         keywords = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg is not None}
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         raise ValueError(
@@ -82,13 +69,13 @@ def parse_layer(text: str) -> LayerCall:
         ) from None
     if len(keywords) != len(call.keywords):
         raise ValueError(f"{text!r}: ** is not supported; write out each argument")
-    return LayerCall(call.func.id, arguments, keywords)
+    return call.func.id, arguments, keywords
 
 
 def make_layer(text: str) -> nn.Module:
     """Make the layer of a text, as torch does; raises ValueError if that names none."""
-    call = parse_layer(text)
-    layer: nn.Module = make("layer", call.name, call.keywords, *call.arguments)
+    name, arguments, keywords = parse_layer(text)
+    layer: nn.Module = make("layer", name, keywords, *arguments)
     return layer
 
 
@@ -127,13 +114,13 @@ def metric_by_name(name: str) -> Metric:
 
 def _check_layer(text: str) -> None:
     """Check a layer and its arguments; raises ValueError with the problem and a fix."""
-    call = parse_layer(text)
-    signature = inspect.signature(_class_of("layer", call.name))
+    name, arguments, keywords = parse_layer(text)
+    signature = inspect.signature(_class_of("layer", name))
     try:
-        signature.bind(*call.arguments, **call.keywords)
+        signature.bind(*arguments, **keywords)
     except TypeError as error:
-        known = ", ".join(name for name in signature.parameters if name != "device")
-        raise ValueError(f"{text}: {error}; the arguments of {call.name} are ({known})") from None
+        known = ", ".join(each for each in signature.parameters if each != "device")
+        raise ValueError(f"{text}: {error}; the arguments of {name} are ({known})") from None
     _try(text, lambda: make_layer(text))
 
 
@@ -152,7 +139,8 @@ def names_faults(experiment: Mapping[str, Any]) -> list[Fault]:
     for path, names, check in checks:
         for index, name in enumerate(names if isinstance(names, list) else []):
             if isinstance(name, str):
-                faults += _faults_of(f"{path}[{index}]", partial(check, name))
+                with _noted(faults, f"{path}[{index}]"):
+                    check(name)
     for section in ("loss", "optimizer", "scheduler"):
         table = experiment.get(section)
         if isinstance(table, Mapping) and isinstance(table.get("name"), str):
@@ -163,9 +151,11 @@ def names_faults(experiment: Mapping[str, Any]) -> list[Fault]:
 
 
 def _section_faults(section: str, name: str, keywords: Mapping[str, Any]) -> list[Fault]:
-    if faults := _faults_of(f"{section}.name", partial(_class_of, section, name)):
+    faults: list[Fault] = []
+    with _noted(faults, f"{section}.name"):
+        parameters = keyword_parameters(section, name)
+    if faults:
         return faults
-    parameters = keyword_parameters(section, name)
     listed = f"known arguments: {', '.join(parameters)}"
     for key in sorted({*keywords} - {*parameters}):
         cure = did_you_mean(key, list(parameters)) or listed
@@ -179,22 +169,20 @@ def _section_faults(section: str, name: str, keywords: Mapping[str, Any]) -> lis
     ]
     if section == "scheduler" or faults:
         return faults
-
-    def check() -> None:
+    with _noted(faults, section):
         if section == "loss":
             _check_reduction(keywords.get("reduction", "mean"))
         given = [] if section == "loss" else [[nn.Parameter(torch.zeros(2, 2))]]
         _try(name, lambda: make(section, name, keywords, *given))
+    return faults
 
-    return _faults_of(section, check)
 
-
-def _faults_of(path: str, check: Callable[[], Any]) -> list[Fault]:
+@contextmanager
+def _noted(faults: list[Fault], path: str) -> Iterator[None]:
     try:
-        check()
+        yield
     except ValueError as error:
-        return [Fault(path, str(error))]
-    return []
+        faults.append(Fault(path, str(error)))
 
 
 def keyword_parameters(section: str, name: str) -> dict[str, bool]:

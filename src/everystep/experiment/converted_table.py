@@ -16,12 +16,7 @@ import numpy as np
 import polars as pl
 
 from everystep.errors import DataError, named
-from everystep.experiment.preparation import (
-    CategoricalColumn,
-    NumericColumn,
-    Scaling,
-    TablePreparation,
-)
+from everystep.experiment.preparation import CategoricalColumn, NumericColumn, Scaling, TablePreparation
 from everystep.experiment.prepared_rows import Prepare, Reading, SourceArray
 from everystep.experiment.source_files import Conversion, SourceFile, check_room, converted
 from everystep.experiment.specification import TableData
@@ -82,8 +77,8 @@ class ConvertedTable:
             for column in whole.columns
         ]
         target = values_of(whole.target[0])
-        classes = None if whole.classes is None else sorted(target.unique().to_list())
-        if new := [each for each in whole.classes or () if each not in (classes or ())]:
+        known = {*target.unique().to_list()}
+        if new := [each for each in whole.classes or () if each not in known]:
             raise DataError(
                 f"target {target.name!r}: class {_listed(sorted(set(map(str, new))))} not in the "
                 "training rows; use another seed or a smaller data.validation, or remove those rows"
@@ -175,11 +170,7 @@ def convert_table(
 def _checked_table(
     frame: pl.LazyFrame, is_text: bool, data: TableData, *, classes: bool
 ) -> tuple[pl.LazyFrame, np.ndarray, TablePreparation]:
-    """Return a table, which of its lines are rows to train on, and what its columns are.
-
-    Raises:
-        DataError: lists every error.
-    """
+    """Return a table, which of its lines are rows to train on, and what its columns are."""
     is_row = np.ones(frame.select(pl.len()).collect().item(), dtype=bool)
     if is_text:
         is_empty = frame.select(pl.all_horizontal(pl.all().is_null())).collect(engine="streaming")

@@ -195,11 +195,7 @@ def reopened(experiment: Experiment, preparation: dict[str, Any], digests: tuple
 
 
 def _is_large(experiment: Experiment) -> bool:
-    """Return whether the data stays in its files.
-
-    Raises:
-        DataError: it is larger than memory, but each step would need all of it.
-    """
+    """Return whether the data stays in its files."""
     size = 0
     for file in chain(*_paths(experiment.data).values()):
         with suppress(OSError):
@@ -299,11 +295,7 @@ class ArraySource:
 
 
 def _open_arrays(data: ArrayData, sources: tuple[SourceFile, ...]) -> tuple[SourceArray, SourceArray]:
-    """Return x and y, mapped from their files if they can be. sources: the files, if they are large.
-
-    Raises:
-        DataError: they are not data to train on, or must be read as a whole and are larger than memory.
-    """
+    """Return x and y, mapped from their files if they can be. sources: the files, if they are large."""
     is_larger = sum(each.bytes for each in sources) > MEMORY
     if not (is_larger and data.files[0].endswith(".npz")):
         x, y = _read(data)

@@ -57,15 +57,8 @@ def _run_through(model: nn.Sequential, x: Tensor, layers: list[str], given: str 
             raise ModelError(f"{place} expects {wrong}, but {given} has shape {tuple(x.shape)}")
         try:
             x = layer(x)
-        except (
-            RuntimeError,
-            ValueError,
-            IndexError,
-            TypeError,
-            AssertionError,
-            NotImplementedError,
-        ) as error:
-            reason = str(error).strip().splitlines()[0]
+        except Exception as error:  # each layer has its own
+            reason = str(error).strip().partition("\n")[0]
             raise ModelError(
                 f"{place} fails on {tuple(x.shape)} {x.dtype} from {given}: {reason}"
             ) from None

@@ -268,7 +268,6 @@ def _files(folder: Path) -> list[list[Any]]:
 
 
 def _write(folder: Path, conversion: Conversion, progress: Reading) -> None:
-    """Write x.npy and y.npy."""
     rows, end = conversion.rows, 0
     with (folder / "x.npy").open("wb") as x, (folder / "y.npy").open("wb") as y:
         for pair in conversion.parts:

@@ -7,21 +7,13 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
-from importlib import resources
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import (
-    ConfigDict,
-    Field,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    model_validator,
-)
+from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from everystep.bounded import MOST_STEPS, StrictModel, read_regular
@@ -229,10 +221,13 @@ def check_iteration(**arguments: Any) -> Iteration:
         raise ExperimentError([_fault(detail, arguments) for detail in error.errors()]) from None
 
 
+#: The built-in experiments, and their data.
+_BUILT_IN = Path(__file__).parent / "builtin"
+
+
 def built_in() -> dict[str, Path]:
     """Return the built-in experiments: name to file."""
-    folder = Path(str(resources.files("everystep.experiment") / "builtin"))
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    return {path.stem: path for path in sorted(_BUILT_IN.glob("*.toml"))}
 
 
 def load(
@@ -356,13 +351,18 @@ def _override(raw: dict[str, Any], path: str, value: Any) -> None:
 
 def _absolute(path: str, folder: Path) -> str:
     found = (folder / Path(path).expanduser()).resolve()
-    bundled = Path(str(resources.files("everystep.experiment") / "builtin")) / path
+    bundled = _BUILT_IN / path
     return str(bundled if not found.exists() and bundled.is_file() else found)
 
 
 def _fault(detail: ErrorDetails, raw: Mapping[str, Any]) -> Fault:
     """Convert an error of pydantic to one of everystep."""
-    location = _without_tags(detail["loc"])
+    location = [*detail["loc"]]
+    # Without what pydantic inserts: the source of the data, and the branch of a target.
+    if location[:1] == ["data"] and location[1:2] and location[1] in _DATA:
+        del location[1]
+    if location[:2] == ["data", "target"]:
+        del location[2:]
     path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in location).lstrip(".")
     key = str(location[-1]) if location else ""
     context = detail.get("ctx", {})
@@ -376,7 +376,9 @@ def _fault(detail: ErrorDetails, raw: Mapping[str, Any]) -> Fault:
             path = f"{path}.source"
             problem = f"{tag!r} is not a data source; {did_you_mean(tag, _SOURCES)}"
         case "extra_forbidden":
-            cure = _at_the_top(key, location) or did_you_mean(key, _known_keys(location[:-1], raw))
+            cure = f"{key} belongs at the top of the file, before the first [section]"
+            if len(location) == 1 or key not in Experiment.model_fields:
+                cure = did_you_mean(key, _known_keys(location[0] if location[1:] else None, raw))
             problem = f"unknown key; {cure}".removesuffix("; ")
         case "literal_error":
             allowed = re.findall(r"'([^']*)'", str(context["expected"]))
@@ -412,31 +414,13 @@ _CURES = {
 }
 
 
-def _without_tags(location: tuple[str | int, ...]) -> list[str | int]:
-    """Drop path elements that pydantic inserts: the source of the data, the branch of a target."""
-    parts = list(location)
-    if parts[0:1] == ["data"] and parts[1:2] and parts[1] in _DATA:
-        del parts[1]
-    return parts[:2] if parts[:2] == ["data", "target"] else parts
-
-
-def _known_keys(location: Iterable[str | int], raw: Mapping[str, Any]) -> dict[str, str]:
-    """Return how to write each key of a section; at the top, of sections too."""
-    section = next(iter(location), None)
-    if section is None:
-        inner = {"data": _known_keys(["data"], raw), "model": ["layers"], "scheduler": ["every"]}
-        inner["optimizer"] = ["lr"]
-        found = {key: f"{name}.{key}" for name, keys in inner.items() for key in keys}
-        return found | {"learning_rate": "optimizer.lr"} | {key: key for key in Experiment.model_fields}
-    if section == "data":
-        source = data.get("source") if isinstance(data := raw.get("data"), Mapping) else None
-        known = _DATA.get(source) if isinstance(source, str) else None
-        return {key: key for key in (known.model_fields if known is not None else ())}
-    return {key: key for key in (Model if section == "model" else Scheduler).model_fields}
-
-
-def _at_the_top(key: str, location: list[Any]) -> str:
-    """Return the cure for a top-level key inside a section."""
-    if len(location) > 1 and key in Experiment.model_fields:
-        return f"{key} belongs at the top of the file, before the first [section]"
-    return ""
+def _known_keys(section: str | int | None, raw: Mapping[str, Any]) -> dict[str, str]:
+    """Return how to write each key of a section; at the top (None), of sections too."""
+    source = data.get("source") if isinstance(data := raw.get("data"), Mapping) else None
+    of_data = _DATA[source].model_fields if isinstance(source, str) and source in _DATA else ()
+    if section is not None:
+        known = {"data": of_data, "model": Model.model_fields, "scheduler": Scheduler.model_fields}
+        return {key: key for key in known[str(section)]}
+    inner = {"data": of_data, "model": ["layers"], "scheduler": ["every"], "optimizer": ["lr"]}
+    found = {key: f"{name}.{key}" for name, keys in inner.items() for key in keys}
+    return found | {"learning_rate": "optimizer.lr"} | {key: key for key in Experiment.model_fields}

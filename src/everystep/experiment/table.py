@@ -231,21 +231,16 @@ def choose_columns(
     target = [data.target] if isinstance(data.target, str) else list(data.target)
     features = data.features or [name for name in columns.names if name not in target]
     named = [*(("target", name) for name in target), *(("features", name) for name in features)]
-    faults = [
-        Fault(f"data.{key}", f"no column {name!r} in {Path(data.path).name}; {_known(name, columns)}")
-        for key, name in named
-        if name not in columns.names
-    ]
-    faults += [
-        Fault("data.features", f"{name!r} is the target; remove it from the features")
-        for name in features
-        if name in target
-    ]
-    faults += [
-        Fault(f"data.{key}", f"{name!r} is there {count} times; write it once")
-        for (key, name), count in Counter(named).items()
-        if count > 1
-    ]
+    faults = []
+    for (key, name), count in Counter(named).items():
+        if name not in columns.names:
+            problem = f"no column {name!r} in {Path(data.path).name}; {_known(name, columns)}"
+            faults.append(Fault(f"data.{key}", problem))
+        if key == "features" and name in target:
+            problem = f"{name!r} is the target; remove it from the features"
+            faults.append(Fault("data.features", problem))
+        if count > 1:
+            faults.append(Fault(f"data.{key}", f"{name!r} is there {count} times; write it once"))
     if faults:
         raise DataError(faults)
     if not features:
@@ -304,16 +299,8 @@ def _target_problem(
     absent = int(is_missing(column).sum())
     if absent and data.missing != "drop":
         return f'is missing in {absent} of {len(column)} rows; set data.missing = "drop" to drop them'
-    if column.dtype.is_float() and column.is_infinite().any():
-        return "has infinite values"
-    if classes and (is_numeric(column) or column.dtype in _WORDS):
-        return ""
-    if is_numeric(column):
-        return _too_large(columns, name)
-    if _is_date(column):
-        return f"contains {_dates_text(column)}"
-    if column.dtype not in _WORDS:
-        return f"is {column.dtype}, neither numbers nor text"
+    if (problem := _unfit(columns, name, as_numbers=not classes)) or classes or is_numeric(column):
+        return problem
     if count == 1 and column.drop_nulls().n_unique() == 2:  # yes or no
         return ""
     return (
@@ -333,25 +320,34 @@ def _feature_problem(columns: TableColumns, name: str, data: TableData) -> str:
             f'{absent} of {len(column)} values are missing; set data.missing to "drop" (drops those '
             'rows) or "mean", or leave the column out'
         )
-    if column.dtype.is_float() and column.is_infinite().any():
-        return "has infinite values; remove those rows"
-    if is_numeric(column):
-        return _too_large(columns, name)
-    if _is_date(column):
-        return f"contains {_dates_text(column)}, or leave the column out of data.features"
-    if column.dtype not in _WORDS:
-        return f"is {column.dtype}, neither numbers nor text; leave it out of data.features"
+    if problem := _unfit(columns, name, as_numbers=True):
+        return f"{problem}, or leave the column out of data.features"
     return _slip(columns, name)
 
 
-def _too_large(columns: TableColumns, name: str) -> str:
-    """Return a message on the first number that would be infinite as float32; empty if there is none."""
+def _unfit(columns: TableColumns, name: str, *, as_numbers: bool) -> str:
+    """Return why values are not finite numbers or words; empty if they are.
+
+    as_numbers: numbers must be finite in float32, and words no dates.
+    """
     column = columns[name]
-    places = column.cast(pl.Float64).cast(pl.Float32).is_infinite().arg_true()
-    if not len(places):
+    if column.dtype.is_float() and column.is_infinite().any():
+        return "has infinite values; remove those rows"
+    if not as_numbers and (is_numeric(column) or column.dtype in _WORDS):
         return ""
-    found = f"has a number too large for float32 ({column[places[0]]} in {columns.row(places[0])})"
-    return f"{found}; scale the numbers in the file"
+    if is_numeric(column):
+        places = column.cast(pl.Float64).cast(pl.Float32).is_infinite().arg_true()
+        if not len(places):
+            return ""
+        found = f"{column[places[0]]} in {columns.row(places[0])}"
+        return f"has a number too large for float32 ({found}); scale the numbers in the file"
+    if _is_date(column):
+        first = str(column.drop_nulls()[0])
+        cure = "write them as numbers, such as days since the first date"
+        return f"contains dates ({first!r}), not numbers; {cure}"
+    if column.dtype not in _WORDS:
+        return f"is {column.dtype}, neither numbers nor text; convert it"
+    return ""
 
 
 def _slip(columns: TableColumns, name: str) -> str:
@@ -386,8 +382,3 @@ def _first_word(columns: TableColumns, name: str) -> str:
     words = columns[name].cast(pl.String)
     places = (~_are_numbers(words) & words.is_not_null()).arg_true()
     return f" ({words[places[0]]!r} in {columns.row(places[0])})" if len(places) else ""
-
-
-def _dates_text(column: pl.Series) -> str:
-    first = str(column.drop_nulls()[0])
-    return f"dates ({first!r}), not numbers; write them as numbers, such as days since the first date"

@@ -45,11 +45,7 @@ def application(directory: Path) -> Starlette:
 
     app = Starlette(
         routes=[*_PAGES, *_ASSETS, *runs.routes, *steps.routes, *tasks.routes],
-        exception_handlers={
-            EverystepError: _told,
-            HTTPException: _http_error,
-            Exception: _failed,
-        },
+        exception_handlers={EverystepError: _told, HTTPException: _http_error, Exception: _failed},
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False

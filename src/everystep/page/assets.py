@@ -20,11 +20,7 @@ __all__ = ["STYLE_SOURCE", "asset", "index", "problem_page"]
 
 _HERE = Path(__file__).parent / "static"
 _VIEWS = Path(__file__).parent.parent / "views"
-_MEDIA_TYPES = {
-    ".css": "text/css",
-    ".html": "text/html",
-    ".js": "text/javascript",
-}
+_MEDIA_TYPES = {".css": "text/css", ".html": "text/html", ".js": "text/javascript"}
 
 
 def index(request: Request) -> Response:

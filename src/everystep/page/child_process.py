@@ -20,6 +20,7 @@ from asyncio.subprocess import PIPE, Process
 from contextlib import suppress
 from typing import Any, BinaryIO, NamedTuple, Self
 
+from everystep.bounded import MEMORY
 from everystep.errors import RunError, UsageError
 
 __all__ = ["Child", "Ended", "Message", "Speaker", "limit_memory", "memory_message", "status_of"]
@@ -165,7 +166,7 @@ def limit_memory(limit: int | None = None) -> None:
     with suppress(ImportError, AttributeError, ValueError, OSError):  # the system has no such limit
         import resource
 
-        wanted = limit or int(SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        wanted = limit or int(SHARE * MEMORY)
         soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
         known = [each for each in (soft, hard) if each != resource.RLIM_INFINITY]
         resource.setrlimit(resource.RLIMIT_DATA, (min([wanted, *known]), hard))

@@ -14,7 +14,6 @@ import os
 import re
 import secrets
 import socket
-import stat
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import parse_qs
@@ -25,6 +24,7 @@ from starlette.requests import cookie_parser
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from everystep.bounded import open_regular
 from everystep.errors import UsageError
 from everystep.page.assets import STYLE_SOURCE, problem_page
 
@@ -216,18 +216,13 @@ def _secret() -> bytes:
 
 def _read(path: Path) -> bytes | None:
     """Return the secret, None where there is none that nobody else can have read or written."""
-    # No link is followed, and a pipe in place of the file makes nothing wait.
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    try:
-        descriptor = os.open(path, flags)
-    except OSError:
-        return None
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        is_ours = stat.S_ISREG(status.st_mode) and status.st_size == _BYTES
+    with suppress(OSError), open_regular(path, follows_links=False) as file:
+        status = os.fstat(file.fileno())
+        is_ours = status.st_size == _BYTES
         if os.name == "posix":
             is_ours = is_ours and status.st_uid == os.getuid() and not status.st_mode & 0o077
         return file.read() if is_ours else None
+    return None
 
 
 def _write(path: Path) -> None:

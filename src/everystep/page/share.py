@@ -86,9 +86,8 @@ class _HeldNumbers:
         self._places: dict[bytes, int] = {}
 
     def step(self, step: Step, run: Run) -> dict[str, Any]:
-        """Return a step as the page holds it."""
         content = step.data()
-        shown = {id for id, seen in content["tensors"].items() if "unset" not in seen}
+        shown = [id for id, seen in content["tensors"].items() if "unset" not in seen]
         tensors = {id: tensor_of(step, id, run.facts) for id in shown}
         return {
             "content": content,

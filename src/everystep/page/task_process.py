@@ -172,16 +172,13 @@ class _Watching(Silent):
         self._steps = 0
 
     def begin(self, directory: Path, facts: Facts) -> None:
-        """Report the name of the run."""
         self.run, self._steps = shown_name(name_of(directory)), facts.steps or 0
         self._voice.say("begun", {"run": self.run})
 
     def advance(self, first_step: int, losses: Sequence[float]) -> None:
-        """Report the progress."""
         self._voice.progress(first_step + len(losses) - 1, self._steps, "training")
 
     def notice(self, message: str) -> None:
-        """Keep it for the end."""
         self.notices.append(message)
 
 

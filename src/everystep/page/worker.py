@@ -79,11 +79,7 @@ class Openers:
         return run, run[number]
 
     def _stamp(self, run: Run) -> tuple[Any, ...]:
-        """Return what distinguishes a run from another one of the same name.
-
-        Raises:
-            RunError: it no longer exists.
-        """
+        """Return what distinguishes a run from another one of the same name."""
         path: Path = run.directory / FILE_NAME
         try:
             status = path.stat()

@@ -61,12 +61,7 @@ class WorkerClient:
                 self._process = await _begin_worker()
 
     async def ask(
-        self,
-        kind: str,
-        run: Path,
-        *,
-        gone: Callable[[], Awaitable[None]] | None = None,
-        **asked: Any,
+        self, kind: str, run: Path, *, gone: Callable[[], Awaitable[None]] | None = None, **asked: Any
     ) -> Answer:
         """Send the worker a request about a run; `asked`: plain data.
 

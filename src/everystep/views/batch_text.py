@@ -59,13 +59,6 @@ def classes_text(batch: Batch, names: list[str] | None) -> str | None:
     return ", ".join(f"{name} ({counts[name]:,})" for name in order)
 
 
-def _last_module(modules: Mapping[str, ModuleFacts]) -> str | None:
-    """Return the path of the module that makes the output of a Sequential; None for other models."""
-    outer = modules.get("")
-    last = [path for path in modules if path and "." not in path][-1:]
-    return last[0] if last and outer is not None and outer.class_name == "Sequential" else None
-
-
 def classes_of_tensors(
     step: Step, names: list[str] | None, modules: Mapping[str, ModuleFacts]
 ) -> dict[str, str]:
@@ -77,8 +70,10 @@ def classes_of_tensors(
     if names is None or targets(step.batch, names) is None:
         return {}
     shape = len(step.batch.tensors["y"]), len(names)
-    last = _last_module(modules)
     found = {"batch.y": "values"}
+    is_sequential = "" in modules and modules[""].class_name == "Sequential"
+    inner = [path for path in modules if is_sequential and path and "." not in path]
+    last = inner[-1] if inner else None  # it makes the output
     output = None if last is None else first_of(step.activations.get(last))
     if output is not None and output.shape == shape:
         found[f"activations/{last}"] = "columns"
@@ -182,19 +177,16 @@ def _targets(
 
 
 def _of_table(x: Tensor, table: TablePreparation) -> Iterator[tuple[str, list[Any]]]:
-    numbers = x.double().cpu()
-    place = 0
-    for column in table.columns:
+    widths = [len(column.x_names) for column in table.columns]
+    for column, numbers in zip(
+        table.columns, x.double().cpu().split_with_sizes(widths, dim=1), strict=True
+    ):
         if isinstance(column, CategoricalColumn):
-            flags = numbers[:, place : place + len(column.categories)].tolist()
-            place += len(column.categories)
-            yield column.name, [_word(row, column.categories) for row in flags]
-            continue
-        values = numbers[:, place]
-        place += 1
-        if scaling := column.scaling:
-            values = values * scaling.deviation[0] + scaling.mean[0]
-        yield column.name, _values(values)
+            yield column.name, [_word(row, column.categories) for row in numbers.tolist()]
+        elif scaling := column.scaling:
+            yield column.name, _values(numbers[:, 0] * scaling.deviation[0] + scaling.mean[0])
+        else:
+            yield column.name, _values(numbers[:, 0])
 
 
 def _word(flags: list[float], categories: list[str]) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from everystep.errors import NAMED, named
 from everystep.recording.texts import number_text, shortest
-from everystep.views.formatting import block, counted, number
+from everystep.views.formatting import block, counted, number, several
 
 if TYPE_CHECKING:
     from everystep.answers.diff import DataDifference, Difference
@@ -19,16 +19,15 @@ if TYPE_CHECKING:
     from everystep.answers.rerun import Rerun
     from everystep.answers.rounding import Apart
     from everystep.program.operation import Operation
+    from everystep.replay.parallel import LossDifference
     from everystep.step.state import StateDifference
 
 __all__ = [
-    "Listed",
     "diff_sentence",
     "diff_text",
     "distances",
     "listed",
     "match_text",
-    "operation_name",
     "rerun_sentence",
     "rerun_text",
     "tensors_text",
@@ -46,25 +45,19 @@ LONGEST = 60
 
 def diff_text(found: Difference) -> str:
     """Return where two runs differ, in lines."""
-    common = min(found.steps)
-    losses = f"identical up to step {common:,}"
-    if found.loss is not None:
-        pair = " and ".join(map(shortest, found.loss[1:]))
-        losses = f"differ from step {found.loss.step:,} on: {pair}"
+    same = f"identical up to step {min(found.steps):,}"
     numerics = (f"{name}  {one} | {two}" for name, (one, two) in found.numerics.items())
+    problems = [("problem", problem) for problem in found.problems]
     lines = [
         ("runs", "\n".join(found.names)),
         ("experiments", "\n".join(map(str, listed(found)))),
         ("numerics", "\n".join(numerics)),
         ("steps", "" if found.steps[0] == found.steps[1] else "{:,} and {:,}".format(*found.steps)),
-        ("losses", losses),
+        ("losses", same if found.loss is None else f"differ {_from_step(found.loss)}"),
+        *(("measured", f"{name} differs {_from_step(each)}") for name, each in found.measured),
+        ("states", _states_text(found)),
+        *(("batch", f"{each} differs; no operation reads it") for each in found.unread),
     ]
-    for name, each in found.measured:
-        pair = " and ".join(map(shortest, each[1:]))
-        lines.append(("measured", f"{name} differs from step {each.step:,} on: {pair}"))
-    lines.append(("states", _states_text(found)))
-    lines += [("batch", f"{each} differs; no operation reads it") for each in found.unread]
-    problems = [("problem", problem) for problem in found.problems]
     if found.operation is not None:
         states = [("state", text) for text in _first_state_texts(found)]
         of_operation = [*_operation_lines(found.operation, found.names), *states, *problems]
@@ -94,6 +87,10 @@ def diff_sentence(found: Difference) -> str:
         texts += (causes or [*dict.fromkeys(inputs)])[:MOST_CAUSES]
         texts += _first_state_texts(found)
     return "; ".join(texts) + "."
+
+
+def _from_step(found: LossDifference) -> str:
+    return f"from step {found.step:,} on: {' and '.join(map(shortest, found[1:]))}"
 
 
 def _states_text(found: Difference) -> str:
@@ -242,14 +239,10 @@ def _data_lines(found: DataDifference) -> Iterator[Listed]:
     left = tensor.elements - len(shown)
     if left:
         columns = [found.names[column] if found.names else column for column in found.columns]
-        where = f"in {_places('row', found.rows)}"
-        where += f" and {_places('column', columns)}" if columns else ""
+        where = f"in {several('row', found.rows, MOST_PLACES)}"
+        where += f" and {several('column', columns, MOST_PLACES)}" if columns else ""
         more = f"and {left:,} more of {tensor.of:,} numbers, {where}; {tensor.size}".rstrip("; ")
         yield Listed(f"data.{tensor.name}", (more,))
-
-
-def _places(what: str, places: Sequence[Any]) -> str:
-    return f"{what}{'s' * (len(places) > 1)} {named(places, MOST_PLACES)}"
 
 
 def _pair_texts(pair: tuple[Any, Any]) -> tuple[str, str]:
@@ -264,19 +257,20 @@ def _pair_texts(pair: tuple[Any, Any]) -> tuple[str, str]:
 def match_text(found: Match) -> str:
     """Return the tensors of the first run's step that the second lacks, and the suspects, in lines."""
     one, other = found.names
+    compared = ""
+    if found.precisions is not None:
+        text = " and ".join(map("{} computes in {}".format, found.names, found.precisions))
+        compared = f"in double precision, from the same state: {text}"
+    has = f"{other} has {found.found} of the {found.of} gradients, parameters and buffers of {one}"
     lines = [
         ("runs", f"{one}\n{other}"),
         ("step", f"{found.step:,}, loss {' | '.join(map(shortest, found.losses))}"),
+        ("compared", compared),
+        ("before", f"{other} does not have {named(found.begin)}" if found.begin else ""),
+        ("after", f"{has}, within {found.rounding:g} of their largest number"),
+        ("missing", named(found.end)),
     ]
-    if found.precisions is not None:
-        text = " and ".join(map("{} computes in {}".format, found.names, found.precisions))
-        lines.append(("compared", f"in double precision, from the same state: {text}"))
-    if found.begin:
-        lines.append(("before", f"{other} does not have {named(found.begin)}"))
-    has = f"{other} has {found.found} of the {found.of} gradients, parameters and buffers of {one}"
-    lines.append(("after", f"{has}, within {found.rounding:g} of their largest number"))
     if found.end:
-        lines.append(("missing", named(found.end)))
         sides = zip(found.suspects, found.names, reversed(found.names), strict=True)
         lines += [("first", _suspect_text(each, *runs)) for each, *runs in sides if each is not None]
     return block(lines, f"step {found.step:,} {'matches' if found.is_match else 'does not match'}")
@@ -343,10 +337,13 @@ def _bits_text(found: OperationDifference) -> str:
     observed = found.one or found.other
     assert observed is not None
     where = f"#{found.index} of step {found.step:,}, {operation_name(observed.operation)}"
-    lines = [f"first difference: operation {where}"]
-    lines += [str(observed.line)] if observed.line is not None else []
-    lines += [f"{e.name}: {e.elements:,} of {e.of:,} numbers{_far(e)}" for e in found.results]
-    return "\n".join([*lines, *(["its inputs are the same"] if not found.inputs else [])])
+    lines = [
+        f"first difference: operation {where}",
+        *([] if observed.line is None else [str(observed.line)]),
+        *(f"{e.name}: {e.elements:,} of {e.of:,} numbers{_far(e)}" for e in found.results),
+        *([] if found.inputs else ["its inputs are the same"]),
+    ]
+    return "\n".join(lines)
 
 
 def _rounding_text(found: Rerun) -> str:

@@ -122,15 +122,11 @@ def engine_text(facts: Facts) -> str:
     loop, engine, ranks = facts.training.loop, facts.training.engine, facts.training.ranks
     which = "" if ranks is None else f"this is rank {ranks.rank} of {ranks.count} ({ranks.backend})"
     if loop is not None:
-        lost = facts.batches_lost_to
-        missing = (
-            f"; the batches of steps up to {lost:,} were dropped to stay within the budget"
-            if lost
-            else ""
-        )
+        kept = f"its operations are in {counted(loop.programs, 'program')}"
+        if lost := facts.batches_lost_to:
+            kept += f"; the batches of steps up to {lost:,} were dropped to stay within the budget"
         if facts.not_kept:
-            missing += f"; {kept_text(facts, facts.steps or 0)} (keep: {facts.not_kept[-1].keep})"
-        kept = f"its operations are in {counted(loop.programs, 'program')}{missing}"
+            kept += f"; {kept_text(facts, facts.steps or 0)} (keep: {facts.not_kept[-1].keep})"
         if engine is not None and facts.fork is not None:
             return f"by your own code up to step {facts.fork.at:,}, by program alone after it; {kept}"
         if ranks is not None:
@@ -171,9 +167,8 @@ def _checks_text(taken: EngineFacts | FunctionFacts) -> str:
 
 def _fork_text(fork: ForkFacts) -> str:
     changed = ", ".join(f"{path} = {value}" for path, value in fork.changed.items())
-    return f"{fork.parent}, with its steps up to {fork.at:,}" + (
-        f"; from there on {changed}" if changed else ""
-    )
+    since = f"; from there on {changed}" if changed else ""
+    return f"{fork.parent}, with its steps up to {fork.at:,}{since}"
 
 
 def _resumed_text(resumed: Sequence[ResumeFacts]) -> str:
@@ -194,10 +189,10 @@ def _data_text(training: TrainingFacts) -> str:
 
 
 def _update_text(training: TrainingFacts) -> str:
-    limit, scheduler = training.max_grad_norm, scheduler_text(training.schedulers)
-    clipping = [] if limit is None else [f"gradients clipped to norm {limit:g}"]
-    following = [scheduler] if scheduler else []
-    return "\n".join([*clipping, optimizers_text(training.optimizers), *following])
+    limit = training.max_grad_norm
+    clipping = None if limit is None else f"gradients clipped to norm {limit:g}"
+    update, scheduler = optimizers_text(training.optimizers), scheduler_text(training.schedulers)
+    return "\n".join(filter(None, [clipping, update, scheduler]))
 
 
 def _steps_text(steps: int, training: TrainingFacts) -> str:

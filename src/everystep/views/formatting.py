@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING
 
 from rich.cells import cell_len, set_cell_size
 
+from everystep.errors import NAMED, named
 from everystep.experiment.metrics import metric_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "TIMES",
     "about_numbers",
     "block",
     "clean",
@@ -27,6 +27,7 @@ __all__ = [
     "measured_text",
     "number",
     "one_line",
+    "several",
     "shape_text",
     "time_text",
 ]
@@ -97,6 +98,11 @@ def time_text(time: datetime) -> str:
 def counted(count: int, noun: str) -> str:
     """Return a number of things: `1 step`, `1,000 steps`."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def several(noun: str, things: Sequence[object], most: int = NAMED) -> str:
+    """Return things by number or name, not all of many: `row 3`, `rows 3, 5 and 2 more`."""
+    return f"{noun}{'s' * (len(things) > 1)} {named(things, most)}"
 
 
 def labelled(label: str, text: str, width: int = _WIDTH) -> str:

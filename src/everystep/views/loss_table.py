@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import shlex
 from base64 import b64encode
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
@@ -131,7 +130,8 @@ def loss_table(run: RecordedRun, rows: int = 100_000) -> LossTable:
     if total <= rows:
         return LossTable(run.name, frame, total, None, run.damage)
     names = frame.columns[1:]
-    width = _round_up(total * (1 + 4 * len(names)) / rows)
+    widths = (leading * 10**power for power in count() for leading in (1, 2, 5))
+    width = next(each for each in widths if each >= total * (1 + 4 * len(names)) / rows)
     kept = [frame.filter(pl.col("step") % width == 0)["step"]]
     kept += [extremes(frame.select("step", name).drop_nulls(), width, name)["step"] for name in names]
     some = frame.filter(pl.col("step").is_in(pl.concat(kept).unique().implode()))
@@ -191,9 +191,3 @@ def _datatables() -> str:
 
     bundle = Path(itables.options.dt_bundle).read_bytes()
     return b64encode(gzip.compress(bundle, mtime=0)).decode("ascii")
-
-
-def _round_up(number: float) -> int:
-    """Return the next of 1, 2, 5, 10, 20, 50, ..."""
-    sizes: Iterator[int] = (leading * 10**power for power in count() for leading in (1, 2, 5))
-    return next(size for size in sizes if size >= number)

@@ -82,7 +82,6 @@ class _Naming:
         self._uses: Counter[str] = Counter()
 
     def line(self, number: int, seen: Observed) -> Line:
-        """Return the next operation as mathematics."""
         operation = seen.operation
         names = {name: self._name(name, tensor) for name, tensor in seen.inputs.items()}
         call = NamedCall(seen, names)
@@ -111,10 +110,7 @@ class _Naming:
 
     def _name(self, name: str, tensor: Tensor) -> str:
         base = _base(name)
-        called = self._called.get(base) or _lasting_name(base)
-        if called is None:
-            is_one = base.startswith("ones_like") and tensor.numel() == 1 and tensor.item() == 1
-            called = "1" if is_one else base
+        called = self._called.get(base) or _lasting_name(base) or base
         return called if name == base else _as_view(called, tensor, self._shapes.get(base))
 
     def _differentiated(self, call: NamedCall, size: int) -> str | None:

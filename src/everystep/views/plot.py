@@ -58,7 +58,9 @@ def loss_plot(
         UsageError: none of the runs has a measurement.
     """
     runs = [*{rank.directory.resolve(): rank for run in runs for rank in run.shown_ranks}.values()]
-    curves = dict(zip(_names(runs), (run.losses for run in runs), strict=True))
+    count = Counter(run.name for run in runs)
+    names = [_plain(run.name if count[run.name] == 1 else str(run.directory)) for run in runs]
+    curves = dict(zip(names, (run.losses for run in runs), strict=True))
     damage = [_plain("\n".join(wrap(run.damage, _CAPTION_WIDTH))) for run in runs if run.damage]
     return _plot(curves, runs, measurements, log, damage)
 
@@ -105,13 +107,8 @@ def sweep_plot(
     plot += p9.geom_line(size=0.5, alpha=0.8, show_legend=bool(colour))
     if panel:
         plot += p9.facet_wrap("panel")
-    if log:
-        plot += p9.scale_y_log10(minor_breaks=False)
     plot += p9.scale_colour_manual(COLOURS * len(runs))
-    labels = p9.labs(
-        x="iteration", y="loss", title=_plain(colour), caption="\n".join(notes[:MOST_NOTES])
-    )
-    return plot + p9.scale_x_continuous(labels=_thousands) + labels + _look()
+    return plot + _finish(log, "loss", _plain(colour), notes[:MOST_NOTES])
 
 
 def _plot(
@@ -137,16 +134,10 @@ def _plot(
             plot += p9.guides(colour=p9.guide_legend(override_aes={"size": 3}))
     elif len(lines):
         plot += p9.scale_colour_manual(COLOURS * len(measurements))
-    if log and any(map(len, [*points, lines])):
-        plot += p9.scale_y_log10(minor_breaks=False)
     others = [name for name in dict.fromkeys(measurements) if not name.endswith("loss")]
-    labels = p9.labs(
-        x="iteration",
-        y=", ".join(["loss", *map(_plain, others)]),
-        title="" if several else names[0],
-        caption="\n".join(notes),
-    )
-    return plot + p9.scale_x_continuous(labels=_thousands) + labels + _look()
+    log = log and any(map(len, [*points, lines]))
+    y = ", ".join(["loss", *map(_plain, others)])
+    return plot + _finish(log, y, "" if several else names[0], notes)
 
 
 def save_plot(plot: p9.ggplot, path: str | Path) -> None:
@@ -164,12 +155,6 @@ def save_plot(plot: p9.ggplot, path: str | Path) -> None:
     with _quiet():
         plot.save(content, format=suffix[1:], dpi=DOTS_PER_INCH, verbose=False, **mark)
     write_file(path, content.getvalue())
-
-
-def _names(runs: Sequence[RecordedRun]) -> list[str]:
-    """Return the name of each run, or its directory if the name is not unique."""
-    count = Counter(run.name for run in runs)
-    return [_plain(run.name if count[run.name] == 1 else str(run.directory)) for run in runs]
 
 
 def _drawable(frame: pl.DataFrame, name: str, column: str, log: bool, notes: list[str]) -> pd.DataFrame:
@@ -262,10 +247,10 @@ def _layers(several: bool, points: pd.DataFrame, marks: pd.DataFrame, lines: pd.
     return layers
 
 
-def _look() -> p9.theme:
-    """Return a quiet theme: white, thin lines, the text a little lighter than the points."""
+def _finish(log: bool, y: str, title: str, notes: Sequence[str]) -> list[Any]:
+    """Return axes and labels, and a quiet look: white, thin lines, text lighter than the points."""
     quiet = p9.element_text(colour="#5c6068")
-    return p9.theme_minimal(base_size=11) + p9.theme(
+    look = p9.theme(
         figure_size=(8, 5),
         plot_margin=0.02,
         plot_background=p9.element_rect(fill="white", colour="white"),
@@ -277,6 +262,12 @@ def _look() -> p9.theme:
         panel_grid_minor=p9.element_blank(),
         panel_grid_major=p9.element_line(colour="#e3e4e8", size=0.5),
     )
+    return [
+        *([p9.scale_y_log10(minor_breaks=False)] if log else []),
+        p9.scale_x_continuous(labels=_thousands),
+        p9.labs(x="iteration", y=y, title=title, caption="\n".join(notes)),
+        p9.theme_minimal(base_size=11) + look,
+    ]
 
 
 def _plain(text: str) -> str:

@@ -108,7 +108,6 @@ class _Speed(bars.ProgressColumn):
     """Steps per second."""
 
     def render(self, task: bars.Task) -> Text:
-        """Return the speed, or nothing before there is one."""
         speed = task.finished_speed or task.speed
         return Text(f"{speed:,.0f}/s" if speed and speed >= 1 else "", style="dim")
 

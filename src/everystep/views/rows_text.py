@@ -20,7 +20,7 @@ from everystep.views.formatting import about_numbers, number
 from everystep.views.plain import plain_data
 from everystep.views.terminal import keyed, table_text
 
-__all__ = ["order_of", "rows_data", "rows_text"]
+__all__ = ["orders_of", "rows_data", "rows_text"]
 
 #: What rows are ranked by.
 ORDERS = ("loss", "gradient")
@@ -28,12 +28,10 @@ ORDERS = ("loss", "gradient")
 MOST_COLUMNS = 40
 
 
-def order_of(
-    rows: Rows, by: str | None = None, parameter: str | None = None
-) -> tuple[str, list[int]] | None:
-    """Return the key that rows are ranked by, and their places in the batch; None if unknown.
+def orders_of(rows: Rows, by: str | None = None, parameter: str | None = None) -> dict[str, list[int]]:
+    """Return the places of rows in the batch in each order that is known, by what ranks them.
 
-    by: `loss` or `gradient`; default: the loss, unless it is unknown or a parameter is named.
+    by: only `loss`, or only `gradient`; default: both, or the gradient if a parameter is named.
 
     Raises:
         UsageError: there is no such order, or no such parameter.
@@ -42,7 +40,7 @@ def order_of(
         raise UsageError(f"rows are ranked by loss or by gradient, not by {by!r:.80}")
     known = _numbers(rows, parameter)
     wanted = [by] if by else ["gradient"] if parameter else ORDERS
-    return next(((name, rows.ranked(known[name])) for name in wanted if name in known), None)
+    return {name: rows.ranked(known[name]) for name in wanted if name in known}
 
 
 def rows_text(
@@ -56,28 +54,27 @@ def rows_text(
 ) -> str:
     """Return the worst rows, a line for each, then the term of no row, and unknown ones.
 
-    facts, name: of the run; by, parameter: see `order_of`; first: how many rows.
+    facts, name: of the run; by, parameter: see `orders_of`, the first is taken; first: how many rows.
     """
     title = f"{name}, step {step.number:,}: loss {number(step.loss)}"
-    order = order_of(step.rows, by, parameter)
-    if order is None:
+    orders = orders_of(step.rows, by, parameter)
+    if not orders:
         return "\n".join([title, "", *about_rows(step, parameter)])
-    found = rows_data(step, facts, by=order[0], parameter=parameter, most=first)
+    order, places = next(iter(orders.items()))
+    found = rows_data(step, facts, by=order, parameter=parameter, most=first)
     classes = targets(step.batch, class_names(facts))
-    has_norm = "gradient" in _numbers(step.rows, parameter)
     rows = []
-    for place in order[1][:first]:
+    for place in places[:first]:
         row = found["rows"][str(place)]
         share = "-" if row["share"] is None else f"{100 * float(row['share']):.1f}%"
         numbers = {key: "" if row[key] is None else number(float(row[key])) for key in ORDERS}
-        numbers |= {"row": str(row["row"]), "of the norm": share if has_norm else ""}
+        numbers |= {"row": str(row["row"]), "of the norm": share if numbers["gradient"] else ""}
         rows.append(numbers | {"y": "" if classes is None else classes[place]})
     headers = ("row", *ORDERS, "of the norm")
     columns = [*(keyed(each, is_number=True) for each in headers), keyed("y")]
-    more = [f"{len(order[1]) - first:,} more"] if len(order[1]) > first else []
+    more = [f"{len(places) - first:,} more"] if len(places) > first else []
     table = table_text(columns, rows)
-    title = f"{title}, rows by {order[0]}"
-    return "\n".join([title, "", *table, *more, "", *about_rows(step, parameter)])
+    return "\n".join([f"{title}, rows by {order}", "", *table, *more, "", *about_rows(step, parameter)])
 
 
 def about_rows(step: Step, parameter: str | None = None) -> list[str]:
@@ -131,12 +128,10 @@ def rows_data(
 ) -> dict[str, Any]:
     """Return rows by their place in the batch, in each order that is known, as plain data.
 
-    by, parameter: see `order_of`; most: rows of each order; the rest is counted.
+    by, parameter: see `orders_of`; most: rows of each order; the rest is counted.
     """
     rows = step.rows
-    wanted = [by] if by else ["gradient"] if parameter else ORDERS
-    ranked = (order_of(rows, each, parameter) for each in wanted)
-    orders = dict(each for each in ranked if each is not None)
+    orders = orders_of(rows, by, parameter)
     known = _numbers(rows, parameter)
     whole = math.hypot(*(each.whole for each in _shares(rows, [parameter] if parameter else rows.known)))
     if whole and "gradient" in known:

@@ -26,7 +26,15 @@ from everystep.views.comparisons import (
     tensors_text,
 )
 from everystep.views.facts_text import engine_text
-from everystep.views.formatting import about_numbers, block, counted, labelled, number, shape_text
+from everystep.views.formatting import (
+    about_numbers,
+    block,
+    counted,
+    labelled,
+    number,
+    several,
+    shape_text,
+)
 from everystep.views.lists import summary_data, sweep_text
 from everystep.views.plain import DERIVED, plain_data
 from everystep.views.terminal import Column, table_text
@@ -241,9 +249,7 @@ def _nonfinite_text(found: NonFinite, view: RunView) -> str:
             *(f"  from {name}: {_range(tensor)}" for name, tensor in inputs.items()),
         ]
     if found.rows:
-        lines.append(
-            f"  row{'s' * (len(found.rows) > 1)} {named(found.rows)} of {found.step.batch.whole}"
-        )
+        lines.append(f"  {several('row', found.rows)} of {found.step.batch.whole}")
     if found.why is not None:
         from everystep.views.why_text import why_text
 

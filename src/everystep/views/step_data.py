@@ -18,19 +18,13 @@ from everystep.recording.facts import Facts, LoopFacts, ModuleFacts, TrainingFac
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.texts import loss_text, optimizer_parts, shortest
 from everystep.replay.opened_step import Batch, Segment, Step, norm, statistics
-from everystep.views.batch_text import (
-    class_names,
-    classes_of_tensors,
-    first_of,
-    plain_values,
-    targets,
-)
+from everystep.views.batch_text import class_names, classes_of_tensors, first_of, plain_values, targets
 from everystep.views.formatting import dtype_text
 from everystep.views.mathematics import argument_texts, mathematics
 from everystep.views.plain import plain_data
 from everystep.views.update_formula import UpdateFormula, update_formulas
 
-__all__ = ["Happened", "SegmentSeen", "as_it_happened", "step_data", "tensor_of"]
+__all__ = ["SegmentSeen", "as_it_happened", "step_data", "tensor_of"]
 
 
 class SegmentSeen(NamedTuple):
@@ -48,15 +42,10 @@ class SegmentSeen(NamedTuple):
     formulas: dict[str, UpdateFormula]
 
 
-class Happened(NamedTuple):
-    """All segments, and the parameters that were changed by something else than an optimizer."""
-
-    segments: list[SegmentSeen]
-    changed_otherwise: list[str]
-
-
-def as_it_happened(step: Step, training: TrainingFacts, loop: LoopFacts) -> Happened:
-    """Return the segments of a step in the order in which they happened."""
+def as_it_happened(
+    step: Step, training: TrainingFacts, loop: LoopFacts
+) -> tuple[list[SegmentSeen], list[str]]:
+    """Return the segments of a step in order, and the parameters that no optimizer has changed."""
     left = [n for n, u in step.updates.items() if not torch.equal(u.before, u.after)]
     optimizers = training.optimizers
     known = {name: update_formulas(step.operations, {name: o}) for name, o in optimizers.items()}
@@ -74,7 +63,7 @@ def as_it_happened(step: Step, training: TrainingFacts, loop: LoopFacts) -> Happ
         given = step.hyperparameters.items()
         settings = {key.removeprefix(prefix): value for key, value in given if key.startswith(prefix)}
         found.append(SegmentSeen(segment, optimizer, settings, {n: formulas[n] for n in own}))
-    return Happened(found[::-1], left)
+    return found[::-1], left
 
 
 #: Images are drawn up to this many pixels along a side.
@@ -95,11 +84,11 @@ def step_data(step: Step, run: RecordedRun, *, values: bool = False) -> dict[str
     optimizer, settings = optimizer_parts(training.optimizers)
     loss = loss_text(training.loss)
     loop = training.loop
-    happened = as_it_happened(step, training, loop) if loop else None
-    if happened is None:
+    segments, changed_otherwise = as_it_happened(step, training, loop) if loop else (None, [])
+    if segments is None:
         formulas = update_formulas(step.operations, training.optimizers)
     else:
-        formulas = {name: each for seen in happened.segments for name, each in seen.formulas.items()}
+        formulas = {name: each for seen in segments for name, each in seen.formulas.items()}
     layers = network(step, training.modules)
     for layer in layers:
         if (output := first_of(step.activations.get(layer["path"]))) is not None:
@@ -126,8 +115,8 @@ def step_data(step: Step, run: RecordedRun, *, values: bool = False) -> dict[str
         "buffers": tensors.of("buffers", step.buffers),
         "network": layers,
         "operations": _operations(step, tensors),
-        "segments": _segments(happened, training) if happened else None,
-        "changed_otherwise": happened.changed_otherwise if happened else [],
+        "segments": None if segments is None else _segments(segments, training),
+        "changed_otherwise": changed_otherwise,
         "dropped": tensors.of("dropped", step.dropped),
         "gradients": tensors.of("gradients", _as_made(step)),
         "updates": _updates(step, formulas, tensors),
@@ -150,14 +139,13 @@ def network(step: Step, modules: Mapping[str, ModuleFacts]) -> list[dict[str, An
     containers = {path.rpartition(".")[0] for path in modules if path}
     operations: dict[str, list[int]] = {}
     backward: dict[str, list[int]] = {}
+    of_phase = {"forward": operations, "backward": backward}
     is_layer = "" in modules and "" not in containers  # then operations are of no module within it
     for number, seen in enumerate(step.operations):
         module, phase = seen.operation.module, seen.operation.phase
-        if module is None and is_layer:
-            module = ""
-        if module is not None and phase in ("forward", "backward"):
-            by_module = operations if phase == "forward" else backward
-            by_module.setdefault(module, []).append(number)
+        module = "" if module is None and is_layer else module
+        if module is not None and phase in of_phase:
+            of_phase[phase].setdefault(module, []).append(number)
     parents = {path.rpartition(".")[0] for path in (*step.activations, *operations) if path}
     layers = [
         _layer(step, path, operations.get(path, []), backward.get(path, []))
@@ -257,26 +245,21 @@ class _Tensors:
 
     def add(self, id: str, tensor: Tensor) -> str:
         """Look at a tensor; returns its id."""
-        own: dict[str, Any] = {
-            "shape": list(tensor.shape),
-            "dtype": dtype_text(tensor),
-        }
-        if about := self._of_classes.get(id):
-            own["classes"] = about
+        about = self.known[id] = {"shape": list(tensor.shape), "dtype": dtype_text(tensor)}
+        if classes := self._of_classes.get(id):
+            about["classes"] = classes
         if id in self._unset:
-            self.known[id] = own | {"unset": True}
+            about["unset"] = True
             return id
-        self.known[id] = own | self._look(tensor)
-        if tensor.is_complex():
-            self.known[id]["statistics_of"] = "absolute values"
+        about |= self._look(tensor)
+        if is_complex := tensor.is_complex():
+            about["statistics_of"] = "absolute values"
         if self._values:
-            is_complex = tensor.is_complex()
             content = torch.view_as_real(tensor.detach().resolve_conj()) if is_complex else tensor
-            self.known[id]["values"] = content.tolist()
+            about["values"] = content.tolist()
         return id
 
     def of(self, kind: str, named: dict[str, Tensor]) -> list[dict[str, str]]:
-        """Look at a tensor of each parameter."""
         return [{"parameter": n, "tensor": self.add(f"{kind}/{n}", t)} for n, t in named.items()]
 
     def called(
@@ -337,21 +320,20 @@ def _operations(step: Step, tensors: _Tensors) -> list[dict[str, Any]]:
 
 def _as_made(step: Step) -> dict[str, Tensor]:
     """Return the gradients in the order of the backward pass; unknown ones at the end."""
-    made: dict[str, int] = {}
-    for number, seen in enumerate(step.operations):
-        if seen.operation.phase == "backward":
-            for name in seen.results:
-                kind, _, parameter = name.partition("/")
-                if kind == "gradient":
-                    made[parameter.partition("~")[0]] = number
-    order = sorted(step.gradients, key=lambda name: made.get(name, len(step.operations)))
+    made = {
+        name: number
+        for number, seen in enumerate(step.operations)
+        if seen.operation.phase == "backward"
+        for name in _bases(seen.results)
+    }
+    order = sorted(step.gradients, key=lambda name: made.get(f"gradient/{name}", len(step.operations)))
     return {name: step.gradients[name] for name in order}
 
 
-def _segments(happened: Happened, training: TrainingFacts) -> list[dict[str, Any]]:
+def _segments(segments: list[SegmentSeen], training: TrainingFacts) -> list[dict[str, Any]]:
     """Return the segments of a loop's step; an update has its optimizer and its parameters."""
     found = []
-    for seen in happened.segments:
+    for seen in segments:
         optimizer = training.optimizers.get(seen.optimizer or "")
         name, settings = optimizer_parts({"": optimizer} if optimizer else {})
         found.append(

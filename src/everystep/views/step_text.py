@@ -233,8 +233,8 @@ class _Opened:
         """Write a step of a loop: its batch, its segments in order, and other changes."""
         step, page = self.step, self.page
         self._batch()
-        happened = as_it_happened(step, self.training, loop)
-        for number, seen in enumerate(happened.segments):
+        segments, changed_otherwise = as_it_happened(step, self.training, loop)
+        for number, seen in enumerate(segments):
             segment = seen.segment
             title = self._title_of_update(seen) if segment.phase == "update" else segment.part or ""
             page.heading(segment.phase.replace("_", " "), title)
@@ -248,9 +248,9 @@ class _Opened:
         if step.gradients:
             page.heading("grads", "as backward left them")
             self._tensors(_gradients(step.gradients))
-        if left := happened.changed_otherwise:
+        if changed_otherwise:
             page.heading("changed", "outside the updates")
-            page.table(UPDATES, [self._update_row(name, None) for name in left])
+            page.table(UPDATES, [self._update_row(name, None) for name in changed_otherwise])
 
     def _title_of_update(self, seen: SegmentSeen) -> str:
         optimizer = self.training.optimizers.get(seen.optimizer or "")

@@ -13,14 +13,7 @@ from everystep.replay.opened_step import statistics
 from everystep.views.formatting import dtype_text, grouped, shape_text
 from everystep.views.terminal import Cell, Column, Page, Styled, keyed
 
-__all__ = [
-    "ABSOLUTE",
-    "NUMBERS",
-    "numbers_of",
-    "statistics_text",
-    "write_numbers",
-    "write_tensors",
-]
+__all__ = ["ABSOLUTE", "NUMBERS", "numbers_of", "statistics_text", "write_numbers", "write_tensors"]
 
 #: Tensors with at most so many elements are printed whole, larger ones by their edges.
 ALL_VALUES = 1000
@@ -47,7 +40,7 @@ def numbers_of(tensor: Tensor) -> dict[str, Cell]:
     """
     seen = statistics(tensor)
     found: dict[str, Cell] = {
-        "shape": shape_text(tensor) + (f", {ABSOLUTE}" if tensor.is_complex() else ""),
+        "shape": shape_text(tensor) + (f", {ABSOLUTE}" if tensor.is_complex() else "")
     }
     if tensor.numel() != 1:
         values = zip(("mean", "std", "min", "max"), seen[:4], strict=True)

@@ -128,7 +128,7 @@ def _line(columns: Sequence[_Filled], cells: Iterable[Styled]) -> list[Styled]:
 
 def _width(text: str) -> int:
     """Return how many characters wide a terminal shows a text."""
-    return len(text) if text.isascii() else cell_len(text)
+    return len(text) if text.isascii() else cell_len(text)  # the first is much quicker
 
 
 def _total(widths: Iterable[int]) -> int:

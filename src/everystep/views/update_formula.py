@@ -73,7 +73,6 @@ class _Composer:
         self._known: dict[str, UpdateFormula] = {}
 
     def apply(self, number: int, seen: Observed) -> None:
-        """Add an operation."""
         kind = kind_of(seen.operation)
         if kind.startswith("fused_"):
             self._as_a_whole(number, seen)
@@ -96,7 +95,6 @@ class _Composer:
             self._terms[name] = term._replace(numbers=term.numbers | {number})
 
     def formulas(self) -> dict[str, UpdateFormula]:
-        """Return what the parameters have become."""
         found = dict(self._known)
         for name, term in self._terms.items():
             if name.startswith("parameter/"):

@@ -10,11 +10,11 @@ from typing import Any
 from rich.text import Text
 
 from everystep.answers.why import Number, Spot, Term, Why
-from everystep.errors import UsageError, named
+from everystep.errors import UsageError
 from everystep.recording.facts import Facts
 from everystep.recording.texts import shortest
 from everystep.replay.opened_step import Step
-from everystep.views.formatting import about_numbers
+from everystep.views.formatting import about_numbers, several
 from everystep.views.formatting import number as four_digits
 from everystep.views.mathematics import Line, mathematics
 from everystep.views.plain import DERIVED
@@ -41,8 +41,6 @@ def why_text(found: Why, *, name: str = "", width: int = 100) -> Text:
 
 
 class _Writer:
-    """Writes an answer and its causes."""
-
     def __init__(self, page: Page, found: Why) -> None:
         self.page = page
         self.found = found
@@ -50,19 +48,15 @@ class _Writer:
         self.lines: dict[tuple[int | None, int], list[Line]] = {}
 
     def write(self, name: str) -> None:
-        """Write everything."""
         step = self.found.step
         exact = "bit-identical" if step.is_exact else f"differs from step {step.diverged_at} on"
         where = f"{name}, step {step.number:,}" if name else f"step {step.number:,}"
         self.page.line((where, "bold"), (f"  replayed, {exact}", "dim"))
-        blocks = [self.found]
-        self._block(self.found)
+        blocks = [self.found, *(_below(self.found) if self.found.began is None else ())]
+        for each in blocks:
+            self._block(each)
         if self.found.began is not None:
             self._way(self.found.causes)
-        else:
-            blocks += _below(self.found)
-            for each in blocks[1:]:
-                self._block(each)
         if any(number.row is not None for each in blocks for number in each.numbers):
             batch = self.found.step.batch
             self.page.blank()
@@ -102,13 +96,11 @@ class _Writer:
 
     def _block(self, each: Why) -> None:
         number = each.number
-        where = self._where(number).rstrip()
-        step = f"  {where}" if where else ""
-        self.page.blank()
         name = each.asked or number.name
         is_same = name.replace(" ", "") == number.name.replace(" ", "")
-        also = "" if is_same else f"  {number.name}"
-        self.page.line((name, "bold"), (f"  {exact_text(number)}", ""), (also, "dim"), (step, "dim"))
+        also = ("" if is_same else f"  {number.name}") + f"  {self._where(number)}"
+        self.page.blank()
+        self.page.line((name, "bold"), (f"  {exact_text(number)}", ""), (also, "dim"))
         if each.origin == "operation" or each.operation is not None:
             self.page.line((self._made(each), ""), indent=_INDENT)
             if each.observed is not None and each.observed.line is not None:
@@ -223,7 +215,7 @@ def _rows_text(each: Why) -> str:
         return "it depends on no row of the batch"
     if len(each.rows) == each.step.batch.count and len(each.rows) > 1:
         return f"it depends on all {len(each.rows):,} rows of the batch"
-    return f"row{'s' * (len(each.rows) > 1)} {named(each.rows, 10)} of {each.step.batch.whole}"
+    return f"{several('row', each.rows, 10)} of {each.step.batch.whole}"
 
 
 def exact_text(number: Number) -> str:

@@ -66,9 +66,8 @@ async def report(request: Request) -> Response:
     """Answer with a page to keep that needs no server, with the chosen steps inside."""
     texts = [text for text in request.query_params.get("steps", "").split(",") if text.strip()]
     steps = [_whole("steps", text.strip()) for text in texts]
-    worker = WorkerClient(
-        request.app.state.run_index.directory
-    )  # who goes from step to step need not wait for it
+    # Its own: who goes from step to step need not wait for it.
+    worker = WorkerClient(request.app.state.run_index.directory)
     try:
         return await _answered(request, worker, "report", steps=steps)
     finally:

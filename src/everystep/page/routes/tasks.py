@@ -112,11 +112,7 @@ def _unknown() -> Response:
 
 
 def _check_new(name: str, request: Request) -> None:
-    """Check that a name is that of a new run in the directory that is shown, and no path.
-
-    Raises:
-        UsageError: it is not.
-    """
+    """Check that a name is that of a new run in the directory that is shown, and no path."""
     is_plain = (
         name.isprintable() and not name.startswith((".", "-", "~")) and not set(name) & set("/\\:")
     )
