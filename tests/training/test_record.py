@@ -357,18 +357,29 @@ def written_through_a_view(model, number):
     model[0].weight[0].data.mul_(0.9)
 
 
+def written_by_numpy(model, number):
+    model[0].weight.detach().numpy()[0] *= 0.9
+    np.asarray(model[0].bias.detach())[:1] = number
+
+
 def only_read(model, number):
     assert model[0].weight.data.norm() > 0
+    assert model[0].bias.detach().numpy().shape == (len(model[0].bias.tolist()),)
 
 
 @pytest.mark.parametrize(
     ("between", "is_told"),
     [
         *[(clipped_between_steps, True), (gradients_scaled_between_steps, True)],
-        *[(made_before_the_first_step, True), (written_through_a_view, True), (only_read, False)],
+        *[
+            (made_before_the_first_step, True),
+            (written_through_a_view, True),
+            (written_by_numpy, True),
+            (only_read, False),
+        ],
     ],
 )
-def test_what_is_written_through_data_between_steps_is_kept(made, capfd, between, is_told):
+def test_what_is_written_without_a_count_between_steps_is_kept(made, capfd, between, is_told):
     """torch does not count such writes."""
     model, _, (x, y) = made
     shadow = torch.zeros(2)  # in no part

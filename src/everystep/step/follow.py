@@ -1,10 +1,10 @@
 """Follow: which module, backward pass and optimizer is running, by torch's hooks.
 
-torch has no hook where `backward` and `grad` start the engine (`torch.autograd._engine_run_backward`),
-nor where `tensor.data = other` gives a tensor other memory, which no call of the dispatcher shows, nor
-where code between two steps takes `tensor.data`: torch does not count what is written into it. Nor does
-it show where `numpy` and `tolist` read memory. These functions are replaced. They belong to the process,
-but a follower to its thread: in others, they do what torch's do.
+torch has no hook where `backward` and `grad` start the engine (`torch.autograd._engine_run_backward`);
+where `tensor.data = other` gives a tensor other memory; where `numpy` and `tolist` read memory within a
+step; and where code between two steps takes `tensor.data` or `tensor.numpy()`: torch does not count what
+is written into them. No call of the dispatcher shows these, so the functions are replaced. They belong
+to the process, but a follower to its thread: in others, they do what torch's do.
 
 Each optimizer marks its time for a profiler. That is no operation, and no mode sees it meanwhile.
 """
@@ -12,6 +12,7 @@ Each optimizer marks its time for a profiler. That is no operation, and no mode 
 from __future__ import annotations
 
 import inspect
+import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -361,20 +362,26 @@ def _run(outputs: Any, *args: Any, **kwargs: Any) -> Any:
     return run(outputs, *args, **kwargs)
 
 
+def _expose(tensor: Tensor) -> None:
+    for follower in _followers.get(get_ident(), ()):
+        follower.exposes(tensor)
+
+
 def _get_data(tensor: Tensor) -> Tensor:
     if _watch() is None:
-        for follower in _followers.get(get_ident(), ()):
-            follower.exposes(tensor)
+        _expose(tensor)
     return _DATA.__get__(tensor)  # type: ignore[attr-defined,no-any-return]
 
 
 def _noted(read: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a method of tensors that reports that it reads the memory of one."""
+    """Return a method of tensors that reports that it gives the memory of one to Python."""
 
     @wraps(read)
     def noted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         if (watch := _watch()) is not None:
             watch.reads(tensor)
+        elif not str(sys._getframe(1).f_globals.get("__name__")).startswith("everystep."):
+            _expose(tensor)
         return read(tensor, *args, **kwargs)
 
     return noted

@@ -64,8 +64,8 @@ def check_replaceable(
         raise NotReplaceableError(f"something changes {name} where torch does not see it")
     if path.read_unseen:
         raise NotReplaceableError(
-            "Python reads the memory of a tensor (numpy, tolist), and may branch on it; compute with the "
-            "tensor, or return it"
+            "Python reads the memory of a tensor (numpy, tolist), and may branch on it; compute with "
+            "the tensor, or return it"
         )
     for name, tensor in batch.items():
         if name in program.tensors and program.storage_of(name).kind != "input":
