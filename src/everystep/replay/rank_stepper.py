@@ -15,23 +15,24 @@ from functools import cache, partial
 from itertools import cycle
 from queue import SimpleQueue
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from everystep.errors import RunError
 from everystep.program.collectives import taking_part
+from everystep.program.memory import copied_together
 from everystep.program.operators import REFUSALS
 from everystep.replay.bound_steps import Hook
 from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps
-from everystep.replay.replay_stepper import ReplayStepper, Saved
+from everystep.replay.replay_stepper import ReplayStepper
+from everystep.step.generators import Generators
 from everystep.step.observe import Observation
 from everystep.step.state import State
 
 __all__ = ["RankStepper"]
 
-T = TypeVar("T")
 #: Seconds that a collective within this process may take.
 SECONDS = 600
 #: A collective of one rank: its name and its arguments.
@@ -105,27 +106,12 @@ class RankStepper(ReplayStepper):
         self._reason = None
         self._differing.clear()
 
-    def save(self) -> Saved:
-        """Return a copy of the current states of all ranks."""
-        return super().save()._replace(others=self._of_others(ReplayStepper.save))
-
-    def restore(self, step: int, saved: Saved) -> None:
-        """Bring all ranks back to what `save` returned after `step`."""
-        for rank, other in self.others.items():
-            with self._as_rank(rank):
-                other.restore(step, saved.others[rank])
-        super().restore(step, saved)
-        self._reason = None
-
     def captured_others(self) -> dict[int, State]:
         """Return the current states of the other ranks, by number."""
-        return self._of_others(ReplayStepper.capture)
-
-    def _of_others(self, get: Callable[[ReplayStepper], T]) -> dict[int, T]:
         found = {}
         for rank, other in self.others.items():
             with self._as_rank(rank):
-                found[rank] = get(other)
+                found[rank] = other.capture()
         return found
 
     def run(self, last: int, hook: Hook | None = None) -> list[float]:
@@ -146,10 +132,12 @@ class RankStepper(ReplayStepper):
         # The step is repeated once for the results of its collectives, which this rank is then given.
         assert self.state is not None
         self.settle()
-        number, own = self.state, super().save()
+        number, device = self.state, self.steps.device
+        own, drawn = copied_together(self._tensors), Generators.capture(device)
         results: list[list[Tensor]] = []
         self._together(partial(super().run, number + 1), results.append)
-        super().restore(number, own)
+        self._begin(number, own)
+        drawn.restore(device)
         known = cycle(results)  # a part of the step may run again
 
         def give(name: str, arguments: tuple[Any, ...]) -> None:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,26 +34,12 @@ from everystep.step.observe import Observation, StepObserver
 from everystep.step.state import State, copy_of, same_bits
 from everystep.training.batch import nested_again
 
-__all__ = ["ReplayStepper", "Saved"]
+__all__ = ["ReplayStepper"]
 
 #: Tensors that a message names.
 MOST_NAMED = 3
 _NO_NUMBERS = torch.empty(0)
 _GENERATOR = re.compile(r"generator/[0-9]{1,9}")
-
-
-class Saved(NamedTuple):
-    """A copy of the tensors of a state, of the random generators, and of other ranks, by number."""
-
-    tensors: dict[str, Tensor]
-    generators: Generators
-    others: Mapping[int, Saved] = MappingProxyType({})
-
-    @property
-    def bytes(self) -> int:
-        """The memory that its tensors use, in bytes."""
-        others = sum(each.bytes for each in self.others.values())
-        return others + sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 class ReplayStepper:
@@ -91,7 +77,7 @@ class ReplayStepper:
     # The state.
 
     def load(self, state: State, others: Mapping[int, State] = MappingProxyType({})) -> None:
-        """Restore a state from disk.
+        """Restore a state, from disk or from `capture`.
 
         others: those of other ranks, by number, where a `RankStepper` repeats them, too.
 
@@ -112,15 +98,6 @@ class ReplayStepper:
         self._loaded_at = state.step
         self._has_diverged = False
         state.generators.restore(self.steps.device)
-
-    def save(self) -> Saved:
-        """Return a copy of the current state."""
-        return Saved(copied_together(self._tensors), Generators.capture(self.steps.device))
-
-    def restore(self, step: int, saved: Saved) -> None:
-        """Bring everything back to what `save` returned after `step`."""
-        self._begin(step, copied_together(saved.tensors))
-        saved.generators.restore(self.steps.device)
 
     def _begin(self, step: int, tensors: dict[str, Tensor]) -> None:
         self._tensors.clear()

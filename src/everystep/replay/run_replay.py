@@ -24,7 +24,7 @@ from everystep.replay.opened_step import Step
 from everystep.replay.rank_stepper import RankStepper
 from everystep.replay.recorded_batches import batch_source
 from everystep.replay.recorded_steps import RecordedSteps, check_kept
-from everystep.replay.replay_stepper import ReplayStepper, Saved
+from everystep.replay.replay_stepper import ReplayStepper
 from everystep.step.generators import Generators, generators_preserved
 from everystep.step.state import State
 
@@ -88,7 +88,8 @@ class Replay:
         self._rules: list[tuple[Any, RowsOf]] = []
         self._at = 0
         self._generators: Generators | None = None
-        self._kept: OrderedDict[tuple[int, int], Saved] = OrderedDict()
+        #: States in memory, and those of other ranks, by their stretch and step.
+        self._kept: OrderedDict[tuple[int, int], tuple[State, dict[int, State]]] = OrderedDict()
         self._opened: OrderedDict[int, Step] = OrderedDict()
         self._step_seconds = 0.0
 
@@ -279,7 +280,7 @@ class Replay:
                 return
         if kept > here:
             self._kept.move_to_end((at, kept))
-            stepper.restore(kept, self._kept[at, kept])
+            stepper.load(*self._kept[at, kept])
         elif here < 0:
             self._load_first(stepper, at)
 
@@ -314,9 +315,9 @@ class Replay:
         assert stepper.state is not None
         place = self._at, stepper.state
         if place not in self._kept:
-            self._kept[place] = stepper.save()
+            self._kept[place] = stepper.capture(), stepper.captured_others()
             # The newest stays, however large it is: stepping back begins there.
-            while len(self._kept) > 1 and sum(each.bytes for each in self._kept.values()) > KEPT_BYTES:
+            while len(self._kept) > 1 and sum(map(_size, self._kept.values())) > KEPT_BYTES:
                 self._kept.popitem(last=False)
 
     def stepper_of(self, at: int) -> ReplayStepper:
@@ -374,6 +375,11 @@ class Replay:
         if problem in self.problems:
             self.problems.remove(problem)
         self.problems.append(problem)
+
+
+def _size(kept: tuple[State, dict[int, State]]) -> int:
+    own, others = kept
+    return own.size + sum(each.size for each in others.values())
 
 
 def no_such_step(run: RecordedRun, number: int) -> StepError:

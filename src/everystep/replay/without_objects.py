@@ -375,12 +375,11 @@ class _StepsAlone:
 
         Those of a loop end before one that depends on what Python does with another number.
         """
-        stepper, begin = self.stepper, self.stepper.state
-        assert begin is not None
+        stepper = self.stepper
         # Only code of the user's may act differently after another number that it reads.
         if not self.is_loop:
             return len(stepper.run(last, self.ranks[0])), None
-        saved = stepper.save()
+        beginning = stepper.capture(), stepper.captured_others()
         try:
             count = len(stepper.run(last, self.ranks[0]))
         except NotReplayedError as error:
@@ -388,12 +387,10 @@ class _StepsAlone:
         if self._end is None:
             return count, None
         number, reason = self._end
-        stepper.restore(begin, saved)
+        stepper.load(*beginning)
         # The steps that stay have been noted already.
         stepper.hooks = {}
-        if begin < number - 1:
-            stepper.run(number - 1)
-        return number - 1 - begin, reason
+        return len(stepper.run(number - 1)), reason
 
     def record(self, interrupt: Interrupt) -> str | None:
         """Take the steps up to the last one, record them, and take snapshots.
