@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -68,8 +68,9 @@ class ChangedSteps(RecordedSteps):
         self.lr = lr
         #: Steps in their stored form, by their programs, numbers and inputs.
         self._taken: dict[tuple[Any, ...], Taken] = {}
-        #: The bytes of each row, by the name of the tensor of the batch, and its target.
-        self._changed: list[tuple[dict[str, Tensor], float]] = []
+        #: The tensors of a batch with its rows; the bytes of a row in all of these, and its target.
+        self._with_rows: list[str] = []
+        self._changed: list[tuple[Tensor, float]] = []
         #: Whether a batch has one of the rows, by the inputs of its step.
         self._has: dict[bytes | None, bool] = {}
         self.targets: dict[int, tuple[float, float]] = {}
@@ -114,7 +115,8 @@ class ChangedSteps(RecordedSteps):
             return known._replace(step=number)
         given, tensors = self.given(row), self.stored(row)
         size = sum(tensor.nbytes for tensor in tensors.values())
-        numbers = [*self.offsets(row), *self.numbers(row)]
+        recorded, own = self.all_numbers(row), self.numbers(row)
+        numbers = [*recorded[: len(recorded) - len(own)], *own]
         found = Taken(number, row.program, numbers, tensors, given.nesting, size, {})
         if not tensors:
             self._taken[row[1:4]] = found
@@ -159,10 +161,12 @@ class ChangedSteps(RecordedSteps):
         if not self._changed:
             return tensors
         batch = of_kind(tensors, "batch")
-        known = {name: _bytes(tensor) for name, tensor in batch.items() if tensor.dim()}
+        known = _rows_in(batch, self._with_rows)
         self._has[row.inputs] = False
         for own, target in self._changed:
-            places = _places_of(own, known)
+            places: list[int] = []
+            if known is not None and known.shape[1:] == own.shape:
+                places = torch.eq(known, own).all(1).nonzero()[:, 0].tolist()
             if len(places) > 1:
                 raise NotReplayedError(
                     f"the batch of step {row.step} has the same row {len(places)} times (places "
@@ -188,9 +192,10 @@ class ChangedSteps(RecordedSteps):
         ]
         if faults:
             raise ExperimentError(faults, _WHAT)
-        alike = {name: _bytes(t) for name, t in batch.items() if t.dim() and len(t) == len(y)}
-        for place, target in relabelled.items():
-            self._changed.append(({name: each[place] for name, each in alike.items()}, target))
+        self._with_rows = [name for name, t in batch.items() if t.dim() and len(t) == len(y)]
+        rows = _rows_in(batch, self._with_rows)
+        assert rows is not None
+        self._changed = [(rows[place], target) for place, target in relabelled.items()]
         return y
 
     def _check_not_from_parameters(self, steps: range) -> None:
@@ -290,11 +295,24 @@ class FurtherSteps(ChangedSteps):
         return [self.row(number) for number in range(first, min(last, first + LOOK_AHEAD) + 1)]
 
     def reason_against(self) -> str | None:
-        """Return why no steps can follow the run's last, None if they can."""
+        """Return why no steps can follow the run's last, None if they can.
+
+        What code between the steps draws matters only if steps draw, too.
+        """
         epoch = range(self.last + 1, self.last + 1 + self._batches.steps_per_epoch)
         if not all(map(self._can_take, epoch)):
             return "it has too few steps: no program takes later ones"
-        return self._reason_against_changes()
+        changes = sorted(self.run.change_files().items())
+        for step, file in changes:
+            change = self.run.change(file)
+            for name in sorted({*change.tensors, *change.gone}):
+                if not name.startswith("generator/"):
+                    return f"code after step {step} changed {name.partition('/')[2]}"
+        programs = map(self.program, self.facts.programs)
+        operations = (each for program in programs for each in program.program.operations)
+        if changes and any(draws_random_numbers(each.resolved) for each in operations):
+            return "code between the steps drew random numbers, and the steps draw, too"
+        return None
 
     def _can_take(self, number: int) -> bool:
         """Return whether there is a program, other than that of a first step, which creates state."""
@@ -303,24 +321,6 @@ class FurtherSteps(ChangedSteps):
         except NotReplayedError:
             return False
         return all(name.startswith("gradient/") for name in ends)
-
-    def _reason_against_changes(self) -> str | None:
-        """Return what code between the steps did that programs cannot repeat, None if nothing.
-
-        Its draws matter only if steps draw, too.
-        """
-        changes = sorted(self.run.change_files().items())
-        for step, file in changes:
-            change = self.run.change(file)
-            names = sorted({*change.tensors, *change.gone})
-            own = [name for name in names if not name.startswith("generator/")]
-            if own:
-                return f"code after step {step} changed {own[0].partition('/')[2]}"
-        programs = map(self.program, self.facts.programs)
-        operations = (each for program in programs for each in program.program.operations)
-        if changes and any(draws_random_numbers(each.resolved) for each in operations):
-            return "code between the steps drew random numbers, and the steps draw, too"
-        return None
 
     def _like(self, number: int) -> Repeat:
         """Return the step itself if the run has it, else the newest one with as many rows."""
@@ -356,20 +356,13 @@ def _target(batch: Mapping[str, Tensor], what: str) -> str:
     )
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    """Return the bytes of each row (N, bytes)."""
-    return tensor.reshape(len(tensor), -1).contiguous().view(torch.uint8)
-
-
-def _places_of(row: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> list[int]:
-    """Return the places at which a batch has a row, by the bytes of its tensors."""
-    pairs = [(own, batch[name]) for name, own in row.items() if name in batch]
-    is_alike = len(pairs) == len(row) and len({len(its) for _, its in pairs}) == 1
-    if not is_alike or any(its.shape[1:] != own.shape for own, its in pairs):
-        return []
-    same = torch.stack([(its == own).all(1) for own, its in pairs]).all(0)
-    found: list[int] = same.nonzero()[:, 0].tolist()
-    return found
+def _rows_in(batch: Mapping[str, Tensor], names: Sequence[str]) -> Tensor | None:
+    """Return the bytes of each row in some tensors (N, bytes), None if they are not of the same rows."""
+    found = [batch[name] for name in names if name in batch and batch[name].dim()]
+    if len(found) < len(names) or len({len(each) for each in found}) > 1:
+        return None
+    rows = (each.reshape(len(each), -1).contiguous().view(torch.uint8) for each in found)
+    return torch.cat([*rows], 1)
 
 
 def _why_not(y: Tensor, target: float) -> str | None:

@@ -139,7 +139,7 @@ class RecordedSteps:
             if len(self._placed) >= KEPT_STEPS:
                 self._placed.clear()
             with _reading():
-                self._placed[key], _ = program.at(self.offsets(row))
+                self._placed[key], _ = program.at(self.all_numbers(row))
         return self._placed[key]
 
     def program(self, number: int) -> Interpreter:
@@ -166,20 +166,15 @@ class RecordedSteps:
         Raises:
             NotReplayedError: they cannot be read.
         """
-        return self._numbers(row)[self._moves(row) :]
+        moves = () if row.program is None else self.program(row.program).program.moves
+        return self.all_numbers(row)[len(moves) :]
 
-    def offsets(self, row: Repeat) -> list[int | float]:
-        """Return where the tensors of a step lie that move from step to step.
+    def all_numbers(self, row: Repeat) -> list[int | float]:
+        """Return where the tensors of a step lie that move, and the numbers of its operations.
 
         Raises:
             NotReplayedError: they cannot be read.
         """
-        return self._numbers(row)[: self._moves(row)]
-
-    def _moves(self, row: Repeat) -> int:
-        return 0 if row.program is None else len(self.program(row.program).program.moves)
-
-    def _numbers(self, row: Repeat) -> list[int | float]:
         with _reading():
             found = unpacked(row.numbers, f"step {row.step} of {self.run.name}") or []
         if not isinstance(found, list) or not all(type(each) in (int, float, bool) for each in found):
@@ -237,7 +232,10 @@ class RecordedSteps:
             tensors |= {f"batch/{name}": copy_on_cpu(part) for name, part in rows}
         if self.conversion is not None and row.program is not None:
             self.program(row.program)
-            tensors = self._converted(self.conversion, row.program, tensors)
+            bytes_of = of_kind(tensors, "input")
+            cast = self.conversion.contents(self._recorded[row.program], bytes_of)
+            tensors = {name: self.conversion.tensor(name, tensor) for name, tensor in tensors.items()}
+            tensors |= {f"input/{name}": content for name, content in cast.items()}
         return tensors
 
     def rule_for(self, row: Repeat) -> RowsOf | None:
@@ -301,14 +299,6 @@ class RecordedSteps:
             if tensor is not None:
                 self._pieces[digest] = tensor.flatten().view(torch.uint8)
                 self._bytes += tensor.nbytes
-
-    def _converted(
-        self, conversion: Precision, program: int, inputs: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Return the inputs of a step, tensors of the batch and bytes of others, converted."""
-        cast = conversion.contents(self._recorded[program], of_kind(inputs, "input"))
-        tensors = {name: conversion.tensor(name, tensor) for name, tensor in inputs.items()}
-        return tensors | {f"input/{name}": content for name, content in cast.items()}
 
 
 def check_kept(run: RecordedRun, step: int) -> None:
