@@ -88,18 +88,6 @@ class Fork:
             found["relabel"] = [f"{row}={target:g}" for row, target in self.targets.items()]
         return found
 
-    def check(self) -> None:
-        """Check that the state exists.
-
-        Raises:
-            StepError: it does not.
-            UsageError: no run can have as many steps.
-        """
-        if isinstance(self.settings.get("steps"), int):
-            check_steps(self.settings["steps"])
-        if not 0 <= self.at <= self.run.newest_step():
-            raise no_such_step(self.run, self.at)
-
     @property
     def last(self) -> int:
         """The last step of a fork by programs."""
@@ -264,9 +252,14 @@ def fork(
         TrainingError: torch failed in a step.
         RecordingError: writing the run failed.
     """
+    if asked.run.facts.training.loop:
+        asked = replace(asked, run=asked.run.ranks[0])
     run = asked.run
+    if isinstance(asked.settings.get("steps"), int):
+        check_steps(asked.settings["steps"])
+    if not 0 <= asked.at <= run.newest_step():
+        raise no_such_step(run, asked.at)
     if run.facts.training.loop:
-        asked = replace(asked, run=run.ranks[0])
         _check_loop(asked, given)
         return _fork_alone(asked, progress), None
     if (run.directory / EXPERIMENT_FILE).exists() and given["model"] is None:
@@ -276,7 +269,6 @@ def fork(
     if objects is not None:
         is_new = not is_own or given["scheduler"] is not None
         return _fork_objects(asked, objects, is_own, is_new, opener, progress), objects
-    asked.check()
     others = set(asked.changed) - {"lr", "steps"}
     check_alone(run, asked.stretch, "fork(..., ", "only lr and steps can change" if others else None)
     return _fork_alone(asked, progress), None
@@ -285,7 +277,6 @@ def fork(
 def _check_loop(asked: Fork, given: Mapping[str, Any]) -> None:
     """Check that the programs of a user's loop can take its recorded steps with the changes."""
     run, at = asked.run, asked.at
-    asked.check()
     if asked.without:
         check_has_rows(run, at)
     if asked.targets:
@@ -344,7 +335,6 @@ def _fork_alone(asked: Fork, progress: Progress) -> Outcome:
 
 def _fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome:
     """Create everything from the experiment with its changes."""
-    asked.check()
     facts = asked.stretch.facts
     experiment = asked.run.experiment(facts)
     if experiment is None:
@@ -398,7 +388,6 @@ def _fork_objects(
     The settings of an optimizer that is not the run's own apply. A scheduler continues from the
     parent's, unless it is a new one (`has_new_scheduler`) with other settings.
     """
-    asked.check()
     objects.check_complete()
     facts = asked.stretch.facts
     settings = dict(asked.settings)
