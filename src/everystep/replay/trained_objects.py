@@ -177,22 +177,17 @@ class Living:
         self._beginning = training.snapshot(state.step)
         self._stepper = Stepper(training, None, MOST_STEPS, engine)
         self._watched = self._stepper.watched
-        self._begun(state.step)
+        self._stepper.restart(state.step)
 
     def begin(self, batches: Batches) -> None:
         """Start again, with these batches of the same rows."""
         assert isinstance(self._training.batch, RowsOf)
         self._training.batch.use(batches)
         self._training.restore(self._beginning)
-        self._begun(self._beginning.step)
-
-    def _begun(self, step: int) -> None:
-        self._settled = step
-        self._stepper.restart(step)
+        self._stepper.restart(self._beginning.step)
 
     def capture(self) -> State:
         """Return the current state in the form that is written to disk."""
-        self._settle()
         if self._training.has_tensor_settings:
             self._set_hyperparameters(self._stepper.step + 1)
         return self._training.snapshot(self._stepper.step)
@@ -211,6 +206,7 @@ class Living:
             with self._watching():
                 self._stepper.advance(number if alone else last)
             losses += self._stepper.collect().tolist()
+            self._settle()
         return losses
 
     def open(self) -> Step:
@@ -246,8 +242,7 @@ class Living:
         return observed_step(number, observer.observation(loss), seen)
 
     def _ready(self) -> int:
-        """Bring the training to the state before the next step; return the number of that step."""
-        self._settle()
+        """Set what the optimizer uses in the next step; return the number of that step."""
         number = self._stepper.step + 1
         self._set_hyperparameters(number)
         return number
@@ -255,9 +250,8 @@ class Living:
     def _settle(self) -> None:
         """Apply the changes of other code after the last step, before anything else runs."""
         step = self._stepper.step
-        if step not in self._between or self._settled == step:
+        if step not in self._between:
             return
-        self._settled = step
         tensors = self._run.change(self._between[step]).tensors
         live = self._training.named_state()
         with torch.no_grad():
