@@ -234,23 +234,12 @@ class Fork:
 def fork(
     asked: Fork, given: Mapping[str, Any], known: Objects | None, opener: Opener, progress: Progress
 ) -> tuple[Outcome, Objects | None]:
-    """Fork a run: by its experiment, by the objects that train it, or by its programs alone.
+    """Answer `Run.fork`: by the experiment, by the objects that train, or by the programs alone.
 
-    Args:
-        asked: the fork to make.
-        given: the objects among the arguments of `Run.fork`, None if absent.
-        known: the objects that trained the run in this process.
-        opener: opens the parent's states.
-        progress: watches the training.
+    given: the objects among its arguments, None if absent; known: those that trained the run in this
+    process; opener: opens the parent's states.
 
-    Returns:
-        What was trained, and the objects that trained it.
-
-    Raises:
-        StepError, UsageError: the state does not exist, or a setting is invalid.
-        RunError: the state cannot be restored bit for bit.
-        TrainingError: torch failed in a step.
-        RecordingError: writing the run failed.
+    Returns what was trained, and the objects that trained it.
     """
     if asked.run.facts.training.loop:
         asked = replace(asked, run=asked.run.ranks[0])

@@ -175,22 +175,12 @@ class Resume:
 def resume(
     asked: Resume, given: Mapping[str, Any], known: Objects | None, progress: Progress
 ) -> tuple[Outcome, Objects | None]:
-    """Continue a run: by its experiment, by the objects that train it, or by its programs alone.
+    """Answer `Run.resume`: by the experiment, by the objects that train, or by the programs alone.
 
-    Args:
-        asked: the run, and its last step.
-        given: the objects among the arguments of `Run.resume`, None if absent.
-        known: the objects that trained the run in this process.
-        progress: watches the training.
+    given: the objects among its arguments, None if absent; known: those that trained the run in this
+    process.
 
-    Returns:
-        What was trained, and the objects that trained it.
-
-    Raises:
-        UsageError: the run has all its steps, or an object is invalid.
-        RunError: something changed since the run began, or a file of the run is missing.
-        TrainingError: torch failed in a step.
-        RecordingError: writing the run failed.
+    Returns what was trained, and the objects that trained it.
     """
     run = asked.run
     if run.facts.training.loop:
@@ -229,8 +219,6 @@ def resume_experiment(
     """Continue a run of an experiment; create everything from the experiment again.
 
     experiment: must be the run's, except for the number of steps, which is then this one's.
-
-    Raises: see `resume`.
     """
     asked = asked.of_rank()
     run = asked.run
@@ -275,14 +263,8 @@ def resume_objects(
 ) -> Outcome:
     """Continue a run from Python objects, which are trained in place.
 
-    Args:
-        asked: the run, and its last step.
-        objects: see above.
-        is_own: whether they are those that trained the run in this process.
-        progress: watches the training.
-        iteration: must be the run's, except for the number of steps, which is then this one's.
-
-    Raises: see `resume`.
+    is_own: whether they are those that trained the run in this process; iteration: must be the run's,
+    except for the number of steps, which is then this one's.
     """
     objects.check_complete()
     asked = asked.of_rank()
