@@ -105,11 +105,7 @@ class ChangedSteps(RecordedSteps):
         return f"Python read {count:,} of its values that no program computes" if count else None
 
     def taken(self, number: int) -> Taken:
-        """Return a step in its stored form.
-
-        Raises:
-            NotReplayedError: it cannot be read.
-        """
+        """Return a step in its stored form."""
         row = self.row(number)
         if (known := self._taken.get(row[1:4])) is not None:
             return known._replace(step=number)
@@ -126,7 +122,6 @@ class ChangedSteps(RecordedSteps):
         """Return the numbers of a step, with the learning rate in them.
 
         Raises:
-            NotReplayedError: they cannot be read.
             RunError: the step has an optimizer with a learning rate that is not a number of the step.
         """
         numbers = super().numbers(row)
@@ -155,7 +150,7 @@ class ChangedSteps(RecordedSteps):
         """Return the inputs of a step that the run holds by content, with the other targets.
 
         Raises:
-            NotReplayedError: one was dropped, or cannot be read; or a batch has a row twice.
+            NotReplayedError: also if a batch has a row twice.
         """
         tensors = super().stored(row)
         if not self._changed:

@@ -59,6 +59,9 @@ class RecordedSteps:
         stretch: the steps, of a user's loop or of everystep's own.
         rule: returns the batches of everystep's own steps, None if each row holds its batch.
         conversion: of the programs and their inputs, None for none.
+
+    Raises:
+        NotReplayedError: from any method, if it needs what the run does not have, or cannot read.
     """
 
     #: Whether something differs from the recording, and a learning rate other than the recorded ones.
@@ -96,11 +99,7 @@ class RecordedSteps:
                 self.program(number)  # each determines what else is converted
 
     def row(self, number: int) -> Repeat:
-        """Return the data that repeats a step, as a row of this step alone.
-
-        Raises:
-            NotReplayedError: the run has none, or it cannot be read.
-        """
+        """Return the data that repeats a step, as a row of this step alone."""
         if number not in self._rows:
             last = number + BLOCK - 1
             with _reading():
@@ -120,11 +119,7 @@ class RecordedSteps:
         return [self._rows[step] for step in steps if step in self._rows]
 
     def program_of(self, row: Repeat) -> Interpreter:
-        """Return the program of a step.
-
-        Raises:
-            NotReplayedError: it has none, or it cannot be read.
-        """
+        """Return the program of a step."""
         if row.program is None:
             check_kept(self.run, row.step)
             raise NotReplayedError(
@@ -146,7 +141,6 @@ class RecordedSteps:
         """Return a program by its number.
 
         Raises:
-            NotReplayedError: it cannot be read.
             ProgramError: it needs more memory than is free.
         """
         if number not in self._programs:
@@ -161,20 +155,12 @@ class RecordedSteps:
         return self._programs[number]
 
     def numbers(self, row: Repeat) -> list[int | float]:
-        """Return the numbers of the operations of a step.
-
-        Raises:
-            NotReplayedError: they cannot be read.
-        """
+        """Return the numbers of the operations of a step."""
         moves = () if row.program is None else self.program(row.program).program.moves
         return self.all_numbers(row)[len(moves) :]
 
     def all_numbers(self, row: Repeat) -> list[int | float]:
-        """Return where the tensors of a step lie that move, and the numbers of its operations.
-
-        Raises:
-            NotReplayedError: they cannot be read.
-        """
+        """Return where the tensors of a step lie that move, and the numbers of its operations."""
         with _reading():
             found = unpacked(row.numbers, f"step {row.step} of {self.run.name}") or []
         if not isinstance(found, list) or not all(type(each) in (int, float, bool) for each in found):
@@ -208,11 +194,7 @@ class RecordedSteps:
         return next((step for step, row in rows if self.given(row).digests), 0)
 
     def given(self, row: Repeat) -> Inputs:
-        """Return the inputs of a step without their contents.
-
-        Raises:
-            NotReplayedError: they cannot be read.
-        """
+        """Return the inputs of a step without their contents."""
         if row.inputs not in self._given:
             if len(self._given) >= KEPT_STEPS:
                 self._given.clear()
@@ -221,11 +203,7 @@ class RecordedSteps:
         return self._given[row.inputs]
 
     def inputs(self, row: Repeat) -> dict[str, Tensor]:
-        """Return the inputs of a step by `batch/name` and `input/name`, on the CPU: the caller's own.
-
-        Raises:
-            NotReplayedError: one was dropped, or cannot be read.
-        """
+        """Return the inputs of a step by `batch/name` and `input/name`, on the CPU: the caller's own."""
         tensors = self.stored(row)
         if (rule := self.rule_for(row)) is not None:
             rows = zip("xy", rule(row.step), strict=True)
@@ -243,11 +221,7 @@ class RecordedSteps:
         return None if "batch/x" in self.given(row).given else self.rule
 
     def stored(self, row: Repeat) -> dict[str, Tensor]:
-        """Return the inputs of a step that the run holds by content, as recorded.
-
-        Raises:
-            NotReplayedError: one was dropped, or cannot be read.
-        """
+        """Return the inputs of a step that the run holds by content, as recorded."""
         found = {}
         wanted = self.given(row).opens_with
         with _reading():
@@ -302,11 +276,7 @@ class RecordedSteps:
 
 
 def check_kept(run: RecordedRun, step: int) -> None:
-    """Check that the recording was to keep a step.
-
-    Raises:
-        NotReplayedError: it was not.
-    """
+    """Raise `NotReplayedError` if the recording was not to keep a step."""
     facts = run.facts
     for each in facts.not_kept:
         if each.first <= step <= each.last:

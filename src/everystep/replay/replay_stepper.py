@@ -230,11 +230,7 @@ class ReplayStepper:
         return Generators.capture(self.steps.device).tensors() | drawn
 
     def batch(self, number: int) -> Batch:
-        """Return the batch of a step in its original nesting, on the CPU.
-
-        Raises:
-            RunError: it was dropped.
-        """
+        """Return the batch of a step in its original nesting, on the CPU."""
         row = self.steps.row(number)
         tensors = of_kind(self.steps.inputs(row), "batch")
         nested = nested_again(self.steps.given(row).nesting, tensors)
@@ -292,11 +288,7 @@ class ReplayStepper:
         return losses
 
     def open(self) -> Step:
-        """Run the next step, and return everything in it; its loss is not compared.
-
-        Raises:
-            RunError: as `run`.
-        """
+        """Run the next step, and return everything in it; its loss is not compared."""
         assert self.state is not None
         self.settle()
         number = self.state + 1
@@ -308,11 +300,7 @@ class ReplayStepper:
         )
 
     def observe(self) -> Observation:
-        """Run the next step, and return everything in it.
-
-        Raises:
-            RunError: as `run`.
-        """
+        """Run the next step, and return everything in it."""
         assert self.state is not None
         self.settle()
         row = self.steps.row(self.state + 1)

@@ -114,12 +114,7 @@ class Replay:
         return self._opened[number]
 
     def state(self, number: int) -> State:
-        """Return the state after a step (0: before the first).
-
-        Raises:
-            StepError: the run has no such step, or not yet.
-            RunError: a needed file is missing or unreadable.
-        """
+        """Return the state after a step (0: before the first); raises as `step`."""
         if number in {row.step for row in self.snapshot_rows()}:
             state = self.run.state_near(number, on_problem=self._note, after=number - 1)
             if state is not None:
@@ -177,11 +172,7 @@ class Replay:
         return replace(step, recorded_loss=recorded, diverged_at=None if is_exact else diverged)
 
     def recorded_loss(self, number: int) -> float:
-        """Return the recorded loss of a step.
-
-        Raises:
-            StepError: the run has no such step, or not yet.
-        """
+        """Return the recorded loss of a step; raises `StepError` if the run does not have it yet."""
         found = self.recorded_losses(number, number)
         if number < 1 or not found:
             raise no_such_step(self.run, number)
