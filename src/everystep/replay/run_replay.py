@@ -76,7 +76,8 @@ class Replay:
         self.diverged_at: int | None = None
         # A finished run need not be read again.
         self._is_over = run.status != "running"
-        self._losses: dict[int, list[float]] = {}
+        #: The losses read last, and the step that they begin with.
+        self._losses: tuple[int, list[float]] = 1, []
         self._rows: list[SnapshotRow] | None = None
         self.stretches = run.stretches
         self.data = data
@@ -84,8 +85,8 @@ class Replay:
         self._conversion = conversion
         self._counting = counting
         self._steppers: dict[int, ReplayStepper] = {}
-        #: The batches of stretches, and the facts that they follow from: a fork has those of its parent.
-        self._rules: list[tuple[Any, RowsOf]] = []
+        #: Batches by the facts that they follow from: a fork has those of its parent.
+        self._rules: dict[str, RowsOf] = {}
         self._at = 0
         self._generators: Generators | None = None
         #: States in memory, and those of other ranks, by their stretch and step.
@@ -180,16 +181,12 @@ class Replay:
 
     def recorded_losses(self, first: int, last: int) -> list[float]:
         """Return the recorded losses of steps, as far as they exist."""
-        # A training still adds losses, so no block of them would be whole.
-        if not self._is_over or first < 1 or last - first >= BLOCK:
-            return self.run.losses_between(first, last)
-        found: list[float] = []
-        for block in range((first - 1) // BLOCK, (last - 1) // BLOCK + 1):
-            begin = block * BLOCK + 1
-            if block not in self._losses:
-                self._losses[block] = self.run.losses_between(begin, begin + BLOCK - 1)
-            found += self._losses[block][max(0, first - begin) : last - begin + 1]
-        return found
+        begin, known = self._losses
+        # A training still adds losses, and may take some back.
+        if not (self._is_over and begin <= first and last < begin + len(known)):
+            end = max(last, first + BLOCK) if self._is_over else last
+            begin, known = self._losses = max(first, 1), self.run.losses_between(first, end)
+        return known[max(first - begin, 0) : last - begin + 1]
 
     def snapshot_rows(self) -> list[SnapshotRow]:
         """Return the snapshots as the database knows them."""
@@ -233,7 +230,7 @@ class Replay:
 
     def let_go(self) -> None:
         """Free the memory of all states and opened steps."""
-        self._steppers, self._rules, self._opened = {}, [], OrderedDict()
+        self._steppers, self._rules, self._opened = {}, {}, OrderedDict()
         self._kept.clear()
 
     def _forget_where(self) -> None:
@@ -318,13 +315,12 @@ class Replay:
             facts, rule = stretch.facts, None
             if facts.loop is None and not facts.data.lazy:  # else each row holds its batch
                 data = facts.data, facts.data_file, facts.preparation
-                by_rule = *data, facts.batches, facts.ranks, facts.device
-                rule = next((known for what, known in self._rules if what == by_rule), None)
-                if rule is None:
+                by_rule = repr((*data, facts.batches, facts.ranks, facts.device))
+                if by_rule not in self._rules:
                     found = batch_source(self.run, facts, self.data, select(facts.device), conversion)
                     assert isinstance(found, RowsOf)
-                    rule = found
-                    self._rules.append((by_rule, rule))
+                    self._rules[by_rule] = found
+                rule = self._rules[by_rule]
             recorded = partial(RecordedSteps, conversion=conversion)
             self._steppers[at] = self.stepper_for(at, rule, recorded, self._diverge)
         return self._steppers[at]
