@@ -49,12 +49,8 @@ class Hook(Protocol):
 class BoundStep:
     """The program of a step, bound to the state of a replay, and its last inputs.
 
-    Args:
-        row: of the step.
-        steps: the source of its numbers and inputs.
-        state: the tensors that it is bound to, laid out as it needs them.
-
-    generator: the state to draw from, if any; digests: of the state after the step.
+    steps: the source of its numbers and inputs; state: the tensors that it is bound to, laid out as it
+    needs them; generator: the state to draw from, if any; digests: of the state after the step.
 
     Raises:
         ProgramError: the interpreter must run it.
@@ -171,8 +167,7 @@ class BoundStep:
 class BoundSteps:
     """The bound programs of a run, by their numbers.
 
-    Args:
-        state: the tensors that they run on, by name; the dictionary is shared with whoever replays.
+    state: the tensors that they run on, by name; the dictionary is shared with whoever replays.
     """
 
     def __init__(self, state: dict[str, Tensor]) -> None:
@@ -186,10 +181,7 @@ class BoundSteps:
     def begin(self, row: Repeat, last: int, steps: RecordedSteps) -> BoundStep | None:
         """Prepare a step; return the program that runs it, None if the interpreter must.
 
-        Args:
-            row: of the step.
-            last: the last step that is about to run.
-            steps: what repeats them.
+        last: the last step that is about to run.
         """
         interpreter, number = steps.program_of(row), row.program
         assert number is not None

@@ -45,7 +45,7 @@ class ChangedSteps(RecordedSteps):
         lr: the learning rate of all param groups of torch's own optimizers; None: the recorded ones.
         relabelled: other targets, by row.
 
-    lr: the same; targets: the recorded and the other target, by row.
+    targets: the recorded and the other target, by row.
 
     Raises:
         ExperimentError: lists rows that do not exist, and targets that do not fit.
@@ -254,10 +254,8 @@ class ChangedSteps(RecordedSteps):
 class FurtherSteps(ChangedSteps):
     """Each step of a stretch of a run by its rules, recorded or not.
 
-    Args:
-        run, stretch: its batches follow from a rule, and no scheduler changes its settings.
-        rule: returns its batches, None if no step will run.
-        lr: a different learning rate, None for that of the run.
+    stretch: its batches follow from a rule, and no scheduler changes its settings; rule: returns its
+    batches, None if no step will run; lr: a different learning rate, None for that of the run.
     """
 
     def __init__(

@@ -120,11 +120,7 @@ class Fork:
         return ForkFacts(**parent, at=self.at, changed=self.changed)
 
     def state(self, opener: Opener, objects: Objects | None = None) -> State:
-        """Return the parent's state.
-
-        Args:
-            opener: of the parent.
-            objects: those that trained it, if it has no experiment.
+        """Return the parent's state. objects: those that trained it, if it has no experiment.
 
         Raises:
             RunError: it cannot be reached, or not bit for bit.
@@ -181,12 +177,8 @@ class Fork:
     ) -> dict[str, float]:
         """Bring a training to the parent's state; return the parent's lr and similar settings.
 
-        Args:
-            training: of the fork.
-            state: of the parent.
-            kinds: what to bring, as in `Training.restore`.
-            own: the settings of the fork's optimizer that stay, None for all.
-            has_scheduler: whether it continues the parent's scheduler.
+        kinds: what to bring, as in `Training.restore`; own: the settings of the fork's optimizer that
+        stay, None for all; has_scheduler: whether it continues the parent's scheduler.
 
         Raises:
             RunError: something does not fit the state.

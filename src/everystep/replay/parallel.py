@@ -158,15 +158,8 @@ def parallel(
 ) -> Iterator[Replayed]:
     """Replay spans of a run, and yield each when it is done, in any order.
 
-    Args:
-        opener: of the run.
-        wanted: the spans.
-        visitor: runs the steps.
-        processes: number of processes; 1: only this one; default: one per core, if worth their start.
-        on_progress: called with the number of steps just replayed.
-
-    Raises:
-        RunError: a needed file is missing or unreadable.
+    processes: their number; 1: only this one; default: one per core, if worth their start; on_progress:
+    called with the number of steps just replayed.
     """
     run, threads = opener.run, opener.run.facts.training.numerics.threads
     count = process_count(run, sum(span.steps for span in wanted), processes, len(wanted), threads=1)

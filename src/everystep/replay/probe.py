@@ -52,12 +52,10 @@ def check_question(expression: Expression, opener: Opener) -> None:
 
 
 class Probe:
-    """Observes the steps of a training, and provides the values of some references after each.
+    """Observes the steps of a stepper, and provides the values of some references after each.
 
-    Args:
-        stepper: the training, at any state.
-        references: tensors of the step itself or of the one before.
-        answer: called after each step with its number and its loss; returns whether to continue.
+    references: tensors of the step itself or of the one before; answer: called after each step with its
+    number and its loss; returns whether to continue.
     """
 
     def __init__(

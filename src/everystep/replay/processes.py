@@ -206,14 +206,8 @@ def shared(
 ) -> Generator[T, None, None]:
     """Run a task with replays of a run in processes, and yield each result when it is ready.
 
-    Args:
-        opener: of the run.
-        count: the number of processes.
-        threads: of each.
-        task: called with a replay and each of `given`.
-
-    Raises:
-        the errors of the task.
+    count: of processes; threads: of each; task: called with a replay and each of `given`; its errors are
+    raised here.
     """
     place = opener.run.directory, opener.data, threads
     with workers(opener.run.facts, count, threads) as executor:
@@ -297,12 +291,8 @@ def _begin(threads: int, parent: Connection, in_order: bool) -> None:
 class Opener:
     """Opens steps and states of a run; caches replayed ones.
 
-    Args:
-        run: the run.
-        objects: the objects that trained it.
-        counting: as of `Replay`.
-
-    data: of the run, None if the run holds it itself.
+    objects: those that trained it; counting: as of `Replay`; data: of the run, None if the run holds it
+    itself.
     """
 
     def __init__(
@@ -346,11 +336,7 @@ class Opener:
         return self.call(Replay.state, number)
 
     def call(self, task: Callable[Concatenate[Replay, P], T], *given: P.args, **named: P.kwargs) -> T:
-        """Call a task with the replay of the run, in a process that computes as the training did.
-
-        Raises:
-            the errors of the task.
-        """
+        """Call a task with the replay of the run, in a process that computes as the training did."""
         self._prepare()
         if self._replay is not None:
             return task(self._replay, *given, **named)

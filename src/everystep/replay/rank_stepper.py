@@ -42,10 +42,7 @@ Collective = tuple[str, tuple[Any, ...]]
 class RankStepper(ReplayStepper):
     """Repeats the steps of one rank, and with it those of all others.
 
-    Args:
-        steps, diverged: as of a `ReplayStepper`.
-        rank: the number of this rank.
-        others: the recorded steps of the other ranks, by number.
+    rank: the number of this rank; others: the recorded steps of the other ranks, by number.
     """
 
     def __init__(

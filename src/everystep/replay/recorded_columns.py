@@ -159,10 +159,8 @@ class Evaluator:
     ) -> float | None:
         """Return the answer at a step, or None if a value that it needs does not exist.
 
-        Args:
-            number: of the step.
-            losses: of the step before, None if there is none, and of the step.
-            tensor_of: returns what no column has, None if it does not exist.
+        losses: of the step before, None if there is none, and of the step; tensor_of: returns what no
+        column has, None if it does not exist.
         """
 
         def value_of(reference: Reference) -> Any:

@@ -54,11 +54,8 @@ class RecordedSteps:
     Steps share contents: the rows of a batch return in each epoch. They are read once, for many steps
     together, up to `KEPT_BYTES`.
 
-    Args:
-        run: the run.
-        stretch: the steps, of a user's loop or of everystep's own.
-        rule: returns the batches of everystep's own steps, None if each row holds its batch.
-        conversion: of the programs and their inputs, None for none.
+    rule: returns the batches of everystep's own steps, None if each row holds its batch; conversion: of
+    the programs and their inputs, None for none.
 
     Raises:
         NotReplayedError: from any method, if it needs what the run does not have, or cannot read.

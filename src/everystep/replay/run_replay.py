@@ -52,15 +52,11 @@ def uncounted(what: str, total: int) -> AbstractContextManager[Callable[[int], N
 class Replay:
     """A run with replayable steps. Only one thread may use it at a time.
 
-    Args:
-        run: the run.
-        data: its data, where it does not hold that itself.
-        threads: number of threads that torch uses; default: as many as in the training.
-        conversion: of its programs, to another precision; default: as in the training.
-        counting: shows the progress of a long replay; default: it is only announced.
-
-    problems: found so far, such as an unreadable snapshot; diverged_at: the first step with a different
-    loss in the replay, None if there was none.
+    data: of the run, where it does not hold that itself; threads: number of threads that torch uses;
+    default: as many as in the training; conversion: of its programs, to another precision; counting:
+    shows the progress of a long replay; default: it is only announced; problems: found so far, such as
+    an unreadable snapshot; diverged_at: the first step with a different loss in the replay, None if
+    there was none.
     """
 
     def __init__(

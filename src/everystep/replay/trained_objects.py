@@ -74,13 +74,7 @@ def state_to_continue(replay: Replay, number: int, objects: Objects | None) -> S
     A replay of steps that Python took restores tensors only; for everything else that objects hold (a
     counter, a scheduler's rate), Python repeats the steps since the last snapshot.
 
-    Args:
-        replay: of the run.
-        number: the step before the state.
-        objects: those that trained it, if it has no experiment.
-
-    Raises:
-        RunError: a needed file is missing or unreadable.
+    number: the step before the state; objects: those that trained the run, if it has no experiment.
     """
     run = replay.run
     stretch = replay.stretches[replay.stretch_of(number)]
@@ -142,17 +136,12 @@ def iteration_of(facts: TrainingFacts, steps: int | None) -> dict[str, Any]:
 class Living:
     """A training of a run, restored at a state.
 
-    Args:
-        run: the run.
-        stretch: the part of it that the training is of.
-        objects: those that trained it, if it has no experiment.
-        state: to start from.
-        engine: `auto`: programs may take steps; `eager`: Python takes all, as objects may hold more than
-            tensors.
+    stretch: the part of the run that the training is of; objects: those that trained it, if it has no
+    experiment; engine: `auto`: programs may take steps; `eager`: Python takes all, as objects may hold
+    more than tensors.
 
     Raises:
-        RunError: there are no objects, they do not fit the state, or a file of the run is missing or
-            unreadable.
+        RunError: there are no objects, or they do not fit the state.
     """
 
     def __init__(

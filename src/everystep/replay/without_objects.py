@@ -253,12 +253,8 @@ def facts_alone(run: RecordedRun, at: int, lr: float | None = None) -> TrainingF
 class _RankAlone:
     """Notes what the steps of a rank return and log, as a hook.
 
-    Args:
-        steps: of the rank.
-        end: called with a step that cannot be kept, and the reason.
-        goes_on: returns whether to take another step.
-
-    losses: of the steps that are not recorded yet; facts: of its new run; writer: writes that.
+    end: called with a step that cannot be kept, and the reason; goes_on: returns whether to take another
+    step; losses: of the steps that are not recorded yet; facts: of its new run; writer: writes that.
     """
 
     facts: Facts
@@ -393,11 +389,7 @@ class _StepsAlone:
         return len(stepper.run(number - 1)), reason
 
     def record(self, interrupt: Interrupt) -> str | None:
-        """Take the steps up to the last one, record them, and take snapshots.
-
-        Returns:
-            Why it stopped before the last one, None if it did not.
-        """
+        """Take and record the steps; return why it stopped before the last one, None if it did not."""
         facts, writer, reason = self.ranks[0].facts, self.ranks[0].writer, None
         newest, last, stops_on_nan = writer.step, facts.steps or 0, facts.training.stop_on_nan
         while writer.step < last and not (interrupt or reason):
