@@ -38,7 +38,8 @@ from everystep.replay.opened_step import Step
 from everystep.replay.parallel import LossDifference
 from everystep.replay.processes import Opener, recorded_numerics
 from everystep.replay.recorded_columns import recorded_at
-from everystep.replay.run_replay import Replay, same_number
+from everystep.replay.recorded_steps import same_number
+from everystep.replay.run_replay import Replay
 from everystep.replay.shown import Shown
 from everystep.step.state import State, StateDifference, same_bits, state_differences
 from everystep.training.objects import Objects

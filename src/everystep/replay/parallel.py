@@ -17,8 +17,8 @@ from everystep.errors import RunError
 from everystep.numerics import Numerics
 from everystep.recording.recorded_run import RecordedRun, stretch_at
 from everystep.replay.processes import Opener, needs_worker, process_count, shared
-from everystep.replay.recorded_steps import NotReplayedError
-from everystep.replay.run_replay import Replay, same_number
+from everystep.replay.recorded_steps import NotReplayedError, same_number
+from everystep.replay.run_replay import Replay
 from everystep.step.state import StateDifference, state_differences
 
 __all__ = [

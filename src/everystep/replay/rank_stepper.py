@@ -6,7 +6,6 @@ computed with the backend that the training used, so its sums are added in the s
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
@@ -25,7 +24,7 @@ from everystep.program.collectives import taking_part
 from everystep.program.memory import copied_together
 from everystep.program.operators import REFUSALS
 from everystep.replay.bound_steps import Hook
-from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps
+from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps, same_number
 from everystep.replay.replay_stepper import ReplayStepper
 from everystep.step.generators import Generators
 from everystep.step.observe import Observation
@@ -165,9 +164,8 @@ class RankStepper(ReplayStepper):
             if before < other.steps.last:  # a rank may have fewer batches
                 functions[rank] = partial(self._run_other, rank, before + 1)
         ended = [rank for rank in self.others if rank not in functions]
-        turns = _Turns(functions, self._as_rank)
         try:
-            turns.run(self._pool, partial(self._done, note))
+            losses = _in_turn(self._pool, functions, self._as_rank, partial(self._done, note))
         except NotReplayedError as error:
             # The rank of this stepper may have ended its step before another one failed.
             self.state, self._reason = before, error
@@ -178,7 +176,7 @@ class RankStepper(ReplayStepper):
                     f"only {last} steps"
                 )
             raise self._reason from None
-        return turns.losses[self._rank]
+        return losses[self._rank]
 
     def _done(self, note: Callable[[list[Tensor]], object], calls: Mapping[int, Collective]) -> None:
         if self._rank in calls:
@@ -189,85 +187,80 @@ class RankStepper(ReplayStepper):
         other = self.others[rank]
         [loss] = other.run(step, self.hooks.get(rank))
         known = other.steps.loss(step)
-        is_same = other.steps.is_changed or loss == known or (loss != loss and known != known)
+        is_same = other.steps.is_changed or same_number(loss, known)
         if not is_same and rank not in self._differing:
             self._differing.add(rank)
             self._diverged(step, f"rank {rank}: the loss of step {step} is {loss}, not {known}")
         return [loss]
 
 
-class _Turns:
-    """Runs functions of all ranks in turn, each until it ends or reaches a collective.
+def _in_turn(
+    pool: ThreadPoolExecutor,
+    functions: Mapping[int, Callable[[], list[float]]],
+    as_rank: Callable[[int], AbstractContextManager[None]],
+    done: Callable[[Mapping[int, Collective]], object],
+) -> dict[int, list[float]]:
+    """Run functions of all ranks in turn, each until it ends or reaches a collective.
 
-    as_rank: lets a rank draw from its own generator; losses: what each function has returned.
+    Returns what they return, by rank. as_rank: lets a rank draw from its own generator; done: is called
+    with the arguments of a collective, by rank, after it.
     """
+    threads = torch.get_num_threads()
+    losses: dict[int, list[float]] = {}
+    #: Whether a rank is to run, or to end, when it waits.
+    turns = {rank: SimpleQueue[bool]() for rank in functions}
+    #: What a rank waits for, or how it ended: a collective, None, or an error.
+    stops = SimpleQueue[Collective | BaseException | None]()
 
-    def __init__(
-        self,
-        functions: Mapping[int, Callable[[], list[float]]],
-        as_rank: Callable[[int], AbstractContextManager[None]],
-    ) -> None:
-        self._functions, self._as_rank = functions, as_rank
-        self.losses: dict[int, list[float]] = {}
-        self._go = {rank: threading.Semaphore(0) for rank in functions}
-        #: What a rank waits for, or how it ended: a collective, None, or an error.
-        self._stops: SimpleQueue[Collective | BaseException | None] = SimpleQueue()
-        self._is_over = False
-        self._threads = torch.get_num_threads()
-
-    def run(self, pool: ThreadPoolExecutor, done: Callable[[Mapping[int, Collective]], object]) -> None:
-        """Run them. done: is called with the arguments of a collective, by rank, after it."""
-        futures = [pool.submit(self._work, rank) for rank in self._functions]
-        ready, waiting = [*sorted(self._functions)], dict[int, Collective]()
-        try:
-            while ready:
-                rank = ready.pop(0)
-                with self._as_rank(rank):
-                    self._go[rank].release()
-                    stop = self._stops.get()
-                if isinstance(stop, BaseException):
-                    raise stop
-                if stop is None:
-                    continue
-                waiting[rank] = stop
-                ranks = [*dict.fromkeys(stop[1][-1])]
-                if rank not in ranks:
-                    raise NotReplayedError(f"rank {rank} takes part in {stop[0]} of {ranks}")
-                if waiting.keys() >= {*ranks}:
-                    calls = {each: waiting.pop(each) for each in ranks}
-                    _compute(calls)
-                    done(calls)
-                    ready += ranks
-            for rank, (name, _) in waiting.items():
-                raise NotReplayedError(
-                    f"rank {rank} waits in {name} for other ranks, which have no such operation in this "
-                    "step: the ranks did different things, or the run was changed"
-                )
-        finally:
-            # Ranks that still wait for a turn would occupy the threads of the pool forever.
-            self._is_over = True
-            for go in self._go.values():
-                go.release()
-            wait(futures)
-
-    def _work(self, rank: int) -> None:
-        self._go[rank].acquire()
-        if self._is_over:
-            return
-        torch.set_num_threads(self._threads)  # each thread of the system has a number of its own
-        try:
-            with taking_part(partial(self._meet, rank)):
-                self.losses[rank] = self._functions[rank]()
-        except BaseException as error:
-            self._stops.put(error)
-        else:
-            self._stops.put(None)
-
-    def _meet(self, rank: int, name: str, arguments: tuple[Any, ...]) -> None:
-        self._stops.put((name, arguments))
-        self._go[rank].acquire()
-        if self._is_over:
+    def meet(rank: int, name: str, arguments: tuple[Any, ...]) -> None:
+        stops.put((name, arguments))
+        if not turns[rank].get():
             raise RuntimeError("another rank has ended")
+
+    def work(rank: int) -> None:
+        if not turns[rank].get():
+            return
+        torch.set_num_threads(threads)  # each thread of the system has a number of its own
+        try:
+            with taking_part(partial(meet, rank)):
+                losses[rank] = functions[rank]()
+        except BaseException as error:
+            stops.put(error)
+        else:
+            stops.put(None)
+
+    futures = [pool.submit(work, rank) for rank in functions]
+    ready, waiting = [*sorted(functions)], dict[int, Collective]()
+    try:
+        while ready:
+            rank = ready.pop(0)
+            with as_rank(rank):
+                turns[rank].put(True)
+                stop = stops.get()
+            if isinstance(stop, BaseException):
+                raise stop
+            if stop is None:
+                continue
+            waiting[rank] = stop
+            ranks = [*dict.fromkeys(stop[1][-1])]
+            if rank not in ranks:
+                raise NotReplayedError(f"rank {rank} takes part in {stop[0]} of {ranks}")
+            if waiting.keys() >= {*ranks}:
+                calls = {each: waiting.pop(each) for each in ranks}
+                _compute(calls)
+                done(calls)
+                ready += ranks
+        for rank, (name, _) in waiting.items():
+            raise NotReplayedError(
+                f"rank {rank} waits in {name} for other ranks, which have no such operation in this "
+                "step: the ranks did different things, or the run was changed"
+            )
+    finally:
+        # Ranks that still wait for a turn would occupy the threads of the pool forever.
+        for turn in turns.values():
+            turn.put(False)
+        wait(futures)
+    return losses
 
 
 def _written(call: Collective) -> list[Tensor]:

@@ -30,6 +30,7 @@ __all__ = [
     "check_kept",
     "described",
     "read_program",
+    "same_number",
 ]
 
 #: Rows of the database, and losses, to read at once.
@@ -295,6 +296,11 @@ def read_program(run: RecordedRun, number: int) -> Program:
         return Program.from_json(content)
     except ProgramError as error:
         raise ProgramError(f"{run.directory / name}: {error}") from None
+
+
+def same_number(one: float, two: float) -> bool:
+    """Return whether two losses are equal; NaN equals NaN."""
+    return one == two or (one != one and two != two)
 
 
 @contextmanager

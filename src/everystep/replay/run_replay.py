@@ -23,12 +23,12 @@ from everystep.recording.snapshots import SnapshotRow
 from everystep.replay.opened_step import Step
 from everystep.replay.rank_stepper import RankStepper
 from everystep.replay.recorded_batches import batch_source
-from everystep.replay.recorded_steps import RecordedSteps, check_kept
+from everystep.replay.recorded_steps import RecordedSteps, check_kept, same_number
 from everystep.replay.replay_stepper import ReplayStepper
 from everystep.step.generators import Generators, generators_preserved
 from everystep.step.state import State
 
-__all__ = ["CountingSteps", "Replay", "no_such_step", "same_number", "uncounted"]
+__all__ = ["CountingSteps", "Replay", "no_such_step", "uncounted"]
 
 #: Shows how many steps of a number have run: called with what they do and the number, it yields what to
 #: call with the number of new ones.
@@ -374,8 +374,3 @@ def no_such_step(run: RecordedRun, number: int) -> StepError:
     elif run.status == "running":
         known += ", and is still training"
     return StepError(f"{run.name} has no step {number}: {known}")
-
-
-def same_number(one: float, two: float) -> bool:
-    """Return whether two losses are equal; NaN equals NaN."""
-    return one == two or (one != one and two != two)

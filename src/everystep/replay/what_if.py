@@ -20,9 +20,9 @@ from everystep.replay.probe import check_question, opened_value
 from everystep.replay.processes import Opener, process_count, recorded_numerics, shared
 from everystep.replay.recorded_batches import batches_of
 from everystep.replay.recorded_columns import Evaluator, read_question
-from everystep.replay.recorded_steps import RecordedSteps
+from everystep.replay.recorded_steps import RecordedSteps, same_number
 from everystep.replay.replay_stepper import ReplayStepper
-from everystep.replay.run_replay import Replay, no_such_step, same_number
+from everystep.replay.run_replay import Replay, no_such_step
 from everystep.replay.shown import Shown
 from everystep.replay.trained_objects import Living
 from everystep.replay.without_objects import check_determined
