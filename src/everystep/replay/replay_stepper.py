@@ -131,7 +131,10 @@ class ReplayStepper:
         if not self._is_own_loop:  # its snapshots have what changed after the step
             self.settle()
             # Snapshots of the training have only the gradients that a later step reads.
-            dropped = {n for n in self._tensors if n.startswith("gradient/")} - self._names_read()
+            dropped = {n for n in self._tensors if n.startswith("gradient/")}
+            for number in self.steps.facts.programs:
+                with suppress(NotReplayedError):  # as far as they can be read
+                    dropped -= self.steps.program(number).state.keys()
         copied: Callable[[Tensor], Tensor] = Tensor.cpu if is_live else copy_of
         copies = {name: copied(t) for name, t in self._tensors.items() if name not in dropped}
         known, others = self._loaded.parameters, self._loaded.rest
@@ -169,14 +172,6 @@ class ReplayStepper:
             if name.startswith("parameter/") and name in other.named_state()
         )
 
-    def _names_read(self) -> set[str]:
-        """Return the names of the state that any program reads, as far as they can be read."""
-        found: set[str] = set()
-        for number in self.steps.facts.programs:  # one that was not needed yet may read a gradient
-            with suppress(NotReplayedError):
-                found |= self.steps.program(number).state.keys()
-        return found
-
     def named_state(self) -> dict[str, Tensor]:
         """Return the live tensors of the state by name."""
         return self._tensors
@@ -198,7 +193,7 @@ class ReplayStepper:
         if self._is_own_loop:
             return known
         rates = {}
-        for index, group in enumerate(self._loaded_groups()):
+        for index, group in enumerate(self._groups()):
             rate = group.get("lr", self._tensors.get(f"group/{index}/lr"))
             if isinstance(rate, int | float | Tensor):
                 rates[f"lr[{index}]" if index else "lr"] = float(rate)
@@ -211,15 +206,12 @@ class ReplayStepper:
 
     def _groups(self) -> list[dict[str, Any]]:
         """Return the param groups of everystep's own steps with the numbers that the last one used."""
-        groups = [dict(group) for group in self._loaded_groups()]
+        assert self._loaded is not None
+        groups = [dict(group) for group in self._loaded.optimizer("optimizer").get("groups", [])]
         for name, value in self._settings(self.state or 0).items():
             set_hyperparameter(groups, name, value)
         changed = {} if self.steps.lr is None else {"lr": self.steps.lr}
         return [group | changed for group in groups]
-
-    def _loaded_groups(self) -> list[dict[str, Any]]:
-        found = self._loaded.optimizer("optimizer").get("groups", []) if self._loaded else []
-        return [*found]
 
     # The inputs of a step.
 

@@ -255,30 +255,20 @@ class Replay:
         kept = max(
             (s for stretch, s in self._kept if stretch == at and lowest <= s <= state), default=-1
         )
-        on_disk = [r.step for r in self.snapshot_rows() if max(lowest, here, kept) < r.step <= state]
-        self._at = at
-        if on_disk:
-            found = self.run.state_near(state, on_problem=self._note, after=max(lowest - 1, here, kept))
-            if found is not None:
-                stepper.load(found)
-                return
-        if kept > here:
+        self._at, after, found = at, max(lowest - 1, here, kept), None
+        if any(after < row.step <= state for row in self.snapshot_rows()):
+            found = self.run.state_near(state, on_problem=self._note, after=after)
+        if found is not None:
+            stepper.load(found)
+        elif kept > here:
             self._kept.move_to_end((at, kept))
             stepper.load(*self._kept[at, kept])
+        elif here < 0 and at:  # the state that the stretch begins with cannot be read
+            stepper.load(self.go_to(lowest, at - 1).capture())
+            self._at = at
         elif here < 0:
-            self._load_first(stepper, at)
-
-    def _load_first(self, stepper: ReplayStepper, at: int) -> None:
-        """Load the state that a stretch begins with; if it cannot be read, from the stretch before."""
-        boundary = self.stretches[at].first - 1
-        state = self.run.state_near(boundary, on_problem=self._note, after=boundary - 1)
-        if state is None and at:
-            state = self.go_to(boundary, at - 1).capture()
-        if state is None:
             why = self.problems[-1] if self.problems else "it is missing"
             raise RunError(f"{self.run.name} cannot be replayed from its first state: {why}")
-        stepper.load(state)
-        self._at = at
 
     def _advance(self, stepper: ReplayStepper, last: int) -> None:
         assert stepper.state is not None
