@@ -77,11 +77,8 @@ class Fork:
     @property
     def changed(self) -> dict[str, Any]:
         """The changes that are plain data."""
-        found = {
-            path: value
-            for path, value in self.settings.items()
-            if isinstance(value, bool | int | float | str | list | None)
-        }
+        plain = (int, float, str, list, type(None))
+        found = {path: each for path, each in self.settings.items() if isinstance(each, plain)}
         if self.without:
             found["without_rows"] = list(self.without)
         if self.targets:
@@ -92,11 +89,8 @@ class Fork:
     def last(self) -> int:
         """The last step of a fork by programs."""
         run = self.run
-        return (
-            self.settings.get("steps")
-            or (run.newest_step() if run.facts.training.loop else run.facts.steps)
-            or 0
-        )
+        planned = run.newest_step() if run.facts.training.loop else run.facts.steps
+        return self.settings.get("steps") or planned or 0
 
     @property
     def stretch(self) -> Stretch:
@@ -155,14 +149,10 @@ class Fork:
         job = job.relabelled(self.targets)
         # With a scheduler, all is recorded; without one, only what changed.
         known = {} if job.training.scheduler else hyperparameters
-        recorded = settings_of(self.run, self.run.facts.training, 0)(self.at)
-        job = replace(
-            job,
-            name=f"{self.run.name}-fork",
-            origin=StartingPoint(
-                self.run, self.at, known | recorded, new_data or bool(self.targets), fork
-            ),
-        )
+        known = known | settings_of(self.run, self.run.facts.training, 0)(self.at)
+        has_new_data = new_data or bool(self.targets)
+        origin = StartingPoint(self.run, self.at, known, has_new_data, fork)
+        job = replace(job, name=f"{self.run.name}-fork", origin=origin)
         job = job.without_rows(self.without, self.at, self.stretch.facts.batches.without)
         return run_job(job, self.directory, self.budget, progress)
 
