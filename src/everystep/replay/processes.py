@@ -359,13 +359,11 @@ class Opener:
 
     def _prepare(self) -> None:
         """Choose where to replay; start again if a run that is being trained has new steps."""
-        before = None if self._known is None else self._known[0]
-        if before is not None and before == _stamp(self.run):
+        if self._known is not None and self._known[0] == _stamp(self.run):
             return
-        facts, edition = self.run.facts, _edition_of(self.run)
-        engine = facts.training.engine
-        if self._known == (None, engine) and engine is not None:
-            self._known = edition, engine
+        facts = self.run.facts
+        known = _edition_of(self.run), facts.training.engine
+        if self._known == known and known[1] is not None:
             return
         self._replay = None
         if not needs_worker(facts):
@@ -374,4 +372,4 @@ class Opener:
             threads = facts.training.numerics.threads
             self._worker = self._workers.enter_context(workers(facts, 1, threads))
         # Not earlier: after a failure, the next call tries and reports again.
-        self._known = edition, engine
+        self._known = known

@@ -211,16 +211,12 @@ class Living:
             batch = dict(zip("xy", self._training.batch(number), strict=True))
             inputs = {f"batch/{name}": tensor.detach().clone() for name, tensor in batch.items()}
             self._stepper.watch(number, *batch.values())
-        _, watch = watched.last
-        built = watched.last_program()
+        built, taken = watched.last_program(), self._stepper.taken[-1]
         if isinstance(built, str):
             raise RunError(f"step {number} cannot be observed: a program cannot hold what it does")
-        for name, place in built.inputs.items():
-            if (brought := watch.from_outside(place)) is not None:
-                inputs[f"input/{name}"] = brought.content
+        inputs |= taken.inputs
         generators.restore(device)
-        program = Interpreter(built.program, device)
-        interpreter, numbers = program.at(built.numbers(watch.numbers))
+        interpreter, numbers = Interpreter(built.program, device).at(taken.numbers or ())
         observer = StepObserver(interpreter, numbers, state)
         with without_autograd():
             loss, _ = interpreter.run(state, inputs, numbers, observer.looks)

@@ -254,7 +254,8 @@ class _RankAlone:
     """Notes what the steps of a rank return and log, as a hook.
 
     end: called with a step that cannot be kept, and the reason; goes_on: returns whether to take another
-    step; losses: of the steps that are not recorded yet; facts: of its new run; writer: writes that.
+    step; losses: of the steps that are not recorded yet, None of one without a loss; facts: of its new
+    run; writer: writes that.
     """
 
     facts: Facts
@@ -265,7 +266,7 @@ class _RankAlone:
     ) -> None:
         assert isinstance(steps, ChangedSteps)
         self.steps = steps
-        self.losses: dict[int, float] = {}
+        self.losses: dict[int, float | None] = {}
         self._is_loop = steps.facts.loop is not None
         self._end, self._goes_on = end, goes_on
         self._known = {*steps.run.measurement_names}
@@ -283,7 +284,8 @@ class _RankAlone:
 
     def after(self, number: int, loss: float) -> bool:
         """Note what a step returned and logged; end if Python computed its loss."""
-        self.losses[number] = loss
+        has_loss = self.steps.program_of(self.steps.row(number)).program.loss is not None
+        self.losses[number] = loss if has_loss else None
         if self._logged:
             found = self._measured.setdefault(number, [])
             for name, value in self._logged.items():
@@ -291,14 +293,9 @@ class _RankAlone:
                 title = f"{name} (logged)"
                 found.append((title if title in self._known else name, number, value))
         # A step without a loss has NaN in the run: nothing was computed that could change.
-        is_known = self._has_loss(number) or math.isnan(RecordedSteps.loss(self.steps, number))
-        if self._is_loop and not is_known:
+        if self._is_loop and not (has_loss or math.isnan(RecordedSteps.loss(self.steps, number))):
             self._end(number, f"your code computes the loss of step {number}, not an operation of torch")
         return self._goes_on()
-
-    def _has_loss(self, number: int) -> bool:
-        """Return whether an operation returns the loss of a step."""
-        return self.steps.program_of(self.steps.row(number)).program.loss is not None
 
     def note_rates(self, names: Collection[str], at: int, lr: float | None) -> None:
         """Note the learning rates of the steps after `at`: one for all, or the recorded ones."""
@@ -317,8 +314,7 @@ class _RankAlone:
         taken = range(first, last + 1)
         writer.taken = [self.steps.taken(number) for number in taken]
         writer.measured += [row for step in taken for row in self._measured.pop(step, ())]
-        losses = [(number, self.losses.pop(number)) for number in taken]
-        writer.losses = [loss if self._has_loss(number) else None for number, loss in losses]
+        writer.losses = [self.losses.pop(number) for number in taken]
         writer.step = max(writer.step, last)
         writer.flush()
 
@@ -407,7 +403,7 @@ class _StepsAlone:
             if writer.is_snapshot_due():
                 self._write_states()
                 newest = writer.step
-            if stops_on_nan and not math.isfinite(loss):
+            if stops_on_nan and loss is not None and not math.isfinite(loss):
                 reason = f"the loss is {loss} at step {writer.step} (stop_on_nan)"
         if newest < writer.step:
             self._write_states()
