@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from everystep.errors import RunError
+from everystep.program.calls import without_autograd
 from everystep.program.collectives import taking_part
 from everystep.program.memory import copied_together
 from everystep.program.operators import REFUSALS
@@ -110,18 +111,8 @@ class RankStepper(ReplayStepper):
                 found[rank] = other.capture()
         return found
 
-    def run(self, last: int, hook: Hook | None = None) -> list[float]:
-        """Run the steps of all ranks up to `last`; see `ReplayStepper.run`."""
-        losses: list[float] = []
-        assert self.state is not None
-        self.goes_on = True
-        try:
-            while self.state < last and self.goes_on:
-                losses += self._together(partial(super().run, self.state + 1, hook))
-        except NotReplayedError:
-            if not losses:
-                raise
-        return losses
+    def _take(self, last: int, hook: Hook | None) -> float:
+        return self._together(partial(super()._take, last, hook))
 
     def observe(self) -> Observation:
         """Run the next step of all ranks, and return everything in that of this one."""
@@ -131,7 +122,7 @@ class RankStepper(ReplayStepper):
         number, device = self.state, self.steps.device
         own, drawn = copied_together(self._tensors), Generators.capture(device)
         results: list[list[Tensor]] = []
-        self._together(partial(super().run, number + 1), results.append)
+        self._together(partial(super()._take, number + 1, None), results.append)
         self._begin(number, own)
         drawn.restore(device)
         known = cycle(results)  # a part of the step may run again
@@ -145,9 +136,9 @@ class RankStepper(ReplayStepper):
 
     def _together(
         self,
-        own: Callable[[], list[float]],
+        own: Callable[[], float],
         note: Callable[[list[Tensor]], object] = lambda results: None,
-    ) -> list[float]:
+    ) -> float:
         """Repeat a step of all ranks; return what `own` returns, which repeats that of this one.
 
         note: is called with copies of the results of each collective.
@@ -159,7 +150,7 @@ class RankStepper(ReplayStepper):
             raise self._reason
         assert self.state is not None
         before = self.state
-        functions: dict[int, Callable[[], list[float]]] = {self._rank: own}
+        functions: dict[int, Callable[[], float]] = {self._rank: own}
         for rank, other in self.others.items():
             if before < other.steps.last:  # a rank may have fewer batches
                 functions[rank] = partial(self._run_other, rank, before + 1)
@@ -182,7 +173,7 @@ class RankStepper(ReplayStepper):
         if self._rank in calls:
             note([tensor.clone() for tensor in _written(calls[self._rank])])
 
-    def _run_other(self, rank: int, step: int) -> list[float]:
+    def _run_other(self, rank: int, step: int) -> float:
         """Repeat a step of another rank, and compare its loss with the recorded one."""
         other = self.others[rank]
         [loss] = other.run(step, self.hooks.get(rank))
@@ -191,22 +182,22 @@ class RankStepper(ReplayStepper):
         if not is_same and rank not in self._differing:
             self._differing.add(rank)
             self._diverged(step, f"rank {rank}: the loss of step {step} is {loss}, not {known}")
-        return [loss]
+        return loss
 
 
 def _in_turn(
     pool: ThreadPoolExecutor,
-    functions: Mapping[int, Callable[[], list[float]]],
+    functions: Mapping[int, Callable[[], float]],
     as_rank: Callable[[int], AbstractContextManager[None]],
     done: Callable[[Mapping[int, Collective]], object],
-) -> dict[int, list[float]]:
+) -> dict[int, float]:
     """Run functions of all ranks in turn, each until it ends or reaches a collective.
 
     Returns what they return, by rank. as_rank: lets a rank draw from its own generator; done: is called
     with the arguments of a collective, by rank, after it.
     """
     threads = torch.get_num_threads()
-    losses: dict[int, list[float]] = {}
+    losses: dict[int, float] = {}
     #: Whether a rank is to run, or to end, when it waits.
     turns = {rank: SimpleQueue[bool]() for rank in functions}
     #: What a rank waits for, or how it ended: a collective, None, or an error.
@@ -222,7 +213,7 @@ def _in_turn(
             return
         torch.set_num_threads(threads)  # each thread of the system has a number of its own
         try:
-            with taking_part(partial(meet, rank)):
+            with without_autograd(), taking_part(partial(meet, rank)):
                 losses[rank] = functions[rank]()
         except BaseException as error:
             stops.put(error)

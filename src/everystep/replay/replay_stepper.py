@@ -49,11 +49,10 @@ class ReplayStepper:
         steps: the data that repeats each step.
         diverged: called with a step that differs from the recording, and a description.
 
-    state: the number of the current state, None before one is loaded; goes_on: whether the last hook
-    wants more steps; others, hooks: of other ranks, by number, which a `RankStepper` repeats, too.
+    state: the number of the current state, None before one is loaded; others, hooks: of other ranks, by
+    number, which a `RankStepper` repeats, too.
     """
 
-    goes_on = True
     others: Mapping[int, ReplayStepper] = MappingProxyType({})
     hooks: Mapping[int, Hook] = MappingProxyType({})
 
@@ -263,21 +262,24 @@ class ReplayStepper:
         try:
             with without_autograd():
                 while self.state < last:
-                    self.settle()
-                    row = self.steps.row(self.state + 1)
-                    bound = self._bound.begin(row, last, self.steps)
-                    if bound is not None:
-                        losses.append(self._run_bound(row.step, bound, hook))
-                    else:
-                        program = self.steps.program_of(row).program
-                        losses.append(self._interpret(row, hook.looks(program) if hook else {}))
-                    self.goes_on = hook is None or hook.after(row.step, losses[-1])
-                    if not self.goes_on:
+                    losses.append(self._take(last, hook))
+                    if hook is not None and not hook.after(self.state, losses[-1]):
                         break
         except NotReplayedError:
             if not losses:
                 raise
         return losses
+
+    def _take(self, last: int, hook: Hook | None) -> float:
+        """Take the next step, of those up to `last`; return its loss."""
+        assert self.state is not None
+        self.settle()
+        row = self.steps.row(self.state + 1)
+        bound = self._bound.begin(row, last, self.steps)
+        if bound is not None:
+            return self._run_bound(row.step, bound, hook)
+        program = self.steps.program_of(row).program
+        return self._interpret(row, hook.looks(program) if hook else {})
 
     def open(self) -> Step:
         """Run the next step, and return everything in it; its loss is not compared."""
