@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from everystep.bounded import MOST_STEPS
+from everystep.errors import named
 from everystep.expression import Expression, Reference, parse
 from everystep.recording.facts import TrainingFacts
 from everystep.recording.recorded_run import RecordedRun
@@ -48,10 +49,9 @@ class Found(Shown):
     inexact: tuple[int, ...] = ()
 
     def __repr__(self) -> str:
-        first = ", ".join(f"{step:,}" for step in self.steps[:SHOWN])
-        more = f" and {len(self.steps) - SHOWN:,} more" if len(self.steps) > SHOWN else ""
+        steps = named([f"{step:,}" for step in self.steps], SHOWN)
         inexact = f"; not exact from step {self.inexact[0]:,}" if self.inexact else ""
-        return f"<found at {f'steps {first}{more}' if self.steps else 'no step'}{inexact}>"
+        return f"<found at {f'steps {steps}' if steps else 'no step'}{inexact}>"
 
 
 def read_question(text: str, run: RecordedRun) -> Expression:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from everystep.errors import ProgramError, RunError
+from everystep.errors import ProgramError, RunError, named
 from everystep.program.calls import without_autograd
 from everystep.program.interpreter import Interpreter, Looks
 from everystep.program.memory import copied_together
@@ -373,15 +373,13 @@ class ReplayStepper:
         if not digests or self._has_diverged or self.steps.conversion is not None:
             return
         present = ((name, digest) for name, digest in digests.items() if name in self._tensors)
-        other = [name for name, digest in present if digest_of(self._tensors[name]) != digest]
+        other = [n.partition("/")[2] for n, digest in present if digest_of(self._tensors[n]) != digest]
         if not other:
             return
-        self._has_diverged = True
-        names = ", ".join(name.partition("/")[2] for name in other[:MOST_NAMED])
-        more = f" and {len(other) - MOST_NAMED} more" if len(other) > MOST_NAMED else ""
+        self._has_diverged, before = True, self.steps.digested_before(number)
         self._diverged(
             number,
-            f"after step {number}, the state differs from the recording: {names}{more}. Either the "
-            f"numerics differ, or something wrote after step {self.steps.digested_before(number)} where "
-            "torch does not see it (NumPy, a thread, a compiled graph)",
+            f"after step {number}, the state differs from the recording: {named(other, MOST_NAMED)}. "
+            f"Either the numerics differ, or something wrote after step {before} where torch does not "
+            "see it (NumPy, a thread, a compiled graph)",
         )

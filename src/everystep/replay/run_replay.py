@@ -345,9 +345,7 @@ class Replay:
         return stretch_at(self.stretches, step)
 
     def _note(self, problem: str) -> None:
-        if problem in self.problems:
-            self.problems.remove(problem)
-        self.problems.append(problem)
+        self.problems = [*(each for each in self.problems if each != problem), problem]
 
 
 def _size(kept: tuple[State, dict[int, State]]) -> int:

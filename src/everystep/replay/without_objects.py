@@ -41,19 +41,6 @@ __all__ = [
 ]
 
 
-def _reason_against(run: RecordedRun, stretch: Stretch) -> str | None:
-    """Return why programs alone cannot continue a stretch of a run, None if they can."""
-    facts = stretch.facts
-    engine = facts.engine
-    if engine is None or engine.eager_from is not None:
-        return "Python ran its steps, or a part of them"
-    if facts.schedulers:
-        return f"it has a scheduler ({next(iter(facts.schedulers.values())).class_name})"
-    if facts.data.lazy or facts.data_file is None or not facts.data_file.stored:
-        return "the run does not hold its data"
-    return FurtherSteps(run, stretch).reason_against()
-
-
 def check_alone(run: RecordedRun, stretch: Stretch, call: str, reason: str | None = None) -> None:
     """Check that the programs of a run can continue a stretch of it alone.
 
@@ -62,7 +49,15 @@ def check_alone(run: RecordedRun, stretch: Stretch, call: str, reason: str | Non
     Raises:
         RunError: they cannot.
     """
-    reason = _reason_against(run, stretch) or reason
+    facts = stretch.facts
+    if facts.engine is None or facts.engine.eager_from is not None:
+        reason = "Python ran its steps, or a part of them"
+    elif facts.schedulers:
+        reason = f"it has a scheduler ({next(iter(facts.schedulers.values())).class_name})"
+    elif facts.data.lazy or facts.data_file is None or not facts.data_file.stored:
+        reason = "the run does not hold its data"
+    else:
+        reason = FurtherSteps(run, stretch).reason_against() or reason
     if reason is None:
         return
     cure = f"pass the objects: {call}model=..., loss=..., optimizer=...)"
