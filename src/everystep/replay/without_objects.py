@@ -248,22 +248,18 @@ def facts_alone(run: RecordedRun, at: int, lr: float | None = None) -> TrainingF
 class _RankAlone:
     """Notes what the steps of a rank return and log, as a hook.
 
-    end: called with a step that cannot be kept, and the reason; goes_on: returns whether to take another
-    step; losses: of the steps that are not recorded yet, None of one without a loss; facts: of its new
-    run; writer: writes that.
+    together: the steps of all ranks; losses: of the steps that are not recorded yet, None of one without
+    a loss; facts: of its new run; writer: writes that.
     """
 
     facts: Facts
     writer: RunWriter
 
-    def __init__(
-        self, steps: RecordedSteps, end: Callable[[int, str], object], goes_on: Callable[[], bool]
-    ) -> None:
+    def __init__(self, steps: RecordedSteps, together: _StepsAlone) -> None:
         assert isinstance(steps, ChangedSteps)
         self.steps = steps
         self.losses: dict[int, float | None] = {}
-        self._is_loop = steps.facts.loop is not None
-        self._end, self._goes_on = end, goes_on
+        self._together = together
         self._known = {*steps.run.measurement_names}
         self._logged: dict[str, float] = {}
         #: Measurements by step.
@@ -288,9 +284,10 @@ class _RankAlone:
                 title = f"{name} (logged)"
                 found.append((title if title in self._known else name, number, value))
         # A step without a loss has NaN in the run: nothing was computed that could change.
-        if self._is_loop and not (has_loss or math.isnan(RecordedSteps.loss(self.steps, number))):
-            self._end(number, f"your code computes the loss of step {number}, not an operation of torch")
-        return self._goes_on()
+        if not has_loss and not math.isnan(RecordedSteps.loss(self.steps, number)):
+            reason = f"your code computes the loss of step {number}, not an operation of torch"
+            self._together.note_end(number, reason)
+        return self._together.end is None
 
     def note_rates(self, names: Collection[str], at: int, lr: float | None) -> None:
         """Note the learning rates of the steps after `at`: one for all, or the recorded ones."""
@@ -305,7 +302,7 @@ class _RankAlone:
     def write(self, first: int, last: int) -> None:
         """Write steps, as far as the rank has them: it may have fewer batches than others."""
         writer = self.writer
-        last = min(last, self.steps.last) if self._is_loop else last
+        last = min(last, self.steps.last) if self._together.is_loop else last
         taken = range(first, last + 1)
         writer.taken = [self.steps.taken(number) for number in taken]
         writer.measured += [row for step in taken for row in self._measured.pop(step, ())]
@@ -318,7 +315,8 @@ class _StepsAlone:
     """Steps that programs take, of all ranks.
 
     stepper: takes them; ranks: what each notes, that of the stepper first; is_loop: whether they are of
-    a user's code, which may depend on numbers that it read.
+    a user's code, which may depend on numbers that it read; end: the first step that cannot be kept, and
+    why, None if there is none.
     """
 
     def __init__(
@@ -333,29 +331,27 @@ class _StepsAlone:
         self.stepper = replay.stepper_for(place, rule, steps_of, self._note_difference)
         self.is_loop = self.stepper.steps.facts.loop is not None
         self.ranks: list[_RankAlone] = []
-        #: The first step that cannot be kept, and why.
-        self._end: tuple[int, str] | None = None
+        self.end: tuple[int, str] | None = None
 
     def begin(self, state: State, others: Mapping[int, State]) -> None:
         """Begin with the states of all ranks, and forget what steps before have done."""
         self.stepper.load(state, others)
-        notes = self._note_end, lambda: self._end is None
         ranks = self.stepper.others
-        self.ranks = [_RankAlone(each.steps, *notes) for each in (self.stepper, *ranks.values())]
+        self.ranks = [_RankAlone(each.steps, self) for each in (self.stepper, *ranks.values())]
         self.stepper.hooks = dict(zip(ranks, self.ranks[1:], strict=True))
-        self._end = None
+        self.end = None
 
     def states(self) -> list[State]:
         """Return the current states of all ranks."""
         return [self.stepper.capture(), *self.stepper.captured_others().values()]
 
     def _note_difference(self, number: int, difference: str) -> None:
-        if self.is_loop:
-            self._note_end(number, f"{difference}; your code could act differently from there")
+        self.note_end(number, f"{difference}; your code could act differently from there")
 
-    def _note_end(self, number: int, reason: str) -> None:
-        if self._end is None or number < self._end[0]:
-            self._end = number, reason
+    def note_end(self, number: int, reason: str) -> None:
+        """Note a step that cannot be kept, if it is of a user's code."""
+        if self.is_loop and (self.end is None or number < self.end[0]):
+            self.end = number, reason
 
     def run(self, last: int) -> tuple[int, str | None]:
         """Run the steps up to `last`; return how many, and why there are no more, if so.
@@ -371,9 +367,9 @@ class _StepsAlone:
             count = len(stepper.run(last, self.ranks[0]))
         except NotReplayedError as error:
             return 0, str(error)
-        if self._end is None:
+        if self.end is None:
             return count, None
-        number, reason = self._end
+        number, reason = self.end
         stepper.load(*beginning)
         # The steps that stay have been noted already.
         stepper.hooks = {}
