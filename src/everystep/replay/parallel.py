@@ -227,9 +227,10 @@ def _compare_state(found: Replayed, replay: Replay, span: Span) -> None:
     if all(row.step != span.last for row in replay.snapshot_rows()):
         return
     stepper = replay.go_to(span.last, span.at)
-    states = {"": (replay.run, stepper.capture(is_live=True))}
-    for number, state in stepper.captured_others().items():
-        states[f"rank {number}: "] = stepper.others[number].steps.run, state
+    own, *others = stepper.capture_ranks(is_live=True)
+    states = {"": (replay.run, own)}
+    for (number, other), state in zip(stepper.others.items(), others, strict=True):
+        states[f"rank {number}: "] = other.steps.run, state
     # A fork may begin with another optimizer, or other random numbers, than its parent ended with.
     is_fork = replay.stretch_of(span.last + 1) != span.at
     for rank, (run, here) in states.items():

@@ -13,7 +13,6 @@ from datetime import timedelta
 from functools import cache, partial
 from itertools import cycle
 from queue import SimpleQueue
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -86,29 +85,27 @@ class RankStepper(ReplayStepper):
             self._generators[rank] = torch.get_rng_state()
             torch.set_rng_state(own)
 
-    def load(self, state: State, others: Mapping[int, State] = MappingProxyType({})) -> None:
-        """Restore the states of all ranks; those of others that are not given are read from disk."""
-        for rank, other in self.others.items():
-            run = other.steps.run
-            problems: list[str] = []
-            found = others.get(rank) or run.state_near(
-                state.step, after=state.step - 1, on_problem=problems.append
-            )
+    def load(self, state: State, *others: State) -> None:
+        """Restore the states of all ranks; if those of others are not given, they are read from disk."""
+        for place, (rank, other) in enumerate(self.others.items()):
+            run, at, problems = other.steps.run, state.step, list[str]()
+            read = partial(run.state_near, at, after=at - 1, on_problem=problems.append)
+            found = others[place] if others else read()
             if found is None:
                 reason = "; ".join(problems) or "it has no such state"
-                raise RunError(f"rank {rank} of {run.name} cannot begin at state {state.step}: {reason}")
+                raise RunError(f"rank {rank} of {run.name} cannot begin at state {at}: {reason}")
             with self._as_rank(rank):
                 other.load(found)
         super().load(state)
         self._reason = None
         self._differing.clear()
 
-    def captured_others(self) -> dict[int, State]:
-        """Return the current states of the other ranks, by number."""
-        found = {}
+    def capture_ranks(self, *, is_live: bool = False) -> list[State]:
+        """Return the current states of all ranks, this one first."""
+        found = super().capture_ranks(is_live=is_live)
         for rank, other in self.others.items():
             with self._as_rank(rank):
-                found[rank] = other.capture()
+                found.append(other.capture(is_live=is_live))
         return found
 
     def _take(self, last: int, hook: Hook | None) -> float:

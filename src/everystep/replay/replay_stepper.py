@@ -75,10 +75,8 @@ class ReplayStepper:
 
     # The state.
 
-    def load(self, state: State, others: Mapping[int, State] = MappingProxyType({})) -> None:
-        """Restore a state, from disk or from `capture`.
-
-        others: those of other ranks, by number, where a `RankStepper` repeats them, too.
+    def load(self, state: State, *others: State) -> None:
+        """Restore a state, from disk or from `capture`; others: as of `capture_ranks`.
 
         Raises:
             RunError: it is not a state of watched steps.
@@ -158,9 +156,9 @@ class ReplayStepper:
         state = State(self.state, parameters, rest, settings)
         return state if self._is_own_loop else state.with_optimizer("optimizer", self._groups())
 
-    def captured_others(self) -> dict[int, State]:
-        """Return the current states of the other ranks that it repeats, too, by number."""
-        return {}
+    def capture_ranks(self, *, is_live: bool = False) -> list[State]:
+        """Return the current state, and those of `others`, in the same form."""
+        return [self.capture(is_live=is_live)]
 
     def ranks_differ(self) -> bool:
         """Return whether a parameter is not the same on all ranks."""

@@ -85,8 +85,8 @@ class Replay:
         self._rules: dict[str, RowsOf] = {}
         self._at = 0
         self._generators: Generators | None = None
-        #: States in memory, and those of other ranks, by their stretch and step.
-        self._kept: OrderedDict[tuple[int, int], tuple[State, dict[int, State]]] = OrderedDict()
+        #: States in memory, of all ranks, by their stretch and step.
+        self._kept: OrderedDict[tuple[int, int], list[State]] = OrderedDict()
         self._opened: OrderedDict[int, Step] = OrderedDict()
         self._step_seconds = 0.0
 
@@ -289,10 +289,11 @@ class Replay:
         assert stepper.state is not None
         place = self._at, stepper.state
         if place not in self._kept:
-            self._kept[place] = stepper.capture(), stepper.captured_others()
+            kept = self._kept
+            kept[place] = stepper.capture_ranks()
             # The newest stays, however large it is: stepping back begins there.
-            while len(self._kept) > 1 and sum(map(_size, self._kept.values())) > KEPT_BYTES:
-                self._kept.popitem(last=False)
+            while len(kept) > 1 and sum(s.size for states in kept.values() for s in states) > KEPT_BYTES:
+                kept.popitem(last=False)
 
     def stepper_of(self, at: int) -> ReplayStepper:
         """Return the stepper of a stretch."""
@@ -346,11 +347,6 @@ class Replay:
 
     def _note(self, problem: str) -> None:
         self.problems = [*(each for each in self.problems if each != problem), problem]
-
-
-def _size(kept: tuple[State, dict[int, State]]) -> int:
-    own, others = kept
-    return own.size + sum(each.size for each in others.values())
 
 
 def no_such_step(run: RecordedRun, number: int) -> StepError:

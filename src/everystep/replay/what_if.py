@@ -186,7 +186,7 @@ def _train_alone(
     found = []
     device = select(replay.stretches[place].facts.device)
     with replay.in_force(at + 1):
-        others = replay.go_to(at, place).captured_others()
+        states = replay.go_to(at, place).capture_ranks()
     with replay.in_force(at + 1), generators_preserved(device):
         for change in cases:
             differing: dict[int, str] = {}
@@ -195,7 +195,7 @@ def _train_alone(
                 lr, targets = (change, {}) if isinstance(change, float) else (None, change)
                 steps_of = partial(ChangedSteps, steps=taken, lr=lr, relabelled=targets)
             stepper = replay.stepper_for(place, rule, steps_of, differing.setdefault)
-            stepper.load(state, others)
+            stepper.load(*states)
             steps, outcome = stepper.steps, _outcome(run, question, (at, until), stepper)
             case = Case((), *outcome, steps.lr, min(differing, default=None))
             if isinstance(steps, ChangedSteps):

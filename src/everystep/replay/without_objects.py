@@ -8,7 +8,7 @@ Nothing compares these steps with Python.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -171,7 +171,7 @@ def continue_alone(
                 f"{run.name} cannot be replayed bit for bit: the loss of step {replay.diverged_at} "
                 "differs"
             )
-        beginning = reached.capture(), reached.captured_others()
+        beginning = reached.capture_ranks()
         del reached  # the states of a large model take much memory
         taken = _StepsAlone(replay, at, steps_of)
         taken.begin(*beginning)
@@ -186,14 +186,15 @@ def continue_alone(
             taken.begin(*beginning)
         del beginning
         top, rates = taken.ranks[0], taken.stepper.rates()
-        for rank, state in zip(taken.ranks, taken.states(), strict=True):  # with the rate of the steps
+        states = taken.stepper.capture_ranks()  # with the rate of the steps
+        for rank, state in zip(taken.ranks, states, strict=True):
             recorder, rank.facts = record(rank.steps.run, state)
             shown = progress.notice, progress.advance if rank is top else None
             rank.writer = RunWriter(recorder, at, rank.facts, *shown, rank.steps.run.facts)
             rank.note_rates(rates, at, lr)
             if at not in recorder.plan.kept:
                 recorder.snapshot(state)
-        del state
+        del state, states
         writer, steps, place = top.writer, top.steps, top.writer.recorder.directory
         progress.begin(place, top.facts)
         lost = run.lost_experiment(run.facts.training)
@@ -333,17 +334,13 @@ class _StepsAlone:
         self.ranks: list[_RankAlone] = []
         self.end: tuple[int, str] | None = None
 
-    def begin(self, state: State, others: Mapping[int, State]) -> None:
+    def begin(self, *states: State) -> None:
         """Begin with the states of all ranks, and forget what steps before have done."""
-        self.stepper.load(state, others)
+        self.stepper.load(*states)
         ranks = self.stepper.others
         self.ranks = [_RankAlone(each.steps, self) for each in (self.stepper, *ranks.values())]
         self.stepper.hooks = dict(zip(ranks, self.ranks[1:], strict=True))
         self.end = None
-
-    def states(self) -> list[State]:
-        """Return the current states of all ranks."""
-        return [self.stepper.capture(), *self.stepper.captured_others().values()]
 
     def _note_difference(self, number: int, difference: str) -> None:
         self.note_end(number, f"{difference}; your code could act differently from there")
@@ -362,7 +359,7 @@ class _StepsAlone:
         # Only code of the user's may act differently after another number that it reads.
         if not self.is_loop:
             return len(stepper.run(last, self.ranks[0])), None
-        beginning = stepper.capture(), stepper.captured_others()
+        beginning = stepper.capture_ranks()
         try:
             count = len(stepper.run(last, self.ranks[0]))
         except NotReplayedError as error:
@@ -401,5 +398,5 @@ class _StepsAlone:
         return reason or interrupt.reason
 
     def _write_states(self) -> None:
-        for rank, state in zip(self.ranks, self.states(), strict=True):
+        for rank, state in zip(self.ranks, self.stepper.capture_ranks(), strict=True):
             rank.writer.recorder.snapshot(state)
