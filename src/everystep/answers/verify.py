@@ -12,8 +12,9 @@ import torch
 from everystep.device import on_cpu
 from everystep.recording.keep import is_kept
 from everystep.recording.recorded_run import RecordedRun
-from everystep.replay.parallel import LossDifference, Visitor, parallel, spans
+from everystep.replay.parallel import Visitor, parallel, spans
 from everystep.replay.processes import Opener, recorded_numerics
+from everystep.replay.run_replay import LossDifference
 from everystep.replay.shown import Shown
 from everystep.step.state import StateDifference, distance
 

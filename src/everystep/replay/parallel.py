@@ -13,16 +13,14 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from everystep.device import select
-from everystep.errors import RunError
 from everystep.numerics import Numerics
 from everystep.recording.recorded_run import RecordedRun, stretch_at
 from everystep.replay.processes import Opener, needs_worker, process_count, shared
-from everystep.replay.recorded_steps import NotReplayedError, same_number
-from everystep.replay.run_replay import Replay
+from everystep.replay.recorded_steps import NotReplayedError
+from everystep.replay.run_replay import LossDifference, Replay
 from everystep.step.state import StateDifference, state_differences
 
 __all__ = [
-    "LossDifference",
     "Replayed",
     "Span",
     "Visitor",
@@ -48,14 +46,6 @@ class Span(NamedTuple):
     def steps(self) -> int:
         """How many they are."""
         return self.last - self.first + 1
-
-
-class LossDifference(NamedTuple):
-    """A step with another loss in the replay."""
-
-    step: int
-    recorded: float
-    replayed: float
 
 
 @dataclass
@@ -202,7 +192,9 @@ def replay_span(replay: Replay, span: Span, visitor: Visitor, threads: int) -> R
                 found.stopped_at = max(step + 1, span.first)
                 break
             last = step + len(losses)
-            _compare_losses(found, step + 1, losses, replay.recorded_losses(step + 1, last))
+            differing = [d for d in replay.compare(step + 1, losses) if d.step >= span.first]
+            found.different_losses += len(differing)
+            found.first_loss = found.first_loss or next(iter(differing), None)
             found.losses += losses
             step = last
         if step == span.last:
@@ -211,15 +203,6 @@ def replay_span(replay: Replay, span: Span, visitor: Visitor, threads: int) -> R
     found.result = visitor.result()
     found.problems = list(replay.problems)
     return found
-
-
-def _compare_losses(found: Replayed, first: int, losses: list[float], recorded: list[float]) -> None:
-    if len(recorded) < len(losses):
-        raise RunError(f"the run has no loss for step {first + len(recorded)}: the database was changed")
-    for step, (loss, known) in enumerate(zip(losses, recorded, strict=True), start=first):
-        if not same_number(loss, known) and step >= found.span.first:
-            found.different_losses += 1
-            found.first_loss = found.first_loss or LossDifference(step, known, loss)
 
 
 def _compare_state(found: Replayed, replay: Replay, span: Span) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from everystep import clock, numerics
 from everystep.device import select
@@ -28,7 +28,7 @@ from everystep.replay.replay_stepper import ReplayStepper
 from everystep.step.generators import Generators, generators_preserved
 from everystep.step.state import State
 
-__all__ = ["CountingSteps", "Replay", "no_such_step", "uncounted"]
+__all__ = ["CountingSteps", "LossDifference", "Replay", "no_such_step", "uncounted"]
 
 #: Shows how many steps of a number have run: called with what they do and the number, it yields what to
 #: call with the number of new ones.
@@ -47,6 +47,14 @@ BLOCK = 1024
 def uncounted(what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
     """Show nothing; see `CountingSteps`."""
     return nullcontext(lambda steps: None)
+
+
+class LossDifference(NamedTuple):
+    """A step with another loss in the replay."""
+
+    step: int
+    recorded: float
+    replayed: float
 
 
 class Replay:
@@ -163,7 +171,7 @@ class Replay:
         """Open the step after the current state; call it inside `in_force`."""
         step = self.stepper.open()
         recorded = self.recorded_loss(step.number)
-        self.compare(step.number, [step.loss], [recorded])
+        self.compare(step.number, [step.loss])
         diverged = self.diverged_at
         is_exact = diverged is None or diverged > step.number
         return replace(step, recorded_loss=recorded, diverged_at=None if is_exact else diverged)
@@ -226,7 +234,7 @@ class Replay:
 
     def let_go(self) -> None:
         """Free the memory of all states and opened steps."""
-        self._steppers, self._rules, self._opened = {}, {}, OrderedDict()
+        self._steppers, self._opened = {}, OrderedDict()
         self._kept.clear()
 
     def _forget_where(self) -> None:
@@ -276,14 +284,19 @@ class Replay:
         started = clock.now()
         losses = stepper.run(last)
         self._step_seconds = (clock.now() - started) / len(losses)
-        self.compare(first, losses, self.recorded_losses(first, last))
+        self.compare(first, losses)
 
-    def compare(self, first: int, losses: list[float], recorded: list[float]) -> None:
+    def compare(self, first: int, losses: list[float]) -> list[LossDifference]:
         """Compare losses of consecutive steps with the recorded ones, and note the first difference."""
-        for step, (loss, known) in enumerate(zip(losses, recorded, strict=False), start=first):
-            if not same_number(loss, known):
-                self._diverge(step)
-                return
+        recorded = self.recorded_losses(first, first + len(losses) - 1)
+        if len(recorded) < len(losses):
+            missing = first + len(recorded)
+            raise RunError(f"the run has no loss for step {missing}: the database was changed")
+        both = enumerate(zip(recorded, losses, strict=True), start=first)
+        found = [LossDifference(step, *pair) for step, pair in both if not same_number(*pair)]
+        if found:
+            self._diverge(found[0].step)
+        return found
 
     def _keep(self, stepper: ReplayStepper) -> None:
         assert stepper.state is not None
@@ -298,32 +311,31 @@ class Replay:
     def stepper_of(self, at: int) -> ReplayStepper:
         """Return the stepper of a stretch."""
         if at not in self._steppers:
-            stretch, conversion = self.stretches[at], self._conversion
-            facts, rule = stretch.facts, None
-            if facts.loop is None and not facts.data.lazy:  # else each row holds its batch
-                data = facts.data, facts.data_file, facts.preparation
-                by_rule = repr((*data, facts.batches, facts.ranks, facts.device))
-                if by_rule not in self._rules:
-                    found = batch_source(self.run, facts, self.data, select(facts.device), conversion)
-                    assert isinstance(found, RowsOf)
-                    self._rules[by_rule] = found
-                rule = self._rules[by_rule]
-            recorded = partial(RecordedSteps, conversion=conversion)
-            self._steppers[at] = self.stepper_for(at, rule, recorded, self._diverge)
+            recorded = partial(RecordedSteps, conversion=self._conversion)
+            self._steppers[at] = self.stepper_for(at, recorded, self._diverge)
         return self._steppers[at]
 
     def stepper_for(
         self,
         at: int,
-        rule: RowsOf | None,
         steps_of: Callable[[RecordedRun, Stretch, RowsOf | None], RecordedSteps],
         diverged: Callable[[int, str], object],
     ) -> ReplayStepper:
         """Return a new stepper of a stretch, and of that of all ranks.
 
-        rule: of the batches, if they follow one; steps_of: returns the steps of a rank; diverged: as
-        `ReplayStepper` has it.
+        steps_of: returns the steps of a rank, given its run, its stretch and the rule of its batches, if
+        they follow one; diverged: as `ReplayStepper` has it.
         """
+        facts, rule = self.stretches[at].facts, None
+        if facts.loop is None and not facts.data.lazy:  # else each row holds its batch
+            data = facts.data, facts.data_file, facts.preparation
+            by_rule = repr((*data, facts.batches, facts.ranks, facts.device))
+            if by_rule not in self._rules:
+                device, conversion = select(facts.device), self._conversion
+                found = batch_source(self.run, facts, self.data, device, conversion)
+                assert isinstance(found, RowsOf)
+                self._rules[by_rule] = found
+            rule = self._rules[by_rule]
         steps = steps_of(self.run, self.stretches[at], rule)
         ranks = steps.facts.ranks
         if ranks is None:

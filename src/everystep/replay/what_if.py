@@ -182,8 +182,7 @@ def _train_alone(
     """Let programs train from a state, once at each learning rate, or with each choice of targets."""
     run, at = replay.run, state.step
     place = replay.stretch_of(at + 1)
-    rule, taken = replay.stepper_of(place).steps.rule, range(at + 1, until + 1)
-    found = []
+    taken, found = range(at + 1, until + 1), list[Case]()
     device = select(replay.stretches[place].facts.device)
     with replay.in_force(at + 1):
         states = replay.go_to(at, place).capture_ranks()
@@ -194,7 +193,7 @@ def _train_alone(
             if change is not None:
                 lr, targets = (change, {}) if isinstance(change, float) else (None, change)
                 steps_of = partial(ChangedSteps, steps=taken, lr=lr, relabelled=targets)
-            stepper = replay.stepper_for(place, rule, steps_of, differing.setdefault)
+            stepper = replay.stepper_for(place, steps_of, differing.setdefault)
             stepper.load(*states)
             steps, outcome = stepper.steps, _outcome(run, question, (at, until), stepper)
             case = Case((), *outcome, steps.lr, min(differing, default=None))

@@ -144,7 +144,7 @@ def continue_alone(
     Args:
         run: its steps are a user's loop, or programs can continue it alone, see `check_alone`.
         at: the step before the first of them.
-        steps_of: returns the steps of a rank, given its run, its stretch and the rule of its batches.
+        steps_of: as of `Replay.stepper_for`.
         record: returns the recorder of a rank and the facts of its training, given its run and its state
             after `at`; it is called for rank 0 first.
         progress: receives progress.
@@ -326,10 +326,8 @@ class _StepsAlone:
         at: int,
         steps_of: Callable[[RecordedRun, Stretch, RowsOf | None], ChangedSteps],
     ) -> None:
-        place = replay.stretch_of(at + 1)
-        rule = replay.stepper_of(place).steps.rule
         replay.let_go()
-        self.stepper = replay.stepper_for(place, rule, steps_of, self._note_difference)
+        self.stepper = replay.stepper_for(replay.stretch_of(at + 1), steps_of, self._note_difference)
         self.is_loop = self.stepper.steps.facts.loop is not None
         self.ranks: list[_RankAlone] = []
         self.end: tuple[int, str] | None = None
