@@ -39,13 +39,9 @@ class ChangedSteps(RecordedSteps):
     their places in the batch of the first step; a later batch has such a row where all its tensors with
     as many rows have the same bytes in it.
 
-    Args:
-        run, stretch, rule: as of `RecordedSteps`.
-        steps: those to take, None for steps that read nothing besides their batches.
-        lr: the learning rate of all param groups of torch's own optimizers; None: the recorded ones.
-        relabelled: other targets, by row.
-
-    targets: the recorded and the other target, by row.
+    steps: those to take, None for steps that read nothing besides their batches; lr: the learning rate
+    of all param groups of torch's own optimizers; None: the recorded ones; relabelled: other targets, by
+    row; targets: the recorded and the other target, by row.
 
     Raises:
         ExperimentError: lists rows that do not exist, and targets that do not fit.
@@ -198,7 +194,7 @@ class ChangedSteps(RecordedSteps):
 
         What steps before these have read, too, is data; and so is what was cut out of the same data.
         """
-        read = {name: each for name, each in self._inputs_read(steps).items() if len(each) > 1}
+        read = {name: each for name, each in self._read_by(steps, _INPUT).items() if len(each) > 1}
         if not read:
             return
         before = {
@@ -229,11 +225,9 @@ class ChangedSteps(RecordedSteps):
 
         A tensor that is the same with several batches is none of these.
         """
-        read, batches = self._inputs_read(steps), set()
-        for row in map(self.row, (max(1, steps[0] - 1), *steps)):
-            given = self.given(row).given.items()
-            batches.add(tuple(each for name, each in given if name.startswith(_BATCH)))
-        is_alone = len(batches) == 1 and (self.rule is None or self.rule.is_fixed)
+        read, batches = (self._read_by(steps, kind) for kind in (_INPUT, _BATCH))
+        is_alone = all(len(each) == 1 for each in batches.values())
+        is_alone &= self.rule is None or self.rule.is_fixed
         unsure = [name for name, each in read.items() if is_alone or len(each) > 1]
         if unsure:
             raise RunError(
@@ -241,13 +235,13 @@ class ChangedSteps(RecordedSteps):
                 "code may make it from the targets, as with NumPy; change the targets in a fork instead"
             )
 
-    def _inputs_read(self, steps: range) -> dict[str, set[Given]]:
-        """Return what steps, and the step before them, read that is in no part and no batch, by name."""
+    def _read_by(self, steps: range, kind: str) -> dict[str, set[Given]]:
+        """Return the inputs of a kind that steps, and the step before them, read, by name."""
         read: dict[str, set[Given]] = {}
         for row in map(self.row, (max(1, steps[0] - 1), *steps)):
             for name, each in self.given(row).given.items():
-                if name.startswith(_INPUT):
-                    read.setdefault(name.removeprefix(_INPUT), set()).add(each)
+                if name.startswith(kind):
+                    read.setdefault(name.removeprefix(kind), set()).add(each)
         return read
 
 

@@ -45,12 +45,9 @@ _GENERATOR = re.compile(r"generator/[0-9]{1,9}")
 class ReplayStepper:
     """Repeats steps; states can be loaded and steps run in any order.
 
-    Args:
-        steps: the data that repeats each step.
-        diverged: called with a step that differs from the recording, and a description.
-
-    state: the number of the current state, None before one is loaded; others, hooks: of other ranks, by
-    number, which a `RankStepper` repeats, too.
+    steps: the data that repeats each step; diverged: called with a step that differs from the recording,
+    and a description; state: the number of the current state, None before one is loaded; others, hooks:
+    of other ranks, by number, which a `RankStepper` repeats, too.
     """
 
     others: Mapping[int, ReplayStepper] = MappingProxyType({})

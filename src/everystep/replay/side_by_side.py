@@ -59,12 +59,10 @@ def side_by_side(
 ) -> bool:
     """Train, so many at once; return whether Ctrl-C stopped that, after the step of each training.
 
-    Args:
-        start: starts a process, as `pool` does; one that was killed is replaced.
-        count: of processes.
-        tasks: of each training by its name: what to call in the process, and with what.
-        ended: called with the name of a training that ended, and how it did.
-        reuses_processes: whether a process may train again: a user's code may leave anything behind.
+    start: starts a process, as `pool` does; one that was killed is replaced; tasks: of each training by
+    its name: what to call in the process, and with what; ended: called with the name of a training that
+    ended, and how it did; reuses_processes: whether a process may train again: a user's code may leave
+    anything behind.
     """
     #: What takes trainings, what stops it, and what ends it.
     free: list[tuple[Any, Any, ExitStack]] = []

@@ -141,19 +141,14 @@ def continue_alone(
 ) -> Outcome:
     """Take steps of a run by its programs, and record them.
 
-    Args:
-        run: its steps are a user's loop, or programs can continue it alone, see `check_alone`.
-        at: the step before the first of them.
-        steps_of: as of `Replay.stepper_for`.
-        record: returns the recorder of a rank and the facts of its training, given its run and its state
-            after `at`; it is called for rank 0 first.
-        progress: receives progress.
-        lr: the learning rate of the steps; None: the recorded ones.
+    run: its steps are a user's loop, or programs can continue it alone, see `check_alone`; at: the step
+    before the first of them; steps_of: as of `Replay.stepper_for`; record: returns the recorder of a
+    rank and the facts of its training, given its run and its state after `at`; it is called for rank 0
+    first; lr: the learning rate of the steps; None: the recorded ones.
 
     Raises:
         RunError: this process cannot compute as the run did, a replay differs from the recording, or no
             step can be taken.
-        RecordingError: writing the run failed.
     """
     if needs_worker(run.facts):
         environment = recorded_numerics(run.facts).environment()
