@@ -64,7 +64,7 @@ class Probe:
         references: Collection[Reference],
         answer: Callable[[int, float], bool],
     ) -> None:
-        self._stepper = stepper
+        self.stepper = stepper
         self._answer = answer
         self._previous = [reference for reference in references if reference.is_previous]
         #: Of an update, the parameter before it; after it, the parameter itself is there.
@@ -117,11 +117,11 @@ class Probe:
         self, reference: Reference, source: str | None, tensor_of: Callable[[str], Tensor]
     ) -> None:
         """Copy a value. source: its name in the program; None: of the state, or of an unused batch."""
-        assert self._stepper.state is not None
+        assert self.stepper.state is not None
         if source is not None:
             value: Tensor | None = tensor_of(source)
         elif reference.kind == "batch":
-            value = self._stepper.batch(self._stepper.state + 1).tensors.get(reference.name)
+            value = self.stepper.batch(self.stepper.state + 1).tensors.get(reference.name)
         else:
             kind = "buffer" if reference.kind == "buffers" else "parameter"
             value = self._state(f"{kind}/{reference.name}")
@@ -129,7 +129,7 @@ class Probe:
             self._copies[reference] = value.clone()
 
     def _state(self, name: str) -> Tensor:
-        return self._stepper.named_state()[name].detach()
+        return self.stepper.named_state()[name].detach()
 
 
 def _copied(reference: Reference) -> Reference:
