@@ -21,7 +21,7 @@ from everystep.recording.database import Repeat
 from everystep.recording.recorded_run import RecordedRun, Stretch
 from everystep.replay.opened_step import of_kind
 from everystep.replay.recorded_batches import batches_of
-from everystep.replay.recorded_steps import LOOK_AHEAD, NotReplayedError, RecordedSteps, described
+from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps, described
 from everystep.training.job import relabelled_rows
 
 __all__ = ["ChangedSteps", "FurtherSteps"]
@@ -263,23 +263,16 @@ class FurtherSteps(ChangedSteps):
         self._batches = batches_of(self.facts)
         #: The newest step by its number of rows.
         self._alike: dict[int, Repeat] = {}
-        #: What repeats the inputs of a step, by that of the recorded one.
-        self._further: dict[bytes | None, bytes] = {}
 
     def row(self, number: int) -> Repeat:
         """Return what repeats a step: its operations are those of a recorded one."""
-        row = self._like(number)
-        if row.inputs not in self._further:
-            # The recorded step had a different generator state; this one uses the state that the
-            # previous step left.
-            inputs = self.given(row)
-            given = {n: each for n, each in inputs.given.items() if not n.startswith("generator/")}
-            self._further[row.inputs] = inputs._replace(given=given).packed()
-        return row._replace(step=number, inputs=self._further[row.inputs])
+        return self._like(number)._replace(step=number)
 
-    def ahead(self, first: int, last: int) -> list[Repeat]:
-        """Return the rows of the next steps."""
-        return [self.row(number) for number in range(first, min(last, first + LOOK_AHEAD) + 1)]
+    def given(self, row: Repeat) -> Inputs:
+        """Return the inputs of a step, which draws from where the step before left the generator."""
+        found = super().given(row)
+        given = {name: each for name, each in found.given.items() if not name.startswith("generator/")}
+        return found._replace(given=given)
 
     def reason_against(self) -> str | None:
         """Return why no steps can follow the run's last, None if they can.
