@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -52,7 +52,6 @@ __all__ = [
     "recorded_numerics",
     "sent_tensor",
     "shared",
-    "workers",
 ]
 
 #: Seconds that a process which is asked to stop has to keep what it has done.
@@ -122,20 +121,6 @@ def needs_worker(facts: Facts) -> bool:
     """
     here = Numerics.read(device.select(facts.training.device))
     return recorded_numerics(facts).needs_other_process(here)
-
-
-@contextmanager
-def workers(facts: Facts, count: int, threads: int) -> Iterator[ProcessPoolExecutor]:
-    """Return processes that compute as the run did, with `threads` threads each; they end afterwards.
-
-    Raises:
-        TrainingError: none can be started, or one ended unexpectedly.
-    """
-    try:
-        with pool(count, threads, recorded_numerics(facts).environment()) as (executor, _):
-            yield executor
-    except BrokenProcessPool:
-        raise TrainingError(_ENDED_TOO_EARLY) from None
 
 
 @contextmanager
@@ -210,9 +195,14 @@ def shared(
     raised here.
     """
     place = opener.run.directory, opener.data, threads
-    with workers(opener.run.facts, count, threads) as executor:
-        for future in as_completed([executor.submit(_in_worker, *place, task, *each) for each in given]):
-            yield future.result()
+    environment = recorded_numerics(opener.run.facts).environment()
+    try:
+        with pool(count, threads, environment) as (executor, _):
+            submit = partial(executor.submit, _in_worker, *place, task)
+            for future in as_completed([submit(*each) for each in given]):
+                yield future.result()
+    except BrokenProcessPool:
+        raise TrainingError(_ENDED_TOO_EARLY) from None
 
 
 # The edition is a key of the cache: a run that was resumed needs another replay.
@@ -369,7 +359,8 @@ class Opener:
         if not needs_worker(facts):
             self._replay = Replay(self.run, self.data, counting=self._counting)
         elif self._worker is None:
-            threads = facts.training.numerics.threads
-            self._worker = self._workers.enter_context(workers(facts, 1, threads))
+            numerics_there = recorded_numerics(facts)
+            alone = pool(1, numerics_there.threads, numerics_there.environment())
+            self._worker, _ = self._workers.enter_context(alone)
         # Not earlier: after a failure, the next call tries and reports again.
         self._known = known
