@@ -210,13 +210,12 @@ def _compare_state(found: Replayed, replay: Replay, span: Span) -> None:
     if all(row.step != span.last for row in replay.snapshot_rows()):
         return
     stepper = replay.go_to(span.last, span.at)
-    own, *others = stepper.capture_ranks(is_live=True)
-    states = {"": (replay.run, own)}
-    for (number, other), state in zip(stepper.others.items(), others, strict=True):
-        states[f"rank {number}: "] = other.steps.run, state
+    states = stepper.capture_ranks(is_live=True)
+    others = ((f"rank {number}: ", other.steps.run) for number, other in stepper.others.items())
+    runs = [("", replay.run), *others]
     # A fork may begin with another optimizer, or other random numbers, than its parent ended with.
     is_fork = replay.stretch_of(span.last + 1) != span.at
-    for rank, (run, here) in states.items():
+    for (rank, run), here in zip(runs, states, strict=True):
         problems: list[str] = []
         recorded = run.state_near(span.last, after=span.last - 1, on_problem=problems.append)
         replay.problems += [f"{rank}{problem}" for problem in problems]

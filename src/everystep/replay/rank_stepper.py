@@ -34,7 +34,7 @@ __all__ = ["RankStepper"]
 
 #: Seconds that a collective within this process may take.
 SECONDS = 600
-#: A collective of one rank: its name and its arguments.
+#: A collective of one rank: its name and its arguments, the tensors that it writes into first.
 Collective = tuple[str, tuple[Any, ...]]
 
 
@@ -119,13 +119,18 @@ class RankStepper(ReplayStepper):
         number, device = self.state, self.steps.device
         own, drawn = copied_together(self._tensors), Generators.capture(device)
         results: list[list[Tensor]] = []
-        self._together(partial(super()._take, number + 1, None), results.append)
+
+        def keep(calls: Mapping[int, Collective]) -> None:
+            if self._rank in calls:
+                results.append([tensor.clone() for tensor in calls[self._rank][1][0]])
+
+        self._together(partial(super()._take, number + 1, None), keep)
         self._begin(number, own)
         drawn.restore(device)
         known = cycle(results)  # a part of the step may run again
 
         def give(name: str, arguments: tuple[Any, ...]) -> None:
-            for tensor, result in zip(_written((name, arguments)), next(known), strict=True):
+            for tensor, result in zip(arguments[0], next(known), strict=True):
                 tensor.copy_(result)
 
         with taking_part(give):
@@ -134,11 +139,11 @@ class RankStepper(ReplayStepper):
     def _together(
         self,
         own: Callable[[], float],
-        note: Callable[[list[Tensor]], object] = lambda results: None,
+        done: Callable[[Mapping[int, Collective]], object] = lambda calls: None,
     ) -> float:
         """Repeat a step of all ranks; return what `own` returns, which repeats that of this one.
 
-        note: is called with copies of the results of each collective.
+        done: as of `_in_turn`.
 
         Raises:
             NotReplayedError: a rank cannot repeat it, now or before.
@@ -153,7 +158,7 @@ class RankStepper(ReplayStepper):
                 functions[rank] = partial(self._run_other, rank, before + 1)
         ended = [rank for rank in self.others if rank not in functions]
         try:
-            losses = _in_turn(self._pool, functions, self._as_rank, partial(self._done, note))
+            losses = _in_turn(self._pool, functions, self._as_rank, done)
         except NotReplayedError as error:
             # The rank of this stepper may have ended its step before another one failed.
             self.state, self._reason = before, error
@@ -165,10 +170,6 @@ class RankStepper(ReplayStepper):
                 )
             raise self._reason from None
         return losses[self._rank]
-
-    def _done(self, note: Callable[[list[Tensor]], object], calls: Mapping[int, Collective]) -> None:
-        if self._rank in calls:
-            note([tensor.clone() for tensor in _written(calls[self._rank])])
 
     def _run_other(self, rank: int, step: int) -> float:
         """Repeat a step of another rank, and compare its loss with the recorded one."""
@@ -249,11 +250,6 @@ def _in_turn(
             turn.put(False)
         wait(futures)
     return losses
-
-
-def _written(call: Collective) -> list[Tensor]:
-    """Return the tensors that a collective writes into."""
-    return [*call[1][0]]
 
 
 def _compute(calls: Mapping[int, Collective]) -> None:
