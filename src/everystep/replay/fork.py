@@ -429,11 +429,7 @@ def _set_rate(training: Training, lr: float) -> None:
 
 def _has_other_loss(training: Training, first: State) -> bool:
     """Return whether the tensors of the loss are not those of a state."""
-    known = first.named()
+    known, of_model = first.named(), training.parts.only(["model"]).state()
     live = training.parts.only(["model", "loss"]).state()
-    own = training.parts.only(["model"]).state()
-    return any(
-        name not in known or not same_bits(tensor.cpu(), known[name])
-        for name, tensor in live.items()
-        if name not in own
-    )
+    own = {name: tensor for name, tensor in live.items() if name not in of_model}
+    return any(n not in known or not same_bits(t.cpu(), known[n]) for n, t in own.items())

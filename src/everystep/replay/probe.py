@@ -39,16 +39,9 @@ def check_question(expression: Expression, opener: Opener) -> None:
         raise ExpressionError(f"{before[0]} cannot be asked for together with rows")
     replay = opener.replay_here()
     step = replay.step(next((first for first, _ in replay.run.facts.kept(replay.run.newest_step())), 1))
-    activations = replay.stepper.module_paths()
-    expression.check(
-        {
-            "parameters": list(step.parameters),
-            "buffers": list(step.buffers),
-            "gradients": list(step.gradients | step.parameters),
-            "activations": activations,
-            "updates": list(step.updates),
-        }
-    )
+    known = {kind: [*getattr(step, kind)] for kind in ("parameters", "buffers", "updates")}
+    gradients = [*(step.gradients | step.parameters)]
+    expression.check(known | {"gradients": gradients, "activations": replay.stepper.module_paths()})
 
 
 class Probe:

@@ -308,8 +308,7 @@ class Opener:
     @property
     def problems(self) -> list[str]:
         """Problems found, such as an unreadable snapshot."""
-        found: list[str] = self.call(getattr, "problems")
-        return found
+        return list(self.call(getattr, "problems"))
 
     @property
     def diverged_at(self) -> int | None:

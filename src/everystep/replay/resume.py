@@ -149,11 +149,11 @@ class Resume:
             everything = ("model", "loss", "optimizer", "scheduler")
             job.training.restore(state, everything if self.is_accepted else None)
         at = begin if self.is_accepted or run.others is not None else recorded
+        known = {} if job.training.scheduler else job.training.hyperparameters()
         origin = StartingPoint(
             run=run,
             at=begin,
-            hyperparameters=({} if job.training.scheduler else job.training.hyperparameters())
-            | settings_of(run, facts, 0)(begin),
+            hyperparameters=known | settings_of(run, facts, 0)(begin),
             has_new_data=facts.data_file is None,
             resumed=resume_facts(run, at, changed),
         )
@@ -235,7 +235,7 @@ def resume_experiment(
         note_named(experiment.data.files)
         given = experiment.with_fused(select(experiment.device).type)
         _check_same_experiment(run, known, given)
-        asked = replace(asked, steps=experiment.steps or _steps_of(experiment, facts))
+        asked = replace(asked, steps=_steps_of(experiment, facts))
         if asked.has_all:
             return Outcome(run.directory)
     device = select(experiment.device)
@@ -271,7 +271,7 @@ def resume_objects(
     run = asked.run
     facts = run.facts.training
     if iteration is not None:
-        asked = replace(asked, steps=iteration.steps or _steps_of(iteration, facts))
+        asked = replace(asked, steps=_steps_of(iteration, facts))
         if asked.has_all:
             _restore_objects(run, objects)
             return Outcome(run.directory)
@@ -318,13 +318,10 @@ def _steps_of(iteration: Iteration, facts: TrainingFacts) -> int:
 
 def _check_same_experiment(run: RecordedRun, known: Experiment, given: Experiment) -> None:
     """Check that an experiment is the run's, except for the number of steps."""
-    pair = [flat(each.model_dump(exclude={"steps", "epochs"})) for each in (known, given)]
-    changed = tuple(
-        f"{path}: {pair[0].get(path)} | {pair[1].get(path)}"
-        for path in dict.fromkeys((*pair[0], *pair[1]))
-        if pair[0].get(path) != pair[1].get(path)
-    )
-    check_changes(run, changed, is_accepted=False)
+    one, other = (flat(each.model_dump(exclude={"steps", "epochs"})) for each in (known, given))
+    changed = [path for path in one | other if one.get(path) != other.get(path)]
+    texts = tuple(f"{path}: {one.get(path)} | {other.get(path)}" for path in changed)
+    check_changes(run, texts, is_accepted=False)
 
 
 def _check_same_data(job: Job, facts: TrainingFacts) -> None:

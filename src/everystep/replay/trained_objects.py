@@ -58,11 +58,8 @@ def objects_from(given: Mapping[str, Any], known: Objects | None) -> tuple[Objec
     objects = known if is_own else Objects(given["model"], given["loss"], given["optimizer"])
     if objects is None or objects.model is None:
         return None, is_own
-    others = {
-        name: given[name]
-        for name in ("data", "scheduler", "validation", "metrics")
-        if given[name] is not None
-    }
+    names = "data", "scheduler", "validation", "metrics"
+    others = {name: given[name] for name in names if given[name] is not None}
     if "scheduler" in others:
         others["scheduler_every"] = given["scheduler_every"]
     return replace(objects, **others), is_own
