@@ -203,9 +203,8 @@ class ChangedSteps(RecordedSteps):
             for each in inputs_of(row.inputs, described(self.run, row)).given.values()
             for digest in each.digests
         }
-        sources = self.run.sources(
-            [*before, *(d for of in read.values() for g in of for d in g.digests)]
-        )
+        asked = {digest for of in read.values() for each in of for digest in each.digests}
+        sources = self.run.sources(before | asked)
         data = before | {sources[digest] for digest in before if digest in sources}
         changing = [
             name

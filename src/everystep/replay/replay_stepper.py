@@ -282,11 +282,9 @@ class ReplayStepper:
         self.settle()
         number = self.state + 1
         batch = self.batch(number)
-        return replace(
-            observed_step(number, self.observe(), batch),
-            hyperparameters=self.hyperparameters(),
-            epoch=0 if self._is_own_loop else batches_of(self.steps.facts).epoch(number),
-        )
+        step = observed_step(number, self.observe(), batch)
+        epoch = 0 if self._is_own_loop else batches_of(self.steps.facts).epoch(number)
+        return replace(step, hyperparameters=self.hyperparameters(), epoch=epoch)
 
     def observe(self) -> Observation:
         """Run the next step, and return everything in it."""

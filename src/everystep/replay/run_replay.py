@@ -120,10 +120,9 @@ class Replay:
 
     def state(self, number: int) -> State:
         """Return the state after a step (0: before the first); raises as `step`."""
-        if number in {row.step for row in self.snapshot_rows()}:
-            state = self.run.state_near(number, on_problem=self._note, after=number - 1)
-            if state is not None:
-                return state
+        state = self.run.state_near(number, on_problem=self._note, after=number - 1)
+        if state is not None:
+            return state
         if number:
             self.recorded_loss(number)
             check_kept(self.run, number)

@@ -271,9 +271,8 @@ def _training(run: RecordedRun, stretch: Stretch, objects: Objects) -> Training:
         objects.check_complete()
         own = objects.copied()
         own.model.to(device)
-        return Training(
-            own.model, own.loss, own.optimizer, batch, device, max_grad_norm=facts.max_grad_norm
-        )
+        norm = facts.max_grad_norm
+        return Training(own.model, own.loss, own.optimizer, batch, device, max_grad_norm=norm)
     # Without its file, a run is still replayed as far as its programs go.
     experiment = None if run.lost_experiment(facts) else run.experiment(facts)
     if experiment is None:

@@ -194,15 +194,13 @@ def continue_alone(
         progress.begin(place, top.facts)
         lost = run.lost_experiment(run.facts.training)
         why = "" if lost is None else f"{lost.name} is missing, so "
-        progress.notice(
-            f"{why}programs alone take the steps, without "
-            + (
-                "your code: what it did outside of torch, and between steps, stays as recorded"
-                if taken.is_loop
-                else "the objects that trained the run: nothing checks them against Python, and nothing "
-                "is measured on validation rows"
-            )
+        without = (
+            "your code: what it did outside of torch, and between steps, stays as recorded"
+            if taken.is_loop
+            else "the objects that trained the run: nothing checks them against Python, and nothing is "
+            "measured on validation rows"
         )
+        progress.notice(f"{why}programs alone take the steps, without {without}")
         try:
             reason = taken.record(interrupt)
             status = "finished" if reason is None else "stopped"
@@ -233,12 +231,8 @@ def facts_alone(run: RecordedRun, at: int, lr: float | None = None) -> TrainingF
         for name, each in facts.optimizers.items()
         if lr is not None
     }
-    return facts.model_copy(
-        update={
-            "engine": engine.model_copy(update=alone),
-            "optimizers": facts.optimizers | optimizers,
-        }
-    )
+    changed = {"engine": engine.model_copy(update=alone), "optimizers": facts.optimizers | optimizers}
+    return facts.model_copy(update=changed)
 
 
 class _RankAlone:
