@@ -54,18 +54,15 @@ class RankStepper(ReplayStepper):
         super().__init__(steps, diverged)
         self._rank = rank
         self.others = {
-            number: ReplayStepper(each, partial(self._note_other, number))
-            for number, each in others.items()
+            n: ReplayStepper(each, partial(self._note_other, n)) for n, each in others.items()
         }
         self._generators: dict[int, Tensor] = {}
         self._differing: set[int] = set()
         #: Why the next step cannot be repeated, once that was tried.
         self._reason: NotReplayedError | None = None
         # Whether the processor flushes denormal numbers belongs to each thread.
-        flush = steps.facts.numerics.flush_denormal
-        self._pool = ThreadPoolExecutor(
-            len(others) + 1, "everystep rank", torch.set_flush_denormal, (flush,)
-        )
+        begin = torch.set_flush_denormal, (steps.facts.numerics.flush_denormal,)
+        self._pool = ThreadPoolExecutor(len(others) + 1, "everystep rank", *begin)
 
     def _note_other(self, rank: int, step: int, problem: str) -> None:
         self._diverged(step, f"rank {rank}: {problem}")
