@@ -36,15 +36,9 @@ Question = Expression | Callable[[Step], Any] | str
 class Query(Visitor):
     """Runs the steps of a span, and asks a question at those that are due.
 
-    Args:
-        question: the question.
-        run: the run.
-        every: steps between two that are due.
-        as_condition: whether the answer is yes, stored as 1, or no, which is not stored.
-        only_first: stop at the first yes.
-        skipped: steps with a known answer.
-
-    looks_back: whether it needs tensors of the step before; may_share: see `Visitor`.
+    every: steps between two that are due; as_condition: whether the answer is yes, stored as 1, or no,
+    which is not stored; only_first: stop at the first yes; skipped: steps with a known answer;
+    looks_back: whether it needs tensors of the step before.
     """
 
     def __init__(
