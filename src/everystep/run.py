@@ -372,9 +372,8 @@ class Run(RecordedRun):
         from everystep.answers.nonfinite import find_nonfinite
 
         count = self.facts.nonfinite_step or len(self)
-        return self._answered(
-            "looking", count, progress, partial(find_nonfinite, self._opener, processes)
-        )
+        ask = partial(find_nonfinite, self._opener, self.__getitem__, processes)
+        return self._answered("looking", count, progress, ask)
 
     def rows(self, step: int) -> Rows:
         """Return how much each row of a step's batch contributes to its loss and to each gradient.

@@ -16,7 +16,7 @@ import everystep
 from everystep.errors import ExperimentError, ExpressionError, RunError, UsageError
 from everystep.experiment.batches import Batches
 from everystep.replay import processes, what_if
-from everystep.replay.processes import workers
+from everystep.replay.processes import pool, recorded_numerics
 
 ROWS, STEPS = 20, 14
 
@@ -80,12 +80,12 @@ def test_processes_find_what_one_finds(tmp_path, monkeypatch):
     monkeypatch.setattr(what_if, "GROUP", 3)
     alone = run.what_if(4, 11, **rows, processes=1), run.measure(**size, name="alone", processes=1)
     asked, threads = [], run.facts.training.numerics.threads
-    with workers(run.facts, 2, threads) as pool:
+    with pool(2, threads, recorded_numerics(run.facts).environment()) as known:
         monkeypatch.setattr(
-            processes, "workers", lambda *given: asked.append(given[1:]) or nullcontext(pool)
+            processes, "pool", lambda *given: asked.append(given[:2]) or nullcontext(known)
         )
         shared = run.what_if(4, 11, **rows, processes=2), run.measure(**size, name="shared", processes=2)
-        leak = pool.submit(getattr, process_executor, "_MAX_MEMORY_LEAK_SIZE")
+        leak = known[0].submit(getattr, process_executor, "_MAX_MEMORY_LEAK_SIZE")
         assert leak.result() > 2**50
     assert asked == [(2, threads)] * 2
     assert (shared[0].cases, shared[0].recorded) == (alone[0].cases, alone[0].recorded)

@@ -6,7 +6,7 @@ from everystep.answers.diff import Difference
 from everystep.answers.operations import OperationDifference, TensorDifference
 from everystep.program.observed import Observed
 from everystep.program.operation import Operation
-from everystep.replay.parallel import LossDifference
+from everystep.replay.run_replay import LossDifference
 from everystep.step.state import StateDifference
 from everystep.views.comparisons import diff_sentence
 

@@ -35,10 +35,10 @@ from everystep.recording.keep import kept_text
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.settings_diff import asked_differences, config_differences, renamed
 from everystep.replay.opened_step import Step
-from everystep.replay.parallel import LossDifference
 from everystep.replay.processes import Opener, recorded_numerics
 from everystep.replay.recorded_columns import recorded_at
-from everystep.replay.run_replay import Replay, same_number
+from everystep.replay.recorded_steps import same_number
+from everystep.replay.run_replay import LossDifference, Replay
 from everystep.replay.shown import Shown
 from everystep.step.state import State, StateDifference, same_bits, state_differences
 from everystep.training.objects import Objects
@@ -468,7 +468,7 @@ def footprints(
             else:
                 losses = stepper.run(number)
             digests["loss"] = repr(losses)
-            replay.compare(number, losses, replay.recorded_losses(number, number))
+            replay.compare(number, losses)
             state = stepper.named_state().items()
             found.append(digests | {name: digest_of(tensor) for name, tensor in state})
     return found

@@ -36,15 +36,9 @@ Question = Expression | Callable[[Step], Any] | str
 class Query(Visitor):
     """Runs the steps of a span, and asks a question at those that are due.
 
-    Args:
-        question: the question.
-        run: the run.
-        every: steps between two that are due.
-        as_condition: whether the answer is yes, stored as 1, or no, which is not stored.
-        only_first: stop at the first yes.
-        skipped: steps with a known answer.
-
-    looks_back: whether it needs tensors of the step before; may_share: see `Visitor`.
+    every: steps between two that are due; as_condition: whether the answer is yes, stored as 1, or no,
+    which is not stored; only_first: stop at the first yes; skipped: steps with a known answer;
+    looks_back: whether it needs tensors of the step before.
     """
 
     def __init__(
@@ -103,10 +97,6 @@ class Query(Visitor):
             step = replay.next_step()
             self._answer(number, step.loss, step)
             losses = [step.loss]
-        elif isinstance(self._question, str):  # all ranks must have taken the step
-            losses = stepper.run(number)
-            if stepper.ranks_differ():
-                self._answers.append((number, 1.0))
         else:
             self._probe = self._probe or Probe(stepper, self._tensors, self._answer)
             while number < last and self._is_looked_at(number + 1):
@@ -140,8 +130,10 @@ class Query(Visitor):
                 return self._evaluator.answer(number, losses, partial(opened_value, step))
             assert self._probe is not None
             return self._evaluator.answer(number, losses, self._probe.value_of)
+        if isinstance(self._question, str):
+            assert self._probe is not None
+            return 1.0 if self._probe.stepper.ranks_differ() else None
         assert step is not None
-        assert not isinstance(self._question, str)
         answer = self._question(step)
         if answer is None:
             return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Literal, NamedTuple
 
@@ -25,7 +25,6 @@ from everystep.program.observed import Observed, unset_results
 from everystep.program.operation import Phase
 from everystep.program.optimizer_operator import OPTIMIZERS
 from everystep.program.step_program import Program
-from everystep.recording.recorded_run import stretch_at
 from everystep.replay.opened_step import Step
 from everystep.replay.parallel import Span, Visitor, spans
 from everystep.replay.processes import Opener
@@ -168,10 +167,11 @@ def _is_number(tensor: Tensor) -> Tensor:
 @on_cpu()
 def find_nonfinite(
     opener: Opener,
+    open_step: Callable[[int], Step],
     processes: int | None = None,
     on_progress: Callable[[int], None] = lambda steps: None,
 ) -> NonFinite | None:
-    """Answer `Run.first_nonfinite`.
+    """Answer `Run.first_nonfinite`. open_step: returns a step that knows those before, and all ranks.
 
     It checks every result of every operation. Infinities among the arguments of an operation (a causal
     mask) do not count; results computed from them count only if they are NaN.
@@ -190,7 +190,7 @@ def find_nonfinite(
     # The first step has the operations with intentional infinities.
     suspect = begin = next((first for first, _ in run.facts.kept(bound)), bound)
     while True:
-        step = _knowing_others(opener, suspect)
+        step = open_step(suspect)
         if (made := _first_made(step)) is not None:
             return made
         if begin > bound:
@@ -210,16 +210,6 @@ def find_nonfinite(
         if found is None:
             return None
         suspect, begin = found, found + 1
-
-
-def _knowing_others(opener: Opener, number: int) -> Step:
-    """Return a step that knows those before, and those of other ranks."""
-
-    def of_ranks(number: int) -> list[Step]:
-        ranks = opener.run.ranks_of(stretch_at(opener.run.stretches, number))
-        return [_knowing_others(Opener(rank), number) for rank in ranks]
-
-    return replace(opener.step(number), earlier=opener.step, of_ranks=of_ranks)
 
 
 def _not_finite_in(step: Step) -> frozenset[_Meant]:

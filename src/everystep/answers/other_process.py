@@ -44,7 +44,7 @@ __all__ = ["Conditions", "OtherProcess", "main", "opened", "other_process"]
 T = TypeVar("T")
 
 #: Of the tasks and results: both ends must have the same.
-PROTOCOL = 7
+PROTOCOL = 8
 
 #: Branches that MKL_CBWR takes, each also with ",STRICT"; "OFF" is MKL's own choice.
 _MKL_BRANCHES = ("OFF", "AUTO", "COMPATIBLE", "SSE4_2", "AVX", "AVX2", "AVX512")

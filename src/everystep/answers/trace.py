@@ -84,11 +84,7 @@ class _Write(NamedTuple):
 
 
 class Trace:
-    """The writes of a step.
-
-    Args:
-        step: the opened step.
-    """
+    """The writes of an opened step."""
 
     def __init__(self, step: Step) -> None:
         self.step = step

@@ -12,8 +12,9 @@ import torch
 from everystep.device import on_cpu
 from everystep.recording.keep import is_kept
 from everystep.recording.recorded_run import RecordedRun
-from everystep.replay.parallel import LossDifference, Visitor, parallel, spans
+from everystep.replay.parallel import Visitor, parallel, spans
 from everystep.replay.processes import Opener, recorded_numerics
+from everystep.replay.run_replay import LossDifference
 from everystep.replay.shown import Shown
 from everystep.step.state import StateDifference, distance
 
@@ -84,6 +85,8 @@ def verify(
         damaged += [f"{longest.name}: {each}" for each in ([] if more.is_exact else [repr(more)])]
     replayed.sort(key=lambda each: each.span)
     firsts = [each.first_loss for each in replayed if each.first_loss is not None]
+    dtype = getattr(torch, run.facts.loss_dtype)
+    pair = [torch.tensor([n], dtype=dtype) for each in firsts[:1] for n in each[1:]]
     numerics = recorded_numerics(run.facts).differences(replayed[0].numerics) if replayed else {}
     numerics.pop("threads", None)  # those that were set are counted below
     threads: Counter[int] = Counter()
@@ -94,7 +97,7 @@ def verify(
         all_steps=steps,
         different_steps=sum(each.different_losses for each in replayed),
         first_loss=firsts[0] if firsts else None,
-        loss_distance=_loss_distance(run, firsts[0]) if firsts else None,
+        loss_distance=distance(*pair) if pair else None,
         snapshots=sum(each.compared for each in replayed),
         all_snapshots=sum(
             0 < row.step <= steps and is_kept(row.step, not_kept) for row in run.snapshot_rows()
@@ -104,9 +107,3 @@ def verify(
         problems=(*damaged, *dict.fromkeys(p for each in replayed for p in each.problems)),
         threads=dict(+threads),
     )
-
-
-def _loss_distance(run: RecordedRun, difference: LossDifference) -> int | None:
-    dtype = getattr(torch, run.facts.loss_dtype)
-    pair = [torch.tensor([n], dtype=dtype) for n in (difference.recorded, difference.replayed)]
-    return distance(*pair)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor
@@ -49,12 +49,8 @@ class Hook(Protocol):
 class BoundStep:
     """The program of a step, bound to the state of a replay, and its last inputs.
 
-    Args:
-        row: of the step.
-        steps: the source of its numbers and inputs.
-        state: the tensors that it is bound to, laid out as it needs them.
-
-    generator: the state to draw from, if any; digests: of the state after the step.
+    steps: the source of its numbers and inputs; state: the tensors that it is bound to, laid out as it
+    needs them; generator: the state to draw from, if any; digests: of the state after the step.
 
     Raises:
         ProgramError: the interpreter must run it.
@@ -85,6 +81,8 @@ class BoundStep:
         self._loaded: bytes | None = _NOTHING
         self._recorded: list[int | float] = []
         self._hooked: tuple[Hook, list[Call]] | None = None
+        #: The operations that read a number.
+        self._reading = [n for n, each in enumerate(program.operations) if each.operator == READ]
 
     def is_loaded(self, row: Repeat) -> bool:
         """Return whether it has the inputs of a step that no rule finds."""
@@ -158,11 +156,6 @@ class BoundStep:
             self._hooked = hook, self.live.calls_with(after)
         return self._hooked[1]
 
-    @cached_property
-    def _reading(self) -> list[int]:
-        """The operations that read a number."""
-        return [n for n, each in enumerate(self.live.program.operations) if each.operator == READ]
-
     def different_read(self) -> str | None:
         """Return the first number that the step read and that differs from the recording, in words."""
         for place, index in zip(self.live.reads, self._reading, strict=True):
@@ -174,8 +167,7 @@ class BoundStep:
 class BoundSteps:
     """The bound programs of a run, by their numbers.
 
-    Args:
-        state: the tensors that they run on, by name; the dictionary is shared with whoever replays.
+    state: the tensors that they run on, by name; the dictionary is shared with whoever replays.
     """
 
     def __init__(self, state: dict[str, Tensor]) -> None:
@@ -189,10 +181,7 @@ class BoundSteps:
     def begin(self, row: Repeat, last: int, steps: RecordedSteps) -> BoundStep | None:
         """Prepare a step; return the program that runs it, None if the interpreter must.
 
-        Args:
-            row: of the step.
-            last: the last step that is about to run.
-            steps: what repeats them.
+        last: the last step that is about to run.
         """
         interpreter, number = steps.program_of(row), row.program
         assert number is not None
@@ -224,12 +213,10 @@ class BoundSteps:
         except ProgramError:
             self._left.add(row.program)
             return None
-        while len(self._bound) > 1 and self._bytes() > MOST_BYTES:
-            del self._bound[next(iter(self._bound))]
+        known = self._bound
+        while len(known) > 1 and sum(each.live.temporary_bytes for each in known.values()) > MOST_BYTES:
+            del known[next(iter(known))]
         return bound
-
-    def _bytes(self) -> int:
-        return sum(each.live.temporary_bytes for each in self._bound.values())
 
     def _bring(self, bound: BoundStep, interpreter: Interpreter) -> bool:
         """Bring the state to the memory that a program is bound to; return whether it fits."""

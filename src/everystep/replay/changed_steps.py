@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -21,7 +21,7 @@ from everystep.recording.database import Repeat
 from everystep.recording.recorded_run import RecordedRun, Stretch
 from everystep.replay.opened_step import of_kind
 from everystep.replay.recorded_batches import batches_of
-from everystep.replay.recorded_steps import LOOK_AHEAD, NotReplayedError, RecordedSteps, described
+from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps, described
 from everystep.training.job import relabelled_rows
 
 __all__ = ["ChangedSteps", "FurtherSteps"]
@@ -39,13 +39,9 @@ class ChangedSteps(RecordedSteps):
     their places in the batch of the first step; a later batch has such a row where all its tensors with
     as many rows have the same bytes in it.
 
-    Args:
-        run, stretch, rule: as of `RecordedSteps`.
-        steps: those to take, None for steps that read nothing besides their batches.
-        lr: the learning rate of all param groups of torch's own optimizers; None: the recorded ones.
-        relabelled: other targets, by row.
-
-    lr: the same; targets: the recorded and the other target, by row.
+    steps: those to take, None for steps that read nothing besides their batches; lr: the learning rate
+    of all param groups of torch's own optimizers; None: the recorded ones; relabelled: other targets, by
+    row; targets: the recorded and the other target, by row.
 
     Raises:
         ExperimentError: lists rows that do not exist, and targets that do not fit.
@@ -68,8 +64,9 @@ class ChangedSteps(RecordedSteps):
         self.lr = lr
         #: Steps in their stored form, by their programs, numbers and inputs.
         self._taken: dict[tuple[Any, ...], Taken] = {}
-        #: The bytes of each row, by the name of the tensor of the batch, and its target.
-        self._changed: list[tuple[dict[str, Tensor], float]] = []
+        #: The tensors of a batch with its rows; the bytes of a row in all of these, and its target.
+        self._with_rows: list[str] = []
+        self._changed: list[tuple[Tensor, float]] = []
         #: Whether a batch has one of the rows, by the inputs of its step.
         self._has: dict[bytes | None, bool] = {}
         self.targets: dict[int, tuple[float, float]] = {}
@@ -104,17 +101,14 @@ class ChangedSteps(RecordedSteps):
         return f"Python read {count:,} of its values that no program computes" if count else None
 
     def taken(self, number: int) -> Taken:
-        """Return a step in its stored form.
-
-        Raises:
-            NotReplayedError: it cannot be read.
-        """
+        """Return a step in its stored form."""
         row = self.row(number)
         if (known := self._taken.get(row[1:4])) is not None:
             return known._replace(step=number)
         given, tensors = self.given(row), self.stored(row)
         size = sum(tensor.nbytes for tensor in tensors.values())
-        numbers = [*self.offsets(row), *self.numbers(row)]
+        recorded, own = self.all_numbers(row), self.numbers(row)
+        numbers = [*recorded[: len(recorded) - len(own)], *own]
         found = Taken(number, row.program, numbers, tensors, given.nesting, size, {})
         if not tensors:
             self._taken[row[1:4]] = found
@@ -124,7 +118,6 @@ class ChangedSteps(RecordedSteps):
         """Return the numbers of a step, with the learning rate in them.
 
         Raises:
-            NotReplayedError: they cannot be read.
             RunError: the step has an optimizer with a learning rate that is not a number of the step.
         """
         numbers = super().numbers(row)
@@ -153,16 +146,18 @@ class ChangedSteps(RecordedSteps):
         """Return the inputs of a step that the run holds by content, with the other targets.
 
         Raises:
-            NotReplayedError: one was dropped, or cannot be read; or a batch has a row twice.
+            NotReplayedError: also if a batch has a row twice.
         """
         tensors = super().stored(row)
         if not self._changed:
             return tensors
         batch = of_kind(tensors, "batch")
-        known = {name: _bytes(tensor) for name, tensor in batch.items() if tensor.dim()}
+        known = _rows_in(batch, self._with_rows)
         self._has[row.inputs] = False
         for own, target in self._changed:
-            places = _places_of(own, known)
+            places: list[int] = []
+            if known is not None and known.shape[1:] == own.shape:
+                places = torch.eq(known, own).all(1).nonzero()[:, 0].tolist()
             if len(places) > 1:
                 raise NotReplayedError(
                     f"the batch of step {row.step} has the same row {len(places)} times (places "
@@ -188,9 +183,10 @@ class ChangedSteps(RecordedSteps):
         ]
         if faults:
             raise ExperimentError(faults, _WHAT)
-        alike = {name: _bytes(t) for name, t in batch.items() if t.dim() and len(t) == len(y)}
-        for place, target in relabelled.items():
-            self._changed.append(({name: each[place] for name, each in alike.items()}, target))
+        self._with_rows = [name for name, t in batch.items() if t.dim() and len(t) == len(y)]
+        rows = _rows_in(batch, self._with_rows)
+        assert rows is not None
+        self._changed = [(rows[place], target) for place, target in relabelled.items()]
         return y
 
     def _check_not_from_parameters(self, steps: range) -> None:
@@ -198,7 +194,7 @@ class ChangedSteps(RecordedSteps):
 
         What steps before these have read, too, is data; and so is what was cut out of the same data.
         """
-        read = {name: each for name, each in self._inputs_read(steps).items() if len(each) > 1}
+        read = {name: each for name, each in self._read_by(steps, _INPUT).items() if len(each) > 1}
         if not read:
             return
         before = {
@@ -207,9 +203,8 @@ class ChangedSteps(RecordedSteps):
             for each in inputs_of(row.inputs, described(self.run, row)).given.values()
             for digest in each.digests
         }
-        sources = self.run.sources(
-            [*before, *(d for of in read.values() for g in of for d in g.digests)]
-        )
+        asked = {digest for of in read.values() for each in of for digest in each.digests}
+        sources = self.run.sources(before | asked)
         data = before | {sources[digest] for digest in before if digest in sources}
         changing = [
             name
@@ -229,11 +224,9 @@ class ChangedSteps(RecordedSteps):
 
         A tensor that is the same with several batches is none of these.
         """
-        read, batches = self._inputs_read(steps), set()
-        for row in map(self.row, (max(1, steps[0] - 1), *steps)):
-            given = self.given(row).given.items()
-            batches.add(tuple(each for name, each in given if name.startswith(_BATCH)))
-        is_alone = len(batches) == 1 and (self.rule is None or self.rule.is_fixed)
+        read, batches = (self._read_by(steps, kind) for kind in (_INPUT, _BATCH))
+        is_alone = all(len(each) == 1 for each in batches.values())
+        is_alone &= self.rule is None or self.rule.is_fixed
         unsure = [name for name, each in read.items() if is_alone or len(each) > 1]
         if unsure:
             raise RunError(
@@ -241,23 +234,21 @@ class ChangedSteps(RecordedSteps):
                 "code may make it from the targets, as with NumPy; change the targets in a fork instead"
             )
 
-    def _inputs_read(self, steps: range) -> dict[str, set[Given]]:
-        """Return what steps, and the step before them, read that is in no part and no batch, by name."""
+    def _read_by(self, steps: range, kind: str) -> dict[str, set[Given]]:
+        """Return the inputs of a kind that steps, and the step before them, read, by name."""
         read: dict[str, set[Given]] = {}
         for row in map(self.row, (max(1, steps[0] - 1), *steps)):
             for name, each in self.given(row).given.items():
-                if name.startswith(_INPUT):
-                    read.setdefault(name.removeprefix(_INPUT), set()).add(each)
+                if name.startswith(kind):
+                    read.setdefault(name.removeprefix(kind), set()).add(each)
         return read
 
 
 class FurtherSteps(ChangedSteps):
     """Each step of a stretch of a run by its rules, recorded or not.
 
-    Args:
-        run, stretch: its batches follow from a rule, and no scheduler changes its settings.
-        rule: returns its batches, None if no step will run.
-        lr: a different learning rate, None for that of the run.
+    stretch: its batches follow from a rule, and no scheduler changes its settings; rule: returns its
+    batches, None if no step will run; lr: a different learning rate, None for that of the run.
     """
 
     def __init__(
@@ -271,30 +262,36 @@ class FurtherSteps(ChangedSteps):
         self._batches = batches_of(self.facts)
         #: The newest step by its number of rows.
         self._alike: dict[int, Repeat] = {}
-        #: What repeats the inputs of a step, by that of the recorded one.
-        self._further: dict[bytes | None, bytes] = {}
 
     def row(self, number: int) -> Repeat:
         """Return what repeats a step: its operations are those of a recorded one."""
-        row = self._like(number)
-        if row.inputs not in self._further:
-            # The recorded step had a different generator state; this one uses the state that the
-            # previous step left.
-            inputs = self.given(row)
-            given = {n: each for n, each in inputs.given.items() if not n.startswith("generator/")}
-            self._further[row.inputs] = inputs._replace(given=given).packed()
-        return row._replace(step=number, inputs=self._further[row.inputs])
+        return self._like(number)._replace(step=number)
 
-    def ahead(self, first: int, last: int) -> list[Repeat]:
-        """Return the rows of the next steps."""
-        return [self.row(number) for number in range(first, min(last, first + LOOK_AHEAD) + 1)]
+    def given(self, row: Repeat) -> Inputs:
+        """Return the inputs of a step, which draws from where the step before left the generator."""
+        found = super().given(row)
+        given = {name: each for name, each in found.given.items() if not name.startswith("generator/")}
+        return found._replace(given=given)
 
     def reason_against(self) -> str | None:
-        """Return why no steps can follow the run's last, None if they can."""
+        """Return why no steps can follow the run's last, None if they can.
+
+        What code between the steps draws matters only if steps draw, too.
+        """
         epoch = range(self.last + 1, self.last + 1 + self._batches.steps_per_epoch)
         if not all(map(self._can_take, epoch)):
             return "it has too few steps: no program takes later ones"
-        return self._reason_against_changes()
+        changes = sorted(self.run.change_files().items())
+        for step, file in changes:
+            change = self.run.change(file)
+            for name in sorted({*change.tensors, *change.gone}):
+                if not name.startswith("generator/"):
+                    return f"code after step {step} changed {name.partition('/')[2]}"
+        programs = map(self.program, self.facts.programs)
+        operations = (each for program in programs for each in program.program.operations)
+        if changes and any(draws_random_numbers(each.resolved) for each in operations):
+            return "code between the steps drew random numbers, and the steps draw, too"
+        return None
 
     def _can_take(self, number: int) -> bool:
         """Return whether there is a program, other than that of a first step, which creates state."""
@@ -303,24 +300,6 @@ class FurtherSteps(ChangedSteps):
         except NotReplayedError:
             return False
         return all(name.startswith("gradient/") for name in ends)
-
-    def _reason_against_changes(self) -> str | None:
-        """Return what code between the steps did that programs cannot repeat, None if nothing.
-
-        Its draws matter only if steps draw, too.
-        """
-        changes = sorted(self.run.change_files().items())
-        for step, file in changes:
-            change = self.run.change(file)
-            names = sorted({*change.tensors, *change.gone})
-            own = [name for name in names if not name.startswith("generator/")]
-            if own:
-                return f"code after step {step} changed {own[0].partition('/')[2]}"
-        programs = map(self.program, self.facts.programs)
-        operations = (each for program in programs for each in program.program.operations)
-        if changes and any(draws_random_numbers(each.resolved) for each in operations):
-            return "code between the steps drew random numbers, and the steps draw, too"
-        return None
 
     def _like(self, number: int) -> Repeat:
         """Return the step itself if the run has it, else the newest one with as many rows."""
@@ -356,20 +335,13 @@ def _target(batch: Mapping[str, Tensor], what: str) -> str:
     )
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    """Return the bytes of each row (N, bytes)."""
-    return tensor.reshape(len(tensor), -1).contiguous().view(torch.uint8)
-
-
-def _places_of(row: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> list[int]:
-    """Return the places at which a batch has a row, by the bytes of its tensors."""
-    pairs = [(own, batch[name]) for name, own in row.items() if name in batch]
-    is_alike = len(pairs) == len(row) and len({len(its) for _, its in pairs}) == 1
-    if not is_alike or any(its.shape[1:] != own.shape for own, its in pairs):
-        return []
-    same = torch.stack([(its == own).all(1) for own, its in pairs]).all(0)
-    found: list[int] = same.nonzero()[:, 0].tolist()
-    return found
+def _rows_in(batch: Mapping[str, Tensor], names: Sequence[str]) -> Tensor | None:
+    """Return the bytes of each row in some tensors (N, bytes), None if they are not of the same rows."""
+    found = [batch[name] for name in names if name in batch and batch[name].dim()]
+    if len(found) < len(names) or len({len(each) for each in found}) > 1:
+        return None
+    rows = (each.reshape(len(each), -1).contiguous().view(torch.uint8) for each in found)
+    return torch.cat([*rows], 1)
 
 
 def _why_not(y: Tensor, target: float) -> str | None:

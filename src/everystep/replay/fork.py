@@ -77,38 +77,20 @@ class Fork:
     @property
     def changed(self) -> dict[str, Any]:
         """The changes that are plain data."""
-        found = {
-            path: value
-            for path, value in self.settings.items()
-            if isinstance(value, bool | int | float | str | list | None)
-        }
+        plain = (int, float, str, list, type(None))
+        found = {path: each for path, each in self.settings.items() if isinstance(each, plain)}
         if self.without:
             found["without_rows"] = list(self.without)
         if self.targets:
             found["relabel"] = [f"{row}={target:g}" for row, target in self.targets.items()]
         return found
 
-    def check(self) -> None:
-        """Check that the state exists.
-
-        Raises:
-            StepError: it does not.
-            UsageError: no run can have as many steps.
-        """
-        if isinstance(self.settings.get("steps"), int):
-            check_steps(self.settings["steps"])
-        if not 0 <= self.at <= self.run.newest_step():
-            raise no_such_step(self.run, self.at)
-
     @property
     def last(self) -> int:
         """The last step of a fork by programs."""
         run = self.run
-        return (
-            self.settings.get("steps")
-            or (run.newest_step() if run.facts.training.loop else run.facts.steps)
-            or 0
-        )
+        planned = run.newest_step() if run.facts.training.loop else run.facts.steps
+        return self.settings.get("steps") or planned or 0
 
     @property
     def stretch(self) -> Stretch:
@@ -132,11 +114,7 @@ class Fork:
         return ForkFacts(**parent, at=self.at, changed=self.changed)
 
     def state(self, opener: Opener, objects: Objects | None = None) -> State:
-        """Return the parent's state.
-
-        Args:
-            opener: of the parent.
-            objects: those that trained it, if it has no experiment.
+        """Return the parent's state. objects: those that trained it, if it has no experiment.
 
         Raises:
             RunError: it cannot be reached, or not bit for bit.
@@ -171,14 +149,10 @@ class Fork:
         job = job.relabelled(self.targets)
         # With a scheduler, all is recorded; without one, only what changed.
         known = {} if job.training.scheduler else hyperparameters
-        recorded = settings_of(self.run, self.run.facts.training, 0)(self.at)
-        job = replace(
-            job,
-            name=f"{self.run.name}-fork",
-            origin=StartingPoint(
-                self.run, self.at, known | recorded, new_data or bool(self.targets), fork
-            ),
-        )
+        known = known | settings_of(self.run, self.run.facts.training, 0)(self.at)
+        has_new_data = new_data or bool(self.targets)
+        origin = StartingPoint(self.run, self.at, known, has_new_data, fork)
+        job = replace(job, name=f"{self.run.name}-fork", origin=origin)
         job = job.without_rows(self.without, self.at, self.stretch.facts.batches.without)
         return run_job(job, self.directory, self.budget, progress)
 
@@ -193,12 +167,8 @@ class Fork:
     ) -> dict[str, float]:
         """Bring a training to the parent's state; return the parent's lr and similar settings.
 
-        Args:
-            training: of the fork.
-            state: of the parent.
-            kinds: what to bring, as in `Training.restore`.
-            own: the settings of the fork's optimizer that stay, None for all.
-            has_scheduler: whether it continues the parent's scheduler.
+        kinds: what to bring, as in `Training.restore`; own: the settings of the fork's optimizer that
+        stay, None for all; has_scheduler: whether it continues the parent's scheduler.
 
         Raises:
             RunError: something does not fit the state.
@@ -246,27 +216,21 @@ class Fork:
 def fork(
     asked: Fork, given: Mapping[str, Any], known: Objects | None, opener: Opener, progress: Progress
 ) -> tuple[Outcome, Objects | None]:
-    """Fork a run: by its experiment, by the objects that train it, or by its programs alone.
+    """Answer `Run.fork`: by the experiment, by the objects that train, or by the programs alone.
 
-    Args:
-        asked: the fork to make.
-        given: the objects among the arguments of `Run.fork`, None if absent.
-        known: the objects that trained the run in this process.
-        opener: opens the parent's states.
-        progress: watches the training.
+    given: the objects among its arguments, None if absent; known: those that trained the run in this
+    process; opener: opens the parent's states.
 
-    Returns:
-        What was trained, and the objects that trained it.
-
-    Raises:
-        StepError, UsageError: the state does not exist, or a setting is invalid.
-        RunError: the state cannot be restored bit for bit.
-        TrainingError: torch failed in a step.
-        RecordingError: writing the run failed.
+    Returns what was trained, and the objects that trained it.
     """
+    if asked.run.facts.training.loop:
+        asked = replace(asked, run=asked.run.ranks[0])
     run = asked.run
+    if isinstance(asked.settings.get("steps"), int):
+        check_steps(asked.settings["steps"])
+    if not 0 <= asked.at <= run.newest_step():
+        raise no_such_step(run, asked.at)
     if run.facts.training.loop:
-        asked = replace(asked, run=run.ranks[0])
         _check_loop(asked, given)
         return _fork_alone(asked, progress), None
     if (run.directory / EXPERIMENT_FILE).exists() and given["model"] is None:
@@ -276,7 +240,6 @@ def fork(
     if objects is not None:
         is_new = not is_own or given["scheduler"] is not None
         return _fork_objects(asked, objects, is_own, is_new, opener, progress), objects
-    asked.check()
     others = set(asked.changed) - {"lr", "steps"}
     check_alone(run, asked.stretch, "fork(..., ", "only lr and steps can change" if others else None)
     return _fork_alone(asked, progress), None
@@ -285,7 +248,6 @@ def fork(
 def _check_loop(asked: Fork, given: Mapping[str, Any]) -> None:
     """Check that the programs of a user's loop can take its recorded steps with the changes."""
     run, at = asked.run, asked.at
-    asked.check()
     if asked.without:
         check_has_rows(run, at)
     if asked.targets:
@@ -344,7 +306,6 @@ def _fork_alone(asked: Fork, progress: Progress) -> Outcome:
 
 def _fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome:
     """Create everything from the experiment with its changes."""
-    asked.check()
     facts = asked.stretch.facts
     experiment = asked.run.experiment(facts)
     if experiment is None:
@@ -398,7 +359,6 @@ def _fork_objects(
     The settings of an optimizer that is not the run's own apply. A scheduler continues from the
     parent's, unless it is a new one (`has_new_scheduler`) with other settings.
     """
-    asked.check()
     objects.check_complete()
     facts = asked.stretch.facts
     settings = dict(asked.settings)
@@ -469,11 +429,7 @@ def _set_rate(training: Training, lr: float) -> None:
 
 def _has_other_loss(training: Training, first: State) -> bool:
     """Return whether the tensors of the loss are not those of a state."""
-    known = first.named()
+    known, of_model = first.named(), training.parts.only(["model"]).state()
     live = training.parts.only(["model", "loss"]).state()
-    own = training.parts.only(["model"]).state()
-    return any(
-        name not in known or not same_bits(tensor.cpu(), known[name])
-        for name, tensor in live.items()
-        if name not in own
-    )
+    own = {name: tensor for name, tensor in live.items() if name not in of_model}
+    return any(n not in known or not same_bits(t.cpu(), known[n]) for n, t in own.items())

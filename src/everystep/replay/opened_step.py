@@ -342,7 +342,9 @@ class Statistics(NamedTuple):
 
 def statistics(tensor: Tensor) -> Statistics:
     """Return the summary statistics of a tensor; for complex elements, of their absolute values."""
-    numbers = _as_they_lie(tensor.abs() if tensor.is_complex() else tensor.detach())
+    tensor = tensor.abs() if tensor.is_complex() else tensor.detach()
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    numbers = tensor.permute(order).flatten()  # in the order of memory: a view if possible
     count = len(numbers)
     if not count:
         return Statistics(math.nan, math.nan, math.nan, math.nan, math.nan, 0)
@@ -364,12 +366,6 @@ def statistics(tensor: Tensor) -> Statistics:
         zeros=zeros,
         nonfinite=count - len(finite),
     )
-
-
-def _as_they_lie(tensor: Tensor) -> Tensor:
-    """Return the elements of a tensor as a vector in memory order: a view if possible."""
-    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-    return tensor.permute(order).flatten()
 
 
 def norm(tensor: Tensor) -> float:

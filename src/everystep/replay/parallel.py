@@ -13,16 +13,14 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from everystep.device import select
-from everystep.errors import RunError
 from everystep.numerics import Numerics
 from everystep.recording.recorded_run import RecordedRun, stretch_at
 from everystep.replay.processes import Opener, needs_worker, process_count, shared
 from everystep.replay.recorded_steps import NotReplayedError
-from everystep.replay.run_replay import Replay, same_number
+from everystep.replay.run_replay import LossDifference, Replay
 from everystep.step.state import StateDifference, state_differences
 
 __all__ = [
-    "LossDifference",
     "Replayed",
     "Span",
     "Visitor",
@@ -48,14 +46,6 @@ class Span(NamedTuple):
     def steps(self) -> int:
         """How many they are."""
         return self.last - self.first + 1
-
-
-class LossDifference(NamedTuple):
-    """A step with another loss in the replay."""
-
-    step: int
-    recorded: float
-    replayed: float
 
 
 @dataclass
@@ -158,15 +148,8 @@ def parallel(
 ) -> Iterator[Replayed]:
     """Replay spans of a run, and yield each when it is done, in any order.
 
-    Args:
-        opener: of the run.
-        wanted: the spans.
-        visitor: runs the steps.
-        processes: number of processes; 1: only this one; default: one per core, if worth their start.
-        on_progress: called with the number of steps just replayed.
-
-    Raises:
-        RunError: a needed file is missing or unreadable.
+    processes: their number; 1: only this one; default: one per core, if worth their start; on_progress:
+    called with the number of steps just replayed.
     """
     run, threads = opener.run, opener.run.facts.training.numerics.threads
     count = process_count(run, sum(span.steps for span in wanted), processes, len(wanted), threads=1)
@@ -209,7 +192,9 @@ def replay_span(replay: Replay, span: Span, visitor: Visitor, threads: int) -> R
                 found.stopped_at = max(step + 1, span.first)
                 break
             last = step + len(losses)
-            _compare_losses(found, step + 1, losses, replay.recorded_losses(step + 1, last))
+            differing = [d for d in replay.compare(step + 1, losses) if d.step >= span.first]
+            found.different_losses += len(differing)
+            found.first_loss = found.first_loss or next(iter(differing), None)
             found.losses += losses
             step = last
         if step == span.last:
@@ -220,26 +205,17 @@ def replay_span(replay: Replay, span: Span, visitor: Visitor, threads: int) -> R
     return found
 
 
-def _compare_losses(found: Replayed, first: int, losses: list[float], recorded: list[float]) -> None:
-    if len(recorded) < len(losses):
-        raise RunError(f"the run has no loss for step {first + len(recorded)}: the database was changed")
-    for step, (loss, known) in enumerate(zip(losses, recorded, strict=True), start=first):
-        if not same_number(loss, known) and step >= found.span.first:
-            found.different_losses += 1
-            found.first_loss = found.first_loss or LossDifference(step, known, loss)
-
-
 def _compare_state(found: Replayed, replay: Replay, span: Span) -> None:
     """Compare the states at the end of a span with the snapshots of it, if there are any."""
     if all(row.step != span.last for row in replay.snapshot_rows()):
         return
     stepper = replay.go_to(span.last, span.at)
-    states = {"": (replay.run, stepper.capture(is_live=True))}
-    for number, state in stepper.captured_others().items():
-        states[f"rank {number}: "] = stepper.others[number].steps.run, state
+    states = stepper.capture_ranks(is_live=True)
+    others = ((f"rank {number}: ", other.steps.run) for number, other in stepper.others.items())
+    runs = [("", replay.run), *others]
     # A fork may begin with another optimizer, or other random numbers, than its parent ended with.
     is_fork = replay.stretch_of(span.last + 1) != span.at
-    for rank, (run, here) in states.items():
+    for (rank, run), here in zip(runs, states, strict=True):
         problems: list[str] = []
         recorded = run.state_near(span.last, after=span.last - 1, on_problem=problems.append)
         replay.problems += [f"{rank}{problem}" for problem in problems]

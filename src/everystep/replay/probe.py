@@ -39,25 +39,16 @@ def check_question(expression: Expression, opener: Opener) -> None:
         raise ExpressionError(f"{before[0]} cannot be asked for together with rows")
     replay = opener.replay_here()
     step = replay.step(next((first for first, _ in replay.run.facts.kept(replay.run.newest_step())), 1))
-    activations = replay.stepper.module_paths()
-    expression.check(
-        {
-            "parameters": list(step.parameters),
-            "buffers": list(step.buffers),
-            "gradients": list(step.gradients | step.parameters),
-            "activations": activations,
-            "updates": list(step.updates),
-        }
-    )
+    known = {kind: [*getattr(step, kind)] for kind in ("parameters", "buffers", "updates")}
+    gradients = [*(step.gradients | step.parameters)]
+    expression.check(known | {"gradients": gradients, "activations": replay.stepper.module_paths()})
 
 
 class Probe:
-    """Observes the steps of a training, and provides the values of some references after each.
+    """Observes the steps of a stepper, and provides the values of some references after each.
 
-    Args:
-        stepper: the training, at any state.
-        references: tensors of the step itself or of the one before.
-        answer: called after each step with its number and its loss; returns whether to continue.
+    references: tensors of the step itself or of the one before; answer: called after each step with its
+    number and its loss; returns whether to continue.
     """
 
     def __init__(
@@ -66,7 +57,7 @@ class Probe:
         references: Collection[Reference],
         answer: Callable[[int, float], bool],
     ) -> None:
-        self._stepper = stepper
+        self.stepper = stepper
         self._answer = answer
         self._previous = [reference for reference in references if reference.is_previous]
         #: Of an update, the parameter before it; after it, the parameter itself is there.
@@ -119,11 +110,11 @@ class Probe:
         self, reference: Reference, source: str | None, tensor_of: Callable[[str], Tensor]
     ) -> None:
         """Copy a value. source: its name in the program; None: of the state, or of an unused batch."""
-        assert self._stepper.state is not None
+        assert self.stepper.state is not None
         if source is not None:
             value: Tensor | None = tensor_of(source)
         elif reference.kind == "batch":
-            value = self._stepper.batch(self._stepper.state + 1).tensors.get(reference.name)
+            value = self.stepper.batch(self.stepper.state + 1).tensors.get(reference.name)
         else:
             kind = "buffer" if reference.kind == "buffers" else "parameter"
             value = self._state(f"{kind}/{reference.name}")
@@ -131,7 +122,7 @@ class Probe:
             self._copies[reference] = value.clone()
 
     def _state(self, name: str) -> Tensor:
-        return self._stepper.named_state()[name].detach()
+        return self.stepper.named_state()[name].detach()
 
 
 def _copied(reference: Reference) -> Reference:

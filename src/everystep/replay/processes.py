@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -52,7 +52,6 @@ __all__ = [
     "recorded_numerics",
     "sent_tensor",
     "shared",
-    "workers",
 ]
 
 #: Seconds that a process which is asked to stop has to keep what it has done.
@@ -125,20 +124,6 @@ def needs_worker(facts: Facts) -> bool:
 
 
 @contextmanager
-def workers(facts: Facts, count: int, threads: int) -> Iterator[ProcessPoolExecutor]:
-    """Return processes that compute as the run did, with `threads` threads each; they end afterwards.
-
-    Raises:
-        TrainingError: none can be started, or one ended unexpectedly.
-    """
-    try:
-        with pool(count, threads, recorded_numerics(facts).environment()) as (executor, _):
-            yield executor
-    except BrokenProcessPool:
-        raise TrainingError(_ENDED_TOO_EARLY) from None
-
-
-@contextmanager
 def pool(
     count: int, threads: int, environment: dict[str, str], *, in_order: bool = False
 ) -> Iterator[tuple[ProcessPoolExecutor, Connection]]:
@@ -206,19 +191,18 @@ def shared(
 ) -> Generator[T, None, None]:
     """Run a task with replays of a run in processes, and yield each result when it is ready.
 
-    Args:
-        opener: of the run.
-        count: the number of processes.
-        threads: of each.
-        task: called with a replay and each of `given`.
-
-    Raises:
-        the errors of the task.
+    count: of processes; threads: of each; task: called with a replay and each of `given`; its errors are
+    raised here.
     """
     place = opener.run.directory, opener.data, threads
-    with workers(opener.run.facts, count, threads) as executor:
-        for future in as_completed([executor.submit(_in_worker, *place, task, *each) for each in given]):
-            yield future.result()
+    environment = recorded_numerics(opener.run.facts).environment()
+    try:
+        with pool(count, threads, environment) as (executor, _):
+            submit = partial(executor.submit, _in_worker, *place, task)
+            for future in as_completed([submit(*each) for each in given]):
+                yield future.result()
+    except BrokenProcessPool:
+        raise TrainingError(_ENDED_TOO_EARLY) from None
 
 
 # The edition is a key of the cache: a run that was resumed needs another replay.
@@ -297,12 +281,8 @@ def _begin(threads: int, parent: Connection, in_order: bool) -> None:
 class Opener:
     """Opens steps and states of a run; caches replayed ones.
 
-    Args:
-        run: the run.
-        objects: the objects that trained it.
-        counting: as of `Replay`.
-
-    data: of the run, None if the run holds it itself.
+    objects: those that trained it; counting: as of `Replay`; data: of the run, None if the run holds it
+    itself.
     """
 
     def __init__(
@@ -328,8 +308,7 @@ class Opener:
     @property
     def problems(self) -> list[str]:
         """Problems found, such as an unreadable snapshot."""
-        found: list[str] = self.call(getattr, "problems")
-        return found
+        return list(self.call(getattr, "problems"))
 
     @property
     def diverged_at(self) -> int | None:
@@ -346,11 +325,7 @@ class Opener:
         return self.call(Replay.state, number)
 
     def call(self, task: Callable[Concatenate[Replay, P], T], *given: P.args, **named: P.kwargs) -> T:
-        """Call a task with the replay of the run, in a process that computes as the training did.
-
-        Raises:
-            the errors of the task.
-        """
+        """Call a task with the replay of the run, in a process that computes as the training did."""
         self._prepare()
         if self._replay is not None:
             return task(self._replay, *given, **named)
@@ -373,19 +348,18 @@ class Opener:
 
     def _prepare(self) -> None:
         """Choose where to replay; start again if a run that is being trained has new steps."""
-        before = None if self._known is None else self._known[0]
-        if before is not None and before == _stamp(self.run):
+        if self._known is not None and self._known[0] == _stamp(self.run):
             return
-        facts, edition = self.run.facts, _edition_of(self.run)
-        engine = facts.training.engine
-        if self._known == (None, engine) and engine is not None:
-            self._known = edition, engine
+        facts = self.run.facts
+        known = _edition_of(self.run), facts.training.engine
+        if self._known == known and known[1] is not None:
             return
         self._replay = None
         if not needs_worker(facts):
             self._replay = Replay(self.run, self.data, counting=self._counting)
         elif self._worker is None:
-            threads = facts.training.numerics.threads
-            self._worker = self._workers.enter_context(workers(facts, 1, threads))
+            numerics_there = recorded_numerics(facts)
+            alone = pool(1, numerics_there.threads, numerics_there.environment())
+            self._worker, _ = self._workers.enter_context(alone)
         # Not earlier: after a failure, the next call tries and reports again.
-        self._known = edition, engine
+        self._known = known

@@ -6,7 +6,6 @@ computed with the backend that the training used, so its sums are added in the s
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
@@ -14,37 +13,35 @@ from datetime import timedelta
 from functools import cache, partial
 from itertools import cycle
 from queue import SimpleQueue
-from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from everystep.errors import RunError
+from everystep.program.calls import without_autograd
 from everystep.program.collectives import taking_part
+from everystep.program.memory import copied_together
 from everystep.program.operators import REFUSALS
 from everystep.replay.bound_steps import Hook
-from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps
-from everystep.replay.replay_stepper import ReplayStepper, Saved
+from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps, same_number
+from everystep.replay.replay_stepper import ReplayStepper
+from everystep.step.generators import Generators
 from everystep.step.observe import Observation
 from everystep.step.state import State
 
 __all__ = ["RankStepper"]
 
-T = TypeVar("T")
 #: Seconds that a collective within this process may take.
 SECONDS = 600
-#: A collective of one rank: its name and its arguments.
+#: A collective of one rank: its name and its arguments, the tensors that it writes into first.
 Collective = tuple[str, tuple[Any, ...]]
 
 
 class RankStepper(ReplayStepper):
     """Repeats the steps of one rank, and with it those of all others.
 
-    Args:
-        steps, diverged: as of a `ReplayStepper`.
-        rank: the number of this rank.
-        others: the recorded steps of the other ranks, by number.
+    rank: the number of this rank; others: the recorded steps of the other ranks, by number.
     """
 
     def __init__(
@@ -57,18 +54,15 @@ class RankStepper(ReplayStepper):
         super().__init__(steps, diverged)
         self._rank = rank
         self.others = {
-            number: ReplayStepper(each, partial(self._note_other, number))
-            for number, each in others.items()
+            n: ReplayStepper(each, partial(self._note_other, n)) for n, each in others.items()
         }
         self._generators: dict[int, Tensor] = {}
         self._differing: set[int] = set()
         #: Why the next step cannot be repeated, once that was tried.
         self._reason: NotReplayedError | None = None
         # Whether the processor flushes denormal numbers belongs to each thread.
-        flush = steps.facts.numerics.flush_denormal
-        self._pool = ThreadPoolExecutor(
-            len(others) + 1, "everystep rank", torch.set_flush_denormal, (flush,)
-        )
+        begin = torch.set_flush_denormal, (steps.facts.numerics.flush_denormal,)
+        self._pool = ThreadPoolExecutor(len(others) + 1, "everystep rank", *begin)
 
     def _note_other(self, rank: int, step: int, problem: str) -> None:
         self._diverged(step, f"rank {rank}: {problem}")
@@ -88,72 +82,52 @@ class RankStepper(ReplayStepper):
             self._generators[rank] = torch.get_rng_state()
             torch.set_rng_state(own)
 
-    def load(self, state: State, others: Mapping[int, State] = MappingProxyType({})) -> None:
-        """Restore the states of all ranks; those of others that are not given are read from disk."""
-        for rank, other in self.others.items():
-            run = other.steps.run
-            problems: list[str] = []
-            found = others.get(rank) or run.state_near(
-                state.step, after=state.step - 1, on_problem=problems.append
-            )
+    def load(self, state: State, *others: State) -> None:
+        """Restore the states of all ranks; if those of others are not given, they are read from disk."""
+        for place, (rank, other) in enumerate(self.others.items()):
+            run, at, problems = other.steps.run, state.step, list[str]()
+            read = partial(run.state_near, at, after=at - 1, on_problem=problems.append)
+            found = others[place] if others else read()
             if found is None:
                 reason = "; ".join(problems) or "it has no such state"
-                raise RunError(f"rank {rank} of {run.name} cannot begin at state {state.step}: {reason}")
+                raise RunError(f"rank {rank} of {run.name} cannot begin at state {at}: {reason}")
             with self._as_rank(rank):
                 other.load(found)
         super().load(state)
         self._reason = None
         self._differing.clear()
 
-    def save(self) -> Saved:
-        """Return a copy of the current states of all ranks."""
-        return super().save()._replace(others=self._of_others(ReplayStepper.save))
-
-    def restore(self, step: int, saved: Saved) -> None:
-        """Bring all ranks back to what `save` returned after `step`."""
+    def capture_ranks(self, *, is_live: bool = False) -> list[State]:
+        """Return the current states of all ranks, this one first."""
+        found = super().capture_ranks(is_live=is_live)
         for rank, other in self.others.items():
             with self._as_rank(rank):
-                other.restore(step, saved.others[rank])
-        super().restore(step, saved)
-        self._reason = None
-
-    def captured_others(self) -> dict[int, State]:
-        """Return the current states of the other ranks, by number."""
-        return self._of_others(ReplayStepper.capture)
-
-    def _of_others(self, get: Callable[[ReplayStepper], T]) -> dict[int, T]:
-        found = {}
-        for rank, other in self.others.items():
-            with self._as_rank(rank):
-                found[rank] = get(other)
+                found.append(other.capture(is_live=is_live))
         return found
 
-    def run(self, last: int, hook: Hook | None = None) -> list[float]:
-        """Run the steps of all ranks up to `last`; see `ReplayStepper.run`."""
-        losses: list[float] = []
-        assert self.state is not None
-        self.goes_on = True
-        try:
-            while self.state < last and self.goes_on:
-                losses += self._together(partial(super().run, self.state + 1, hook))
-        except NotReplayedError:
-            if not losses:
-                raise
-        return losses
+    def _take(self, last: int, hook: Hook | None) -> float:
+        return self._together(partial(super()._take, last, hook))
 
     def observe(self) -> Observation:
         """Run the next step of all ranks, and return everything in that of this one."""
         # The step is repeated once for the results of its collectives, which this rank is then given.
         assert self.state is not None
         self.settle()
-        number, own = self.state, super().save()
+        number, device = self.state, self.steps.device
+        own, drawn = copied_together(self._tensors), Generators.capture(device)
         results: list[list[Tensor]] = []
-        self._together(partial(super().run, number + 1), results.append)
-        super().restore(number, own)
+
+        def keep(calls: Mapping[int, Collective]) -> None:
+            if self._rank in calls:
+                results.append([tensor.clone() for tensor in calls[self._rank][1][0]])
+
+        self._together(partial(super()._take, number + 1, None), keep)
+        self._begin(number, own)
+        drawn.restore(device)
         known = cycle(results)  # a part of the step may run again
 
         def give(name: str, arguments: tuple[Any, ...]) -> None:
-            for tensor, result in zip(_written((name, arguments)), next(known), strict=True):
+            for tensor, result in zip(arguments[0], next(known), strict=True):
                 tensor.copy_(result)
 
         with taking_part(give):
@@ -161,12 +135,12 @@ class RankStepper(ReplayStepper):
 
     def _together(
         self,
-        own: Callable[[], list[float]],
-        note: Callable[[list[Tensor]], object] = lambda results: None,
-    ) -> list[float]:
+        own: Callable[[], float],
+        done: Callable[[Mapping[int, Collective]], object] = lambda calls: None,
+    ) -> float:
         """Repeat a step of all ranks; return what `own` returns, which repeats that of this one.
 
-        note: is called with copies of the results of each collective.
+        done: as of `_in_turn`.
 
         Raises:
             NotReplayedError: a rank cannot repeat it, now or before.
@@ -175,14 +149,13 @@ class RankStepper(ReplayStepper):
             raise self._reason
         assert self.state is not None
         before = self.state
-        functions: dict[int, Callable[[], list[float]]] = {self._rank: own}
+        functions: dict[int, Callable[[], float]] = {self._rank: own}
         for rank, other in self.others.items():
             if before < other.steps.last:  # a rank may have fewer batches
                 functions[rank] = partial(self._run_other, rank, before + 1)
         ended = [rank for rank in self.others if rank not in functions]
-        turns = _Turns(functions, self._as_rank)
         try:
-            turns.run(self._pool, partial(self._done, note))
+            losses = _in_turn(self._pool, functions, self._as_rank, done)
         except NotReplayedError as error:
             # The rank of this stepper may have ended its step before another one failed.
             self.state, self._reason = before, error
@@ -193,101 +166,87 @@ class RankStepper(ReplayStepper):
                     f"only {last} steps"
                 )
             raise self._reason from None
-        return turns.losses[self._rank]
+        return losses[self._rank]
 
-    def _done(self, note: Callable[[list[Tensor]], object], calls: Mapping[int, Collective]) -> None:
-        if self._rank in calls:
-            note([tensor.clone() for tensor in _written(calls[self._rank])])
-
-    def _run_other(self, rank: int, step: int) -> list[float]:
+    def _run_other(self, rank: int, step: int) -> float:
         """Repeat a step of another rank, and compare its loss with the recorded one."""
         other = self.others[rank]
         [loss] = other.run(step, self.hooks.get(rank))
         known = other.steps.loss(step)
-        is_same = other.steps.is_changed or loss == known or (loss != loss and known != known)
+        is_same = other.steps.is_changed or same_number(loss, known)
         if not is_same and rank not in self._differing:
             self._differing.add(rank)
             self._diverged(step, f"rank {rank}: the loss of step {step} is {loss}, not {known}")
-        return [loss]
+        return loss
 
 
-class _Turns:
-    """Runs functions of all ranks in turn, each until it ends or reaches a collective.
+def _in_turn(
+    pool: ThreadPoolExecutor,
+    functions: Mapping[int, Callable[[], float]],
+    as_rank: Callable[[int], AbstractContextManager[None]],
+    done: Callable[[Mapping[int, Collective]], object],
+) -> dict[int, float]:
+    """Run functions of all ranks in turn, each until it ends or reaches a collective.
 
-    as_rank: lets a rank draw from its own generator; losses: what each function has returned.
+    Returns what they return, by rank. as_rank: lets a rank draw from its own generator; done: is called
+    with the arguments of a collective, by rank, after it.
     """
+    threads = torch.get_num_threads()
+    losses: dict[int, float] = {}
+    #: Whether a rank is to run, or to end, when it waits.
+    turns = {rank: SimpleQueue[bool]() for rank in functions}
+    #: What a rank waits for, or how it ended: a collective, None, or an error.
+    stops = SimpleQueue[Collective | BaseException | None]()
 
-    def __init__(
-        self,
-        functions: Mapping[int, Callable[[], list[float]]],
-        as_rank: Callable[[int], AbstractContextManager[None]],
-    ) -> None:
-        self._functions, self._as_rank = functions, as_rank
-        self.losses: dict[int, list[float]] = {}
-        self._go = {rank: threading.Semaphore(0) for rank in functions}
-        #: What a rank waits for, or how it ended: a collective, None, or an error.
-        self._stops: SimpleQueue[Collective | BaseException | None] = SimpleQueue()
-        self._is_over = False
-        self._threads = torch.get_num_threads()
-
-    def run(self, pool: ThreadPoolExecutor, done: Callable[[Mapping[int, Collective]], object]) -> None:
-        """Run them. done: is called with the arguments of a collective, by rank, after it."""
-        futures = [pool.submit(self._work, rank) for rank in self._functions]
-        ready, waiting = [*sorted(self._functions)], dict[int, Collective]()
-        try:
-            while ready:
-                rank = ready.pop(0)
-                with self._as_rank(rank):
-                    self._go[rank].release()
-                    stop = self._stops.get()
-                if isinstance(stop, BaseException):
-                    raise stop
-                if stop is None:
-                    continue
-                waiting[rank] = stop
-                ranks = [*dict.fromkeys(stop[1][-1])]
-                if rank not in ranks:
-                    raise NotReplayedError(f"rank {rank} takes part in {stop[0]} of {ranks}")
-                if waiting.keys() >= {*ranks}:
-                    calls = {each: waiting.pop(each) for each in ranks}
-                    _compute(calls)
-                    done(calls)
-                    ready += ranks
-            for rank, (name, _) in waiting.items():
-                raise NotReplayedError(
-                    f"rank {rank} waits in {name} for other ranks, which have no such operation in this "
-                    "step: the ranks did different things, or the run was changed"
-                )
-        finally:
-            # Ranks that still wait for a turn would occupy the threads of the pool forever.
-            self._is_over = True
-            for go in self._go.values():
-                go.release()
-            wait(futures)
-
-    def _work(self, rank: int) -> None:
-        self._go[rank].acquire()
-        if self._is_over:
-            return
-        torch.set_num_threads(self._threads)  # each thread of the system has a number of its own
-        try:
-            with taking_part(partial(self._meet, rank)):
-                self.losses[rank] = self._functions[rank]()
-        except BaseException as error:
-            self._stops.put(error)
-        else:
-            self._stops.put(None)
-
-    def _meet(self, rank: int, name: str, arguments: tuple[Any, ...]) -> None:
-        self._stops.put((name, arguments))
-        self._go[rank].acquire()
-        if self._is_over:
+    def meet(rank: int, name: str, arguments: tuple[Any, ...]) -> None:
+        stops.put((name, arguments))
+        if not turns[rank].get():
             raise RuntimeError("another rank has ended")
 
+    def work(rank: int) -> None:
+        if not turns[rank].get():
+            return
+        torch.set_num_threads(threads)  # each thread of the system has a number of its own
+        try:
+            with without_autograd(), taking_part(partial(meet, rank)):
+                losses[rank] = functions[rank]()
+        except BaseException as error:
+            stops.put(error)
+        else:
+            stops.put(None)
 
-def _written(call: Collective) -> list[Tensor]:
-    """Return the tensors that a collective writes into."""
-    return [*call[1][0]]
+    futures = [pool.submit(work, rank) for rank in functions]
+    ready, waiting = [*sorted(functions)], dict[int, Collective]()
+    try:
+        while ready:
+            rank = ready.pop(0)
+            with as_rank(rank):
+                turns[rank].put(True)
+                stop = stops.get()
+            if isinstance(stop, BaseException):
+                raise stop
+            if stop is None:
+                continue
+            waiting[rank] = stop
+            ranks = [*dict.fromkeys(stop[1][-1])]
+            if rank not in ranks:
+                raise NotReplayedError(f"rank {rank} takes part in {stop[0]} of {ranks}")
+            if waiting.keys() >= {*ranks}:
+                calls = {each: waiting.pop(each) for each in ranks}
+                _compute(calls)
+                done(calls)
+                ready += ranks
+        for rank, (name, _) in waiting.items():
+            raise NotReplayedError(
+                f"rank {rank} waits in {name} for other ranks, which have no such operation in this "
+                "step: the ranks did different things, or the run was changed"
+            )
+    finally:
+        # Ranks that still wait for a turn would occupy the threads of the pool forever.
+        for turn in turns.values():
+            turn.put(False)
+        wait(futures)
+    return losses
 
 
 def _compute(calls: Mapping[int, Collective]) -> None:

@@ -94,11 +94,10 @@ def _rows_of(run: RecordedRun, facts: TrainingFacts, given: Any) -> tuple[Tensor
         x, y = (torch.as_tensor(part) for part in given)
         check_data({"x": x, "y": y}, fact, "the given data")
         return x, y
-    size = f"{fact.bytes / 1e6:,.0f} MB"
     if (experiment := run.experiment(facts)) is None:
         raise RunError(
-            f"the data of {run.name} ({size}) was too large to store in the run; open it with "
-            "everystep.open(run, data=(x, y))"
+            f"the data of {run.name} ({fact.bytes / 1e6:,.0f} MB) was too large to store in the run; "
+            "open it with everystep.open(run, data=(x, y))"
         )
     from everystep.training.from_experiment import experiment_job
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from everystep.bounded import MOST_STEPS
+from everystep.errors import named
 from everystep.expression import Expression, Reference, parse
 from everystep.recording.facts import TrainingFacts
 from everystep.recording.recorded_run import RecordedRun
@@ -42,10 +43,9 @@ class Found(Shown):
     inexact: tuple[int, ...] = ()
 
     def __repr__(self) -> str:
-        first = ", ".join(f"{step:,}" for step in self.steps[:SHOWN])
-        more = f" and {len(self.steps) - SHOWN:,} more" if len(self.steps) > SHOWN else ""
+        steps = named([f"{step:,}" for step in self.steps], SHOWN)
         inexact = f"; not exact from step {self.inexact[0]:,}" if self.inexact else ""
-        return f"<found at {f'steps {first}{more}' if self.steps else 'no step'}{inexact}>"
+        return f"<found at {f'steps {steps}' if steps else 'no step'}{inexact}>"
 
 
 def read_question(text: str, run: RecordedRun) -> Expression:
@@ -137,10 +137,8 @@ class Evaluator:
     ) -> float | None:
         """Return the answer at a step, or None if a value that it needs does not exist.
 
-        Args:
-            number: of the step.
-            losses: of the step before, None if there is none, and of the step.
-            tensor_of: returns what no column has, None if it does not exist.
+        losses: of the step before, None if there is none, and of the step; tensor_of: returns what no
+        column has, None if it does not exist.
         """
 
         def value_of(reference: Reference) -> Any:

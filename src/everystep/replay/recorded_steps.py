@@ -30,6 +30,7 @@ __all__ = [
     "check_kept",
     "described",
     "read_program",
+    "same_number",
 ]
 
 #: Rows of the database, and losses, to read at once.
@@ -54,11 +55,11 @@ class RecordedSteps:
     Steps share contents: the rows of a batch return in each epoch. They are read once, for many steps
     together, up to `KEPT_BYTES`.
 
-    Args:
-        run: the run.
-        stretch: the steps, of a user's loop or of everystep's own.
-        rule: returns the batches of everystep's own steps, None if each row holds its batch.
-        conversion: of the programs and their inputs, None for none.
+    rule: returns the batches of everystep's own steps, None if each row holds its batch; conversion: of
+    the programs and their inputs, None for none.
+
+    Raises:
+        NotReplayedError: from any method, if it needs what the run does not have, or cannot read.
     """
 
     #: Whether something differs from the recording, and a learning rate other than the recorded ones.
@@ -96,11 +97,7 @@ class RecordedSteps:
                 self.program(number)  # each determines what else is converted
 
     def row(self, number: int) -> Repeat:
-        """Return the data that repeats a step, as a row of this step alone.
-
-        Raises:
-            NotReplayedError: the run has none, or it cannot be read.
-        """
+        """Return the data that repeats a step, as a row of this step alone."""
         if number not in self._rows:
             last = number + BLOCK - 1
             with _reading():
@@ -120,11 +117,7 @@ class RecordedSteps:
         return [self._rows[step] for step in steps if step in self._rows]
 
     def program_of(self, row: Repeat) -> Interpreter:
-        """Return the program of a step.
-
-        Raises:
-            NotReplayedError: it has none, or it cannot be read.
-        """
+        """Return the program of a step."""
         if row.program is None:
             check_kept(self.run, row.step)
             raise NotReplayedError(
@@ -139,14 +132,13 @@ class RecordedSteps:
             if len(self._placed) >= KEPT_STEPS:
                 self._placed.clear()
             with _reading():
-                self._placed[key], _ = program.at(self.offsets(row))
+                self._placed[key], _ = program.at(self.all_numbers(row))
         return self._placed[key]
 
     def program(self, number: int) -> Interpreter:
         """Return a program by its number.
 
         Raises:
-            NotReplayedError: it cannot be read.
             ProgramError: it needs more memory than is free.
         """
         if number not in self._programs:
@@ -161,25 +153,12 @@ class RecordedSteps:
         return self._programs[number]
 
     def numbers(self, row: Repeat) -> list[int | float]:
-        """Return the numbers of the operations of a step.
+        """Return the numbers of the operations of a step."""
+        moves = () if row.program is None else self.program(row.program).program.moves
+        return self.all_numbers(row)[len(moves) :]
 
-        Raises:
-            NotReplayedError: they cannot be read.
-        """
-        return self._numbers(row)[self._moves(row) :]
-
-    def offsets(self, row: Repeat) -> list[int | float]:
-        """Return where the tensors of a step lie that move from step to step.
-
-        Raises:
-            NotReplayedError: they cannot be read.
-        """
-        return self._numbers(row)[: self._moves(row)]
-
-    def _moves(self, row: Repeat) -> int:
-        return 0 if row.program is None else len(self.program(row.program).program.moves)
-
-    def _numbers(self, row: Repeat) -> list[int | float]:
+    def all_numbers(self, row: Repeat) -> list[int | float]:
+        """Return where the tensors of a step lie that move, and the numbers of its operations."""
         with _reading():
             found = unpacked(row.numbers, f"step {row.step} of {self.run.name}") or []
         if not isinstance(found, list) or not all(type(each) in (int, float, bool) for each in found):
@@ -213,11 +192,7 @@ class RecordedSteps:
         return next((step for step, row in rows if self.given(row).digests), 0)
 
     def given(self, row: Repeat) -> Inputs:
-        """Return the inputs of a step without their contents.
-
-        Raises:
-            NotReplayedError: they cannot be read.
-        """
+        """Return the inputs of a step without their contents."""
         if row.inputs not in self._given:
             if len(self._given) >= KEPT_STEPS:
                 self._given.clear()
@@ -226,18 +201,17 @@ class RecordedSteps:
         return self._given[row.inputs]
 
     def inputs(self, row: Repeat) -> dict[str, Tensor]:
-        """Return the inputs of a step by `batch/name` and `input/name`, on the CPU: the caller's own.
-
-        Raises:
-            NotReplayedError: one was dropped, or cannot be read.
-        """
+        """Return the inputs of a step by `batch/name` and `input/name`, on the CPU: the caller's own."""
         tensors = self.stored(row)
         if (rule := self.rule_for(row)) is not None:
             rows = zip("xy", rule(row.step), strict=True)
             tensors |= {f"batch/{name}": copy_on_cpu(part) for name, part in rows}
         if self.conversion is not None and row.program is not None:
             self.program(row.program)
-            tensors = self._converted(self.conversion, row.program, tensors)
+            bytes_of = of_kind(tensors, "input")
+            cast = self.conversion.contents(self._recorded[row.program], bytes_of)
+            tensors = {name: self.conversion.tensor(name, tensor) for name, tensor in tensors.items()}
+            tensors |= {f"input/{name}": content for name, content in cast.items()}
         return tensors
 
     def rule_for(self, row: Repeat) -> RowsOf | None:
@@ -245,11 +219,7 @@ class RecordedSteps:
         return None if "batch/x" in self.given(row).given else self.rule
 
     def stored(self, row: Repeat) -> dict[str, Tensor]:
-        """Return the inputs of a step that the run holds by content, as recorded.
-
-        Raises:
-            NotReplayedError: one was dropped, or cannot be read.
-        """
+        """Return the inputs of a step that the run holds by content, as recorded."""
         found = {}
         wanted = self.given(row).opens_with
         with _reading():
@@ -302,21 +272,9 @@ class RecordedSteps:
                 self._pieces[digest] = tensor.flatten().view(torch.uint8)
                 self._bytes += tensor.nbytes
 
-    def _converted(
-        self, conversion: Precision, program: int, inputs: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Return the inputs of a step, tensors of the batch and bytes of others, converted."""
-        cast = conversion.contents(self._recorded[program], of_kind(inputs, "input"))
-        tensors = {name: conversion.tensor(name, tensor) for name, tensor in inputs.items()}
-        return tensors | {f"input/{name}": content for name, content in cast.items()}
-
 
 def check_kept(run: RecordedRun, step: int) -> None:
-    """Check that the recording was to keep a step.
-
-    Raises:
-        NotReplayedError: it was not.
-    """
+    """Raise `NotReplayedError` if the recording was not to keep a step."""
     facts = run.facts
     for each in facts.not_kept:
         if each.first <= step <= each.last:
@@ -338,6 +296,11 @@ def read_program(run: RecordedRun, number: int) -> Program:
         return Program.from_json(content)
     except ProgramError as error:
         raise ProgramError(f"{run.directory / name}: {error}") from None
+
+
+def same_number(one: float, two: float) -> bool:
+    """Return whether two losses are equal; NaN equals NaN."""
+    return one == two or (one != one and two != two)
 
 
 @contextmanager

@@ -8,12 +8,12 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from everystep.errors import ProgramError, RunError
+from everystep.errors import ProgramError, RunError, named
 from everystep.program.calls import without_autograd
 from everystep.program.interpreter import Interpreter, Looks
 from everystep.program.memory import copied_together
@@ -34,7 +34,7 @@ from everystep.step.observe import Observation, StepObserver
 from everystep.step.state import State, copy_of, same_bits
 from everystep.training.batch import nested_again
 
-__all__ = ["ReplayStepper", "Saved"]
+__all__ = ["ReplayStepper"]
 
 #: Tensors that a message names.
 MOST_NAMED = 3
@@ -42,32 +42,14 @@ _NO_NUMBERS = torch.empty(0)
 _GENERATOR = re.compile(r"generator/[0-9]{1,9}")
 
 
-class Saved(NamedTuple):
-    """A copy of the tensors of a state, of the random generators, and of other ranks, by number."""
-
-    tensors: dict[str, Tensor]
-    generators: Generators
-    others: Mapping[int, Saved] = MappingProxyType({})
-
-    @property
-    def bytes(self) -> int:
-        """The memory that its tensors use, in bytes."""
-        others = sum(each.bytes for each in self.others.values())
-        return others + sum(tensor.nbytes for tensor in self.tensors.values())
-
-
 class ReplayStepper:
     """Repeats steps; states can be loaded and steps run in any order.
 
-    Args:
-        steps: the data that repeats each step.
-        diverged: called with a step that differs from the recording, and a description.
-
-    state: the number of the current state, None before one is loaded; goes_on: whether the last hook
-    wants more steps; others, hooks: of other ranks, by number, which a `RankStepper` repeats, too.
+    steps: the data that repeats each step; diverged: called with a step that differs from the recording,
+    and a description; state: the number of the current state, None before one is loaded; others, hooks:
+    of other ranks, by number, which a `RankStepper` repeats, too.
     """
 
-    goes_on = True
     others: Mapping[int, ReplayStepper] = MappingProxyType({})
     hooks: Mapping[int, Hook] = MappingProxyType({})
 
@@ -90,10 +72,8 @@ class ReplayStepper:
 
     # The state.
 
-    def load(self, state: State, others: Mapping[int, State] = MappingProxyType({})) -> None:
-        """Restore a state from disk.
-
-        others: those of other ranks, by number, where a `RankStepper` repeats them, too.
+    def load(self, state: State, *others: State) -> None:
+        """Restore a state, from disk or from `capture`; others: as of `capture_ranks`.
 
         Raises:
             RunError: it is not a state of watched steps.
@@ -112,15 +92,6 @@ class ReplayStepper:
         self._loaded_at = state.step
         self._has_diverged = False
         state.generators.restore(self.steps.device)
-
-    def save(self) -> Saved:
-        """Return a copy of the current state."""
-        return Saved(copied_together(self._tensors), Generators.capture(self.steps.device))
-
-    def restore(self, step: int, saved: Saved) -> None:
-        """Bring everything back to what `save` returned after `step`."""
-        self._begin(step, copied_together(saved.tensors))
-        saved.generators.restore(self.steps.device)
 
     def _begin(self, step: int, tensors: dict[str, Tensor]) -> None:
         self._tensors.clear()
@@ -154,7 +125,10 @@ class ReplayStepper:
         if not self._is_own_loop:  # its snapshots have what changed after the step
             self.settle()
             # Snapshots of the training have only the gradients that a later step reads.
-            dropped = {n for n in self._tensors if n.startswith("gradient/")} - self._names_read()
+            dropped = {n for n in self._tensors if n.startswith("gradient/")}
+            for number in self.steps.facts.programs:
+                with suppress(NotReplayedError):  # as far as they can be read
+                    dropped -= self.steps.program(number).state.keys()
         copied: Callable[[Tensor], Tensor] = Tensor.cpu if is_live else copy_of
         copies = {name: copied(t) for name, t in self._tensors.items() if name not in dropped}
         known, others = self._loaded.parameters, self._loaded.rest
@@ -179,9 +153,9 @@ class ReplayStepper:
         state = State(self.state, parameters, rest, settings)
         return state if self._is_own_loop else state.with_optimizer("optimizer", self._groups())
 
-    def captured_others(self) -> dict[int, State]:
-        """Return the current states of the other ranks that it repeats, too, by number."""
-        return {}
+    def capture_ranks(self, *, is_live: bool = False) -> list[State]:
+        """Return the current state, and those of `others`, in the same form."""
+        return [self.capture(is_live=is_live)]
 
     def ranks_differ(self) -> bool:
         """Return whether a parameter is not the same on all ranks."""
@@ -191,14 +165,6 @@ class ReplayStepper:
             for name, tensor in self.named_state().items()
             if name.startswith("parameter/") and name in other.named_state()
         )
-
-    def _names_read(self) -> set[str]:
-        """Return the names of the state that any program reads, as far as they can be read."""
-        found: set[str] = set()
-        for number in self.steps.facts.programs:  # one that was not needed yet may read a gradient
-            with suppress(NotReplayedError):
-                found |= self.steps.program(number).state.keys()
-        return found
 
     def named_state(self) -> dict[str, Tensor]:
         """Return the live tensors of the state by name."""
@@ -221,7 +187,7 @@ class ReplayStepper:
         if self._is_own_loop:
             return known
         rates = {}
-        for index, group in enumerate(self._loaded_groups()):
+        for index, group in enumerate(self._groups()):
             rate = group.get("lr", self._tensors.get(f"group/{index}/lr"))
             if isinstance(rate, int | float | Tensor):
                 rates[f"lr[{index}]" if index else "lr"] = float(rate)
@@ -234,15 +200,12 @@ class ReplayStepper:
 
     def _groups(self) -> list[dict[str, Any]]:
         """Return the param groups of everystep's own steps with the numbers that the last one used."""
-        groups = [dict(group) for group in self._loaded_groups()]
+        assert self._loaded is not None
+        groups = [dict(group) for group in self._loaded.optimizer("optimizer").get("groups", [])]
         for name, value in self._settings(self.state or 0).items():
             set_hyperparameter(groups, name, value)
         changed = {} if self.steps.lr is None else {"lr": self.steps.lr}
         return [group | changed for group in groups]
-
-    def _loaded_groups(self) -> list[dict[str, Any]]:
-        found = self._loaded.optimizer("optimizer").get("groups", []) if self._loaded else []
-        return [*found]
 
     # The inputs of a step.
 
@@ -253,11 +216,7 @@ class ReplayStepper:
         return Generators.capture(self.steps.device).tensors() | drawn
 
     def batch(self, number: int) -> Batch:
-        """Return the batch of a step in its original nesting, on the CPU.
-
-        Raises:
-            RunError: it was dropped.
-        """
+        """Return the batch of a step in its original nesting, on the CPU."""
         row = self.steps.row(number)
         tensors = of_kind(self.steps.inputs(row), "batch")
         nested = nested_again(self.steps.given(row).nesting, tensors)
@@ -298,44 +257,37 @@ class ReplayStepper:
         try:
             with without_autograd():
                 while self.state < last:
-                    self.settle()
-                    row = self.steps.row(self.state + 1)
-                    bound = self._bound.begin(row, last, self.steps)
-                    if bound is not None:
-                        losses.append(self._run_bound(row.step, bound, hook))
-                    else:
-                        program = self.steps.program_of(row).program
-                        losses.append(self._interpret(row, hook.looks(program) if hook else {}))
-                    self.goes_on = hook is None or hook.after(row.step, losses[-1])
-                    if not self.goes_on:
+                    losses.append(self._take(last, hook))
+                    if hook is not None and not hook.after(self.state, losses[-1]):
                         break
         except NotReplayedError:
             if not losses:
                 raise
         return losses
 
-    def open(self) -> Step:
-        """Run the next step, and return everything in it; its loss is not compared.
+    def _take(self, last: int, hook: Hook | None) -> float:
+        """Take the next step, of those up to `last`; return its loss."""
+        assert self.state is not None
+        self.settle()
+        row = self.steps.row(self.state + 1)
+        bound = self._bound.begin(row, last, self.steps)
+        if bound is not None:
+            return self._run_bound(row.step, bound, hook)
+        program = self.steps.program_of(row).program
+        return self._interpret(row, hook.looks(program) if hook else {})
 
-        Raises:
-            RunError: as `run`.
-        """
+    def open(self) -> Step:
+        """Run the next step, and return everything in it; its loss is not compared."""
         assert self.state is not None
         self.settle()
         number = self.state + 1
         batch = self.batch(number)
-        return replace(
-            observed_step(number, self.observe(), batch),
-            hyperparameters=self.hyperparameters(),
-            epoch=0 if self._is_own_loop else batches_of(self.steps.facts).epoch(number),
-        )
+        step = observed_step(number, self.observe(), batch)
+        epoch = 0 if self._is_own_loop else batches_of(self.steps.facts).epoch(number)
+        return replace(step, hyperparameters=self.hyperparameters(), epoch=epoch)
 
     def observe(self) -> Observation:
-        """Run the next step, and return everything in it.
-
-        Raises:
-            RunError: as `run`.
-        """
+        """Run the next step, and return everything in it."""
         assert self.state is not None
         self.settle()
         row = self.steps.row(self.state + 1)
@@ -414,15 +366,13 @@ class ReplayStepper:
         if not digests or self._has_diverged or self.steps.conversion is not None:
             return
         present = ((name, digest) for name, digest in digests.items() if name in self._tensors)
-        other = [name for name, digest in present if digest_of(self._tensors[name]) != digest]
+        other = [n.partition("/")[2] for n, digest in present if digest_of(self._tensors[n]) != digest]
         if not other:
             return
-        self._has_diverged = True
-        names = ", ".join(name.partition("/")[2] for name in other[:MOST_NAMED])
-        more = f" and {len(other) - MOST_NAMED} more" if len(other) > MOST_NAMED else ""
+        self._has_diverged, before = True, self.steps.digested_before(number)
         self._diverged(
             number,
-            f"after step {number}, the state differs from the recording: {names}{more}. Either the "
-            f"numerics differ, or something wrote after step {self.steps.digested_before(number)} where "
-            "torch does not see it (NumPy, a thread, a compiled graph)",
+            f"after step {number}, the state differs from the recording: {named(other, MOST_NAMED)}. "
+            f"Either the numerics differ, or something wrote after step {before} where torch does not "
+            "see it (NumPy, a thread, a compiled graph)",
         )

@@ -149,11 +149,11 @@ class Resume:
             everything = ("model", "loss", "optimizer", "scheduler")
             job.training.restore(state, everything if self.is_accepted else None)
         at = begin if self.is_accepted or run.others is not None else recorded
+        known = {} if job.training.scheduler else job.training.hyperparameters()
         origin = StartingPoint(
             run=run,
             at=begin,
-            hyperparameters=({} if job.training.scheduler else job.training.hyperparameters())
-            | settings_of(run, facts, 0)(begin),
+            hyperparameters=known | settings_of(run, facts, 0)(begin),
             has_new_data=facts.data_file is None,
             resumed=resume_facts(run, at, changed),
         )
@@ -175,22 +175,12 @@ class Resume:
 def resume(
     asked: Resume, given: Mapping[str, Any], known: Objects | None, progress: Progress
 ) -> tuple[Outcome, Objects | None]:
-    """Continue a run: by its experiment, by the objects that train it, or by its programs alone.
+    """Answer `Run.resume`: by the experiment, by the objects that train, or by the programs alone.
 
-    Args:
-        asked: the run, and its last step.
-        given: the objects among the arguments of `Run.resume`, None if absent.
-        known: the objects that trained the run in this process.
-        progress: watches the training.
+    given: the objects among its arguments, None if absent; known: those that trained the run in this
+    process.
 
-    Returns:
-        What was trained, and the objects that trained it.
-
-    Raises:
-        UsageError: the run has all its steps, or an object is invalid.
-        RunError: something changed since the run began, or a file of the run is missing.
-        TrainingError: torch failed in a step.
-        RecordingError: writing the run failed.
+    Returns what was trained, and the objects that trained it.
     """
     run = asked.run
     if run.facts.training.loop:
@@ -229,8 +219,6 @@ def resume_experiment(
     """Continue a run of an experiment; create everything from the experiment again.
 
     experiment: must be the run's, except for the number of steps, which is then this one's.
-
-    Raises: see `resume`.
     """
     asked = asked.of_rank()
     run = asked.run
@@ -247,7 +235,7 @@ def resume_experiment(
         note_named(experiment.data.files)
         given = experiment.with_fused(select(experiment.device).type)
         _check_same_experiment(run, known, given)
-        asked = replace(asked, steps=experiment.steps or _steps_of(experiment, facts))
+        asked = replace(asked, steps=_steps_of(experiment, facts))
         if asked.has_all:
             return Outcome(run.directory)
     device = select(experiment.device)
@@ -275,21 +263,15 @@ def resume_objects(
 ) -> Outcome:
     """Continue a run from Python objects, which are trained in place.
 
-    Args:
-        asked: the run, and its last step.
-        objects: see above.
-        is_own: whether they are those that trained the run in this process.
-        progress: watches the training.
-        iteration: must be the run's, except for the number of steps, which is then this one's.
-
-    Raises: see `resume`.
+    is_own: whether they are those that trained the run in this process; iteration: must be the run's,
+    except for the number of steps, which is then this one's.
     """
     objects.check_complete()
     asked = asked.of_rank()
     run = asked.run
     facts = run.facts.training
     if iteration is not None:
-        asked = replace(asked, steps=iteration.steps or _steps_of(iteration, facts))
+        asked = replace(asked, steps=_steps_of(iteration, facts))
         if asked.has_all:
             _restore_objects(run, objects)
             return Outcome(run.directory)
@@ -336,13 +318,10 @@ def _steps_of(iteration: Iteration, facts: TrainingFacts) -> int:
 
 def _check_same_experiment(run: RecordedRun, known: Experiment, given: Experiment) -> None:
     """Check that an experiment is the run's, except for the number of steps."""
-    pair = [flat(each.model_dump(exclude={"steps", "epochs"})) for each in (known, given)]
-    changed = tuple(
-        f"{path}: {pair[0].get(path)} | {pair[1].get(path)}"
-        for path in dict.fromkeys((*pair[0], *pair[1]))
-        if pair[0].get(path) != pair[1].get(path)
-    )
-    check_changes(run, changed, is_accepted=False)
+    one, other = (flat(each.model_dump(exclude={"steps", "epochs"})) for each in (known, given))
+    changed = [path for path in one | other if one.get(path) != other.get(path)]
+    texts = tuple(f"{path}: {one.get(path)} | {other.get(path)}" for path in changed)
+    check_changes(run, texts, is_accepted=False)
 
 
 def _check_same_data(job: Job, facts: TrainingFacts) -> None:

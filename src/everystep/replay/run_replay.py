@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from everystep import clock, numerics
 from everystep.device import select
@@ -23,12 +23,12 @@ from everystep.recording.snapshots import SnapshotRow
 from everystep.replay.opened_step import Step
 from everystep.replay.rank_stepper import RankStepper
 from everystep.replay.recorded_batches import batch_source
-from everystep.replay.recorded_steps import RecordedSteps, check_kept
-from everystep.replay.replay_stepper import ReplayStepper, Saved
+from everystep.replay.recorded_steps import RecordedSteps, check_kept, same_number
+from everystep.replay.replay_stepper import ReplayStepper
 from everystep.step.generators import Generators, generators_preserved
 from everystep.step.state import State
 
-__all__ = ["CountingSteps", "Replay", "no_such_step", "same_number", "uncounted"]
+__all__ = ["CountingSteps", "LossDifference", "Replay", "no_such_step", "uncounted"]
 
 #: Shows how many steps of a number have run: called with what they do and the number, it yields what to
 #: call with the number of new ones.
@@ -49,18 +49,22 @@ def uncounted(what: str, total: int) -> AbstractContextManager[Callable[[int], N
     return nullcontext(lambda steps: None)
 
 
+class LossDifference(NamedTuple):
+    """A step with another loss in the replay."""
+
+    step: int
+    recorded: float
+    replayed: float
+
+
 class Replay:
     """A run with replayable steps. Only one thread may use it at a time.
 
-    Args:
-        run: the run.
-        data: its data, where it does not hold that itself.
-        threads: number of threads that torch uses; default: as many as in the training.
-        conversion: of its programs, to another precision; default: as in the training.
-        counting: shows the progress of a long replay; default: it is only announced.
-
-    problems: found so far, such as an unreadable snapshot; diverged_at: the first step with a different
-    loss in the replay, None if there was none.
+    data: of the run, where it does not hold that itself; threads: number of threads that torch uses;
+    default: as many as in the training; conversion: of its programs, to another precision; counting:
+    shows the progress of a long replay; default: it is only announced; problems: found so far, such as
+    an unreadable snapshot; diverged_at: the first step with a different loss in the replay, None if
+    there was none.
     """
 
     def __init__(
@@ -76,7 +80,8 @@ class Replay:
         self.diverged_at: int | None = None
         # A finished run need not be read again.
         self._is_over = run.status != "running"
-        self._losses: dict[int, list[float]] = {}
+        #: The losses read last, and the step that they begin with.
+        self._losses: tuple[int, list[float]] = 1, []
         self._rows: list[SnapshotRow] | None = None
         self.stretches = run.stretches
         self.data = data
@@ -84,11 +89,12 @@ class Replay:
         self._conversion = conversion
         self._counting = counting
         self._steppers: dict[int, ReplayStepper] = {}
-        #: The batches of stretches, and the facts that they follow from: a fork has those of its parent.
-        self._rules: list[tuple[Any, RowsOf]] = []
+        #: Batches by the facts that they follow from: a fork has those of its parent.
+        self._rules: dict[str, RowsOf] = {}
         self._at = 0
         self._generators: Generators | None = None
-        self._kept: OrderedDict[tuple[int, int], Saved] = OrderedDict()
+        #: States in memory, of all ranks, by their stretch and step.
+        self._kept: OrderedDict[tuple[int, int], list[State]] = OrderedDict()
         self._opened: OrderedDict[int, Step] = OrderedDict()
         self._step_seconds = 0.0
 
@@ -113,16 +119,10 @@ class Replay:
         return self._opened[number]
 
     def state(self, number: int) -> State:
-        """Return the state after a step (0: before the first).
-
-        Raises:
-            StepError: the run has no such step, or not yet.
-            RunError: a needed file is missing or unreadable.
-        """
-        if number in {row.step for row in self.snapshot_rows()}:
-            state = self.run.state_near(number, on_problem=self._note, after=number - 1)
-            if state is not None:
-                return state
+        """Return the state after a step (0: before the first); raises as `step`."""
+        state = self.run.state_near(number, on_problem=self._note, after=number - 1)
+        if state is not None:
+            return state
         if number:
             self.recorded_loss(number)
             check_kept(self.run, number)
@@ -170,17 +170,13 @@ class Replay:
         """Open the step after the current state; call it inside `in_force`."""
         step = self.stepper.open()
         recorded = self.recorded_loss(step.number)
-        self.compare(step.number, [step.loss], [recorded])
+        self.compare(step.number, [step.loss])
         diverged = self.diverged_at
         is_exact = diverged is None or diverged > step.number
         return replace(step, recorded_loss=recorded, diverged_at=None if is_exact else diverged)
 
     def recorded_loss(self, number: int) -> float:
-        """Return the recorded loss of a step.
-
-        Raises:
-            StepError: the run has no such step, or not yet.
-        """
+        """Return the recorded loss of a step; raises `StepError` if the run does not have it yet."""
         found = self.recorded_losses(number, number)
         if number < 1 or not found:
             raise no_such_step(self.run, number)
@@ -188,16 +184,12 @@ class Replay:
 
     def recorded_losses(self, first: int, last: int) -> list[float]:
         """Return the recorded losses of steps, as far as they exist."""
-        # A training still adds losses, so no block of them would be whole.
-        if not self._is_over or first < 1 or last - first >= BLOCK:
-            return self.run.losses_between(first, last)
-        found: list[float] = []
-        for block in range((first - 1) // BLOCK, (last - 1) // BLOCK + 1):
-            begin = block * BLOCK + 1
-            if block not in self._losses:
-                self._losses[block] = self.run.losses_between(begin, begin + BLOCK - 1)
-            found += self._losses[block][max(0, first - begin) : last - begin + 1]
-        return found
+        begin, known = self._losses
+        # A training still adds losses, and may take some back.
+        if not (self._is_over and begin <= first and last < begin + len(known)):
+            end = max(last, first + BLOCK) if self._is_over else last
+            begin, known = self._losses = max(first, 1), self.run.losses_between(first, end)
+        return known[max(first - begin, 0) : last - begin + 1]
 
     def snapshot_rows(self) -> list[SnapshotRow]:
         """Return the snapshots as the database knows them."""
@@ -241,7 +233,7 @@ class Replay:
 
     def let_go(self) -> None:
         """Free the memory of all states and opened steps."""
-        self._steppers, self._rules, self._opened = {}, [], OrderedDict()
+        self._steppers, self._opened = {}, OrderedDict()
         self._kept.clear()
 
     def _forget_where(self) -> None:
@@ -270,30 +262,20 @@ class Replay:
         kept = max(
             (s for stretch, s in self._kept if stretch == at and lowest <= s <= state), default=-1
         )
-        on_disk = [r.step for r in self.snapshot_rows() if max(lowest, here, kept) < r.step <= state]
-        self._at = at
-        if on_disk:
-            found = self.run.state_near(state, on_problem=self._note, after=max(lowest - 1, here, kept))
-            if found is not None:
-                stepper.load(found)
-                return
-        if kept > here:
+        self._at, after, found = at, max(lowest - 1, here, kept), None
+        if any(after < row.step <= state for row in self.snapshot_rows()):
+            found = self.run.state_near(state, on_problem=self._note, after=after)
+        if found is not None:
+            stepper.load(found)
+        elif kept > here:
             self._kept.move_to_end((at, kept))
-            stepper.restore(kept, self._kept[at, kept])
+            stepper.load(*self._kept[at, kept])
+        elif here < 0 and at:  # the state that the stretch begins with cannot be read
+            stepper.load(self.go_to(lowest, at - 1).capture())
+            self._at = at
         elif here < 0:
-            self._load_first(stepper, at)
-
-    def _load_first(self, stepper: ReplayStepper, at: int) -> None:
-        """Load the state that a stretch begins with; if it cannot be read, from the stretch before."""
-        boundary = self.stretches[at].first - 1
-        state = self.run.state_near(boundary, on_problem=self._note, after=boundary - 1)
-        if state is None and at:
-            state = self.go_to(boundary, at - 1).capture()
-        if state is None:
             why = self.problems[-1] if self.problems else "it is missing"
             raise RunError(f"{self.run.name} cannot be replayed from its first state: {why}")
-        stepper.load(state)
-        self._at = at
 
     def _advance(self, stepper: ReplayStepper, last: int) -> None:
         assert stepper.state is not None
@@ -301,54 +283,58 @@ class Replay:
         started = clock.now()
         losses = stepper.run(last)
         self._step_seconds = (clock.now() - started) / len(losses)
-        self.compare(first, losses, self.recorded_losses(first, last))
+        self.compare(first, losses)
 
-    def compare(self, first: int, losses: list[float], recorded: list[float]) -> None:
+    def compare(self, first: int, losses: list[float]) -> list[LossDifference]:
         """Compare losses of consecutive steps with the recorded ones, and note the first difference."""
-        for step, (loss, known) in enumerate(zip(losses, recorded, strict=False), start=first):
-            if not same_number(loss, known):
-                self._diverge(step)
-                return
+        recorded = self.recorded_losses(first, first + len(losses) - 1)
+        if len(recorded) < len(losses):
+            missing = first + len(recorded)
+            raise RunError(f"the run has no loss for step {missing}: the database was changed")
+        both = enumerate(zip(recorded, losses, strict=True), start=first)
+        found = [LossDifference(step, *pair) for step, pair in both if not same_number(*pair)]
+        if found:
+            self._diverge(found[0].step)
+        return found
 
     def _keep(self, stepper: ReplayStepper) -> None:
         assert stepper.state is not None
         place = self._at, stepper.state
         if place not in self._kept:
-            self._kept[place] = stepper.save()
+            kept = self._kept
+            kept[place] = stepper.capture_ranks()
             # The newest stays, however large it is: stepping back begins there.
-            while len(self._kept) > 1 and sum(each.bytes for each in self._kept.values()) > KEPT_BYTES:
-                self._kept.popitem(last=False)
+            while len(kept) > 1 and sum(s.size for states in kept.values() for s in states) > KEPT_BYTES:
+                kept.popitem(last=False)
 
     def stepper_of(self, at: int) -> ReplayStepper:
         """Return the stepper of a stretch."""
         if at not in self._steppers:
-            stretch, conversion = self.stretches[at], self._conversion
-            facts, rule = stretch.facts, None
-            if facts.loop is None and not facts.data.lazy:  # else each row holds its batch
-                data = facts.data, facts.data_file, facts.preparation
-                by_rule = *data, facts.batches, facts.ranks, facts.device
-                rule = next((known for what, known in self._rules if what == by_rule), None)
-                if rule is None:
-                    found = batch_source(self.run, facts, self.data, select(facts.device), conversion)
-                    assert isinstance(found, RowsOf)
-                    rule = found
-                    self._rules.append((by_rule, rule))
-            recorded = partial(RecordedSteps, conversion=conversion)
-            self._steppers[at] = self.stepper_for(at, rule, recorded, self._diverge)
+            recorded = partial(RecordedSteps, conversion=self._conversion)
+            self._steppers[at] = self.stepper_for(at, recorded, self._diverge)
         return self._steppers[at]
 
     def stepper_for(
         self,
         at: int,
-        rule: RowsOf | None,
         steps_of: Callable[[RecordedRun, Stretch, RowsOf | None], RecordedSteps],
         diverged: Callable[[int, str], object],
     ) -> ReplayStepper:
         """Return a new stepper of a stretch, and of that of all ranks.
 
-        rule: of the batches, if they follow one; steps_of: returns the steps of a rank; diverged: as
-        `ReplayStepper` has it.
+        steps_of: returns the steps of a rank, given its run, its stretch and the rule of its batches, if
+        they follow one; diverged: as `ReplayStepper` has it.
         """
+        facts, rule = self.stretches[at].facts, None
+        if facts.loop is None and not facts.data.lazy:  # else each row holds its batch
+            data = facts.data, facts.data_file, facts.preparation
+            by_rule = repr((*data, facts.batches, facts.ranks, facts.device))
+            if by_rule not in self._rules:
+                device, conversion = select(facts.device), self._conversion
+                found = batch_source(self.run, facts, self.data, device, conversion)
+                assert isinstance(found, RowsOf)
+                self._rules[by_rule] = found
+            rule = self._rules[by_rule]
         steps = steps_of(self.run, self.stretches[at], rule)
         ranks = steps.facts.ranks
         if ranks is None:
@@ -371,9 +357,7 @@ class Replay:
         return stretch_at(self.stretches, step)
 
     def _note(self, problem: str) -> None:
-        if problem in self.problems:
-            self.problems.remove(problem)
-        self.problems.append(problem)
+        self.problems = [*(each for each in self.problems if each != problem), problem]
 
 
 def no_such_step(run: RecordedRun, number: int) -> StepError:
@@ -385,8 +369,3 @@ def no_such_step(run: RecordedRun, number: int) -> StepError:
     elif run.status == "running":
         known += ", and is still training"
     return StepError(f"{run.name} has no step {number}: {known}")
-
-
-def same_number(one: float, two: float) -> bool:
-    """Return whether two losses are equal; NaN equals NaN."""
-    return one == two or (one != one and two != two)

@@ -59,14 +59,13 @@ def side_by_side(
 ) -> bool:
     """Train, so many at once; return whether Ctrl-C stopped that, after the step of each training.
 
-    Args:
-        start: starts a process, as `pool` does; one that was killed is replaced.
-        count: of processes.
-        tasks: of each training by its name: what to call in the process, and with what.
-        ended: called with the name of a training that ended, and how it did.
-        reuses_processes: whether a process may train again: a user's code may leave anything behind.
+    start: starts a process, as `pool` does; one that was killed is replaced; tasks: of each training by
+    its name: what to call in the process, and with what; ended: called with the name of a training that
+    ended, and how it did; reuses_processes: whether a process may train again: a user's code may leave
+    anything behind.
     """
-    free: list[Any] = []
+    #: What takes trainings, what stops it, and what ends it.
+    free: list[tuple[Any, Any, ExitStack]] = []
     busy: dict[Future[TrainingEnd], tuple[str, Any]] = {}
 
     def stop() -> None:
@@ -77,7 +76,10 @@ def side_by_side(
     with Interrupt(stop) as interrupt, ExitStack() as ends:
         while True:
             while len(busy) < count and not interrupt and (name := next(waiting, None)) is not None:
-                process = free.pop() if free else _started(start, ends)
+                if not free:
+                    own = ends.enter_context(ExitStack())
+                    free.append((*own.enter_context(start()), own))
+                process = free.pop()
                 busy[process[0].submit(_ended, *tasks[name])] = name, process
             if interrupt:  # it may have come just before the last one began
                 stop()
@@ -97,16 +99,6 @@ def side_by_side(
                         problem += f" ({type(error).__name__})"
                     found = TrainingEnd(None if interrupt else problem)  # it had not begun
                 ended(name, found)
-
-
-def _started(
-    start: Callable[[], AbstractContextManager[Any]], ends: ExitStack
-) -> tuple[Any, Any, ExitStack]:
-    """Start a process; return what it takes, what stops it, and what ends it."""
-    own = ExitStack()
-    process, connection = own.enter_context(start())
-    ends.push(own)
-    return process, connection, own
 
 
 class _OnRay:

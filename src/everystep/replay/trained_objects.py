@@ -58,11 +58,8 @@ def objects_from(given: Mapping[str, Any], known: Objects | None) -> tuple[Objec
     objects = known if is_own else Objects(given["model"], given["loss"], given["optimizer"])
     if objects is None or objects.model is None:
         return None, is_own
-    others = {
-        name: given[name]
-        for name in ("data", "scheduler", "validation", "metrics")
-        if given[name] is not None
-    }
+    names = "data", "scheduler", "validation", "metrics"
+    others = {name: given[name] for name in names if given[name] is not None}
     if "scheduler" in others:
         others["scheduler_every"] = given["scheduler_every"]
     return replace(objects, **others), is_own
@@ -74,13 +71,7 @@ def state_to_continue(replay: Replay, number: int, objects: Objects | None) -> S
     A replay of steps that Python took restores tensors only; for everything else that objects hold (a
     counter, a scheduler's rate), Python repeats the steps since the last snapshot.
 
-    Args:
-        replay: of the run.
-        number: the step before the state.
-        objects: those that trained it, if it has no experiment.
-
-    Raises:
-        RunError: a needed file is missing or unreadable.
+    number: the step before the state; objects: those that trained the run, if it has no experiment.
     """
     run = replay.run
     stretch = replay.stretches[replay.stretch_of(number)]
@@ -93,8 +84,7 @@ def state_to_continue(replay: Replay, number: int, objects: Objects | None) -> S
     with replay.in_force(number):
         stepper = Living(run, stretch, objects or Objects(), begin, "eager")
         losses = stepper.run(number)
-        first = begin.step + 1
-        replay.compare(first, losses, replay.recorded_losses(first, number))
+        replay.compare(begin.step + 1, losses)
         return stepper.capture()
 
 
@@ -142,17 +132,12 @@ def iteration_of(facts: TrainingFacts, steps: int | None) -> dict[str, Any]:
 class Living:
     """A training of a run, restored at a state.
 
-    Args:
-        run: the run.
-        stretch: the part of it that the training is of.
-        objects: those that trained it, if it has no experiment.
-        state: to start from.
-        engine: `auto`: programs may take steps; `eager`: Python takes all, as objects may hold more than
-            tensors.
+    stretch: the part of the run that the training is of; objects: those that trained it, if it has no
+    experiment; engine: `auto`: programs may take steps; `eager`: Python takes all, as objects may hold
+    more than tensors.
 
     Raises:
-        RunError: there are no objects, they do not fit the state, or a file of the run is missing or
-            unreadable.
+        RunError: there are no objects, or they do not fit the state.
     """
 
     def __init__(
@@ -177,22 +162,17 @@ class Living:
         self._beginning = training.snapshot(state.step)
         self._stepper = Stepper(training, None, MOST_STEPS, engine)
         self._watched = self._stepper.watched
-        self._begun(state.step)
+        self._stepper.restart(state.step)
 
     def begin(self, batches: Batches) -> None:
         """Start again, with these batches of the same rows."""
         assert isinstance(self._training.batch, RowsOf)
         self._training.batch.use(batches)
         self._training.restore(self._beginning)
-        self._begun(self._beginning.step)
-
-    def _begun(self, step: int) -> None:
-        self._settled = step
-        self._stepper.restart(step)
+        self._stepper.restart(self._beginning.step)
 
     def capture(self) -> State:
         """Return the current state in the form that is written to disk."""
-        self._settle()
         if self._training.has_tensor_settings:
             self._set_hyperparameters(self._stepper.step + 1)
         return self._training.snapshot(self._stepper.step)
@@ -211,6 +191,7 @@ class Living:
             with self._watching():
                 self._stepper.advance(number if alone else last)
             losses += self._stepper.collect().tolist()
+            self._settle()
         return losses
 
     def open(self) -> Step:
@@ -226,16 +207,12 @@ class Living:
             batch = dict(zip("xy", self._training.batch(number), strict=True))
             inputs = {f"batch/{name}": tensor.detach().clone() for name, tensor in batch.items()}
             self._stepper.watch(number, *batch.values())
-        _, watch = watched.last
-        built = watched.last_program()
+        built, taken = watched.last_program(), self._stepper.taken[-1]
         if isinstance(built, str):
             raise RunError(f"step {number} cannot be observed: a program cannot hold what it does")
-        for name, place in built.inputs.items():
-            if (brought := watch.from_outside(place)) is not None:
-                inputs[f"input/{name}"] = brought.content
+        inputs |= taken.inputs
         generators.restore(device)
-        program = Interpreter(built.program, device)
-        interpreter, numbers = program.at(built.numbers(watch.numbers))
+        interpreter, numbers = Interpreter(built.program, device).at(taken.numbers or ())
         observer = StepObserver(interpreter, numbers, state)
         with without_autograd():
             loss, _ = interpreter.run(state, inputs, numbers, observer.looks)
@@ -246,8 +223,7 @@ class Living:
         return observed_step(number, observer.observation(loss), seen)
 
     def _ready(self) -> int:
-        """Bring the training to the state before the next step; return the number of that step."""
-        self._settle()
+        """Set what the optimizer uses in the next step; return the number of that step."""
         number = self._stepper.step + 1
         self._set_hyperparameters(number)
         return number
@@ -255,9 +231,8 @@ class Living:
     def _settle(self) -> None:
         """Apply the changes of other code after the last step, before anything else runs."""
         step = self._stepper.step
-        if step not in self._between or self._settled == step:
+        if step not in self._between:
             return
-        self._settled = step
         tensors = self._run.change(self._between[step]).tensors
         live = self._training.named_state()
         with torch.no_grad():
@@ -296,9 +271,8 @@ def _training(run: RecordedRun, stretch: Stretch, objects: Objects) -> Training:
         objects.check_complete()
         own = objects.copied()
         own.model.to(device)
-        return Training(
-            own.model, own.loss, own.optimizer, batch, device, max_grad_norm=facts.max_grad_norm
-        )
+        norm = facts.max_grad_norm
+        return Training(own.model, own.loss, own.optimizer, batch, device, max_grad_norm=norm)
     # Without its file, a run is still replayed as far as its programs go.
     experiment = None if run.lost_experiment(facts) else run.experiment(facts)
     if experiment is None:

@@ -20,9 +20,9 @@ from everystep.replay.probe import check_question, opened_value
 from everystep.replay.processes import Opener, process_count, recorded_numerics, shared
 from everystep.replay.recorded_batches import batches_of
 from everystep.replay.recorded_columns import Evaluator, read_question
-from everystep.replay.recorded_steps import RecordedSteps
+from everystep.replay.recorded_steps import RecordedSteps, same_number
 from everystep.replay.replay_stepper import ReplayStepper
-from everystep.replay.run_replay import Replay, no_such_step, same_number
+from everystep.replay.run_replay import Replay, no_such_step
 from everystep.replay.shown import Shown
 from everystep.replay.trained_objects import Living
 from everystep.replay.without_objects import check_determined
@@ -90,24 +90,14 @@ def what_if(
     processes: int | None = None,
     on_progress: Callable[[int], None] = lambda steps: None,
 ) -> WhatIf:
-    """Train from a state to a step, once for each choice of what to change.
+    """Answer `Run.what_if`.
 
-    Args:
-        opener: of the run.
-        at: the state.
-        until: the last step.
-        cases: of each training, the rows to leave out, or the learning rate, or other targets by row.
-        by: an expression of the last step.
-        objects: those that trained the run, if it has no experiment.
-        processes: number of processes, each with the threads of the run; default: as many as there are
-            cores for, if worth their start.
-        on_progress: called with the number of steps just taken.
+    cases: of each training, the rows to leave out, or the learning rate, or other targets by row;
+    objects: those that trained the run, if it has no experiment; on_progress: called with the number of
+    steps just taken.
 
     Raises:
-        StepError: the run has no such step.
-        UsageError: rows do not exist, are in no batch, or a batch would be empty.
         ExpressionError: the expression is invalid, or needs what only the recorded run has.
-        RunError: the steps cannot be repeated with the change; gives the reason.
     """
     run, without_rows, is_of_rates = opener.run, isinstance(cases[0], tuple), isinstance(cases[0], float)
     if not is_of_rates:
@@ -192,25 +182,21 @@ def _train_alone(
     """Let programs train from a state, once at each learning rate, or with each choice of targets."""
     run, at = replay.run, state.step
     place = replay.stretch_of(at + 1)
-    rule, taken = replay.stepper_of(place).steps.rule, range(at + 1, until + 1)
-    found = []
+    taken, found = range(at + 1, until + 1), list[Case]()
     device = select(replay.stretches[place].facts.device)
     with replay.in_force(at + 1):
-        others = replay.go_to(at, place).captured_others()
+        states = replay.go_to(at, place).capture_ranks()
     with replay.in_force(at + 1), generators_preserved(device):
         for change in cases:
             differing: dict[int, str] = {}
-            rate: float | None = None
             steps_of: Callable[..., RecordedSteps] = RecordedSteps
-            if isinstance(change, float):
-                rate, steps_of = change, partial(ChangedSteps, steps=taken, lr=change)
-            elif change is not None:
-                steps_of = partial(ChangedSteps, steps=taken, relabelled=change)
-            stepper = replay.stepper_for(place, rule, steps_of, differing.setdefault)
-            stepper.load(state, others)
-            outcome = _outcome(run, question, (at, until), stepper)
-            case = Case((), *outcome, rate, min(differing, default=None))
-            steps = stepper.steps
+            if change is not None:
+                lr, targets = (change, {}) if isinstance(change, float) else (None, change)
+                steps_of = partial(ChangedSteps, steps=taken, lr=lr, relabelled=targets)
+            stepper = replay.stepper_for(place, steps_of, differing.setdefault)
+            stepper.load(*states)
+            steps, outcome = stepper.steps, _outcome(run, question, (at, until), stepper)
+            case = Case((), *outcome, steps.lr, min(differing, default=None))
             if isinstance(steps, ChangedSteps):
                 case = replace(case, targets=steps.targets, found_in=steps.steps_with(taken))
             found.append(case)

@@ -8,7 +8,7 @@ Nothing compares these steps with Python.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -40,19 +40,6 @@ __all__ = [
 ]
 
 
-def _reason_against(run: RecordedRun, stretch: Stretch) -> str | None:
-    """Return why programs alone cannot continue a stretch of a run, None if they can."""
-    facts = stretch.facts
-    engine = facts.engine
-    if engine is None or engine.eager_from is not None:
-        return "Python ran its steps, or a part of them"
-    if facts.schedulers:
-        return f"it has a scheduler ({next(iter(facts.schedulers.values())).class_name})"
-    if facts.data.lazy or facts.data_file is None or not facts.data_file.stored:
-        return "the run does not hold its data"
-    return FurtherSteps(run, stretch).reason_against()
-
-
 def check_alone(run: RecordedRun, stretch: Stretch, call: str, reason: str | None = None) -> None:
     """Check that the programs of a run can continue a stretch of it alone.
 
@@ -61,7 +48,15 @@ def check_alone(run: RecordedRun, stretch: Stretch, call: str, reason: str | Non
     Raises:
         RunError: they cannot.
     """
-    reason = _reason_against(run, stretch) or reason
+    facts = stretch.facts
+    if facts.engine is None or facts.engine.eager_from is not None:
+        reason = "Python ran its steps, or a part of them"
+    elif facts.schedulers:
+        reason = f"it has a scheduler ({next(iter(facts.schedulers.values())).class_name})"
+    elif facts.data.lazy or facts.data_file is None or not facts.data_file.stored:
+        reason = "the run does not hold its data"
+    else:
+        reason = FurtherSteps(run, stretch).reason_against() or reason
     if reason is None:
         return
     cure = f"pass the objects: {call}model=..., loss=..., optimizer=...)"
@@ -145,19 +140,14 @@ def continue_alone(
 ) -> Outcome:
     """Take steps of a run by its programs, and record them.
 
-    Args:
-        run: its steps are a user's loop, or programs can continue it alone, see `check_alone`.
-        at: the step before the first of them.
-        steps_of: returns the steps of a rank, given its run, its stretch and the rule of its batches.
-        record: returns the recorder of a rank and the facts of its training, given its run and its state
-            after `at`; it is called for rank 0 first.
-        progress: receives progress.
-        lr: the learning rate of the steps; None: the recorded ones.
+    run: its steps are a user's loop, or programs can continue it alone, see `check_alone`; at: the step
+    before the first of them; steps_of: as of `Replay.stepper_for`; record: returns the recorder of a
+    rank and the facts of its training, given its run and its state after `at`; it is called for rank 0
+    first; lr: the learning rate of the steps; None: the recorded ones.
 
     Raises:
         RunError: this process cannot compute as the run did, a replay differs from the recording, or no
             step can be taken.
-        RecordingError: writing the run failed.
     """
     if needs_worker(run.facts):
         environment = recorded_numerics(run.facts).environment()
@@ -175,7 +165,7 @@ def continue_alone(
                 f"{run.name} cannot be replayed bit for bit: the loss of step {replay.diverged_at} "
                 "differs"
             )
-        beginning = reached.capture(), reached.captured_others()
+        beginning = reached.capture_ranks()
         del reached  # the states of a large model take much memory
         taken = _StepsAlone(replay, at, steps_of)
         taken.begin(*beginning)
@@ -190,27 +180,26 @@ def continue_alone(
             taken.begin(*beginning)
         del beginning
         top, rates = taken.ranks[0], taken.stepper.rates()
-        for rank, state in zip(taken.ranks, taken.states(), strict=True):  # with the rate of the steps
+        states = taken.stepper.capture_ranks()  # with the rate of the steps
+        for rank, state in zip(taken.ranks, states, strict=True):
             recorder, rank.facts = record(rank.steps.run, state)
             shown = progress.notice, progress.advance if rank is top else None
             rank.writer = RunWriter(recorder, at, rank.facts, *shown, rank.steps.run.facts)
             rank.note_rates(rates, at, lr)
             if at not in recorder.plan.kept:
                 recorder.snapshot(state)
-        del state
+        del state, states
         writer, steps, place = top.writer, top.steps, top.writer.recorder.directory
         progress.begin(place, top.facts)
         lost = run.lost_experiment(run.facts.training)
         why = "" if lost is None else f"{lost.name} is missing, so "
-        progress.notice(
-            f"{why}programs alone take the steps, without "
-            + (
-                "your code: what it did outside of torch, and between steps, stays as recorded"
-                if taken.is_loop
-                else "the objects that trained the run: nothing checks them against Python, and nothing "
-                "is measured on validation rows"
-            )
+        without = (
+            "your code: what it did outside of torch, and between steps, stays as recorded"
+            if taken.is_loop
+            else "the objects that trained the run: nothing checks them against Python, and nothing is "
+            "measured on validation rows"
         )
+        progress.notice(f"{why}programs alone take the steps, without {without}")
         try:
             reason = taken.record(interrupt)
             status = "finished" if reason is None else "stopped"
@@ -241,36 +230,25 @@ def facts_alone(run: RecordedRun, at: int, lr: float | None = None) -> TrainingF
         for name, each in facts.optimizers.items()
         if lr is not None
     }
-    return facts.model_copy(
-        update={
-            "engine": engine.model_copy(update=alone),
-            "optimizers": facts.optimizers | optimizers,
-        }
-    )
+    changed = {"engine": engine.model_copy(update=alone), "optimizers": facts.optimizers | optimizers}
+    return facts.model_copy(update=changed)
 
 
 class _RankAlone:
     """Notes what the steps of a rank return and log, as a hook.
 
-    Args:
-        steps: of the rank.
-        end: called with a step that cannot be kept, and the reason.
-        goes_on: returns whether to take another step.
-
-    losses: of the steps that are not recorded yet; facts: of its new run; writer: writes that.
+    together: the steps of all ranks; losses: of the steps that are not recorded yet, None of one without
+    a loss; facts: of its new run; writer: writes that.
     """
 
     facts: Facts
     writer: RunWriter
 
-    def __init__(
-        self, steps: RecordedSteps, end: Callable[[int, str], object], goes_on: Callable[[], bool]
-    ) -> None:
+    def __init__(self, steps: RecordedSteps, together: _StepsAlone) -> None:
         assert isinstance(steps, ChangedSteps)
         self.steps = steps
-        self.losses: dict[int, float] = {}
-        self._is_loop = steps.facts.loop is not None
-        self._end, self._goes_on = end, goes_on
+        self.losses: dict[int, float | None] = {}
+        self._together = together
         self._known = {*steps.run.measurement_names}
         self._logged: dict[str, float] = {}
         #: Measurements by step.
@@ -286,7 +264,8 @@ class _RankAlone:
 
     def after(self, number: int, loss: float) -> bool:
         """Note what a step returned and logged; end if Python computed its loss."""
-        self.losses[number] = loss
+        has_loss = self.steps.program_of(self.steps.row(number)).program.loss is not None
+        self.losses[number] = loss if has_loss else None
         if self._logged:
             found = self._measured.setdefault(number, [])
             for name, value in self._logged.items():
@@ -294,14 +273,10 @@ class _RankAlone:
                 title = f"{name} (logged)"
                 found.append((title if title in self._known else name, number, value))
         # A step without a loss has NaN in the run: nothing was computed that could change.
-        is_known = self._has_loss(number) or math.isnan(RecordedSteps.loss(self.steps, number))
-        if self._is_loop and not is_known:
-            self._end(number, f"your code computes the loss of step {number}, not an operation of torch")
-        return self._goes_on()
-
-    def _has_loss(self, number: int) -> bool:
-        """Return whether an operation returns the loss of a step."""
-        return self.steps.program_of(self.steps.row(number)).program.loss is not None
+        if not has_loss and not math.isnan(RecordedSteps.loss(self.steps, number)):
+            reason = f"your code computes the loss of step {number}, not an operation of torch"
+            self._together.note_end(number, reason)
+        return self._together.end is None
 
     def note_rates(self, names: Collection[str], at: int, lr: float | None) -> None:
         """Note the learning rates of the steps after `at`: one for all, or the recorded ones."""
@@ -316,12 +291,11 @@ class _RankAlone:
     def write(self, first: int, last: int) -> None:
         """Write steps, as far as the rank has them: it may have fewer batches than others."""
         writer = self.writer
-        last = min(last, self.steps.last) if self._is_loop else last
+        last = min(last, self.steps.last) if self._together.is_loop else last
         taken = range(first, last + 1)
         writer.taken = [self.steps.taken(number) for number in taken]
         writer.measured += [row for step in taken for row in self._measured.pop(step, ())]
-        losses = [(number, self.losses.pop(number)) for number in taken]
-        writer.losses = [loss if self._has_loss(number) else None for number, loss in losses]
+        writer.losses = [self.losses.pop(number) for number in taken]
         writer.step = max(writer.step, last)
         writer.flush()
 
@@ -330,7 +304,8 @@ class _StepsAlone:
     """Steps that programs take, of all ranks.
 
     stepper: takes them; ranks: what each notes, that of the stepper first; is_loop: whether they are of
-    a user's code, which may depend on numbers that it read.
+    a user's code, which may depend on numbers that it read; end: the first step that cannot be kept, and
+    why, None if there is none.
     """
 
     def __init__(
@@ -339,67 +314,52 @@ class _StepsAlone:
         at: int,
         steps_of: Callable[[RecordedRun, Stretch, RowsOf | None], ChangedSteps],
     ) -> None:
-        place = replay.stretch_of(at + 1)
-        rule = replay.stepper_of(place).steps.rule
         replay.let_go()
-        self.stepper = replay.stepper_for(place, rule, steps_of, self._note_difference)
+        self.stepper = replay.stepper_for(replay.stretch_of(at + 1), steps_of, self._note_difference)
         self.is_loop = self.stepper.steps.facts.loop is not None
         self.ranks: list[_RankAlone] = []
-        #: The first step that cannot be kept, and why.
-        self._end: tuple[int, str] | None = None
+        self.end: tuple[int, str] | None = None
 
-    def begin(self, state: State, others: Mapping[int, State]) -> None:
+    def begin(self, *states: State) -> None:
         """Begin with the states of all ranks, and forget what steps before have done."""
-        self.stepper.load(state, others)
-        notes = self._note_end, lambda: self._end is None
+        self.stepper.load(*states)
         ranks = self.stepper.others
-        self.ranks = [_RankAlone(each.steps, *notes) for each in (self.stepper, *ranks.values())]
+        self.ranks = [_RankAlone(each.steps, self) for each in (self.stepper, *ranks.values())]
         self.stepper.hooks = dict(zip(ranks, self.ranks[1:], strict=True))
-        self._end = None
-
-    def states(self) -> list[State]:
-        """Return the current states of all ranks."""
-        return [self.stepper.capture(), *self.stepper.captured_others().values()]
+        self.end = None
 
     def _note_difference(self, number: int, difference: str) -> None:
-        if self.is_loop:
-            self._note_end(number, f"{difference}; your code could act differently from there")
+        self.note_end(number, f"{difference}; your code could act differently from there")
 
-    def _note_end(self, number: int, reason: str) -> None:
-        if self._end is None or number < self._end[0]:
-            self._end = number, reason
+    def note_end(self, number: int, reason: str) -> None:
+        """Note a step that cannot be kept, if it is of a user's code."""
+        if self.is_loop and (self.end is None or number < self.end[0]):
+            self.end = number, reason
 
     def run(self, last: int) -> tuple[int, str | None]:
         """Run the steps up to `last`; return how many, and why there are no more, if so.
 
         Those of a loop end before one that depends on what Python does with another number.
         """
-        stepper, begin = self.stepper, self.stepper.state
-        assert begin is not None
+        stepper = self.stepper
         # Only code of the user's may act differently after another number that it reads.
         if not self.is_loop:
             return len(stepper.run(last, self.ranks[0])), None
-        saved = stepper.save()
+        beginning = stepper.capture_ranks()
         try:
             count = len(stepper.run(last, self.ranks[0]))
         except NotReplayedError as error:
             return 0, str(error)
-        if self._end is None:
+        if self.end is None:
             return count, None
-        number, reason = self._end
-        stepper.restore(begin, saved)
+        number, reason = self.end
+        stepper.load(*beginning)
         # The steps that stay have been noted already.
         stepper.hooks = {}
-        if begin < number - 1:
-            stepper.run(number - 1)
-        return number - 1 - begin, reason
+        return len(stepper.run(number - 1)), reason
 
     def record(self, interrupt: Interrupt) -> str | None:
-        """Take the steps up to the last one, record them, and take snapshots.
-
-        Returns:
-            Why it stopped before the last one, None if it did not.
-        """
+        """Take and record the steps; return why it stopped before the last one, None if it did not."""
         facts, writer, reason = self.ranks[0].facts, self.ranks[0].writer, None
         newest, last, stops_on_nan = writer.step, facts.steps or 0, facts.training.stop_on_nan
         while writer.step < last and not (interrupt or reason):
@@ -417,12 +377,12 @@ class _StepsAlone:
             if writer.is_snapshot_due():
                 self._write_states()
                 newest = writer.step
-            if stops_on_nan and not math.isfinite(loss):
+            if stops_on_nan and loss is not None and not math.isfinite(loss):
                 reason = f"the loss is {loss} at step {writer.step} (stop_on_nan)"
         if newest < writer.step:
             self._write_states()
         return reason or interrupt.reason
 
     def _write_states(self) -> None:
-        for rank, state in zip(self.ranks, self.states(), strict=True):
+        for rank, state in zip(self.ranks, self.stepper.capture_ranks(), strict=True):
             rank.writer.recorder.snapshot(state)

@@ -163,12 +163,9 @@ class Why(Shown):
 class Session:
     """The steps of an answer.
 
-    Args:
-        step: where it begins.
-        back: how many earlier steps are followed, if possible; they are opened in the order in which
-            they ran, since a replay goes forward.
-        terms: how many terms of a sum the answers of followed numbers have.
-        rank: of the process that a collective led to.
+    step: where it begins; back: how many earlier steps are followed, if possible; they are opened in the
+    order in which they ran, since a replay goes forward; terms: how many terms of a sum the answers of
+    followed numbers have; rank: of the process that a collective led to.
     """
 
     def __init__(self, step: Step, back: int, terms: int, rank: int | None = None) -> None:
