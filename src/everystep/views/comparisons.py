@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from everystep.answers.rerun import Rerun
     from everystep.answers.rounding import Apart
     from everystep.program.operation import Operation
-    from everystep.replay.parallel import LossDifference
+    from everystep.replay.run_replay import LossDifference
     from everystep.step.state import StateDifference
 
 __all__ = [
