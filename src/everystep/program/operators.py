@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ __all__ = [
     "computes",
     "draws_random_numbers",
     "flattened",
+    "has_effect",
     "has_shape_of_values",
     "leaves",
     "may_have_shape_of_values",
@@ -115,9 +116,11 @@ def resolve(name: str) -> Any:
     Raises:
         NotAllowedError: it is unknown, or not such an operation.
     """
-    missing = next(_missing(), None)
-    if missing is not None:
-        raise NotAllowedError(f"torch {torch.__version__} has no {missing}, which everystep needs")
+    for needed in _NEEDED:
+        owner, _, attribute = needed.partition(".")
+        if not hasattr(getattr(torch, owner), attribute):
+            lacking = f"torch {torch.__version__} has no torch.{needed}, which everystep needs"
+            raise NotAllowedError(lacking)
     if name in OPTIMIZERS:
         return OPTIMIZERS[name]
     if name in COLLECTIVES:
@@ -135,14 +138,6 @@ def resolve(name: str) -> Any:
     return operator
 
 
-def _missing() -> Iterator[str]:
-    """Yield what programs need of torch's internals and this torch does not have."""
-    for name in _NEEDED:
-        owner, _, attribute = name.partition(".")
-        if not hasattr(getattr(torch, owner), attribute):
-            yield f"torch.{name}"
-
-
 def _reason_against(name: str, operator: Any) -> str | None:
     schema, tags = operator._schema, operator.tags
     if torch.Tag.data_dependent_output in tags or any(
@@ -158,7 +153,7 @@ def _reason_against(name: str, operator: Any) -> str | None:
         is_text = "str" in kind and argument.name not in _TEXT_ARGUMENTS
         if is_text or not _ARGUMENT_TYPES.fullmatch(kind):
             return f"takes {argument.name}, a {kind}, so it is not an operation on tensors only"
-    if not is_allowed(name) or torch.Tag.view_copy in tags or _is_taken_apart(schema):
+    if not is_allowed(name) or torch.Tag.view_copy in tags or _is_taken_apart(operator):
         return "is not on the list of allowed operators"
     unsaid = set(_UNDECLARED_WRITES.get(name, ())) - {argument.name for argument in schema.arguments}
     if unsaid:
@@ -173,13 +168,12 @@ def may_have_shape_of_values(packet: Any) -> bool:
     return any(torch.Tag.dynamic_output_shape in overload.tags for overload in overloads)
 
 
-def _is_taken_apart(schema: Any) -> bool:
+def _is_taken_apart(operator: Any) -> bool:
     """Return whether torch decomposes this operator before it runs, so that no step contains it.
 
     Operators with a known derivative are not decomposed: some device has a kernel for them.
     """
-    name = f"{schema.name}.{schema.overload_name}".rstrip(".")
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    name, has_kernel = operator.name(), torch._C._dispatch_has_kernel_for_dispatch_key
     return has_kernel(name, "CompositeImplicitAutograd") and not has_kernel(name, "Autograd")
 
 
@@ -202,13 +196,7 @@ def parameters(operator: Any) -> tuple[Parameter, ...]:
             for name in (*ARGUMENTS, *operator.settings)
         )
     return tuple(
-        Parameter(
-            name=a.name,
-            kind=str(a.real_type),
-            size=a.N,
-            is_positional=not a.kwarg_only,
-            default=a.default_value,
-        )
+        Parameter(a.name, str(a.real_type), a.N, not a.kwarg_only, a.default_value)
         for a in operator._schema.arguments
     )
 
@@ -248,6 +236,11 @@ _WITHOUT_DROPOUT = "aten._scaled_dot_product_flash_attention_for_cpu.default"
 def draws_random_numbers(operator: Any) -> bool:
     """Return whether the operator draws from a random generator."""
     return torch.Tag.nondeterministic_seeded in operator.tags and str(operator) != _WITHOUT_DROPOUT
+
+
+def has_effect(operator: Any) -> bool:
+    """Return whether an operation matters without its results: to later draws, or to other ranks."""
+    return draws_random_numbers(operator) or str(operator) in COLLECTIVES
 
 
 def has_shape_of_values(operator: Any, indices: Iterable[torch.dtype]) -> bool:
