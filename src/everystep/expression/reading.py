@@ -22,14 +22,7 @@ from everystep.expression.language import (
     plain,
     truth,
 )
-from everystep.expression.question import (
-    Evaluate,
-    Expression,
-    Reference,
-    ValueOf,
-    column,
-    error_at,
-)
+from everystep.expression.question import Evaluate, Expression, Reference, ValueOf, column, error_at
 
 __all__ = ["parse"]
 
@@ -179,8 +172,7 @@ class _Compiler(ast.NodeVisitor):
                 return self.refer(mapping, self.key(node.value), is_previous, node.attr)
         raise self.error(node, _why_no_name(node, name, is_previous, self.bare))
 
-    def visit_Attribute(self, node: ast.Attribute) -> Evaluate:
-        return self.visit_Name(node)
+    visit_Attribute = visit_Name  # noqa: N815  # as `ast` calls it
 
     def refer(self, kind: str, name: str, is_previous: bool, part: str = "") -> Evaluate:
         reference = Reference(kind, name, is_previous, part)
@@ -223,10 +215,8 @@ class _Compiler(ast.NodeVisitor):
         name = node.func.id if isinstance(node.func, ast.Name) else ""
         if name not in FUNCTIONS:
             raise self.error(node.func, _why_no_function(node.func))
-        if node.keywords:
-            raise self.error(
-                node.keywords[0].value, f"{name} takes no keyword arguments; pass only the value"
-            )
+        for keyword in node.keywords:
+            raise self.error(keyword.value, f"{name} takes no keyword arguments; pass only the value")
         wanted = ARGUMENTS.get(name, 1)
         if len(node.args) != wanted and not (name in ("min", "max") and node.args):
             these = f"{wanted} argument" + "s" * (wanted > 1)
@@ -305,7 +295,6 @@ def _elements(value: Any, index: tuple[int | slice | None, ...]) -> Any:
 
 
 def _syntax_error(text: str, error: SyntaxError) -> ExpressionError:
-    """Return the error for what `ast` cannot read."""
     start = max((error.offset or 1) - 1, 0)
     message = re.split("[.;] ", error.msg)[0]
     if not text:
@@ -325,7 +314,6 @@ def _syntax_error(text: str, error: SyntaxError) -> ExpressionError:
 
 
 def _why_refused(node: ast.AST) -> str:
-    """Explain why the language does not support a Python construct."""
     operators = "supported operators: + - * / // % ** @; combine conditions with and, or"
     other = f"{type(node).__name__} is not supported"
     return _REFUSED.get(type(node), operators if isinstance(node, ast.operator) else other)
@@ -353,7 +341,6 @@ def _why_no_name(node: ast.expr, name: str, is_previous: bool, bare: Collection[
 
 
 def _why_no_function(node: ast.expr) -> str:
-    """Explain why this cannot be called."""
     if isinstance(node, ast.Attribute) and node.attr in FUNCTIONS:
         return f"values have no methods; write {node.attr}(...) around the value"
     name = node.id if isinstance(node, ast.Name) else "this"
