@@ -12,7 +12,6 @@ __all__ = ["CREATING"]
 
 
 def _filled(call: Call) -> Made:
-    """Return the rule of an operator that makes numbers from nothing."""
     if call.kind in ("zero", "zeros", "zeros_like", "new_zeros"):
         return Formula("0")
     if call.kind in ("ones", "ones_like", "new_ones"):
@@ -40,7 +39,6 @@ def _in_a_row(call: Call, text: str) -> Made:
 
 
 def _drawn(call: Call) -> Made:
-    """Return the rule of an operator that draws."""
     given = {}
     for key in ("self", "p", "mean", "std"):
         value = call.arguments.get(key)

@@ -30,7 +30,6 @@ __all__ = ["REDUCTIONS"]
 
 
 def _dimensions(call: Call) -> tuple[int, ...]:
-    """Return the dimensions that a reduction removes."""
     count = len(call.shape("self"))
     value = call.value("dim") if "dim" in call else None
     listed = [value] if isinstance(value, int) else value
@@ -38,7 +37,6 @@ def _dimensions(call: Call) -> tuple[int, ...]:
 
 
 def _reduced(call: Call) -> Piece:
-    """Return the numbers that are reduced to the wanted one."""
     shape, dims = call.shape("self"), _dimensions(call)
     kept = [dim for dim in range(len(shape)) if dim not in dims]
     is_kept = len(call.index) == len(shape)
