@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 __all__ = [
-    "ARGUMENTS",
     "CONSTANTS",
     "FUNCTIONS",
     "OF_EACH",
@@ -159,8 +158,6 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 OF_EACH = frozenset(
     {"abs", "sqrt", "exp", "log", "log10", "sign", "clip", "where", "isnan", "isinf", "isfinite"}
 )
-#: How many those take that do not take one; min and max take one or more.
-ARGUMENTS = {"quantile": 2, "dot": 2, "cosine": 2, "clip": 3, "where": 3}
 CONSTANTS = {"nan": math.nan, "inf": math.inf, "pi": math.pi}
 
 

@@ -7,12 +7,12 @@ import re
 import warnings
 from collections.abc import Callable, Collection
 from functools import reduce
+from inspect import signature
 from itertools import pairwise
 from typing import Any
 
 from everystep.errors import ExpressionError, did_you_mean
 from everystep.expression.language import (
-    ARGUMENTS,
     CONSTANTS,
     FUNCTIONS,
     OF_EACH,
@@ -31,6 +31,8 @@ _DEEPEST = 100  # levels of nesting
 #: What torch raises for values that do not fit, and the functions of the language.
 _FAILURES = (RuntimeError, IndexError, TypeError, ValueError, OverflowError)
 
+#: The references that take no brackets.
+_VALUES = {"loss", "step", "batch.x", "batch.y", "rows.loss", "rows.gradient"}
 _NAMES = ("parameters", "buffers", "gradients", "activations", "updates", "measurements")
 #: The references that take a name in brackets, with an example.
 _MAPPINGS = {name: f"{name}['0.weight']" for name in _NAMES} | {
@@ -156,14 +158,11 @@ class _Compiler(ast.NodeVisitor):
         name, is_previous = _dotted(node)
         if name in CONSTANTS and not is_previous:
             return lambda value_of: CONSTANTS[name]
-        if name in ("loss", "step"):
-            return self.refer(name, "", is_previous)
-        if name in ("batch.x", "batch.y"):
-            return self.refer("batch", name[-1], is_previous)
-        if name in ("rows.loss", "rows.gradient"):
-            if is_previous:
+        if name in _VALUES:
+            kind, _, own = name.partition(".")
+            if kind == "rows" and is_previous:
                 raise self.error(node, f"{name} is known of a step itself, not of the one before")
-            return self.refer("rows", name.removeprefix("rows."), is_previous)
+            return self.refer(kind, own, is_previous)
         if name in self.bare:
             return self.refer("measurements", name, is_previous)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Subscript):
@@ -217,11 +216,11 @@ class _Compiler(ast.NodeVisitor):
             raise self.error(node.func, _why_no_function(node.func))
         for keyword in node.keywords:
             raise self.error(keyword.value, f"{name} takes no keyword arguments; pass only the value")
-        wanted = ARGUMENTS.get(name, 1)
+        function = FUNCTIONS[name]
+        wanted = len(signature(function).parameters)
         if len(node.args) != wanted and not (name in ("min", "max") and node.args):
             these = f"{wanted} argument" + "s" * (wanted > 1)
             raise self.error(node, f"{name} takes {these}, not {len(node.args)}")
-        function = FUNCTIONS[name]
         if name in OF_EACH:
             return self.apply(node, function, *node.args)
         return self.apply(node, lambda *values: plain(function(*values)), *node.args)
