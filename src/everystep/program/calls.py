@@ -84,7 +84,7 @@ def prebuilt_calls(
     if len(results) == 1 and results[0] is not None and not keywords:
         if str(operator) in _SAME_AS:
             return [_SAME_AS[str(operator)](arguments, results[0])]
-        if str(operator) in _ELEMENTWISE_LOSSES and _can_be_split(operator):
+        if str(operator) in _ELEMENTWISE_LOSSES:
             return _loss_calls(operator, arguments, results[0])
     function, given = _into_results(operator, arguments, keywords, results)
     return [partial(function, *arguments, **given)]
@@ -145,12 +145,6 @@ def _into_results(
         keywords |= given
         return _quickest(overload, arguments, keywords), keywords
     return _copying(operator, results), keywords
-
-
-def _can_be_split(operator: Any) -> bool:
-    """Return whether this torch has the loss as a separate function, with a choice of reduction."""
-    has_reduction = any(p.name == "reduction" for p in operator._schema.arguments)
-    return has_reduction and hasattr(torch._C._nn, operator.overloadpacket.__name__)
 
 
 def _loss_calls(operator: Any, arguments: list[Any], result: Tensor) -> list[Call]:

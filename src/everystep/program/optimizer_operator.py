@@ -30,8 +30,7 @@ ARGUMENTS = ("parameters", "gradients", "kept", "made")
 _KINDS = (
     *(GradientDescent, torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam),
     *(torch.optim.RAdam, torch.optim.Adamax, torch.optim.Adagrad, torch.optim.Adadelta),
-    *(torch.optim.RMSprop, torch.optim.Rprop, torch.optim.ASGD, torch.optim.Adafactor),
-    *([torch.optim.Muon] if hasattr(torch.optim, "Muon") else []),  # new in torch 2.9
+    *(torch.optim.RMSprop, torch.optim.Rprop, torch.optim.ASGD, torch.optim.Adafactor, torch.optim.Muon),
 )
 
 
