@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from everystep.program.allowed import is_allowed
 from everystep.program.collectives import COLLECTIVES
-from everystep.program.optimizer_operator import ARGUMENTS, OPTIMIZERS, OptimizerOperator
+from everystep.program.optimizer_operator import OPTIMIZERS
 from everystep.program.trusting import what_is_unknown
 
 __all__ = [
@@ -180,8 +180,6 @@ def _is_taken_apart(operator: Any) -> bool:
 @cache
 def computes(operator: Any) -> bool:
     """Return whether the operator computes numbers; others return a view or memory."""
-    if isinstance(operator, OptimizerOperator):
-        return True
     results = operator._schema.returns
     is_view = any(r.alias_info and not r.alias_info.is_write for r in results)
     return not is_view and operator.overloadpacket.__name__ not in _MEMORY_ONLY
@@ -190,11 +188,6 @@ def computes(operator: Any) -> bool:
 @cache
 def parameters(operator: Any) -> tuple[Parameter, ...]:
     """Return the parameters of an operator, the positional ones first."""
-    if isinstance(operator, OptimizerOperator):
-        return tuple(
-            Parameter(name, "settings", None, name in ARGUMENTS, None)
-            for name in (*ARGUMENTS, *operator.settings)
-        )
     return tuple(
         Parameter(a.name, str(a.real_type), a.N, not a.kwarg_only, a.default_value)
         for a in operator._schema.arguments
@@ -221,8 +214,6 @@ def out_variant(operator: Any) -> tuple[Any, tuple[str, ...]] | None:
 @cache
 def writes(operator: Any) -> frozenset[str]:
     """Return the names of the arguments that the operator writes into."""
-    if isinstance(operator, OptimizerOperator):
-        return frozenset(("parameters", "kept"))
     schema = operator._schema
     declared = {a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write}
     undeclared = _UNDECLARED_WRITES.get(schema.name.removeprefix("aten::"), ())

@@ -48,6 +48,12 @@ class OptimizerOperator:
         known = dict.fromkeys(n for base in bases for n in inspect.signature(base).parameters)
         self.settings = tuple(name for name in known if name not in ("self", "params"))
         self.overloadpacket = SimpleNamespace(__name__=kind.__name__)
+        # Each setting is a list of numbers of the step, flags among them.
+        settings = ", ".join(f"float[] {name}" for name in self.settings)
+        self._schema = torch._C.parse_schema(
+            f"optim::{kind.__name__}(Tensor(a!)[][] parameters, Tensor[][] gradients, "
+            f"Tensor(b!)[][][] kept, int[][] made, *, {settings}) -> Tensor[]"
+        )
 
     def __repr__(self) -> str:
         return f"optim.{self.kind.__name__}.step"
