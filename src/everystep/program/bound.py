@@ -91,8 +91,8 @@ class BoundProgram:
         for name, spec in program.tensors.items():
             memory, start = anchors[spec.storage]
             self._tensors[name] = tensor_on(memory, spec, start)
-        #: Storages of views of the batch, which may include bytes between the numbers of a tensor.
         others = program.storages_of(program.tensors.keys() - {*self._batch})
+        #: Storages of views of the batch, which may include bytes between the numbers of a tensor.
         self._viewed = program.storages_of(self._batch) & others
         nan = torch.full((), math.nan, dtype=torch.float64)
         self.loss = nan if program.loss is None else self.tensor(program.loss)

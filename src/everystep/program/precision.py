@@ -106,9 +106,8 @@ class Precision:
             return torch.empty_strided(spec.shape, spec.stride, dtype=dtype, device="meta")
 
         for operation in program.operations:
-            needed = {*operation.reads()}
             try:
-                results = results_on_meta(operation, {name: on_meta(name) for name in needed})
+                results = results_on_meta(operation, {name: on_meta(name) for name in operation.reads()})
             except (RuntimeError, NotImplementedError, ValueError, TypeError):
                 continue  # what does not fit is found when the program is checked
             is_attention = operation.name.startswith("_scaled_dot_product")

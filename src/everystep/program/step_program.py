@@ -166,9 +166,10 @@ class Program(StrictModel):
             raise ProgramError(f"the program has more than {MOST_BYTES:,} bytes, too many to read")
         try:
             data = parse_json(text, parse_constant=_refuse_constant)
-            completed = json.dumps(_completed(data))
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise ProgramError(f"not a program: invalid JSON ({error!s:.200})") from None
+        if not isinstance(data, dict):
+            raise ProgramError("not a program: its JSON is not an object")
         for key in ("operations", "tensors", "storages", "lines", "sources"):
             entries = data.get(key)
             if isinstance(entries, list | dict) and len(entries) > MOST_ENTRIES:
@@ -180,7 +181,7 @@ class Program(StrictModel):
                 "upgrade everystep"
             )
         try:
-            program = cls.model_validate_json(completed)
+            program = cls.model_validate_json(json.dumps(_completed(data)))
             content = text.encode() if isinstance(text, str) else text
             if not is_known_sound(content):
                 check_soundness(program.operations, program.tensors, program.storages)
@@ -190,7 +191,7 @@ class Program(StrictModel):
             place = ".".join(map(str, first["loc"]))
             message = first["msg"].removeprefix("Value error, ")
             problem = f"{place:.200}: {message:.400}" if place else f"{message:.400}"
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             problem = f"{error!s:.400}"
         else:
             return program
@@ -232,14 +233,8 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _completed(data: Any) -> dict[str, Any]:
-    """Return JSON data with what `to_json` leaves out of tensors.
-
-    Raises:
-        ValueError: it is not an object.
-    """
-    if not isinstance(data, dict):
-        raise ValueError("it is not an object")
+def _completed(data: dict[str, Any]) -> dict[str, Any]:
+    """Return JSON data with what `to_json` leaves out of tensors."""
     tensors = data.get("tensors")
     if not isinstance(tensors, dict):
         return data
