@@ -84,9 +84,13 @@ class BoundProgram:
         _check_batch(program, self._batch)
         temporary, self.temporary_bytes = _temporary(program, device, steady)
         own = _memory_of(program, program.storages_of(self._batch), device)
-        known = {program.tensors[name].storage: state[name] for name in program.state_names}
+        given = {program.tensors[name].storage: state[name] for name in program.state_names}
+        given |= inputs
         anchors = own | temporary
-        anchors |= _given(program, {**known, **inputs}, anchors)
+        for name in program.storages.keys() - anchors.keys():
+            if name not in given:
+                raise ProgramError(f"{name} is missing, but the program needs it")
+            anchors[name] = given[name].untyped_storage(), 0
         self._tensors = {}
         for name, spec in program.tensors.items():
             memory, start = anchors[spec.storage]
@@ -215,28 +219,6 @@ def _bytes_of(tensor: Tensor) -> Tensor:
     """Return all memory between the first and the last number of a tensor."""
     begin, end = extent_of(geometry(tensor))
     return whole_memory(tensor)[begin:end]
-
-
-def _given(
-    program: Program, memory: Mapping[str, Tensor], others: Collection[str]
-) -> dict[str, _Anchor]:
-    """Return the storages that the caller passes, by name.
-
-    others: those that already have memory.
-    """
-    found = {}
-    for name, storage in program.storages.items():
-        if name in others:
-            continue
-        if name not in memory:
-            raise ProgramError(f"{name} is missing, but the program needs it")
-        given = memory[name].untyped_storage()
-        if given.nbytes() < storage.bytes:
-            raise ProgramError(
-                f"the program needs {storage.bytes} bytes of {name}, which has only {given.nbytes()}"
-            )
-        found[name] = given, 0
-    return found
 
 
 def _temporary(
