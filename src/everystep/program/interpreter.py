@@ -234,7 +234,8 @@ class _Instruction:
         """
         arguments = [convert(value) for value in self.operation.arguments]
         keywords = {key: convert(value) for key, value in self.operation.keywords.items()}
-        for slot, number in zip(self._slots, numbers, strict=False):  # a read one has no slot
+        own = numbers[: len(self._slots)]  # the one that Python reads has no slot
+        for slot, number in zip(self._slots, own, strict=True):
             slot.put(arguments, keywords, number)
         return arguments, keywords
 
@@ -244,8 +245,7 @@ class _Instruction:
         result = self._call(*arguments, **keywords)
         if self._reads_number:
             return read_difference(result, numbers[-1])
-        flat = flattened(result) if self.operation.results else []
-        for name, tensor in zip(self.operation.results, flat, strict=False):
+        for name, tensor in zip(self.operation.results, flattened(result), strict=False):
             if name is not None:
                 environment.put(name, tensor)
         return None
@@ -269,12 +269,10 @@ class _Environment:
         interpreter.lay_state(state)
         for name, spec in interpreter.state.items():
             self._memory[spec.storage] = state[name].untyped_storage()
-        for name, storage in self._program.storages.items():
-            if storage.kind != "input":
-                continue
-            given = inputs.get(name)
-            if given is None or given.nbytes < storage.bytes:
-                raise ProgramError(f"the input {name} of {storage.bytes} bytes is missing")
+        for name in self._program.of_kind("input"):
+            given, size = inputs.get(name), self._program.storages[name].bytes
+            if given is None or given.nbytes < size:
+                raise ProgramError(f"the input {name} of {size} bytes is missing")
             self._memory[name] = given.to(interpreter.place_of(name)).untyped_storage()
 
     def tensor(self, name: str) -> Tensor:

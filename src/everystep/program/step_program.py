@@ -251,11 +251,12 @@ def _readable(data: dict[str, Any]) -> str:
     """Return JSON with a line for each entry of the large tables."""
     lines = []
     for key, value in data.items():
-        text = json.dumps(value)
         if value and isinstance(value, dict):
             entries = [f"{json.dumps(name)}: {json.dumps(item)}" for name, item in value.items()]
             text = "{\n  " + ",\n  ".join(entries) + "\n }"
         elif value and isinstance(value, list):
             text = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
+        else:
+            text = json.dumps(value)
         lines.append(f" {json.dumps(key)}: {text}")
     return "{\n" + ",\n".join(lines) + "\n}\n"
