@@ -62,10 +62,7 @@ _ARGUMENT_TYPES = re.compile(
 _RESULT_TYPES = re.compile(r"(List\[)?Tensor\]?|int")
 
 #: In these, a string names a variant of the computation; in others, it might name a file.
-_TEXT_ARGUMENTS = {
-    *("approximate", "rounding_mode", "reduce", "indexing", "side", "norm"),
-    *("mode", "driver", "UPLO"),
-}
+_TEXT_ARGUMENTS = {"approximate", "rounding_mode", "reduce", "side", "mode", "driver", "UPLO"}
 
 #: The internals of torch that programs need to be captured, checked and run.
 _NEEDED = (
@@ -82,11 +79,9 @@ ALLOCATING = frozenset(
 _MEMORY_ONLY = {*ALLOCATING, "_unsafe_view", "unsafe_split", "unsafe_split_with_sizes"}
 
 #: Written by the kernel, although the schema does not declare it.
-_UNDECLARED_WRITES = {
-    "native_batch_norm": ("running_mean", "running_var"),
-    "cudnn_batch_norm": ("running_mean", "running_var"),
-    "miopen_batch_norm": ("running_mean", "running_var"),
-}
+_UNDECLARED_WRITES = dict.fromkeys(
+    ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"), ("running_mean", "running_var")
+)
 
 
 class NotAllowedError(ValueError):
