@@ -92,8 +92,9 @@ def references(value: Any) -> list[str]:
     """Return the names of tensors in an argument as `encode` writes it."""
     if isinstance(value, str):
         return [value]
-    items = value if isinstance(value, list | tuple) else ()
-    return [name for item in items for name in references(item)]
+    if not isinstance(value, list | tuple):
+        return []
+    return [name for item in value for name in references(item)]
 
 
 def json_floats(value: Any) -> Any:

@@ -185,9 +185,9 @@ class Operation(StrictModel):
 
     def written(self) -> list[str]:
         """Return the names of the tensors among its arguments that it writes into, in their order."""
-        given, written = self.given(), writes(self.resolved)
-        known = (p.name for p in parameters(self.resolved) if p.name in written)
-        return [tensor for name in known for tensor in references(given.get(name))]
+        names = writes(self.resolved)
+        given = self.given() if names else {}
+        return [tensor for name in names for tensor in references(given.get(name))]
 
     def changed(self) -> list[str]:
         """Return the names of its results, and of the tensors that it writes into."""

@@ -207,12 +207,13 @@ def out_variant(operator: Any) -> tuple[Any, tuple[str, ...]] | None:
 
 
 @cache
-def writes(operator: Any) -> frozenset[str]:
-    """Return the names of the arguments that the operator writes into."""
+def writes(operator: Any) -> tuple[str, ...]:
+    """Return the names of the arguments that the operator writes into, in their order."""
     schema = operator._schema
-    declared = {a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write}
     undeclared = _UNDECLARED_WRITES.get(schema.name.removeprefix("aten::"), ())
-    return frozenset(declared | set(undeclared))
+    declared = (a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write)
+    known = {*declared, *undeclared}
+    return tuple(a.name for a in schema.arguments if a.name in known)
 
 
 #: Torch counts it among those that draw, as all attention, but it accepts no dropout.
