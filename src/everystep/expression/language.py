@@ -10,10 +10,10 @@ import ast
 import math
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 __all__ = [
-    "ARGUMENTS",
     "CONSTANTS",
     "FUNCTIONS",
     "OF_EACH",
@@ -117,12 +117,21 @@ def _power(a: Any, b: Any) -> Any:
         return -math.inf if math.copysign(1, a) < 0 and b % 2 == 1 else math.inf
 
 
+def _of_each(function: Callable[[float], Any], x: Any) -> Any:
+    """Apply a function of `math` to a number; to a tensor, torch's of the same name."""
+    if not is_number(x):
+        return getattr(x, function.__name__)()
+    try:
+        return function(x)
+    except OverflowError:
+        return math.inf
+    except ValueError:
+        return math.nan if x else -math.inf  # log(0)
+
+
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "abs": abs,
-    "sqrt": lambda x: _of_each(x, math.sqrt),
-    "exp": lambda x: _of_each(x, math.exp),
-    "log": lambda x: _of_each(x, math.log),
-    "log10": lambda x: _of_each(x, math.log10),
+    **{name: partial(_of_each, getattr(math, name)) for name in ("sqrt", "exp", "log", "log10")},
     "sign": lambda x: (x > 0) - (x < 0) if is_number(x) else x.sign(),
     "clip": lambda x, low, high: _clip(x, low, high),
     "where": _where,
@@ -139,9 +148,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "zeros": lambda x: float(x == 0) if is_number(x) else _share_of_zeros(x),
     "nonfinite": lambda x: int(not math.isfinite(x)) if is_number(x) else (~x.isfinite()).sum(),
     "numel": lambda x: 1 if is_number(x) else x.numel(),
-    "isnan": lambda x: _of_each(x, math.isnan),
-    "isinf": lambda x: _of_each(x, math.isinf),
-    "isfinite": lambda x: _of_each(x, math.isfinite),
+    **{name: partial(_of_each, getattr(math, name)) for name in ("isnan", "isinf", "isfinite")},
     "any": lambda x: bool(x) if is_number(x) else x.any(),
     "all": lambda x: bool(x) if is_number(x) else x.all(),
     "dot": lambda a, b: _dot(a, b),
@@ -151,21 +158,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 OF_EACH = frozenset(
     {"abs", "sqrt", "exp", "log", "log10", "sign", "clip", "where", "isnan", "isinf", "isfinite"}
 )
-#: How many those take that do not take one; min and max take one or more.
-ARGUMENTS = {"quantile": 2, "dot": 2, "cosine": 2, "clip": 3, "where": 3}
 CONSTANTS = {"nan": math.nan, "inf": math.inf, "pi": math.pi}
-
-
-def _of_each(x: Any, function: Callable[[float], Any]) -> Any:
-    """Apply a function of `math` to a number; to a tensor, torch's of the same name."""
-    if not is_number(x):
-        return getattr(x, function.__name__)()
-    try:
-        return function(x)
-    except OverflowError:
-        return math.inf
-    except ValueError:
-        return math.nan if x else -math.inf  # log(0)
 
 
 def _norm(x: Any) -> Any:

@@ -30,13 +30,9 @@ class Reference(NamedTuple):
         return self.kind in ("loss", "step", "measurements")
 
     def __str__(self) -> str:
-        name = (
-            f".{self.name}"
-            if self.kind in ("batch", "rows")
-            else f"[{self.name!r}]"
-            if self.name
-            else ""
-        )
+        name = f"[{self.name!r}]" if self.name else ""
+        if self.kind in ("batch", "rows"):
+            name = f".{self.name}"
         return "previous." * self.is_previous + self.kind + name + (f".{self.part}" if self.part else "")
 
 
@@ -48,6 +44,10 @@ Evaluate = Callable[[ValueOf], Any]
 class Expression:
     """A question about a step, as `parse` reads it.
 
+    evaluate: returns its value on a step, a plain number or a tensor; use it at once, since a tensor may
+    share its memory with a result of `value_of`. It raises ExpressionError if the values do not fit the
+    expression.
+
     `value_of` returns the value of a reference: a plain number, or a tensor, which is never changed. It
     is called only for needed references (`step > 1 and loss > previous.loss` needs nothing previous at
     step 1), and its exceptions pass through.
@@ -55,22 +55,12 @@ class Expression:
 
     text: str
     references: frozenset[Reference]
-    _evaluate: Evaluate = field(repr=False, compare=False)
+    evaluate: Evaluate = field(repr=False, compare=False)
 
     @property
     def is_recorded(self) -> bool:
         """Whether the recorded columns (loss, step, measurements) are enough to answer it."""
         return all(reference.is_recorded for reference in self.references)
-
-    def evaluate(self, value_of: ValueOf) -> Any:
-        """Return its value on a step: a plain number, or a tensor.
-
-        Use it at once: a tensor may share its memory with a result of `value_of`.
-
-        Raises:
-            ExpressionError: the values do not fit the expression.
-        """
-        return self._evaluate(value_of)
 
     def number(self, value_of: ValueOf) -> float:
         """Return its value on a step as one number.
@@ -104,7 +94,7 @@ class Expression:
             raise ExpressionError(faults, where=excerpt(self.text)[0])
 
     def _as(self, convert: Callable[[Any], Any], value_of: ValueOf) -> Any:
-        value = self._evaluate(value_of)
+        value = self.evaluate(value_of)
         try:
             return convert(value)
         except ValueError as error:

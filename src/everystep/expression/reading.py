@@ -7,12 +7,12 @@ import re
 import warnings
 from collections.abc import Callable, Collection
 from functools import reduce
+from inspect import signature
 from itertools import pairwise
 from typing import Any
 
 from everystep.errors import ExpressionError, did_you_mean
 from everystep.expression.language import (
-    ARGUMENTS,
     CONSTANTS,
     FUNCTIONS,
     OF_EACH,
@@ -22,14 +22,7 @@ from everystep.expression.language import (
     plain,
     truth,
 )
-from everystep.expression.question import (
-    Evaluate,
-    Expression,
-    Reference,
-    ValueOf,
-    column,
-    error_at,
-)
+from everystep.expression.question import Evaluate, Expression, Reference, ValueOf, column, error_at
 
 __all__ = ["parse"]
 
@@ -38,6 +31,8 @@ _DEEPEST = 100  # levels of nesting
 #: What torch raises for values that do not fit, and the functions of the language.
 _FAILURES = (RuntimeError, IndexError, TypeError, ValueError, OverflowError)
 
+#: The references that take no brackets.
+_VALUES = {"loss", "step", "batch.x", "batch.y", "rows.loss", "rows.gradient"}
 _NAMES = ("parameters", "buffers", "gradients", "activations", "updates", "measurements")
 #: The references that take a name in brackets, with an example.
 _MAPPINGS = {name: f"{name}['0.weight']" for name in _NAMES} | {
@@ -163,14 +158,11 @@ class _Compiler(ast.NodeVisitor):
         name, is_previous = _dotted(node)
         if name in CONSTANTS and not is_previous:
             return lambda value_of: CONSTANTS[name]
-        if name in ("loss", "step"):
-            return self.refer(name, "", is_previous)
-        if name in ("batch.x", "batch.y"):
-            return self.refer("batch", name[-1], is_previous)
-        if name in ("rows.loss", "rows.gradient"):
-            if is_previous:
+        if name in _VALUES:
+            kind, _, own = name.partition(".")
+            if kind == "rows" and is_previous:
                 raise self.error(node, f"{name} is known of a step itself, not of the one before")
-            return self.refer("rows", name.removeprefix("rows."), is_previous)
+            return self.refer(kind, own, is_previous)
         if name in self.bare:
             return self.refer("measurements", name, is_previous)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Subscript):
@@ -179,8 +171,7 @@ class _Compiler(ast.NodeVisitor):
                 return self.refer(mapping, self.key(node.value), is_previous, node.attr)
         raise self.error(node, _why_no_name(node, name, is_previous, self.bare))
 
-    def visit_Attribute(self, node: ast.Attribute) -> Evaluate:
-        return self.visit_Name(node)
+    visit_Attribute = visit_Name  # noqa: N815  # as `ast` calls it
 
     def refer(self, kind: str, name: str, is_previous: bool, part: str = "") -> Evaluate:
         reference = Reference(kind, name, is_previous, part)
@@ -223,15 +214,13 @@ class _Compiler(ast.NodeVisitor):
         name = node.func.id if isinstance(node.func, ast.Name) else ""
         if name not in FUNCTIONS:
             raise self.error(node.func, _why_no_function(node.func))
-        if node.keywords:
-            raise self.error(
-                node.keywords[0].value, f"{name} takes no keyword arguments; pass only the value"
-            )
-        wanted = ARGUMENTS.get(name, 1)
+        for keyword in node.keywords:
+            raise self.error(keyword.value, f"{name} takes no keyword arguments; pass only the value")
+        function = FUNCTIONS[name]
+        wanted = len(signature(function).parameters)
         if len(node.args) != wanted and not (name in ("min", "max") and node.args):
             these = f"{wanted} argument" + "s" * (wanted > 1)
             raise self.error(node, f"{name} takes {these}, not {len(node.args)}")
-        function = FUNCTIONS[name]
         if name in OF_EACH:
             return self.apply(node, function, *node.args)
         return self.apply(node, lambda *values: plain(function(*values)), *node.args)
@@ -305,7 +294,6 @@ def _elements(value: Any, index: tuple[int | slice | None, ...]) -> Any:
 
 
 def _syntax_error(text: str, error: SyntaxError) -> ExpressionError:
-    """Return the error for what `ast` cannot read."""
     start = max((error.offset or 1) - 1, 0)
     message = re.split("[.;] ", error.msg)[0]
     if not text:
@@ -325,7 +313,6 @@ def _syntax_error(text: str, error: SyntaxError) -> ExpressionError:
 
 
 def _why_refused(node: ast.AST) -> str:
-    """Explain why the language does not support a Python construct."""
     operators = "supported operators: + - * / // % ** @; combine conditions with and, or"
     other = f"{type(node).__name__} is not supported"
     return _REFUSED.get(type(node), operators if isinstance(node, ast.operator) else other)
@@ -353,7 +340,6 @@ def _why_no_name(node: ast.expr, name: str, is_previous: bool, bare: Collection[
 
 
 def _why_no_function(node: ast.expr) -> str:
-    """Explain why this cannot be called."""
     if isinstance(node, ast.Attribute) and node.attr in FUNCTIONS:
         return f"values have no methods; write {node.attr}(...) around the value"
     name = node.id if isinstance(node, ast.Name) else "this"

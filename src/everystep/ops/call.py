@@ -218,13 +218,11 @@ class Call:
 
     def again(self, /, **replaced: Any) -> Sequence[Tensor]:
         """Run the operator with other arguments, and return its results."""
-        operator = self.operation.resolved
-        known = {p.name for p in parameters(operator)} - replaced.keys()
-        given = {key: value for key, value in self.arguments.items() if key in known}
-        found = operator(
-            **{key: decode(value, lambda name: self.inputs[name].cpu()) for key, value in given.items()},
-            **replaced,
-        )
+        given = {
+            key: decode(value, lambda name: self.inputs[name].cpu())
+            for key, value in self.arguments.items()
+        }
+        found = self.operation.resolved(**given | replaced)
         return found if isinstance(found, list | tuple) else [found]
 
     def value(self, key: str) -> Any:

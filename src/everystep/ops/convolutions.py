@@ -40,7 +40,6 @@ _TIMES = "\N{MULTIPLICATION SIGN}"
 class _Geometry(NamedTuple):
     """How the places of both sides are connected, for each dimension."""
 
-    kernel: tuple[int, ...]
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
@@ -88,7 +87,7 @@ def _convolution(call: Call) -> Made:
         raise NoRuleError("without a batch")
     dims = len(shape) - 2
     settings = (_repeated(call.value(key), dims) for key in ("stride", "padding", "dilation"))
-    geometry, groups = _Geometry(weight[2:], *settings), call.value("groups")
+    geometry, groups = _Geometry(*settings), call.value("groups")
     count, inner = weight[0] // groups, weight[1]
     names = ("input", "grad_output") if is_backward else ("input", "")
     i_side, o_side = names[::-1] if call.value("transposed") else names
@@ -139,7 +138,7 @@ def _max_pool(call: Call) -> Made:
     padding, dilation = (_repeated(call.value(key), dims) for key in keys)
     if call.value("ceil_mode") and any(padding):
         raise NoRuleError("with ceil_mode and padding")
-    geometry = _Geometry(kernel, _repeated(call.value("stride") or kernel, dims), padding, dilation)
+    geometry = _Geometry(_repeated(call.value("stride") or kernel, dims), padding, dilation)
     sizes = [range(size) for size in call.shape("self")[-dims:]]
     found = geometry.connected(_ones(call.index[-dims:]), [range(size) for size in kernel], sizes)
     return _largest(call, {"self": call.piece("self", *call.index[:-dims], *found[-dims:])})
@@ -260,6 +259,11 @@ _WEIGHTED = [
     *("linear1d", "bilinear2d", "trilinear3d", "bicubic2d", "bilinear2d_aa", "bicubic2d_aa"),
 ]
 _MEANS = ["avg_pool2d", "avg_pool3d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"]
+_MAXIMA = {
+    **{f"max_pool{n}d_with_indices": _max_pool for n in (2, 3)},
+    **{f"adaptive_max_pool{n}d": _adaptive_max_pool for n in (2, 3)},
+    **{f"fractional_max_pool{n}d": _fractional_max_pool for n in (2, 3)},
+}
 _PLANE, _MEAN = (OperatorRecord(partial(_plane, has_means=each), batched) for each in (False, True))
 CONVOLUTIONS: dict[str, OperatorRecord] = {
     "convolution": OperatorRecord(_convolution, batched, _convolution_line),
@@ -271,19 +275,8 @@ CONVOLUTIONS: dict[str, OperatorRecord] = {
     **{f"{kind}{end}": _MEAN for kind in _MEANS for end in ("", "_backward")},
     **{f"upsample_{how}{end}": _PLANE for how in _WEIGHTED for end in ("", "_backward")},
     **{f"{how}_pad{n}d_backward": _PLANE for how in ("reflection", "replication") for n in (1, 2, 3)},
-    **{
-        kind: record
-        for n in (2, 3)
-        for kind, record in {
-            f"max_pool{n}d_with_indices": OperatorRecord(
-                _max_pool, batched, _max_pool_line if n == 2 else ""
-            ),
-            f"max_pool{n}d_with_indices_backward": OperatorRecord(_max_pool_backward, batched),
-            f"adaptive_max_pool{n}d": OperatorRecord(_adaptive_max_pool, batched),
-            f"adaptive_max_pool{n}d_backward": OperatorRecord(_max_pool_backward, batched),
-            f"fractional_max_pool{n}d": OperatorRecord(_fractional_max_pool, batched),
-            f"fractional_max_pool{n}d_backward": OperatorRecord(_max_pool_backward, batched),
-        }.items()
-    },
+    **{kind: OperatorRecord(rule, batched) for kind, rule in _MAXIMA.items()},
+    **{f"{kind}_backward": OperatorRecord(_max_pool_backward, batched) for kind in _MAXIMA},
+    "max_pool2d_with_indices": OperatorRecord(_max_pool, batched, _max_pool_line),
     **dict.fromkeys(("grid_sampler_2d", "grid_sampler_2d_backward"), OperatorRecord(rows=batched)),
 }

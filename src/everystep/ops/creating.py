@@ -12,7 +12,6 @@ __all__ = ["CREATING"]
 
 
 def _filled(call: Call) -> Made:
-    """Return the rule of an operator that makes numbers from nothing."""
     if call.kind in ("zero", "zeros", "zeros_like", "new_zeros"):
         return Formula("0")
     if call.kind in ("ones", "ones_like", "new_ones"):
@@ -40,18 +39,14 @@ def _in_a_row(call: Call, text: str) -> Made:
 
 
 def _drawn(call: Call) -> Made:
-    """Return the rule of an operator that draws."""
     given = {}
-    for key in ("self", "p", "mean", "std"):
+    # Others only use the memory, or the shape, of their first argument.
+    reads_self = call.operation.name == "bernoulli"
+    for key in ("self", "p", "mean", "std") if reads_self else ("p", "mean", "std"):
         value = call.arguments.get(key)
-        if isinstance(value, str) and call.inputs[value].numel() and not _is_overwritten(call, key):
+        if isinstance(value, str) and call.inputs[value].numel():
             given[key] = call.aligned(key)
     return Words("drawn by the random generator", given)
-
-
-def _is_overwritten(call: Call, key: str) -> bool:
-    """Return whether the operator only uses the memory, or the shape, of an argument."""
-    return key == "self" and (call.operation.name.endswith(("_", "_like")) or call.kind != "bernoulli")
 
 
 def _dropout(call: Call) -> Made:

@@ -138,9 +138,9 @@ def _clamp(call: Call) -> Made:
     return Formula(text, places, settings)
 
 
-def _division(call: Call) -> Made:
+def _division_text(call: Call) -> str:
     mode = call.value("rounding_mode") if "rounding_mode" in call else None
-    return by_formula(call, "self / other" if mode is None else f"{mode}(self / other)")
+    return f"{mode}(self / other)" if mode else "self / other"
 
 
 def _round(call: Call) -> Made:
@@ -245,11 +245,6 @@ def _added_line(call: Call) -> str:
     return "{self} " + ("-" if alpha < 0 else "+") + f" {factor}" + "{other}"
 
 
-def _division_line(call: Call) -> str:
-    mode = call.value("rounding_mode") if "rounding_mode" in call else None
-    return f"{mode}({{self}} / {{other}})" if mode else "{self} / {other}"
-
-
 def _threshold_backward_line(call: Call) -> str:
     if bool(call.tensor("self").isnan().any()):  # it lets the gradient of NaN through
         return "0 if {self} <= {threshold} else {grad_output}"
@@ -324,7 +319,7 @@ def _constant(tracked: Tracked) -> Tracked:
 _MADE: dict[str, MadeRule] = {
     **{name: partial(by_formula, text=text) for name, text in _FORMULAS.items()},
     **dict.fromkeys(("clamp", "clamp_min", "clamp_max"), _clamp),
-    "div": _division,
+    "div": lambda call: by_formula(call, _division_text(call)),
     "round": _round,
     "elu_backward": _elu_backward,
     "gelu": _gelu,
@@ -338,14 +333,18 @@ _LINEAR: dict[str, RowsRule] = {
     **dict.fromkeys(("clone", "copy", "to_copy", "neg", "add", "sub", "rsub"), _added),
     **dict.fromkeys(("mul", "div"), _scaled),
 }
+
+
+def _as_line(formula: str) -> str:
+    return re.sub(r"\b(self|other|grad_output|output)\b", r"{\g<0>}", formula).replace(" ^ 2", "²")
+
+
 #: Written as their formula is.
 _AS_FORMULA = ("mul", "gt", "lt", "neg", "reciprocal", "tanh_backward", "sigmoid_backward")
 _LINES: dict[str, str | LineRule] = {
-    **{
-        kind: re.sub("[a-z_]+", r"{\g<0>}", _FORMULAS[kind]).replace(" ^ 2", "²") for kind in _AS_FORMULA
-    },
+    **{kind: _as_line(_FORMULAS[kind]) for kind in _AS_FORMULA},
     **dict.fromkeys(("add", "sub"), _added_line),
-    "div": _division_line,
+    "div": lambda call: _as_line(_division_text(call)),
     "pow": "{self}^{exponent}",
     "relu": "relu({self})",
     "gelu": lambda call: "gelu({self})" * (call.value("approximate") == "none"),

@@ -109,7 +109,6 @@ def _embedding_backward_rows(call: RowsCall) -> list[Result]:
 
 
 def _index_put_rows(call: RowsCall) -> list[Result]:
-    """Numbers are added or put at the places of indices."""
     whole, given = call["self"], call["values"]
     indices = [each.value if isinstance(each, Tracked) else slice(None) for each in call["indices"]]
     if not call["accumulate"]:
@@ -165,7 +164,6 @@ def _added(call: RowsCall, name: str, cells: Tensor, labels: Tensor) -> list[Res
 
 
 def _scatter_rows(call: RowsCall) -> list[Result]:
-    """Numbers are put at the places of an index."""
     whole, index, given = call["self"], call["index"], call["src"]
     if call["reduce"] is not None:
         raise MixesError("has no rule for these arguments")

@@ -187,7 +187,6 @@ def _multilabel_margin_backward(call: Call) -> Made:
 
 
 def _table(call: Call) -> tuple[int, int]:
-    """Return how many rows and classes there are."""
     shape = call.shape("self")
     rows, classes = shape if len(shape) == 2 else (1, *shape)
     return rows, classes
@@ -210,7 +209,6 @@ def _at(call: Call, row: Axis, place: Axis) -> tuple[Axis, ...]:
 
 
 def _place(call: Call) -> tuple[int, int]:
-    """Return the row and the class of the wanted number."""
     *row, place = call.index
     return (row[0] if row else 0), place
 

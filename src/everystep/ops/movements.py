@@ -55,7 +55,6 @@ def _moved(call: Call, keys: tuple[str, ...]) -> Made:
 
 
 def _filling(call: Call | RowsCall) -> dict[str, int]:
-    """Return what an operator that fills in a value is to fill in."""
     return {"value": 0} if call.kind == "constant_pad_nd" else {}
 
 

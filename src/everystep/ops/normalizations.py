@@ -252,7 +252,6 @@ def _attention_backward(call: Call) -> Made:
     if bool(call.value("is_causal")):
         queries = queries if is_query else range(min(call.index[2], n), n)
         keys = range(min(m, call.index[2] + 1)) if is_query else keys
-    column = call.index[3]
     of_keys = row, head // shared if is_query else head
 
     def by_query(key: str, *last: Sequence[int]) -> Piece:
@@ -270,19 +269,15 @@ def _attention_backward(call: Call) -> Made:
     for mask in filter(call.__contains__, MASKS):
         scores += f" + {mask}"
         given[mask] = call.aligned(mask, (row, *grid(heads, queries, keys)))
-    weights = f"weights = exp({scores} - logsumexp)"
+    of_column = ("key", "query", "grad_out")[call.place]
+    given["column"] = (by_key if is_query else by_query)(of_column, [call.index[3]])
+    slope = (
+        "scale * weights * (value · grad_out - sum(grad_out * out))",
+        "scale * weights * (grad_out · value - row_sums(grad_out * out, size))",
+        "weights",
+    )[call.place]
+    text = f"{slope} · column where weights = exp({scores} - logsumexp)"
     settings = {"scale": _scale(call), "size": len(sizes["out"])}
-    if call.place == 2:
-        given["column"] = by_query("grad_out", [column])
-        text = f"weights · column where {weights}"
-    elif is_query:
-        given["column"] = by_key("key", [column])
-        slope = "scale * weights * (value · grad_out - sum(grad_out * out))"
-        text = f"{slope} · column where {weights}"
-    else:
-        given["column"] = by_query("query", [column])
-        slope = "scale * weights * (grad_out · value - row_sums(grad_out * out, size))"
-        text = f"{slope} · column where {weights}"
     used = {key: piece for key, piece in given.items() if key in names_in(text)}
     return Formula(text, used, settings)
 

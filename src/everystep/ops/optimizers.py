@@ -212,7 +212,6 @@ FUSED: dict[str, tuple[str, dict[str, str]]] = {
 
 
 def _fused(call: Call) -> Made:
-    """Return the rule of a fused optimizer for a number of one of the tensors that it writes."""
     written = call.written
     optimizer, keys = FUSED[call.kind]
     lists = {

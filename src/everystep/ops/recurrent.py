@@ -5,7 +5,7 @@ Their intermediate results are unknown.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ def _layer_backward(call: Call) -> Made:
     return Words(f"the derivative of an LSTM by its {names[call.place]}", given)
 
 
-#: Settings of the layer; its input has shape (T, N, C), and its states (N, H).
+#: Settings of the layer.
 _SETTINGS = ("mode", "hidden_size", "num_layers", "has_biases", "bidirectional", "batch_first")
 
 
@@ -84,36 +84,32 @@ def _layer_rows(call: RowsCall) -> list[Result]:
     ]
 
 
+#: Arguments of the derivative; sequences have shape (T, N, C), and states (N, H).
+_WEIGHTS = ("weight1", "weight2", "weight3", "weight4")
+_SEQUENCES, _STATES = ("input", "output", "grad_output"), ("hx_", "cx_tmp", "grad_hy", "grad_cy")
+
+
 def _layer_backward_rows(call: RowsCall) -> list[Result]:
-    weights = ("weight1", "weight2", "weight3", "weight4")
-    call.require_shared(*weights)
-    sequences, states = ("input", "output", "grad_output"), ("hx_", "cx_tmp", "grad_hy", "grad_cy")
-    keys = _shared_rows(call, sequences, states)
+    call.require_shared(*_WEIGHTS)
+    keys = _shared_rows(call, _SEQUENCES, _STATES)
     if keys.numel() and all_are(keys, SHARED):
         raise MixesError("adds up numbers that are the same for all rows")
     if len(call.results) != 7:
         raise MixesError("returns other results than there are gradients")
 
-    def on(place: int) -> Callable[[Tensor], Tensor]:
-        return lambda at: _of_rows(call, weights, sequences, states, at)[place]
+    gradient, *weights, hidden, cell = call.results
+    return [
+        Result(keys.reshape(1, -1, 1).expand(gradient.shape)),
+        *(by_key(keys, each, partial(_of_rows, call, n)) for n, each in enumerate(weights, 1)),
+        *(Result(keys.reshape(-1, 1).expand(each.shape)) for each in (hidden, cell)),
+    ]
 
-    found = [Result(keys.reshape(1, -1, 1).expand(call.results[0].shape))]
-    for place in range(1, 5):
-        found.append(by_key(keys, call.results[place], on(place)))
-    return found + [Result(keys.reshape(-1, 1).expand(each.shape)) for each in call.results[5:]]
 
-
-def _of_rows(
-    call: RowsCall,
-    weights: tuple[str, ...],
-    sequences: tuple[str, ...],
-    states: tuple[str, ...],
-    at: Tensor,
-) -> tuple[Tensor, ...]:
-    """Return the gradients of some rows alone; the kernel's memory is made again for them."""
+def _of_rows(call: RowsCall, place: int, at: Tensor) -> Tensor:
+    """Return a gradient of some rows alone; the kernel's memory is made again for them."""
     chosen = {
         name: call[name].value.index_select(axis, at)
-        for axis, names in ((1, sequences), (0, states))
+        for axis, names in ((1, _SEQUENCES), (0, _STATES))
         for name in names
         if isinstance(call[name], Tracked)
     }
@@ -121,7 +117,7 @@ def _of_rows(
     with without_autograd(), torch.enable_grad():
         output, hy, cy, workspace = torch.ops.aten.mkldnn_rnn_layer(
             chosen["input"],
-            *(call[name].value for name in weights),
+            *(call[name].value for name in _WEIGHTS),
             chosen["hx_"],
             chosen["cx_tmp"],
             call["reverse"],
@@ -129,7 +125,7 @@ def _of_rows(
             *(call[name] for name in _SETTINGS),
             True,
         )
-    return call.again(**chosen | {"output": output}, hy_=hy, cy_=cy, workspace=workspace)
+    return call.again(**chosen | {"output": output}, hy_=hy, cy_=cy, workspace=workspace)[place]
 
 
 RECURRENT: dict[str, OperatorRecord] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from functools import partial
 from math import prod
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -29,17 +30,15 @@ from everystep.ops.row_rules import Result, RowsCall, along, by_key, none_mixed,
 __all__ = ["REDUCTIONS"]
 
 
-def _dimensions(call: Call) -> tuple[int, ...]:
-    """Return the dimensions that a reduction removes."""
-    count = len(call.shape("self"))
-    value = call.value("dim") if "dim" in call else None
-    listed = [value] if isinstance(value, int) else value
-    return tuple(range(count)) if not listed else tuple(dim % max(count, 1) for dim in listed)
+def _dimensions(dim: Any, count: int) -> list[int]:
+    """Return the dimensions that a reduction of a tensor with so many removes. dim: its argument."""
+    listed = [dim] if isinstance(dim, int) else dim
+    return [each % max(count, 1) for each in listed or range(count)]
 
 
 def _reduced(call: Call) -> Piece:
-    """Return the numbers that are reduced to the wanted one."""
-    shape, dims = call.shape("self"), _dimensions(call)
+    shape = call.shape("self")
+    dims = _dimensions(call.value("dim"), len(shape))
     kept = [dim for dim in range(len(shape)) if dim not in dims]
     is_kept = len(call.index) == len(shape)
     own = call.index if is_kept else dict(zip(kept, call.index, strict=True))
@@ -56,7 +55,7 @@ def _total(call: Call) -> Made:
 
 
 def _cumulated(call: Call) -> Made:
-    dim = _dimensions(call)[0]
+    dim = call.value("dim") % max(len(call.index), 1)
     return Sum((single("self", call.along("self", dim, np.arange(call.index[dim] + 1))),))
 
 
@@ -117,17 +116,11 @@ def _spread(call: Call) -> Made:
     return Formula(text, {"self": piece}, {"count": max(piece.size - correction, 0)})
 
 
-def _axes(call: RowsCall, tracked: Tracked) -> list[int]:
-    given = call["dim"]
-    axes = [given] if isinstance(given, int) else [*(given or ())]
-    return [axis % tracked.labels.dim() for axis in axes] or [*range(tracked.labels.dim())]
-
-
 def _total_rows(call: RowsCall) -> list[Result]:
     whole: Tracked = call["self"]
     if not whole.labels.dim():
         return [Result(whole.labels, whole.terms, whole.is_mean)]
-    axes = _axes(call, whole)
+    axes = _dimensions(call["dim"], whole.labels.dim())
     if prod(whole.labels.size(axis) for axis in axes) > 1:
         call.require_rows(whole.labels)
     keeps = bool(call["keepdim"])
@@ -155,7 +148,8 @@ def _reduced_rows(call: RowsCall) -> list[Result]:
     if isinstance(call["other"], Tracked):
         return each_alone(call)
     whole: Tracked = call["self"]
-    labels = reduced(whole.labels, _axes(call, whole), keepdim=bool(call["keepdim"]))
+    axes = _dimensions(call["dim"], whole.labels.dim())
+    labels = reduced(whole.labels, axes, keepdim=bool(call["keepdim"]))
     none_mixed(labels)
     return [of_shape(labels, result) for result in call.results]
 

@@ -78,26 +78,23 @@ def decode(value: Any, tensor_of: Callable[[str], Any]) -> Any:
         return tensor_of(value)
     if isinstance(value, list | tuple):
         return [decode(item, tensor_of) for item in value]
-    key = _key(value)
-    if key is None:
-        raise ValueError(f"{value!r:.80} is not an argument")
-    name = value[key]
-    if key == "text":
-        return name
-    return torch.device(name) if key == "device" else _ENUMERATIONS[key][name]
+    match [*value.items()] if isinstance(value, dict) else value:
+        case [("text", str(text))]:
+            return text
+        case [("device", str(name))] if (found := _DEVICE.fullmatch(name)) and found[1] in kinds():
+            return torch.device(name)
+        case [(key, str(name))] if name in _ENUMERATIONS.get(key, ()):
+            return _ENUMERATIONS[key][name]
+    raise ValueError(f"{value!r:.80} is not an argument")
 
 
 def references(value: Any) -> list[str]:
     """Return the names of tensors in an argument as `encode` writes it."""
     if isinstance(value, str):
         return [value]
-    found: list[str] = []
-    for item in value if isinstance(value, list | tuple) else ():
-        if isinstance(item, str):
-            found.append(item)
-        elif isinstance(item, list | tuple):
-            found += references(item)
-    return found
+    if not isinstance(value, list | tuple):
+        return []
+    return [name for item in value for name in references(item)]
 
 
 def json_floats(value: Any) -> Any:
@@ -107,16 +104,3 @@ def json_floats(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: json_floats(item) for key, item in value.items()}
     return [*map(json_floats, value)] if isinstance(value, list | tuple) else value
-
-
-def _key(value: Any) -> str | None:
-    """Return the key of an object that names its kind, None for others."""
-    if not isinstance(value, dict) or len(value) != 1:
-        return None
-    [(key, name)] = value.items()
-    if not isinstance(name, str):
-        return None
-    if key == "device":
-        found = _DEVICE.fullmatch(name)
-        return key if found and found[1] in kinds() else None
-    return key if key == "text" or name in _ENUMERATIONS.get(key, ()) else None

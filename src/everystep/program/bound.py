@@ -8,11 +8,9 @@ into existing memory. Numbers of the step are put in their places before a run.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,13 +38,8 @@ __all__ = ["BoundProgram"]
 
 #: Puts a number of the step where an operation finds it.
 _Put = Callable[[Number], None]
-
-
-class _Anchor(NamedTuple):
-    """Where a storage of a program begins (in bytes) on a storage of torch."""
-
-    storage: torch.UntypedStorage
-    start: int = 0
+#: A storage of torch, and where in it a storage of a program begins, in bytes.
+_Anchor = tuple[torch.UntypedStorage, int]
 
 
 class BoundProgram:
@@ -89,22 +82,22 @@ class BoundProgram:
         steady = steady_operations(program)
         self._batch = [name for name in batch if name in program.tensors]
         _check_batch(program, self._batch)
-        temporary = _temporary(program, device, steady)
+        temporary, self.temporary_bytes = _temporary(program, device, steady)
         own = _memory_of(program, program.storages_of(self._batch), device)
-        known = {program.tensors[name].storage: state[name] for name in program.state_names}
+        given = {program.tensors[name].storage: state[name] for name in program.state_names}
+        given |= inputs
         anchors = own | temporary
-        anchors |= _given(program, {**known, **inputs}, anchors)
-        self._tensors = {
-            name: tensor_on(anchors[spec.storage].storage, spec, anchors[spec.storage].start)
-            for name, spec in program.tensors.items()
-        }
-        # Many storages are on the shared block, which counts once.
-        sizes = {each.storage.data_ptr(): each.storage.nbytes() for each in temporary.values()}
-        self.temporary_bytes = sum(sizes.values())
-        used = Counter(spec.storage for spec in program.tensors.values())
-        given_on = Counter(program.tensors[name].storage for name in self._batch)
+        for name in program.storages.keys() - anchors.keys():
+            if name not in given:
+                raise ProgramError(f"{name} is missing, but the program needs it")
+            anchors[name] = given[name].untyped_storage(), 0
+        self._tensors = {}
+        for name, spec in program.tensors.items():
+            memory, start = anchors[spec.storage]
+            self._tensors[name] = tensor_on(memory, spec, start)
+        others = program.storages_of(program.tensors.keys() - {*self._batch})
         #: Storages of views of the batch, which may include bytes between the numbers of a tensor.
-        self._viewed = {storage for storage, count in given_on.items() if used[storage] > count}
+        self._viewed = program.storages_of(self._batch) & others
         nan = torch.full((), math.nan, dtype=torch.float64)
         self.loss = nan if program.loss is None else self.tensor(program.loss)
         logged = {} if program.loss is None else {"loss": program.loss}
@@ -186,14 +179,17 @@ class BoundProgram:
             return self._reading(arguments[0])
         results = [None if name is None else self.tensor(name) for name in operation.results]
         if isinstance(operator, OptimizerOperator):
-            self._optimizers.append(_stepping(operator, arguments, keywords, results))
+            if results:
+                raise ProgramError(
+                    f"{operator} creates tensors, which only the first step of a training does"
+                )
+            self._optimizers.append(SteadyOptimizer(operator, arguments, keywords))
             return [self._optimizers[-1]]
         # `put` writes numbers into the arguments, which a prebuilt call has read already.
         made = late_calls if slots else prebuilt_calls
         return made(operator, arguments, keywords, results)
 
     def _reading(self, tensor: Tensor) -> list[Call]:
-        """Return what reads a number from a tensor."""
         place = len(self._puts)
         self.reads.append(place)
         # It has a place among the numbers of the step, but the run finds its value.
@@ -203,21 +199,6 @@ class BoundProgram:
             self.numbers[place] = tensor.item()
 
         return [read]
-
-
-def _stepping(
-    operator: OptimizerOperator,
-    arguments: Sequence[Any],
-    settings: Mapping[str, Any],
-    results: Sequence[Tensor | None],
-) -> SteadyOptimizer:
-    """Return what takes the step of an optimizer, with the settings that it finds."""
-    if results:
-        raise ProgramError(f"{operator} creates tensors, which only the first step of a training does")
-    try:
-        return SteadyOptimizer(operator, arguments, settings)
-    except ValueError as error:
-        raise ProgramError(f"{operator}: {error}") from None
 
 
 def _check_batch(program: Program, names: Sequence[str]) -> None:
@@ -240,30 +221,10 @@ def _bytes_of(tensor: Tensor) -> Tensor:
     return whole_memory(tensor)[begin:end]
 
 
-def _given(
-    program: Program, memory: Mapping[str, Tensor], others: Collection[str]
-) -> dict[str, _Anchor]:
-    """Return the storages that the caller passes, by name.
-
-    others: those that already have memory.
-    """
-    found = {}
-    for name, storage in program.storages.items():
-        if name in others:
-            continue
-        if name not in memory:
-            raise ProgramError(f"{name} is missing, but the program needs it")
-        given = memory[name].untyped_storage()
-        if given.nbytes() < storage.bytes:
-            raise ProgramError(
-                f"the program needs {storage.bytes} bytes of {name}, which has only {given.nbytes()}"
-            )
-        found[name] = _Anchor(given)
-    return found
-
-
-def _temporary(program: Program, device: torch.device, steady: Collection[int]) -> dict[str, _Anchor]:
-    """Return the temporary storages: one block holds all that need not persist.
+def _temporary(
+    program: Program, device: torch.device, steady: Collection[int]
+) -> tuple[dict[str, _Anchor], int]:
+    """Return the temporary storages, and their bytes: one block holds all that need not persist.
 
     steady: places of operations that do not run at each step.
     """
@@ -274,17 +235,19 @@ def _temporary(program: Program, device: torch.device, steady: Collection[int]) 
     # The shared block is on the device, and its content is lost within the step.
     alone = {name for name in names if name in kept or program.storages[name].host}
     offsets, size = plan_memory(program, [name for name in names if name not in alone])
-    check_memory(size + sum(program.storages[name].bytes for name in alone), device)
+    whole = size + sum(program.storages[name].bytes for name in alone)
+    check_memory(whole, device)
     shared = _empty(size, device)
     own = _memory_of(program, alone, device)
-    return own | {name: _Anchor(shared, start) for name, start in offsets.items()}
+    return own | {name: (shared, start) for name, start in offsets.items()}, whole
 
 
 def _memory_of(program: Program, names: Iterable[str], device: torch.device) -> dict[str, _Anchor]:
-    """Return new memory for storages of a program."""
-    storages = {name: program.storages[name] for name in names}
-    places = {name: torch.device("cpu") if each.host else device for name, each in storages.items()}
-    return {name: _Anchor(_empty(each.bytes, places[name])) for name, each in storages.items()}
+    found = {}
+    for name in names:
+        storage = program.storages[name]
+        found[name] = _empty(storage.bytes, torch.device("cpu") if storage.host else device), 0
+    return found
 
 
 def _empty(size: int, device: torch.device) -> torch.UntypedStorage:

@@ -81,12 +81,10 @@ def prebuilt_calls(
     Make and call them inside `without_autograd`.
     """
     arguments = _numbers_in_tensors(operator, arguments, results)
-    if _writes_in_place(operator):
-        return [partial(_quickest(operator, arguments, keywords), *arguments, **keywords)]
     if len(results) == 1 and results[0] is not None and not keywords:
         if str(operator) in _SAME_AS:
             return [_SAME_AS[str(operator)](arguments, results[0])]
-        if str(operator) in _ELEMENTWISE_LOSSES and _can_be_split(operator):
+        if str(operator) in _ELEMENTWISE_LOSSES:
             return _loss_calls(operator, arguments, results[0])
     function, given = _into_results(operator, arguments, keywords, results)
     return [partial(function, *arguments, **given)]
@@ -99,15 +97,8 @@ def late_calls(
     results: Sequence[Tensor | None],
 ) -> list[Call]:
     """Return the result of `prebuilt_calls`; other arguments of the same types may replace its own."""
-    if _writes_in_place(operator):
-        function = _quickest(operator, arguments, keywords)
-    else:
-        function, keywords = _into_results(operator, arguments, keywords, results)
-
-    def call() -> None:
-        function(*arguments, **keywords)
-
-    return [call]
+    function, given = _into_results(operator, arguments, keywords, results)
+    return [lambda: function(*arguments, **given)]
 
 
 def _numbers_in_tensors(
@@ -130,14 +121,12 @@ def _numbers_in_tensors(
     ]
 
 
-def _writes_in_place(operator: Any) -> bool:
-    return all(r.alias_info and r.alias_info.is_write for r in operator._schema.returns)
-
-
 def _into_results(
     operator: Any, arguments: list[Any], keywords: dict[str, Any], results: Sequence[Tensor | None]
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
     """Return what computes the results into their place, and the keywords that it needs."""
+    if all(r.alias_info and r.alias_info.is_write for r in operator._schema.returns):
+        return _quickest(operator, arguments, keywords), keywords
     variant = out_variant(operator)
     # Kernels refuse to write into a tensor with several elements in one place.
     can_be_given = all(r is not None and not repeats(r) for r in results)
@@ -156,12 +145,6 @@ def _into_results(
         keywords |= given
         return _quickest(overload, arguments, keywords), keywords
     return _copying(operator, results), keywords
-
-
-def _can_be_split(operator: Any) -> bool:
-    """Return whether this torch has the loss as a separate function, with a choice of reduction."""
-    has_reduction = any(p.name == "reduction" for p in operator._schema.arguments)
-    return has_reduction and hasattr(torch._C._nn, operator.overloadpacket.__name__)
 
 
 def _loss_calls(operator: Any, arguments: list[Any], result: Tensor) -> list[Call]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["COLLECTIVES", "is_collective", "taking_part"]
+__all__ = ["COLLECTIVES", "taking_part"]
 
 #: Takes part in a collective: is called with its name and its arguments.
 Part = Callable[[str, tuple[Any, ...]], None]
@@ -64,8 +64,3 @@ COLLECTIVES = {
     f"{_NAMESPACE}.{name}.default": getattr(getattr(torch.ops, _NAMESPACE), name).default
     for name in _SCHEMAS
 }
-
-
-def is_collective(operator: Any) -> bool:
-    """Return whether several ranks take part in an operator."""
-    return str(operator) in COLLECTIVES

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from functools import cached_property
 from itertools import islice
@@ -72,39 +72,25 @@ class Interpreter:
         return other, [*numbers[count:]]
 
     @cached_property
-    def written(self) -> list[list[str]]:
-        """The names of the tensors that each operation writes into, results aside."""
-        return [operation.written() for operation in self.program.operations]
-
-    @cached_property
-    def given_after(self) -> dict[str, int]:
-        """See `Program.given_after`."""
-        return self.program.given_after()
-
-    @cached_property
     def _over_after(self) -> dict[int, list[str]]:
         """See `over_after`."""
         return over_after(self.program)
 
-    def _iterated(self, numbers: Sequence[Number]) -> Iterator[Number]:
+    def numbers_of(self, numbers: Sequence[Number]) -> list[list[Number]]:
+        """Return the numbers of a step by operation.
+
+        Raises:
+            ProgramError: there are more or fewer than the program needs.
+        """
         wanted = sum(call.numbers for call in self._calls)
         if len(numbers) != wanted:
             raise ProgramError(f"the step has {len(numbers)} numbers, but its program needs {wanted}")
-        return iter(numbers)
-
-    def numbers_of(self, numbers: Sequence[Number]) -> list[list[Number]]:
-        """Return the numbers of a step by operation."""
-        left = self._iterated(numbers)
+        left = iter(numbers)
         return [list(islice(left, call.numbers)) for call in self._calls]
 
     def operation_with(self, place: int, numbers: Sequence[Number]) -> Operation:
         """Return an operation with its numbers of a step in it."""
-        return self._calls[place].with_numbers(iter(numbers))
-
-    def operations_with(self, numbers: Sequence[Number]) -> list[Operation]:
-        """Return the operations with the numbers of a step in them."""
-        own = enumerate(self.numbers_of(numbers))
-        return [self.operation_with(place, each) for place, each in own]
+        return self._calls[place].with_numbers(numbers)
 
     def run(
         self,
@@ -127,18 +113,18 @@ class Interpreter:
         Raises:
             ProgramError: the state or the inputs do not fit the program.
         """
-        left = self._iterated(numbers)
+        own = zip(self._calls, self.numbers_of(numbers), strict=True)
         environment = _Environment(self, state, self.lay_inputs(inputs))
         differs: str | None = None
         draws = 0
         for look in looks.get(-1, ()):
             look(environment.tensor)
-        for index, call in enumerate(self._calls):
+        for index, (call, given) in enumerate(own):
             try:
                 if call.draws and (generator := inputs.get(f"generator/{draws}")) is not None:
                     torch.set_rng_state(generator)
                 draws += call.draws
-                found = call.run(environment, left)
+                found = call.run(environment, given)
             except REFUSALS as error:
                 reason = str(error).strip().partition("\n")[0] or type(error).__name__
                 raise ProgramError(f"operation #{index}, {call.operation.operator}: {reason}") from None
@@ -232,36 +218,34 @@ class _Instruction:
         #: How many numbers of the step it has.
         self.numbers = self._reads_number + len(self._slots)
 
-    def with_numbers(self, numbers: Iterator[Number]) -> Operation:
-        """Return the operation with the numbers of a step in it."""
+    def with_numbers(self, numbers: Sequence[Number]) -> Operation:
+        """Return the operation with its numbers of a step in it."""
         arguments, keywords = self._given(numbers, json_floats)
-        if self._reads_number:
-            next(numbers, None)
         changed = {"arguments": tuple(json_floats(arguments)), "keywords": json_floats(keywords)}
         return self.operation.model_copy(update=changed)
 
     def _given(
-        self, numbers: Iterator[Number], convert: Callable[[Any], Any]
+        self, numbers: Sequence[Number], convert: Callable[[Any], Any]
     ) -> tuple[list[Any], dict[str, Any]]:
-        """Return the arguments, in new lists, with the numbers of a step. convert: converts the others.
+        """Return the arguments, in new lists, with its numbers. convert: converts the others.
 
         Raises:
             ValueError, OverflowError: a number is not of the kind that the program has in its place.
         """
         arguments = [convert(value) for value in self.operation.arguments]
         keywords = {key: convert(value) for key, value in self.operation.keywords.items()}
-        for slot in self._slots:
-            slot.put(arguments, keywords, next(numbers))
+        own = numbers[: len(self._slots)]  # the one that Python reads has no slot
+        for slot, number in zip(self._slots, own, strict=True):
+            slot.put(arguments, keywords, number)
         return arguments, keywords
 
-    def run(self, environment: _Environment, numbers: Iterator[Number]) -> str | None:
+    def run(self, environment: _Environment, numbers: Sequence[Number]) -> str | None:
         """Call the operator; return a deviation from the program as text, or None."""
         arguments, keywords = self._given(numbers, lambda value: decode(value, environment.tensor))
         result = self._call(*arguments, **keywords)
         if self._reads_number:
-            return read_difference(result, next(numbers))
-        flat = flattened(result) if self.operation.results else []
-        for name, tensor in zip(self.operation.results, flat, strict=False):
+            return read_difference(result, numbers[-1])
+        for name, tensor in zip(self.operation.results, flattened(result), strict=False):
             if name is not None:
                 environment.put(name, tensor)
         return None
@@ -285,12 +269,10 @@ class _Environment:
         interpreter.lay_state(state)
         for name, spec in interpreter.state.items():
             self._memory[spec.storage] = state[name].untyped_storage()
-        for name, storage in self._program.storages.items():
-            if storage.kind != "input":
-                continue
-            given = inputs.get(name)
-            if given is None or given.nbytes < storage.bytes:
-                raise ProgramError(f"the input {name} of {storage.bytes} bytes is missing")
+        for name in self._program.of_kind("input"):
+            given, size = inputs.get(name), self._program.storages[name].bytes
+            if given is None or given.nbytes < size:
+                raise ProgramError(f"the input {name} of {size} bytes is missing")
             self._memory[name] = given.to(interpreter.place_of(name)).untyped_storage()
 
     def tensor(self, name: str) -> Tensor:

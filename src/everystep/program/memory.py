@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from tempfile import NamedTemporaryFile
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,36 +56,27 @@ def check_memory(size: int, device: torch.device) -> None:
         )
 
 
-class _Life(NamedTuple):
-    """A storage is needed from operation `first` to operation `last`, both included."""
-
-    name: str
-    bytes: int
-    first: int
-    last: int
-
-
 def plan_memory(program: Program, names: Collection[str]) -> tuple[dict[str, int], int]:
     """Lay out the temporary storages `names` of a program; their content is lost within the step.
 
     Returns the offset of each, and the size of all memory, in bytes.
     """
-    lives = sorted(_lives(program, names), key=lambda life: (-life.bytes, life.first))
-    placed: list[tuple[int, _Life]] = []
-    for life in lives:
+    lives, offsets = _lives(program), dict[str, int]()
+    sizes = {name: -(-program.storages[name].bytes // ALIGNMENT) * ALIGNMENT for name in names}
+    for name in sorted(names, key=lambda name: (-program.storages[name].bytes, lives[name][0])):
+        first, last = lives[name]
         at_once = sorted(
             (offset, other)
-            for offset, other in placed
-            if other.first <= life.last and life.first <= other.last
+            for other, offset in offsets.items()
+            if lives[other][0] <= last and first <= lives[other][1]
         )
-        offset = 0
+        place = 0
         for start, other in at_once:
-            if offset + life.bytes <= start:
+            if place + sizes[name] <= start:
                 break
-            offset = max(offset, start + _aligned(other.bytes))
-        placed.append((offset, life))
-    size = max((offset + _aligned(life.bytes) for offset, life in placed), default=0)
-    return {life.name: offset for offset, life in placed}, size
+            place = max(place, start + sizes[other])
+        offsets[name] = place
+    return offsets, max((offsets[name] + sizes[name] for name in names), default=0)
 
 
 def shown_storages(program: Program) -> set[str]:
@@ -96,9 +87,10 @@ def shown_storages(program: Program) -> set[str]:
 
 def over_after(program: Program) -> dict[int, list[str]]:
     """Return the temporary storages that nothing needs after an operation, by its number."""
-    shown, found = shown_storages(program), dict[int, list[str]]()
-    for life in _lives(program, [n for n in program.of_kind("temporary") if n not in shown]):
-        found.setdefault(life.last, []).append(life.name)
+    shown, lives, found = shown_storages(program), _lives(program), dict[int, list[str]]()
+    for name in program.of_kind("temporary"):
+        if name not in shown:
+            found.setdefault(lives[name][1], []).append(name)
     return found
 
 
@@ -205,7 +197,8 @@ def copy_in_file(tensor: Tensor) -> Tensor:
     return torch.empty(0, dtype=own.dtype).set_(storage, 0, like.shape, like.stride())
 
 
-def _lives(program: Program, names: Collection[str]) -> list[_Life]:
+def _lives(program: Program) -> dict[str, tuple[int, int]]:
+    """Return the first and the last operation that needs each storage."""
     end = len(program.operations)
     first: dict[str, int] = {}
     last: dict[str, int] = {}
@@ -218,11 +211,4 @@ def _lives(program: Program, names: Collection[str]) -> list[_Life]:
         for tensor in program.activations[path]:
             storage = program.tensors[tensor].storage
             last[storage] = max(last.get(storage, end), index)
-    return [
-        _Life(name, program.storages[name].bytes, first.get(name, 0), last.get(name, end))
-        for name in names
-    ]
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+    return {name: (first.get(name, 0), last.get(name, end)) for name in program.storages}

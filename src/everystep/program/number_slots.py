@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 from everystep.program.operation import Operation
 from everystep.program.operators import parameters
-from everystep.program.optimizer_operator import OptimizerOperator
 
 __all__ = ["READ", "Number", "Slot", "read_difference", "slot_names", "slots_of"]
 
@@ -32,8 +31,6 @@ _INTEGERS = {
 @cache
 def slot_names(operator: Any) -> frozenset[str]:
     """Return the arguments of an operator that hold numbers which may differ at each step."""
-    if isinstance(operator, OptimizerOperator):
-        return frozenset(operator.settings)
     name = operator.overloadpacket.__name__
     if name in _SHAPED_BY_NUMBERS:
         return frozenset()
@@ -77,25 +74,19 @@ def slots_of(operation: Operation) -> list[Slot]:
         *zip(names, range(len(operation.arguments)), operation.arguments, strict=False),
         *((name, name, value) for name, value in operation.keywords.items()),
     ]
-    return [
-        Slot(name, path, kind)
-        for name, place, value in given
-        if name in slot_names(operator)
-        for path, kind in _within(value, (place,))
-    ]
+    wanted = slot_names(operator)
+    return [s for name, place, value in given if name in wanted for s in _within(value, name, (place,))]
 
 
-def _within(
-    value: Any, path: tuple[int | str, ...]
-) -> Iterator[tuple[tuple[int | str, ...], type[int] | type[float]]]:
-    """Yield the places and kinds of the numbers in an argument, as a program holds it."""
+def _within(value: Any, name: str, path: tuple[int | str, ...]) -> Iterator[Slot]:
+    """Yield the slots of the numbers in an argument, or in a list of it, as a program holds it."""
     if isinstance(value, list | tuple):
         for place, item in enumerate(value):
-            yield from _within(item, (*path, place))
+            yield from _within(item, name, (*path, place))
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        yield path, int if isinstance(value, int) else float
+        yield Slot(name, path, int if isinstance(value, int) else float)
     elif isinstance(value, dict) and "float" in value:
-        yield path, float
+        yield Slot(name, path, float)
 
 
 def read_difference(found: Number, known: Number) -> str | None:

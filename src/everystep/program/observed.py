@@ -15,29 +15,22 @@ from everystep.program.arguments import references
 from everystep.program.operation import CodeLine, Operation
 from everystep.program.operators import ALLOCATING
 
-__all__ = ["OVERWRITING", "Observed", "overwrites", "unread_inputs", "unset_results"]
+__all__ = ["OVERWRITING", "Observed", "unread_inputs", "unset_results"]
 
 #: The first result of a kernel that is its own memory, as all later ones are; it writes only parts:
-#: workspaces, reserves, a table of the CTC loss, the state of a generator that only dropout sets, and
-#: log-sum-exps that are padded to a multiple of 32 rows.
+#: workspaces, reserves, the state of a generator that only dropout sets, and log-sum-exps that are
+#: padded to a multiple of 32 rows.
 _MEMORY_FROM = {
-    "_ctc_loss": 1,
     **dict.fromkeys(("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn", "cudnn_batch_norm"), 3),
-    **dict.fromkeys(("_efficient_attention_forward", "_scaled_dot_product_efficient_attention"), 1),
-    **dict.fromkeys(
-        (
-            "_flash_attention_forward",
-            "_scaled_dot_product_cudnn_attention",
-            "_scaled_dot_product_flash_attention",
-            "_scaled_dot_product_fused_attention_overrideable",
-        ),
-        2,
-    ),
+    "_scaled_dot_product_efficient_attention": 1,
+    "_scaled_dot_product_cudnn_attention": 2,
+    "_scaled_dot_product_flash_attention": 2,
+    "_scaled_dot_product_fused_attention_overrideable": 2,
 }
 #: What their backward passes call that memory.
 _MEMORY_ARGUMENTS = {
-    *("workspace", "reserve", "reserveSpace", "weight_buf", "log_alpha"),
-    *("logsumexp", "philox_seed", "philox_offset", "rng_state", "unused"),
+    *("workspace", "reserve", "reserveSpace", "weight_buf"),
+    *("logsumexp", "philox_seed", "philox_offset"),
 }
 
 #: Operators that write to all of their first argument without reading it.
@@ -47,11 +40,6 @@ OVERWRITING = {
 }
 #: They use only the shape of their first argument, as `ones_like` and `new_zeros` do.
 _ONLY_SHAPES = {"bernoulli.p", "nll_loss_backward.default", "nll_loss2d_backward.default"}
-
-
-def overwrites(operation: Operation) -> bool:
-    """Return whether an operation writes to all of its first argument without reading it."""
-    return operation.name in OVERWRITING
 
 
 def unset_results(operation: Operation) -> frozenset[str]:
@@ -70,7 +58,7 @@ def unread_inputs(operation: Operation) -> frozenset[str]:
     given = operation.given()
     name, overload = operation.name, operation.operator.partition(".")[2]
     is_like = name.endswith("_like") or name.startswith("new_") or overload in _ONLY_SHAPES
-    unread = _MEMORY_ARGUMENTS | ({"self"} if is_like or overwrites(operation) else set())
+    unread = _MEMORY_ARGUMENTS | ({"self"} if is_like or name in OVERWRITING else set())
     sides: tuple[set[str], set[str]] = (set(), set())
     for argument, value in given.items():
         sides[argument in unread].update(references(value))

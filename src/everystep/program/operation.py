@@ -12,8 +12,8 @@ from pydantic import Field
 from everystep.bounded import StrictModel
 from everystep.errors import Fault
 from everystep.program.arguments import DTYPES, decode, references
-from everystep.program.operators import BY_VALUES, computes, parameters, resolve, writes
-from everystep.program.optimizer_operator import ARGUMENTS, OPTIMIZERS, OptimizerOperator
+from everystep.program.operators import computes, parameters, resolve, writes
+from everystep.program.optimizer_operator import ARGUMENTS, OptimizerOperator
 
 __all__ = [
     "DIMENSIONS",
@@ -169,11 +169,6 @@ class Operation(StrictModel):
         return resolve(self.operator)
 
     @property
-    def is_by_values(self) -> bool:
-        """Whether its results depend on more than the shapes of its arguments."""
-        return self.operator in BY_VALUES or self.operator in OPTIMIZERS
-
-    @property
     def name(self) -> str:
         """The operator's name, without its overload."""
         return self.operator.split(".")[1]
@@ -190,9 +185,9 @@ class Operation(StrictModel):
 
     def written(self) -> list[str]:
         """Return the names of the tensors among its arguments that it writes into, in their order."""
-        given, written = self.given(), writes(self.resolved)
-        known = (p.name for p in parameters(self.resolved) if p.name in written)
-        return [tensor for name in known for tensor in references(given.get(name))]
+        names = writes(self.resolved)
+        given = self.given() if names else {}
+        return [tensor for name in names for tensor in references(given.get(name))]
 
     def changed(self) -> list[str]:
         """Return the names of its results, and of the tensors that it writes into."""
@@ -207,10 +202,9 @@ class Operation(StrictModel):
         operator = self.resolved
         if not computes(operator):
             raise ValueError(f"{operator} computes nothing: tensors already have their shapes")
-        named = (n for n in (*self.reads(), *self.results) if n is not None)
-        missing = next((n for n in named if n not in tensors), None)
-        if missing is not None:
-            raise ValueError(f"{operator}: unknown tensor {missing!r}")
+        for name in (*self.reads(), *filter(None, self.results)):
+            if name not in tensors:
+                raise ValueError(f"{operator}: unknown tensor {name!r}")
         try:
             decode([*self.arguments, *self.keywords.values()], tensors.__getitem__)
         except ValueError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from everystep.program.allowed import is_allowed
 from everystep.program.collectives import COLLECTIVES
-from everystep.program.optimizer_operator import ARGUMENTS, OPTIMIZERS, OptimizerOperator
+from everystep.program.optimizer_operator import OPTIMIZERS
 from everystep.program.trusting import what_is_unknown
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "computes",
     "draws_random_numbers",
     "flattened",
+    "has_effect",
     "has_shape_of_values",
     "leaves",
     "may_have_shape_of_values",
@@ -61,10 +62,7 @@ _ARGUMENT_TYPES = re.compile(
 _RESULT_TYPES = re.compile(r"(List\[)?Tensor\]?|int")
 
 #: In these, a string names a variant of the computation; in others, it might name a file.
-_TEXT_ARGUMENTS = {
-    *("approximate", "rounding_mode", "reduce", "indexing", "side", "norm"),
-    *("mode", "driver", "UPLO"),
-}
+_TEXT_ARGUMENTS = {"approximate", "rounding_mode", "reduce", "side", "mode", "driver", "UPLO"}
 
 #: The internals of torch that programs need to be captured, checked and run.
 _NEEDED = (
@@ -81,11 +79,9 @@ ALLOCATING = frozenset(
 _MEMORY_ONLY = {*ALLOCATING, "_unsafe_view", "unsafe_split", "unsafe_split_with_sizes"}
 
 #: Written by the kernel, although the schema does not declare it.
-_UNDECLARED_WRITES = {
-    "native_batch_norm": ("running_mean", "running_var"),
-    "cudnn_batch_norm": ("running_mean", "running_var"),
-    "miopen_batch_norm": ("running_mean", "running_var"),
-}
+_UNDECLARED_WRITES = dict.fromkeys(
+    ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"), ("running_mean", "running_var")
+)
 
 
 class NotAllowedError(ValueError):
@@ -115,9 +111,11 @@ def resolve(name: str) -> Any:
     Raises:
         NotAllowedError: it is unknown, or not such an operation.
     """
-    missing = next(_missing(), None)
-    if missing is not None:
-        raise NotAllowedError(f"torch {torch.__version__} has no {missing}, which everystep needs")
+    for needed in _NEEDED:
+        owner, _, attribute = needed.partition(".")
+        if not hasattr(getattr(torch, owner), attribute):
+            lacking = f"torch {torch.__version__} has no torch.{needed}, which everystep needs"
+            raise NotAllowedError(lacking)
     if name in OPTIMIZERS:
         return OPTIMIZERS[name]
     if name in COLLECTIVES:
@@ -135,14 +133,6 @@ def resolve(name: str) -> Any:
     return operator
 
 
-def _missing() -> Iterator[str]:
-    """Yield what programs need of torch's internals and this torch does not have."""
-    for name in _NEEDED:
-        owner, _, attribute = name.partition(".")
-        if not hasattr(getattr(torch, owner), attribute):
-            yield f"torch.{name}"
-
-
 def _reason_against(name: str, operator: Any) -> str | None:
     schema, tags = operator._schema, operator.tags
     if torch.Tag.data_dependent_output in tags or any(
@@ -158,7 +148,7 @@ def _reason_against(name: str, operator: Any) -> str | None:
         is_text = "str" in kind and argument.name not in _TEXT_ARGUMENTS
         if is_text or not _ARGUMENT_TYPES.fullmatch(kind):
             return f"takes {argument.name}, a {kind}, so it is not an operation on tensors only"
-    if not is_allowed(name) or torch.Tag.view_copy in tags or _is_taken_apart(schema):
+    if not is_allowed(name) or torch.Tag.view_copy in tags or _is_taken_apart(operator):
         return "is not on the list of allowed operators"
     unsaid = set(_UNDECLARED_WRITES.get(name, ())) - {argument.name for argument in schema.arguments}
     if unsaid:
@@ -173,21 +163,18 @@ def may_have_shape_of_values(packet: Any) -> bool:
     return any(torch.Tag.dynamic_output_shape in overload.tags for overload in overloads)
 
 
-def _is_taken_apart(schema: Any) -> bool:
+def _is_taken_apart(operator: Any) -> bool:
     """Return whether torch decomposes this operator before it runs, so that no step contains it.
 
     Operators with a known derivative are not decomposed: some device has a kernel for them.
     """
-    name = f"{schema.name}.{schema.overload_name}".rstrip(".")
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    name, has_kernel = operator.name(), torch._C._dispatch_has_kernel_for_dispatch_key
     return has_kernel(name, "CompositeImplicitAutograd") and not has_kernel(name, "Autograd")
 
 
 @cache
 def computes(operator: Any) -> bool:
     """Return whether the operator computes numbers; others return a view or memory."""
-    if isinstance(operator, OptimizerOperator):
-        return True
     results = operator._schema.returns
     is_view = any(r.alias_info and not r.alias_info.is_write for r in results)
     return not is_view and operator.overloadpacket.__name__ not in _MEMORY_ONLY
@@ -196,19 +183,8 @@ def computes(operator: Any) -> bool:
 @cache
 def parameters(operator: Any) -> tuple[Parameter, ...]:
     """Return the parameters of an operator, the positional ones first."""
-    if isinstance(operator, OptimizerOperator):
-        return tuple(
-            Parameter(name, "settings", None, name in ARGUMENTS, None)
-            for name in (*ARGUMENTS, *operator.settings)
-        )
     return tuple(
-        Parameter(
-            name=a.name,
-            kind=str(a.real_type),
-            size=a.N,
-            is_positional=not a.kwarg_only,
-            default=a.default_value,
-        )
+        Parameter(a.name, str(a.real_type), a.N, not a.kwarg_only, a.default_value)
         for a in operator._schema.arguments
     )
 
@@ -231,14 +207,13 @@ def out_variant(operator: Any) -> tuple[Any, tuple[str, ...]] | None:
 
 
 @cache
-def writes(operator: Any) -> frozenset[str]:
-    """Return the names of the arguments that the operator writes into."""
-    if isinstance(operator, OptimizerOperator):
-        return frozenset(("parameters", "kept"))
+def writes(operator: Any) -> tuple[str, ...]:
+    """Return the names of the arguments that the operator writes into, in their order."""
     schema = operator._schema
-    declared = {a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write}
     undeclared = _UNDECLARED_WRITES.get(schema.name.removeprefix("aten::"), ())
-    return frozenset(declared | set(undeclared))
+    declared = (a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write)
+    known = {*declared, *undeclared}
+    return tuple(a.name for a in schema.arguments if a.name in known)
 
 
 #: Torch counts it among those that draw, as all attention, but it accepts no dropout.
@@ -248,6 +223,11 @@ _WITHOUT_DROPOUT = "aten._scaled_dot_product_flash_attention_for_cpu.default"
 def draws_random_numbers(operator: Any) -> bool:
     """Return whether the operator draws from a random generator."""
     return torch.Tag.nondeterministic_seeded in operator.tags and str(operator) != _WITHOUT_DROPOUT
+
+
+def has_effect(operator: Any) -> bool:
+    """Return whether an operation matters without its results: to later draws, or to other ranks."""
+    return draws_random_numbers(operator) or str(operator) in COLLECTIVES
 
 
 def has_shape_of_values(operator: Any, indices: Iterable[torch.dtype]) -> bool:

@@ -11,6 +11,7 @@ import inspect
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,8 +30,7 @@ ARGUMENTS = ("parameters", "gradients", "kept", "made")
 _KINDS = (
     *(GradientDescent, torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam),
     *(torch.optim.RAdam, torch.optim.Adamax, torch.optim.Adagrad, torch.optim.Adadelta),
-    *(torch.optim.RMSprop, torch.optim.Rprop, torch.optim.ASGD, torch.optim.Adafactor),
-    *([torch.optim.Muon] if hasattr(torch.optim, "Muon") else []),  # new in torch 2.9
+    *(torch.optim.RMSprop, torch.optim.Rprop, torch.optim.ASGD, torch.optim.Adafactor, torch.optim.Muon),
 )
 
 
@@ -48,6 +48,12 @@ class OptimizerOperator:
         known = dict.fromkeys(n for base in bases for n in inspect.signature(base).parameters)
         self.settings = tuple(name for name in known if name not in ("self", "params"))
         self.overloadpacket = SimpleNamespace(__name__=kind.__name__)
+        # Each setting is a list of numbers of the step, flags among them.
+        settings = ", ".join(f"float[] {name}" for name in self.settings)
+        self._schema = torch._C.parse_schema(
+            f"optim::{kind.__name__}(Tensor(a!)[][] parameters, Tensor[][] gradients, "
+            f"Tensor(b!)[][][] kept, int[][] made, *, {settings}) -> Tensor[]"
+        )
 
     def __repr__(self) -> str:
         return f"optim.{self.kind.__name__}.step"
@@ -75,13 +81,14 @@ class OptimizerOperator:
         Raises:
             ValueError: they are invalid.
         """
-        if set(given) != {*ARGUMENTS, *self.settings}:
-            raise ValueError(f"{self} takes {', '.join((*ARGUMENTS, *self.settings))}")
-        parameters, gradients, kept, made = (given[name] for name in ARGUMENTS)
-        lists = (parameters, gradients, kept, made, *(given[name] for name in self.settings))
+        names = *ARGUMENTS, *self.settings
+        if set(given) != {*names}:
+            raise ValueError(f"{self} takes {', '.join(names)}")
+        lists = [given[name] for name in names]
         if not all(isinstance(each, list | tuple) for each in lists):
             raise ValueError(f"{self} takes lists")
-        if not all(len(each) == len(parameters) for each in (gradients, kept, *lists[4:])):
+        parameters, gradients, kept, made, *settings = lists
+        if not all(len(each) == len(parameters) for each in (gradients, kept, *settings)):
             raise ValueError(f"{self} takes as many items in each list as there are param groups")
         for group in zip(parameters, gradients, kept, strict=True):
             if not all(isinstance(each, list | tuple) and len(each) == len(group[0]) for each in group):
@@ -92,14 +99,14 @@ class OptimizerOperator:
                     self._check_fused(parameter, gradient, own, tensors)
         if len(results) != len(made) or None in results:
             raise ValueError(f"{self} returns {len(made)} results, not {len(results)}")
+        places = {(n, k) for n, group in enumerate(parameters) for k in range(len(group))}
         for each in made:
-            is_place = isinstance(each, list | tuple) and len(each) == 3
-            is_place = is_place and all(isinstance(number, int) for number in each[:2])
-            is_known = is_place and 0 <= each[0] < len(parameters)
-            if not is_known or not 0 <= each[1] < len(parameters[each[0]]):
-                raise ValueError(f"{self} returns something of no parameter")
-            if _key(each[2]) is None:
-                raise ValueError(f"{self} returns something without a key")
+            match each:
+                case [int(n), int(k), key] if (n, k) in places:
+                    if _key(key) is None:
+                        raise ValueError(f"{self} returns something without a key")
+                case _:
+                    raise ValueError(f"{self} returns something of no parameter")
 
     def _check_one(self, parameter: Any, gradient: Any, kept: Any, tensors: Mapping[str, Any]) -> None:
         is_list = isinstance(kept, list | tuple) and len(kept) % 2 == 0
@@ -153,14 +160,12 @@ class BoundOptimizer:
         self._optimizer.state = defaultdict(dict)
         self._optimizer.param_groups = [{"params": [*group]} for group in parameters]
         self._optimizer._warned_capturable_if_run_uncaptured = True
-        self._given: list[tuple[Tensor, Tensor]] = []
-        for group, own_gradients in zip(parameters, gradients, strict=True):
-            self._given += zip(group, own_gradients, strict=True)
-        for group, own in zip(parameters, kept, strict=True):
-            for parameter, items in zip(group, own, strict=True):
-                if items:
-                    pairs = zip(items[::2], items[1::2], strict=True)
-                    self._optimizer.state[parameter] = dict(pairs)
+        flat = [*chain.from_iterable(parameters)]
+        self._given = [*zip(flat, chain.from_iterable(gradients), strict=True)]
+        for parameter, items in zip(flat, chain.from_iterable(kept), strict=True):
+            if items:
+                pairs = zip(items[::2], items[1::2], strict=True)
+                self._optimizer.state[parameter] = dict(pairs)
         self._made = [(parameters[group][place], key) for group, place, key in made]
         # Without what torch wraps around it: hooks, marks for a profiler, a call of the compiler.
         self._step = inspect.unwrap(operator.kind.step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from everystep.errors import ProgramError
 from everystep.program.arguments import DTYPES, references
 from everystep.program.operators import draws_random_numbers, parameters
 from everystep.program.soundness import WITH_STATISTICS, results_on_meta
-from everystep.program.step_program import Operation, Program, Storage, TensorSpec
+from everystep.program.step_program import Operation, Program, Storage
 
 __all__ = ["Precision", "counters"]
 
@@ -76,9 +76,11 @@ class Precision:
         operations = tuple(self._operation(each, program, kept) for each in program.operations)
         cast = program.model_copy(update={"operations": operations})
         dtypes = self._dtypes(cast, kept)
-        tensors = {
-            name: self._spec(spec, dtypes.get(spec.storage)) for name, spec in cast.tensors.items()
-        }
+        tensors = dict(cast.tensors)
+        for name, spec in cast.tensors.items():
+            if spec.storage in dtypes and spec.torch_dtype.is_floating_point:
+                dtype = str(dtypes[spec.storage]).removeprefix("torch.")
+                tensors[name] = spec.model_copy(update={"dtype": dtype})
         storages = {
             name: self._storage(program, name, storage, dtypes.get(name))
             for name, storage in program.storages.items()
@@ -104,9 +106,8 @@ class Precision:
             return torch.empty_strided(spec.shape, spec.stride, dtype=dtype, device="meta")
 
         for operation in program.operations:
-            needed = {*operation.reads()}
             try:
-                results = results_on_meta(operation, {name: on_meta(name) for name in needed})
+                results = results_on_meta(operation, {name: on_meta(name) for name in operation.reads()})
             except (RuntimeError, NotImplementedError, ValueError, TypeError):
                 continue  # what does not fit is found when the program is checked
             is_attention = operation.name.startswith("_scaled_dot_product")
@@ -131,14 +132,12 @@ class Precision:
             for spec in program.tensors.values()
             if spec.torch_dtype.is_floating_point and spec.storage not in kept
         }
-        return {
-            name: self._content(content, dtypes[name]) if name in dtypes else content
-            for name, content in contents.items()
-        }
-
-    def _content(self, content: Tensor, dtype: torch.dtype) -> Tensor:
-        count = len(content) // dtype.itemsize * dtype.itemsize
-        return content[:count].clone().view(dtype).to(self.dtype).view(torch.uint8)
+        found = dict(contents)
+        for name in contents.keys() & dtypes.keys():
+            count = len(found[name]) // dtypes[name].itemsize * dtypes[name].itemsize
+            numbers = found[name][:count].clone().view(dtypes[name])
+            found[name] = numbers.to(self.dtype).view(torch.uint8)
+        return found
 
     def _storage(
         self, program: Program, name: str, storage: Storage, dtype: torch.dtype | None
@@ -152,11 +151,6 @@ class Precision:
             raise ProgramError(f"{name} is read as {len(dtypes)} dtypes, which no other precision has")
         count = -(-storage.bytes // dtypes.pop().itemsize)
         return storage.model_copy(update={"bytes": count * dtype.itemsize})
-
-    def _spec(self, spec: TensorSpec, dtype: torch.dtype | None) -> TensorSpec:
-        if dtype is None or not spec.torch_dtype.is_floating_point:
-            return spec
-        return spec.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
 
     def _operation(self, operation: Operation, program: Program, kept: set[str]) -> Operation:
         made = program.storages_of(filter(None, operation.results))
@@ -186,19 +180,15 @@ def _draws_others(operation: Operation) -> bool:
 
 
 def _is_counter(name: str) -> bool:
-    """Return whether a tensor of the state counts the steps of an optimizer."""
     return name.startswith("optimizer/") and name.rpartition("/")[2] == "step"
 
 
 def counters(program: Program) -> set[str]:
     """Return the storages that count the steps of optimizers, or have a fixed dtype."""
-    return program.storages_of(_kept(program))
-
-
-def _kept(program: Program) -> Iterator[str]:
-    yield from filter(_is_counter, program.tensors)
-    yield from (tensor for name, tensor in program.ends.items() if _is_counter(name))
+    found = [*filter(_is_counter, program.tensors)]
+    found += [tensor for name, tensor in program.ends.items() if _is_counter(name)]
     for operation in program.operations:
         fixed = (names for kind, names in _FIXED_ARGUMENTS.items() if operation.name.startswith(kind))
         for name in next(fixed, ()):
-            yield from references(operation.given().get(name))
+            found += references(operation.given().get(name))
+    return program.storages_of(found)

@@ -34,8 +34,8 @@ from torch import Tensor
 from everystep.program import trusting
 from everystep.program.arguments import decode, references
 from everystep.program.operation import Operation, Storage, TensorSpec
-from everystep.program.operators import flattened, parameters
-from everystep.program.optimizer_operator import OptimizerOperator
+from everystep.program.operators import BY_VALUES, flattened, parameters
+from everystep.program.optimizer_operator import OPTIMIZERS, OptimizerOperator
 from everystep.program.trusting import (
     FORWARD,
     KEPT_OF_ATTENTION,
@@ -120,7 +120,8 @@ class _Check:
             Exception: any error of torch; ValueError for errors found here.
         """
         operation = self._operations[index]
-        if operation.is_by_values:  # their results do not depend on shapes alone
+        # The results of these do not depend on shapes alone.
+        if operation.operator in BY_VALUES or operation.operator in OPTIMIZERS:
             return
         if operation.name in FORWARD:
             self._check_forward(index)
@@ -192,16 +193,20 @@ class _Check:
                 if _listed(value, known[name].size) != _listed(theirs[name], known[name].size):
                     return False
                 # Integers are positions, which the kernel trusts; with other numbers, it only computes.
-                if self._is_changed(self._integers(value), place, index):
+                tensors = references(value)
+                integers = [n for n in tensors if not self._specs[n].torch_dtype.is_floating_point]
+                if self._is_changed(integers, place, index):
                     return False
             elif name.startswith("grad") and "Tensor" in parameter.kind:
                 gradients.append(value)
             elif "Tensor" in parameter.kind:
                 kept.append(value)
-            elif name not in OF_BACKWARD_ALONE or (
-                name == "num_weights" and self._rows(theirs.get("weight")) != value
-            ):
+            elif name not in OF_BACKWARD_ALONE:
                 return False
+            elif name == "num_weights":
+                weight = theirs.get("weight")
+                if not isinstance(weight, str) or self._specs[weight].shape[0] != value:
+                    return False
         base, first = FORWARD[operation.name]
         places = KEPT_OF_ATTENTION.get(base) or range(first, first + len(kept))
         storages = [self._specs[name].storage for name in forward.results if name]
@@ -213,9 +218,6 @@ class _Check:
             and not self._is_changed(kept, place, index)
             and all(map(self._is_gradient, gradients, forward.results))
         )
-
-    def _rows(self, name: Any) -> int | None:
-        return self._specs[name].shape[0] if isinstance(name, str) else None
 
     def _check_factorization(self, index: int) -> None:
         """Check that the pivots come from an operation that also returned a matrix of this shape."""
@@ -238,9 +240,6 @@ class _Check:
         if gradient is None or result is None:
             return gradient is None
         return self._specs[gradient].shape == self._specs[result].shape
-
-    def _integers(self, value: Any) -> list[str]:
-        return [n for n in references(value) if not self._specs[n].torch_dtype.is_floating_point]
 
     def _is_changed(self, names: list[str], place: int, index: int) -> bool:
         """Return whether an operation between two places writes to the memory of these tensors."""
@@ -411,17 +410,12 @@ def _exchanged_fit(given: Given, results: int = 1, each: int = 1) -> bool:
     return sum(written) * (each or count) == own * (results or count)
 
 
-#: Collectives, see `everystep.program.collectives`.
-_EXCHANGED: dict[str, Callable[[Given], bool]] = {
+#: What kernels that trust shapes need, of the specs and numbers that they are given.
+_SHAPES: dict[str, Callable[[Given], bool]] = {
     **dict.fromkeys(("all_reduce_", "all_reduce_coalesced_", "reduce_", "broadcast_"), _exchanged_fit),
     **dict.fromkeys(("all_gather_", "all_gather_into_"), partial(_exchanged_fit, results=0)),
     "reduce_scatter_from_": partial(_exchanged_fit, each=0),
     "all_to_all_from_": _are_dense,
-}
-
-#: What kernels that trust shapes need, of the specs and numbers that they are given.
-_SHAPES: dict[str, Callable[[Given], bool]] = {
-    **_EXCHANGED,
     "_cdist_backward": _distances_fit,
     "_embedding_bag": lambda given: _are_dense(given, "weight"),
     **dict.fromkeys(("_fft_c2c", "_fft_c2r", "_fft_r2c"), _dimensions_fit),

@@ -9,23 +9,21 @@ the operators are called directly.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from everystep.program.arguments import references
 from everystep.program.calls import Call, prebuilt_calls
-from everystep.program.collectives import is_collective
 from everystep.program.number_slots import slots_of
 from everystep.program.observed import unread_inputs
-from everystep.program.operation import Operation
 from everystep.program.operators import (
     ALLOCATING,
     OperatorMode,
     computes,
     draws_random_numbers,
+    has_effect,
     has_shape_of_values,
     leaves,
     writes,
@@ -54,7 +52,7 @@ def steady_operations(program: Program) -> set[int]:
             program.storages[name].kind == "temporary" and writers[name] == 1 for name in writes[place]
         ) and writes[place].isdisjoint(handed_out | reads)
         operator = operation.resolved
-        depends = draws_random_numbers(operator) or is_collective(operator) or slots_of(operation)
+        depends = has_effect(operator) or slots_of(operation)
         if writes[place] and is_own and reads <= fixed and not depends:
             fixed |= writes[place]
             found.add(place)
@@ -63,12 +61,11 @@ def steady_operations(program: Program) -> set[int]:
 
 def has_fixed_shapes(program: Program) -> bool:
     """Return whether no result has a shape that depends on the numbers in tensors."""
-
-    def indices(operation: Operation) -> Iterator[torch.dtype]:
-        for name in references(operation.given().get("indices")):
-            yield program.tensors[name].torch_dtype
-
-    return not any(has_shape_of_values(each.resolved, indices(each)) for each in program.operations)
+    for each in program.operations:
+        indices = references(each.given().get("indices"))
+        if has_shape_of_values(each.resolved, (program.tensors[n].torch_dtype for n in indices)):
+            return False
+    return True
 
 
 #: Steps with the same settings before operators are called directly: a scheduler changes them at each
@@ -99,7 +96,10 @@ class SteadyOptimizer:
 
     def settle(self) -> None:
         """Note that settings may have been exchanged."""
-        now = repr([[_shown(value) for value in each] for each in self._settings.values()])
+        # Of a tensor, which one it is: operators read its number themselves.
+        now = repr(
+            [[id(v) if isinstance(v, Tensor) else v for v in each] for each in self._settings.values()]
+        )
         if now != self._known:
             self._known, self._same, self._calls = now, 0, None
 
@@ -171,11 +171,6 @@ class _Seen(OperatorMode):  # type: ignore[no-untyped-call]
 
 def _held(value: Any) -> Any:
     return type(value)(map(_held, value)) if type(value) in (list, tuple) else value
-
-
-def _shown(value: Any) -> Any:
-    """Return a setting, or which tensor it is: operators read its number themselves."""
-    return id(value) if isinstance(value, Tensor) else value
 
 
 def _memory(values: Any) -> set[int]:

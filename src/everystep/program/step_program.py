@@ -80,13 +80,13 @@ class Program(StrictModel):
 
     def line_of(self, operation: Operation) -> CodeLine | None:
         """Return the line of code that called an operation, None if it is unknown."""
-        lines: list[SourceLine] = []
+        calls: list[CodeLine] = []
         place = operation.line
         while place is not None:
-            lines.append(self.lines[place])
-            place = lines[-1].above
-        calls = tuple(CodeLine(each.file, each.line, each.function, each.text) for each in lines)
-        return calls[0]._replace(callers=calls[1:]) if calls else None
+            each = self.lines[place]
+            calls.append(CodeLine(each.file, each.line, each.function, each.text))
+            place = each.above
+        return calls[0]._replace(callers=tuple(calls[1:])) if calls else None
 
     def given_after(self) -> dict[str, int]:
         """Return the operation after which each module's output exists (-1: before all), by its path.
@@ -166,19 +166,22 @@ class Program(StrictModel):
             raise ProgramError(f"the program has more than {MOST_BYTES:,} bytes, too many to read")
         try:
             data = parse_json(text, parse_constant=_refuse_constant)
-            completed = json.dumps(_completed(data))
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise ProgramError(f"not a program: invalid JSON ({error!s:.200})") from None
-        if isinstance(data, dict):
-            _check_size(data)
-        version = data.get("version") if isinstance(data, dict) else None
+        if not isinstance(data, dict):
+            raise ProgramError("not a program: its JSON is not an object")
+        for key in ("operations", "tensors", "storages", "lines", "sources"):
+            entries = data.get(key)
+            if isinstance(entries, list | dict) and len(entries) > MOST_ENTRIES:
+                raise ProgramError(f"the program has more than {MOST_ENTRIES:,} {key}, too many to read")
+        version = data.get("version")
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise ProgramError(
                 f"the program has format {version}, but this everystep reads format {FORMAT_VERSION}; "
                 "upgrade everystep"
             )
         try:
-            program = cls.model_validate_json(completed)
+            program = cls.model_validate_json(json.dumps(_completed(data)))
             content = text.encode() if isinstance(text, str) else text
             if not is_known_sound(content):
                 check_soundness(program.operations, program.tensors, program.storages)
@@ -188,7 +191,7 @@ class Program(StrictModel):
             place = ".".join(map(str, first["loc"]))
             message = first["msg"].removeprefix("Value error, ")
             problem = f"{place:.200}: {message:.400}" if place else f"{message:.400}"
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             problem = f"{error!s:.400}"
         else:
             return program
@@ -211,47 +214,34 @@ class Program(StrictModel):
             except ValueError as error:  # NotAllowedError is one
                 raise ValueError(f"operations.{index}: {error}") from None
         shown = [name for names in self.activations.values() for name in names]
-        loss = () if self.loss is None else (self.loss,)
-        logged = self.logged.values()
+        logged = [*self.logged.values(), *([] if self.loss is None else [self.loss])]
         named = *self.gradients.values(), *shown, *self.ends.values(), *self.moves
-        for name in (*loss, *logged, *named):
+        for name in (*logged, *named):
             if name not in self.tensors:
                 raise ValueError(f"unknown tensor {name!r}")
         for parameter, name in self.gradients.items():
             own = self.tensors.get(f"parameter/{parameter}")
             if own is not None and own.shape != self.tensors[name].shape:
                 raise ValueError(f"the gradient of {parameter!r} does not have its shape: {name!r}")
-        for name in (*loss, *logged):
+        for name in logged:
             if math.prod(self.tensors[name].shape) != 1:
                 raise ValueError(f"{name!r} is logged, but is not a single number")
         return self
-
-
-def _check_size(data: dict[str, Any]) -> None:
-    """Check that a program is not too large to be checked."""
-    for key in ("operations", "tensors", "storages", "lines", "sources"):
-        entries = data.get(key)
-        if isinstance(entries, list | dict) and len(entries) > MOST_ENTRIES:
-            raise ProgramError(f"the program has more than {MOST_ENTRIES:,} {key}, too many to read")
 
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _completed(data: Any) -> Any:
+def _completed(data: dict[str, Any]) -> dict[str, Any]:
     """Return JSON data with what `to_json` leaves out of tensors."""
-    tensors = data.get("tensors") if isinstance(data, dict) else None
+    tensors = data.get("tensors")
     if not isinstance(tensors, dict):
         return data
     completed = {}
     for name, tensor in tensors.items():
         shape = tensor.get("shape") if isinstance(tensor, dict) else None
-        if (
-            isinstance(shape, list)
-            and len(shape) <= DIMENSIONS
-            and all(isinstance(size, int) for size in shape)
-        ):
+        if isinstance(shape, list) and len(shape) <= DIMENSIONS and all(type(n) is int for n in shape):
             tensor = usual_geometry(name, shape) | tensor
         completed[name] = tensor
     return data | {"tensors": completed}
@@ -261,14 +251,11 @@ def _readable(data: dict[str, Any]) -> str:
     """Return JSON with a line for each entry of the large tables."""
     lines = []
     for key, value in data.items():
-        entries: list[str] = []
-        if isinstance(value, dict):
+        if value and isinstance(value, dict):
             entries = [f"{json.dumps(name)}: {json.dumps(item)}" for name, item in value.items()]
-        elif isinstance(value, list | tuple):
-            entries = [json.dumps(item) for item in value]
-        if entries:
-            opening, closing = "{}" if isinstance(value, dict) else "[]"
-            text = opening + "\n  " + ",\n  ".join(entries) + "\n " + closing
+            text = "{\n  " + ",\n  ".join(entries) + "\n }"
+        elif value and isinstance(value, list):
+            text = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
         else:
             text = json.dumps(value)
         lines.append(f" {json.dumps(key)}: {text}")

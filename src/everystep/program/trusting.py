@@ -132,11 +132,10 @@ def what_is_unknown(operator: Any) -> str | None:
         return f"has another signature in torch {torch.__version__} than this everystep supports"
     if name in FORWARD:
         base, renamed = FORWARD[name][0], RENAMED.get(name, {})
-        known = {each for packet in (base, f"{base}_forward") for each in _names_of(packet)}
+        known = _names_of(base) | _names_of(f"{base}_forward") | OF_BACKWARD_ALONE
         for argument in _given(operator):
             is_tensor = "Tensor" in str(argument.real_type)
-            own = renamed.get(argument.name, argument.name)
-            if not is_tensor and own not in known | OF_BACKWARD_ALONE:
+            if not is_tensor and renamed.get(argument.name, argument.name) not in known:
                 return (
                     f"takes {argument.name} in torch {torch.__version__}, which this everystep does "
                     f"not support: {base} has no such argument"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from everystep.errors import UsageError
-from everystep.program.observed import Observed, overwrites, unset_results
+from everystep.program.observed import OVERWRITING, Observed, unset_results
 from everystep.program.operation import Phase
 from everystep.replay.shown import Shown
 from everystep.step.observe import Observation, Places
@@ -275,7 +275,7 @@ class Step(Shown):
                 base = name.partition("~")[0]
                 # A program has no operations that only allocate memory.
                 is_first = base not in unset and "/" not in base and name in seen.results
-                if unset.get(base) or (is_first and overwrites(seen.operation)):
+                if unset.get(base) or (is_first and seen.operation.name in OVERWRITING):
                     found.add((number, "inputs", name))
             without_numbers = unset_results(seen.operation)
             for name in seen.results:

@@ -13,9 +13,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from everystep.program.arguments import DTYPES, encode
-from everystep.program.collectives import is_collective
 from everystep.program.number_slots import READ, Number
-from everystep.program.operators import draws_random_numbers, has_shape_of_values
+from everystep.program.operators import has_effect, has_shape_of_values
 from everystep.program.step_program import MOST_ENTRIES, Operation, Program, Storage, TensorSpec
 from everystep.step.calling_code import LineTable
 from everystep.step.path import Path
@@ -247,7 +246,7 @@ class _Builder:
         # From the end, since what an operation reads matters only if its results do.
         for place, operation in reversed([*enumerate(operations)]):
             is_used = not needed.isdisjoint(self._writes(operation))
-            if is_used or (_matters(operation.resolved) and place not in undrawn):
+            if is_used or (has_effect(operation.resolved) and place not in undrawn):
                 kept.add(place)
                 needed |= {self._tensors[name].storage for name in operation.reads()}
         return kept
@@ -266,7 +265,7 @@ class _Builder:
         if kept.isdisjoint(within):
             return None
         used = self._with_effect(operations, wanted, within)
-        idle = [n for n in sorted(kept - used) if not _matters(operations[n].resolved)]
+        idle = [n for n in sorted(kept - used) if not has_effect(operations[n].resolved)]
         for _, each in groupby(enumerate(within), key=lambda pair: pair[1] - pair[0]):
             one_pass = {place for _, place in each}  # they follow each other
             if used.isdisjoint(one_pass) and (first := [n for n in idle if n in one_pass]):
@@ -303,11 +302,6 @@ class _Builder:
 def _tensor_spec(storage: str, dtype: str, shape: Any, stride: Any, offset: int) -> TensorSpec:
     """Return a tensor, the same object again: programs have many alike."""
     return TensorSpec(storage=storage, dtype=dtype, shape=shape, stride=stride, offset=offset)
-
-
-def _matters(operator: Any) -> bool:
-    """Return whether an operation matters without its results: to later draws, or to other ranks."""
-    return draws_random_numbers(operator) or is_collective(operator)
 
 
 def _no_tensor(tensor: Tensor) -> str:

@@ -92,7 +92,7 @@ def known_operator(func: Any) -> KnownOperator:
         return KnownOperator(
             how,
             name,
-            tuple(writes(func)),
+            writes(func),
             {p.name: p.name in slot_names(func) for p in parameters(func)},
             bool(func._schema.returns) and text != READ,
             draws_random_numbers(func),

@@ -102,10 +102,12 @@ class StepObserver:
         self._activations: dict[str, tuple[Tensor, ...]] = {}
         self._gradients: dict[str, Tensor] = {}
         self._read = gradient_places(program)
-        self._with_numbers = interpreter.operations_with(numbers)
+        own = enumerate(interpreter.numbers_of(numbers))
+        self._with_numbers = [interpreter.operation_with(place, each) for place, each in own]
         #: What to copy after so many operations: activations by path, gradients by parameter.
         self._due: dict[int, list[tuple[str, tuple[str, ...]]]] = {}
-        for path, index in interpreter.given_after.items():
+        self._given_after = program.given_after()
+        for path, index in self._given_after.items():
             self._due.setdefault(index + 1, []).append((path, program.activations[path]))
         self._left: dict[int, list[str]] = {}
         for parameter, place in self._read.items():
@@ -126,7 +128,7 @@ class StepObserver:
 
     def observation(self, loss: Tensor) -> Observation:
         """Return the observation of the step with this loss."""
-        program, after = self._program, self._interpreter.given_after
+        program, after = self._program, self._given_after
         places = Places(
             tensors=program.tensors,
             storages=program.storages,
@@ -171,7 +173,7 @@ class StepObserver:
 
     def _look_after(self, index: int, tensor_of: _TensorOf) -> None:
         operation = self._with_numbers[index]
-        written = self._interpreter.written[index]
+        written = operation.written()
         names = [name for name in operation.results if name] or written
         for storage in {self._storage(name) for name in (*names, *written)}:
             # Other tensors on this memory have new numbers, too.
