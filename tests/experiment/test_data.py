@@ -161,16 +161,10 @@ def test_missing_values_are_an_error_dropped_or_filled_with_the_mean():
         ({"a;b;y": ["1;2;3"]}, {}, "has one column, 'a;b;y'; .*set data.separator = \";\""),
         ({"a;y": ["1,5;2"]}, {}, 'set data.separator = ";"'),
         ({"age": [1], "y": [1]}, {"target": "aeg"}, "did you mean age. the columns are age, y"),
-        (
-            {f"c{n}": [1] for n in range(30)},
-            {},
-            r"no column 'y' .*; the columns are c0, .*c19, and 10 more",
-        ),
-        (
-            {"on": ["2024-03-17", "2024-03-18 10:00"], "y": [1, 2]},
-            {},
-            "days since the first date, or leave",
-        ),
+        ({f"c{n}": [1] for n in range(30)}, {},
+         r"no column 'y' .*; the columns are c0, .*c19, and 10 more"),
+        ({"on": ["2024-03-17", "2024-03-18 10:00"], "y": [1, 2]}, {},
+         "days since the first date, or leave"),
         ({"on": ["17.3.24", "3/18/2024"], "y": [1, 2]}, {}, "column 'on': contains dates .'17.3.24'"),
         ({"a": [1, 2], "y": ["2024-03-17", None]}, {"missing": "drop"}, "'y' contains dates"),
         ({"a": [1, 2], "y": ["1,5", "2,5"]}, {}, "numbers with commas .*'1,5' in row 0.*write 1234.5"),
@@ -179,7 +173,7 @@ def test_missing_values_are_an_error_dropped_or_filled_with_the_mean():
         ({"a": [1, 2], "y": [1.0, -1e39]}, {}, "'y' has a number too large for float32"),
         ({"a": [1, 2], " a": [1, 2], "y": [1, 2]}, {}, "2 columns named 'a'; give each its own name"),
     ],
-)
+)  # fmt: skip
 def test_bad_tables_are_told_with_the_cure(frame, options, problem):
     with pytest.raises(DataError, match=problem):
         table(frame, **options)
