@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tests.descent import descend, seeded, unrecorded
 from tests.sealing import seal_files, sql
+from tests.snapshots import take_snapshots_every
 from tests.training import step_functions
 from tests.training.by_hand import by_train, contents, new_training
 from tests.training.engine_cases import made_case
@@ -82,9 +83,7 @@ def dying(monkeypatch):
     monkeypatch.setattr("everystep.training.writer.STRETCH_SECONDS", 0.0)
     monkeypatch.setattr("everystep.training.writer.FLUSH_SECONDS", 0.0)
     monkeypatch.setattr(Recorder, "_put", put)
-    monkeypatch.setattr(
-        SnapshotPlan, "choose_interval", lambda plan, *times: vars(plan).update(interval=2)
-    )
+    take_snapshots_every(monkeypatch, 2)
     Dying.is_dead = False
     return Dying
 
