@@ -1152,12 +1152,31 @@ def test_gradients_in_a_buffer_of_all_are_as_in_an_uninterrupted_loop(dying):
                 loss = functional.mse_loss(model(x), y)
                 loss.backward()
                 recording.log(loss=loss)
-                if number % 2:
+                if number % 2 == 0:  # states of even steps have gradients
                     optimizer.step()
                     buffer.zero_()
         return [each.detach() for each in model.parameters()]
 
     assert_resumes(body, 13, 16)
+
+
+def test_layers_that_are_unfrozen_and_groups_that_are_added_stay_so(dying):
+    def body(record):
+        model = nn.Sequential(nn.Linear(6, 3).requires_grad_(False), nn.Linear(3, 1))
+        optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1, momentum=0.9)
+        with record(model=model, optimizer=optimizer) as recording:
+            for x, y in recording.steps(DataLoader(tensors(), batch_size=1)):
+                if recording.step_count == 5:
+                    model[0].requires_grad_(True)
+                    optimizer.add_param_group({"params": [*model[0].parameters()], "lr": 0.01})
+                recording.log(loss=descend(optimizer, functional.mse_loss(model(x), y)))
+        return [each.detach() for each in model.parameters()]
+
+    seeded()
+    whole = body(lambda **parts: everystep.record(run="runs/whole", **parts))
+    assert all(map(torch.equal, whole, by_loop(body, (13, 17))))
+    run = everystep.open("killed")
+    assert run.losses.equals(everystep.open("whole").losses) and run.verify(progress=False).is_exact
 
 
 def test_batches_of_conjugated_views_are_found_again(dying):
