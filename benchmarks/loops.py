@@ -9,7 +9,6 @@ are functions: also, how many of them a program took.
 from __future__ import annotations
 
 import argparse
-import random
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,8 @@ from everystep import numerics
 
 numerics.prepare()  # before torch computes, or bits depend on where tensors lie in memory
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from tests.training.by_hand import bits  # noqa: E402
-from tests.training.loops import LOOPS, unrecorded  # noqa: E402
+from tests.descent import bits, seeded, unrecorded  # noqa: E402
+from tests.training.loops import LOOPS  # noqa: E402
 from tests.training.step_functions import CASES  # noqa: E402
 from tests.training.test_by_program import by_hand, state_of, trained  # noqa: E402
 
@@ -48,9 +45,9 @@ def main() -> None:
 def _print_row(name: str, steps: int) -> bool:
     with tempfile.TemporaryDirectory() as place:
         directory = Path(place) / "run"
-        _seed()
+        seeded()
         expected = LOOPS[name](steps, unrecorded)
-        _seed()
+        seeded()
         found = LOOPS[name](steps, lambda **parts: everystep.record(run=directory, **parts))
         is_same = _bits(found) == _bits(expected)
         replayed = verified(directory)
@@ -68,10 +65,10 @@ def _print_row(name: str, steps: int) -> bool:
 def _print_function_row(name: str, steps: int) -> bool:
     with tempfile.TemporaryDirectory() as place:
         directory = Path(place) / "run"
-        _seed()
+        seeded()
         case = CASES[name]()
         expected = by_hand(case, steps), state_of(case)
-        _seed()
+        seeded()
         case = CASES[name]()
         engine = "program" if case.reason is None else "auto"
         run = trained(case, steps, run=directory, engine=engine)
@@ -83,12 +80,6 @@ def _print_function_row(name: str, steps: int) -> bool:
         same = "yes" if is_same else "NO"
         print(f"| {name} | {len(run):,} | {taken:,} | {same} | {again} |")
     return is_same and again == "yes"
-
-
-def _seed() -> None:
-    torch.manual_seed(0)
-    np.random.seed(0)
-    random.seed(0)
 
 
 def _bits(trained: tuple[list[float], list[dict[str, Any]]]) -> Any:

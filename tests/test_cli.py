@@ -105,19 +105,15 @@ def test_every_built_in_experiment_is_listed_printed_and_trains_from_its_print(e
         (["zzz"], "no command 'zzz'; everystep -h lists the commands"),
         (["train", "--steps", "5", "--epochs", "2"], "--steps and --epochs are mutually exclusive"),
         (["train", "--device", "gpu"], "unknown device 'gpu'; did you mean cuda"),
-        (
-            ["train", "--set", "lr=1"],
-            "experiment two-layer: lr: unknown key; did you mean optimizer.lr?",
-        ),
+        (["train", "--set", "lr=1"],
+         "experiment two-layer: lr: unknown key; did you mean optimizer.lr?"),
         (["list"], "everystep runs lists the runs"),
         (["predict"], "everystep.open(RUN).parameters(-1)"),
         (["export", "x"], "everystep losses RUN --csv"),
         (["help", "train"], "everystep COMMAND -h"),
         (["train", "--lr", "3"], "no such option: --lr; write --set optimizer.lr=VALUE"),
-        (
-            ["resume", "x", "--lr", "3"],
-            "no such option: --lr; it keeps its settings; to change them, everystep fork",
-        ),
+        (["resume", "x", "--lr", "3"],
+         "no such option: --lr; it keeps its settings; to change them, everystep fork"),
         (["train", "--batch_size=4"], "no such option: --batch_size; write --set batch_size=VALUE"),
         (["fork", "x", "--at", "1", "--lr", "--quiet"], "write --set optimizer.lr=VALUE"),
         (["train", "--step", "3"], "--steps"),
@@ -129,7 +125,7 @@ def test_every_built_in_experiment_is_listed_printed_and_trains_from_its_print(e
         (["runs", "mine"], "mine is not a directory; it is a run in runs/"),
         (["runs", "runs/mine"], "runs/mine is a run; `everystep runs runs` lists the runs next to it"),
     ],
-)
+)  # fmt: skip
 def test_wrong_use_ends_in_one_message_with_the_cure_and_exit_code_2(
     everystep_command, arguments, message
 ):

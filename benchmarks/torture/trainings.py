@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, Dataset  # noqa: E402
 
 import everystep  # noqa: E402
 from everystep.experiment.specification import load  # noqa: E402
+from everystep.recording import snapshots  # noqa: E402
 from everystep.recording.database import FILE_NAME  # noqa: E402
 from everystep.run import Run  # noqa: E402
 from everystep.training.from_experiment import train_experiment  # noqa: E402
@@ -263,6 +264,8 @@ class _Reporting:
 
 
 def _recording(place: Path, lines: TextIO, **parts: Any) -> _Reporting:
+    # Such short loops would have no state but the first one, at which each would begin again.
+    snapshots.REPLAY_SECONDS, snapshots.TIME_SHARE = 0.0, 1e9
     return _Reporting(everystep.record(run=place, resume=True, **parts), lines)
 
 

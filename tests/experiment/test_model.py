@@ -41,23 +41,17 @@ def test_lazy_layers_take_their_sizes_from_the_data():
 @pytest.mark.parametrize(
     ("layers", "shape", "problem"),
     [
-        (
-            ["Linear(3, 4)", "Linear(5, 1)"],
-            (2, 3),
-            r"layers\[1\]: Linear\(5, 1\) expects 5 features in the",
-        ),
+        (["Linear(3, 4)", "Linear(5, 1)"], (2, 3),
+         r"layers\[1\]: Linear\(5, 1\) expects 5 features in the"),
         (["Linear(3, 4)", "Linear(5, 1)"], (2, 3), r"layers\[0\] \(Linear\(3, 4\)\) has shape \(2, 4\)"),
-        (
-            ["Conv2d(3, 4, 3)"],
-            (2, 1, 8, 8),
-            r"expects 3 channels in dimension 1, but the data has shape",
-        ),
+        (["Conv2d(3, 4, 3)"], (2, 1, 8, 8),
+         r"expects 3 channels in dimension 1, but the data has shape"),
         (["Conv2d(1, 4, 3)"], (2, 1, 2, 2), r"layers\[0\]: Conv2d\(1, 4, 3\) fails on \(2, 1, 2, 2\)"),
         (["LSTM(3, 4)"], (2, 3), "returns a tuple, not one tensor"),
         (["BatchNorm1d(3)"], (1, 3), "more than 1 value per channel"),
         (["Unflatten(1, (2, 2))"], (2, 3), r"layers\[0\]: Unflatten\(1, \(2, 2\)\) fails on"),
     ],
-)
+)  # fmt: skip
 def test_shape_errors_name_the_layer_and_what_it_gets(layers, shape, problem):
     with pytest.raises(ModelError, match=problem):
         tried(layers, torch.zeros(*shape))

@@ -84,20 +84,25 @@ def fact(run: Path, place: int, way: int, value: Any) -> None:
 
 @kind
 def row(run: Path, place: int, way: int, value: Any) -> None:
-    tables = ["steps", "measurements", "snapshots", "blocks", "facts"]
-    table = tables[place % len(tables)]
     value = json.dumps(value) if isinstance(value, list | dict) else value
     value = float(value) if isinstance(value, int) and abs(value) >= 2**63 else value
     with closing(sqlite3.connect(run / "run.sqlite")) as database, database:
-        names = [name for _, name, *_ in database.execute(f"PRAGMA table_info({table})")]
-        rowids = [n for (n,) in database.execute(f"SELECT rowid FROM {table}")]
-        if not rowids:
+        known = "SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name"
+        tables = [table for (table,) in database.execute(known)]
+        table = tables[place % len(tables)]
+        columns = database.execute(f"PRAGMA table_info({table})").fetchall()
+        keys = [name for _, name, *_, is_key in columns if is_key]
+        rows = database.execute(f"SELECT {', '.join(keys)} FROM {table}").fetchall()
+        if not rows:
             return
-        chosen, name = rowids[place // 5 % len(rowids)], names[way % len(names)]
+        chosen = rows[place // len(tables) % len(rows)]
+        where = " AND ".join(f"{key} = ?" for key in keys)
         if way % 3 == 0:
-            database.execute(f"DELETE FROM {table} WHERE rowid = ?", (chosen,))
+            database.execute(f"DELETE FROM {table} WHERE {where}", chosen)
         else:
-            database.execute(f"UPDATE OR IGNORE {table} SET {name} = ? WHERE rowid = ?", (value, chosen))
+            name = columns[way % len(columns)][1]
+            changed = f"UPDATE OR IGNORE {table} SET {name} = ? WHERE {where}"
+            database.execute(changed, (value, *chosen))
 
 
 @kind

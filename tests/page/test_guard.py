@@ -9,7 +9,7 @@ import pytest
 from tests.page.serving import PORT
 
 from everystep.page.assets import STYLE_SOURCE
-from everystep.page.guard import Guard, cookie_of, host_without_port
+from everystep.page.guard import Guard, cookie_of
 
 OURS = f"127.0.0.1:{PORT}"
 EVERY_ADDRESS = ["/", "/runs/x", "/compare", "/static/app.js", "/api/runs", "/api/nothing", "/nothing"]
@@ -158,19 +158,3 @@ def test_web_sockets_are_closed(page):
 
     asyncio.run(page.app({"type": "websocket", "headers": []}, None, send))
     assert sent == [{"type": "websocket.close", "code": 1008}]
-
-
-@pytest.mark.parametrize(
-    ("text", "host"),
-    [
-        ("a.b:1", "a.b"),
-        ("[::1]", "::1"),
-        ("::1", None),
-        ("a b", None),
-        ("a:b", None),
-        ("a/b", None),
-        ("", None),
-    ],
-)
-def test_reading_a_host_header(text, host):
-    assert host_without_port(text) == host

@@ -25,18 +25,6 @@ def test_a_note_is_written_and_told(page, run):
     assert RecordedRun(run).facts.note is None
 
 
-@pytest.mark.parametrize("foreign", [{"Cookie": ""}, {"Origin": "http://evil.example"}])
-def test_nobody_else_writes_one(page, run, foreign):
-    assert write(page, "mine", headers=page.headers | foreign).status_code == 403
-    text = page.headers | {"Content-Type": "text/plain"}
-    assert (
-        page.ask("/api/runs/one/note", "POST", headers=text, content='{"note": "mine"}').status_code
-        == 403
-    )
-    assert page.ask("/api/runs/one/note", params={"note": "mine"}).status_code == 405
-    assert RecordedRun(run).facts.note is None
-
-
 def test_a_run_that_cannot_be_written_says_so(page, run):
     with FileLock(run / "run.lock"):
         answer = write(page, "while it trains")

@@ -262,6 +262,7 @@ def test_what_is_asked_is_checked(runs, monkeypatch):
         ("/api/compare", {"one": "other"}, "other is missing"),
     ]
     names = ["..", ".", ".hidden", "a/b", "../x", "/tmp/x", "a\\b", "a\nb", "\ud800", "é" * 150, "C:x"]
+    names += ["-rf", "~root"]
     refused += [(fork, {"at": 1, "name": name}, "cannot be a run's name") for name in names]
 
     async def use(client, _):

@@ -158,9 +158,23 @@ def _own_generator(t, data, model):
     return model(data[:1800].view(200, 9)[rows]).square().mean()
 
 
+def _growing(t, data, model):
+    """Rows of a memory that each step writes a row of."""
+    memory = data[:1800].view(200, 9)
+    memory[t] = torch.randn(9)
+    return model(memory[torch.randint(0, t + 1, (6,))]).square().mean()
+
+
+def _picked(t, data, model):
+    """Rows at places that NumPy has drawn."""
+    at = torch.from_numpy(np.random.default_rng(t).permutation(200)[:6])
+    return model(data[:1800].view(200, 9).index_select(0, at) + at[:, None] / 200).square().mean()
+
+
 @pytest.mark.sweep(every=2)
 @pytest.mark.parametrize(
-    "loss_of", [_changed_after, _own_generator, _memory, _direct, _two_of_one, _whole_too]
+    "loss_of",
+    [_changed_after, _own_generator, _memory, _direct, _growing, _two_of_one, _picked, _whole_too],
 )
 def test_parts_of_data_at_any_place_have_the_same_programs(loss_of, tmp_path):
     """Floats have one for each way in which they lie in aligned memory: kernels may differ by that."""

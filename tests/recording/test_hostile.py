@@ -4,6 +4,7 @@ import os
 import shutil
 
 import pytest
+from tests.descent import files_of
 from tests.recording.hostile import HOSTILE
 
 import everystep
@@ -37,10 +38,6 @@ def good(tmp_path_factory):
     return directory
 
 
-def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.mark.sweep(every=3)
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_each_command_answers_in_words(kind, good, tmp_path, monkeypatch, everystep_command):
@@ -49,7 +46,7 @@ def test_each_command_answers_in_words(kind, good, tmp_path, monkeypatch, everys
     shutil.copytree(good, shelf / "good")
     HOSTILE[kind](shelf / "run")
     outside = tmp_path / "outside"
-    before = contents(outside)
+    before = files_of(outside)
     monkeypatch.chdir(shelf)
     turn = [OTHERS[list(HOSTILE).index(kind) % len(OTHERS)]]
     for command in COMMANDS if os.environ.get("EVERYSTEP_TORTURE") else ALWAYS + turn:
@@ -59,14 +56,14 @@ def test_each_command_answers_in_words(kind, good, tmp_path, monkeypatch, everys
         assert not set("\x1b\x07\x9b\u202e\u2066") & set(out + err), command
         if command[0] == "runs":
             assert "good" in out
-    assert contents(outside) == before
+    assert files_of(outside) == before
 
 
 @pytest.mark.parametrize("kind", [kind for kind in HOSTILE if "link" in kind or "another name" in kind])
 def test_a_run_with_a_link_is_not_written_into(kind, good, tmp_path, everystep_command):
     shutil.copytree(good, tmp_path / "shelf" / "run")
     HOSTILE[kind](tmp_path / "shelf" / "run")
-    before = contents(tmp_path)
+    before = files_of(tmp_path)
     run = str(tmp_path / "shelf" / "run")
     for command in (["measure", run, "loss + 1"], ["resume", run, "--steps", "9", "-q"]):
         code, _, err = everystep_command(*command)
@@ -74,10 +71,7 @@ def test_a_run_with_a_link_is_not_written_into(kind, good, tmp_path, everystep_c
         assert "run" in err
     with pytest.raises(everystep.RunError):
         everystep.open(run).note = "mine"
-    now = contents(tmp_path)
-    assert {path: now[path] for path in before if path.suffix != ".sqlite-shm"} == {
-        path: content for path, content in before.items() if path.suffix != ".sqlite-shm"
-    }
+    assert {path: files_of(tmp_path).get(path) for path in before} == before
 
 
 def test_the_list_of_the_page_goes_on(good, tmp_path):

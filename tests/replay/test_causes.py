@@ -130,19 +130,15 @@ NAN, INFINITY = float("nan"), float("inf")
     [
         ([1.0, 2.0], [1.0, 2.0000002], Size(1), "by at most 1 unit in the last place"),
         ([1.0], [1.0000004], Size(3), "by at most 3 units in the last place"),
-        (
-            [0.0, 4.0],
-            [0.5, 4.0],
-            Size(1_056_964_608, 0.5, 0.125),
-            "by at most 0.5 (0.12 of the largest)",
-        ),
+        ([0.0, 4.0], [0.5, 4.0], Size(1_056_964_608, 0.5, 0.125),
+         "by at most 0.5 (0.12 of the largest)"),
         ([1.0], [-1.0], Size(2_130_706_432, 2.0, 2.0), "by at most 2 (2 of the largest)"),
         ([NAN, 8.0], [NAN, 6.0], Size(None, 2.0, 0.25), "by at most 2 (0.25 of the largest)"),
         ([NAN, 8.0], [1.0, 6.0], Size(None), ""),
         ([INFINITY, 8.0], [1.0, 6.0], Size(1_073_741_824), ""),
         ([], [], Size(), ""),
     ],
-)
+)  # fmt: skip
 def test_far_apart_numbers_are_measured_as_numbers(one, other, size, text):
     found = size_of_difference(torch.tensor(one), torch.tensor(other))
     assert found == size and str(found) == text
@@ -342,17 +338,13 @@ def test_a_zero_grad_that_is_missing_is_called_by_its_name(said, to_none):
 @pytest.mark.parametrize(
     ("loss", "cause"),
     [
-        (
-            lambda given, y, **how: functional.cross_entropy(given, y.argmax(1), **how),
-            "reduction of aten.nll_loss_forward 'mean' | 'sum'",
-        ),
+        (lambda given, y, **how: functional.cross_entropy(given, y.argmax(1), **how),
+         "reduction of aten.nll_loss_forward 'mean' | 'sum'"),
         (functional.smooth_l1_loss, "reduction of aten.smooth_l1_loss 'mean' | 'sum'"),
-        (
-            functional.l1_loss,
-            "another operation; only one has mean (loss), div (backward); only other has sum (loss)",
-        ),
+        (functional.l1_loss,
+         "another operation; only one has mean (loss), div (backward); only other has sum (loss)"),
     ],
-)
+)  # fmt: skip
 def test_a_reduction_is_called_by_its_name(said, loss, cause):
     def step(reduction, model, optimizer, x, y):
         return descend(optimizer, loss(model(x), y, reduction=reduction))
@@ -397,17 +389,13 @@ class Halves:
     ("hooks", "cause"),
     [
         (lambda model: model[2].register_forward_hook(halves), "2 Tanh: forward hook None | 'halves'"),
-        (
-            lambda model: model[2].register_forward_hook(lambda *given: given[-1] * 0.5),
-            "2 Tanh: forward hook None | '<lambda> in line ... of test_causes.py'",
-        ),
-        (
-            lambda model: model[3].weight.register_hook(Halves()),
-            "3 Linear: weight 'float32' | 'float32, hook Halves'",
-        ),
+        (lambda model: model[2].register_forward_hook(lambda *given: given[-1] * 0.5),
+         "2 Tanh: forward hook None | '<lambda> in line ... of test_causes.py'"),
+        (lambda model: model[3].weight.register_hook(Halves()),
+         "3 Linear: weight 'float32' | 'float32, hook Halves'"),
     ],
     ids=["function", "lambda", "gradient"],
-)
+)  # fmt: skip
 def test_a_hook_is_called_by_its_name(said, hooks, cause):
     def model():
         made = small()
@@ -512,17 +500,13 @@ def evaluating(kind):
 @pytest.mark.parametrize(
     ("kind", "cause"),
     [
-        (
-            partial(nn.BatchNorm1d, 8),
-            "module 1 BatchNorm1d: training of aten.native_batch_norm True | False",
-        ),
-        (
-            partial(nn.Dropout, 0.2),
-            "module 1 Dropout, which does nothing in eval mode, computes only in one",
-        ),
+        (partial(nn.BatchNorm1d, 8),
+         "module 1 BatchNorm1d: training of aten.native_batch_norm True | False"),
+        (partial(nn.Dropout, 0.2),
+         "module 1 Dropout, which does nothing in eval mode, computes only in one"),
     ],
     ids=["BatchNorm", "Dropout"],
-)
+)  # fmt: skip
 def test_a_module_that_is_in_eval_mode_is_named(said, kind, cause):
     evaluating(kind)
     (found,) = said()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.descent import looped, trained
+from tests.descent import files_of, looped, trained
 from tests.sealing import seal_files, sql
 from tests.snapshots import take_snapshots_every
 from tests.training.by_hand import by_train, new_training
@@ -158,14 +158,9 @@ def test_exported_numbers_of_a_sound_run_have_the_recorded_digests(sound, tmp_pa
 
 def test_doctor_never_writes_into_the_run(damaged):
     run = damaged("DELETE FROM steps WHERE step = 7")
-
-    def contents():
-        names = (path for path in run.rglob("*") if path.is_file() and path.suffix != ".sqlite-shm")
-        return {path: content for path in names if (content := path.read_bytes())}
-
-    before = contents()
+    before = files_of(run)
     everystep.doctor(run, export="numbers.csv")
-    assert contents() == before
+    assert files_of(run) == before
 
 
 def test_states_that_only_the_disk_knows_tell_which_steps_are_missing(damaged):

@@ -14,20 +14,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.descent import descend
+from tests.descent import descend, files_of, unrecorded
 from tests.sealing import sql
 from tests.snapshots import take_snapshots_every
 from tests.training.by_hand import Made, bits, by_train, contents, mlp, momentum, new_training
+from tests.training.by_hand import by_hand as steps_by_hand
 from tests.training.engine_cases import made_case
-from tests.training.loops import unrecorded
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 import everystep
-from everystep import numerics
 from everystep.errors import ExperimentError, RunError, UsageError
-from everystep.experiment.batches import Batches
 from everystep.experiment.specification import load
 from everystep.training.from_experiment import experiment_job
 
@@ -76,16 +74,11 @@ def test_a_fork_of_a_run_from_objects_that_changes_nothing_has_the_parents_bits(
     assert trained == left
 
 
-@pytest.mark.parametrize("at", [0, 39])
-def test_a_fork_may_begin_anywhere(at):
-    parent = by_train(with_dropout(), steps=STEPS)
-    assert_same_run(parent, parent.fork(at, progress=False))
-
-
-@pytest.mark.parametrize("make", [lambda: new_training(), lambda: with_dropout()])
-def test_a_fork_at_the_last_step_goes_on(make):
-    parent = by_train(make(), steps=AT, batch_size=6)
-    whole = by_train(make(), steps=STEPS, batch_size=6)
+def test_a_fork_may_begin_anywhere_and_go_on_from_the_last_step():
+    whole = by_train(with_dropout(), steps=STEPS, batch_size=6)
+    for at in (0, STEPS - 1):
+        assert_same_run(whole, whole.fork(at, progress=False))
+    parent = by_train(with_dropout(), steps=AT, batch_size=6)
     assert_same_run(whole, parent.fork(AT, steps=STEPS, progress=False))
 
 
@@ -100,7 +93,6 @@ class Rules:
     batch_size: int | None = None
     seed: int = 0
     scheduler_every: str = "step"
-    max_grad_norm: float | None = None
 
 
 Change = Callable[[Rules], Any]
@@ -109,24 +101,14 @@ Change = Callable[[Rules], Any]
 def by_hand(rules: Rules, steps: int, changes: dict[int, Change]) -> "ByHand":
     """Take steps; `changes` are made after the steps that they are filed under."""
     losses, states = [], {0: state_of(rules.made.model)}
-    with numerics.in_force(1):
-        for step in range(1, steps + 1):
-            changes.get(step - 1, lambda rules: None)(rules)
-            made = rules.made
-            batches = Batches(len(made.x), rules.batch_size, rules.seed)
-            rows = batches.indices(step)
-            x, y = (made.x, made.y) if rows is None else (made.x[rows], made.y[rows])
-            loss = made.loss(made.model(x), y)
-            losses.append(loss.item())
-            made.optimizer.zero_grad()
-            loss.backward()
-            if rules.max_grad_norm is not None:
-                nn.utils.clip_grad_norm_(made.model.parameters(), rules.max_grad_norm)
-            made.optimizer.step()
-            is_epoch = step % batches.steps_per_epoch == 0
-            if made.scheduler is not None and (rules.scheduler_every == "step" or is_epoch):
-                made.scheduler.step()
-            states[step] = state_of(made.model)
+
+    def keep(step: int) -> None:
+        states[step] = state_of(rules.made.model)
+
+    for last in (*changes, steps):
+        first, own = len(losses) + 1, vars(rules) | {"after_step": keep}
+        losses += steps_by_hand(own.pop("made"), first=first, steps=last, **own)
+        changes.get(last, lambda rules: None)(rules)
     return ByHand(losses, states)
 
 
@@ -218,21 +200,15 @@ def test_a_fork_with_its_own_objects_has_the_bits_of_a_loop_whose_rules_change(c
     ("new", "change"),
     [
         (lambda: with_dropout(faster), set_lr(0.1)),
-        (
-            lambda: with_dropout(partial(torch.optim.Adam, lr=0.01)),
-            set_made(optimizer=lambda made: torch.optim.Adam(made.model.parameters(), lr=0.01)),
-        ),
-        (
-            lambda: with_dropout(scheduler=halving),
-            set_made(scheduler=lambda made: halving(made.optimizer)),
-        ),
-        (
-            lambda: with_dropout(activation=nn.ReLU),
-            set_made(model=lambda made: with_activation(made.model, nn.ReLU())),
-        ),
+        (lambda: with_dropout(partial(torch.optim.Adam, lr=0.01)),
+         set_made(optimizer=lambda made: torch.optim.Adam(made.model.parameters(), lr=0.01))),
+        (lambda: with_dropout(scheduler=halving),
+         set_made(scheduler=lambda made: halving(made.optimizer))),
+        (lambda: with_dropout(activation=nn.ReLU),
+         set_made(model=lambda made: with_activation(made.model, nn.ReLU()))),
     ],
     ids=["settings of the optimizer", "optimizer", "scheduler", "model"],
-)
+)  # fmt: skip
 def test_a_fork_with_new_objects_has_the_bits_of_a_loop_whose_rules_change(new, change):
     parent = by_train(with_dropout(), steps=STEPS, batch_size=6)
     made = new()
@@ -341,9 +317,9 @@ def test_a_fork_of_a_fork_of_an_experiment_where_that_begins_goes_on_as_it_did()
 
 def test_what_a_fork_shares_with_its_parent_are_the_same_files():
     parent = by_train(new_training(), steps=STEPS)
-    before = files_of(parent)
+    before = files_of(parent.directory)
     fork = parent.fork(AT, lr=0.1, progress=False)
-    assert files_of(parent) == before
+    assert files_of(parent.directory) == before
     shared = [*parent.directory.glob("programs/*.json"), *parent.directory.glob("snapshots/000000/*")]
     shared += parent.directory.glob("data.safetensors")
     assert len(shared) > 3
@@ -523,11 +499,6 @@ def assert_complete(parent: everystep.Run, fork: everystep.Run) -> None:
         assert step.loss == step.recorded_loss
 
 
-def files_of(run: everystep.Run) -> dict[Path, bytes]:
-    paths = (path for path in run.directory.rglob("*") if path.is_file())
-    return {path: path.read_bytes() for path in paths if not path.name.startswith("run.sqlite-")}
-
-
 @pytest.mark.parametrize("engine", ["auto", "eager"])
 def test_a_fork_begins_with_what_a_metric_has_drawn(engine):
     def options():
@@ -587,11 +558,11 @@ def test_a_fork_of_a_loop_that_changes_nothing_has_the_parents_bits(at, capfd):
 def test_a_fork_of_a_loop_has_the_bits_of_a_loop_that_changes_there(at):
     _, by_hand = tuned(unrecorded, rate=0.1, at=at)
     parent = tuned(partial(everystep.record, run="runs/parent"))[0].run
-    before = contents_of(parent.directory)
+    before = files_of(parent.directory)
     recording, state = tuned(partial(everystep.record, fork="parent", at=at), rate=0.1, at=at)
     assert all(map(torch.equal, state, by_hand))
     assert recording.run.verify(progress=False).is_exact
-    assert recording.run[at + 1].gradients and contents_of(parent.directory) == before
+    assert recording.run[at + 1].gradients and files_of(parent.directory) == before
 
 
 @pytest.mark.parametrize("make", [torch.Generator, random.Random, np.random.default_rng])
@@ -611,10 +582,6 @@ def test_a_fork_has_the_generators_of_its_parent_although_no_one_seeds_them(make
 
     parent = record(run="runs/parent")
     assert record(fork="parent", at=5).losses.equals(parent.losses)
-
-
-def contents_of(directory):
-    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 def test_a_fork_of_a_loop_with_other_settings_is_refused():

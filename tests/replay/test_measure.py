@@ -6,11 +6,11 @@ import shutil
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 
 import polars as pl
 import pytest
 import torch
+from tests.descent import files_of
 from tests.sealing import sql
 from tests.snapshots import take_snapshots_every
 from tests.training.by_hand import Made, bits, by_hand, by_train, new_training
@@ -240,19 +240,14 @@ def test_measurements_are_part_of_the_run():
 def test_nothing_but_the_measurement_and_its_writer_is_changed(monkeypatch):
     run = train()
     losses, facts = run.losses, run.facts
-    before = files_of(run)
+    before = files_of(run.directory, "run.*")
     measuring = WriterFacts(process=7, host="there", since=facts.started + timedelta(days=1))
     monkeypatch.setattr(lock, "writer_here", lambda: measuring)
     run.measure(SIZE, name="size", every=10, progress=False)
-    assert files_of(run) == before
+    assert files_of(run.directory, "run.*") == before
     assert run.losses.equals(losses)
     changed = {"measured": {"size": MeasuredFacts(expression=SIZE, every=10)}, "writer": measuring}
     assert run.facts == facts.model_copy(update=changed)
-
-
-def files_of(run) -> dict[Path, bytes]:
-    paths = (path for path in run.directory.rglob("*") if path.is_file())
-    return {path: path.read_bytes() for path in paths if not path.name.startswith("run.")}
 
 
 def test_a_name_is_taken_by_something_else():

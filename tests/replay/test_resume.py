@@ -20,12 +20,12 @@ import torch
 from pytorch_optimizer import Prodigy
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tests.descent import descend, seeded
+from tests.descent import descend, seeded, unrecorded
 from tests.sealing import seal_files, sql
+from tests.snapshots import take_snapshots_every
 from tests.training import step_functions
 from tests.training.by_hand import by_train, contents, new_training
 from tests.training.engine_cases import made_case
-from tests.training.loops import unrecorded
 from torch import nn
 from torch.nn import functional
 from torch.optim import lr_scheduler
@@ -83,9 +83,7 @@ def dying(monkeypatch):
     monkeypatch.setattr("everystep.training.writer.STRETCH_SECONDS", 0.0)
     monkeypatch.setattr("everystep.training.writer.FLUSH_SECONDS", 0.0)
     monkeypatch.setattr(Recorder, "_put", put)
-    monkeypatch.setattr(
-        SnapshotPlan, "choose_interval", lambda plan, *times: vars(plan).update(interval=2)
-    )
+    take_snapshots_every(monkeypatch, 2)
     Dying.is_dead = False
     return Dying
 
@@ -540,30 +538,6 @@ def test_what_samplers_and_data_sets_carry_goes_on(make, dying, capsys):
     assert not any(f"{name}." in named for name in ("loader", "_sampler", "_data"))
 
 
-def halved(record):
-    """Batches that grow, taken in smaller pieces once one of them does not fit into memory."""
-    model, memory = nn.Linear(6, 1), {"size": 8, "failures": []}
-    optimizer = torch.optim.Adamax(model.parameters())
-    with record(model=model, optimizer=optimizer, memory=memory) as recording:
-        for number, rows in recording.steps(enumerate(torch.randn(4, n, 6) for n in range(2, 18))):
-            optimizer.zero_grad()
-            try:
-                if rows.numel() // 24 > memory["size"]:
-                    model(rows[:1]).sum().backward()
-                    raise torch.OutOfMemoryError
-                pieces = [rows]
-            except torch.OutOfMemoryError:
-                optimizer.zero_grad()
-                memory["failures"].append(number)
-                pieces = rows.split(2)
-            losses = [model(piece).square().mean() for piece in pieces]
-            for each in losses:
-                each.backward()
-            optimizer.step()
-            recording.log(loss=losses[-1])
-    return [*model.parameters(), torch.tensor(memory["failures"])]
-
-
 def through_windows(record):
     """What an LSTM remembers of the window before, which nothing does at the first of an epoch."""
     model = nn.LSTM(1, 3, num_layers=2, dropout=0.2, batch_first=True)
@@ -579,9 +553,8 @@ def through_windows(record):
     return [*model.parameters(), *carried["memory"]]
 
 
-@pytest.mark.parametrize("body", [halved, through_windows])
-def test_what_a_loop_has_learned_of_memory_or_remembers_goes_on(body, dying):
-    assert_resumes(body, 4, 10)
+def test_what_a_loop_remembers_goes_on(dying):
+    assert_resumes(through_windows, 4, 10)
 
 
 @pytest.mark.parametrize("place", [5, ["part/b", 0, [-1]], ["part/b", 2, [1]], ["part/b", 10**9, [1]]])
@@ -628,6 +601,8 @@ def test_schedulers_that_share_their_last_rate_go_on(dying):
     [
         torch.Generator().manual_seed(3).clone_state,
         partial(np.random.default_rng, 3),
+        partial(np.random.RandomState, 3),
+        lambda: np.random.Generator(np.random.Philox(3)),
         partial(Random, 3),
     ],
 )
@@ -1177,12 +1152,31 @@ def test_gradients_in_a_buffer_of_all_are_as_in_an_uninterrupted_loop(dying):
                 loss = functional.mse_loss(model(x), y)
                 loss.backward()
                 recording.log(loss=loss)
-                if number % 2:
+                if number % 2 == 0:  # states of even steps have gradients
                     optimizer.step()
                     buffer.zero_()
         return [each.detach() for each in model.parameters()]
 
     assert_resumes(body, 13, 16)
+
+
+def test_layers_that_are_unfrozen_and_groups_that_are_added_stay_so(dying):
+    def body(record):
+        model = nn.Sequential(nn.Linear(6, 3).requires_grad_(False), nn.Linear(3, 1))
+        optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1, momentum=0.9)
+        with record(model=model, optimizer=optimizer) as recording:
+            for x, y in recording.steps(DataLoader(tensors(), batch_size=1)):
+                if recording.step_count == 5:
+                    model[0].requires_grad_(True)
+                    optimizer.add_param_group({"params": [*model[0].parameters()], "lr": 0.01})
+                recording.log(loss=descend(optimizer, functional.mse_loss(model(x), y)))
+        return [each.detach() for each in model.parameters()]
+
+    seeded()
+    whole = body(lambda **parts: everystep.record(run="runs/whole", **parts))
+    assert all(map(torch.equal, whole, by_loop(body, (13, 17))))
+    run = everystep.open("killed")
+    assert run.losses.equals(everystep.open("whole").losses) and run.verify(progress=False).is_exact
 
 
 def test_batches_of_conjugated_views_are_found_again(dying):
@@ -1344,35 +1338,6 @@ def test_an_optimizer_with_an_infinite_setting_is_the_same_again(dying):
     assert_resumes(body, 12)
     (group,) = everystep.open("killed").facts.training.optimizers["optimizer"].groups
     assert group["growth_rate"] == float("inf")
-
-
-class Growing(torch.optim.SGD):
-    """Its rate grows from step to step, in an array of its own."""
-
-    def __init__(self, parameters, rate):
-        super().__init__(parameters, rate)
-        self.rate = np.array([rate])
-
-    def step(self, closure=None):
-        self.rate *= 1.1
-        self.param_groups[0]["lr"] = float(self.rate[0])
-        return super().step(closure)
-
-
-def test_two_optimizers_keep_each_their_own(dying):
-    def body(record):
-        one, two = nn.Linear(6, 3), nn.Linear(3, 1)
-        first, second = Growing(one.parameters(), 0.1), Growing(two.parameters(), 0.01)
-        parts = {"one": one, "two": two, "first": first, "second": second}
-
-        def loss_of(x, y):
-            first.zero_grad()
-            return functional.mse_loss(two(one(x)), y)
-
-        descending(record, second, loss_of, first.step, **parts)
-        return one.weight.detach()
-
-    assert_resumes(body, 12)
 
 
 # Programs alone.

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tests.descent import seeded
+from tests.descent import bits, seeded
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import Dataset, default_collate
@@ -84,7 +84,9 @@ def by_hand(
     made: Made,
     *,
     steps: int,
+    first: int = 1,
     batch_size: int | None = None,
+    seed: int | None = None,
     drop_last: bool = False,
     max_grad_norm: float | None = None,
     scheduler_every: str = "step",
@@ -93,11 +95,11 @@ def by_hand(
     before_step: Callable[[int], Any] = lambda step: None,
     after_step: Callable[[int], Any] = lambda step: None,
 ) -> list[float]:
-    """Train as the chapter does, and return the losses."""
-    batches = Batches(len(made.x), batch_size, torch.initial_seed(), drop_last)
+    """Train as the chapter does from step `first` on, and return the losses."""
+    batches = Batches(len(made.x), batch_size, torch.initial_seed() if seed is None else seed, drop_last)
     losses = []
     with numerics.in_force(threads):
-        for step in range(1, steps + 1):
+        for step in range(first, steps + 1):
             before_step(step)
             x, y = batch_of(made, batches.indices(step))
             loss = made.loss(made.model(x), y)
@@ -261,13 +263,6 @@ def vars_of(value: Any) -> dict[str, Any]:
 def text(value: Any) -> str:
     """Return what `repr` gives, without the addresses of objects."""
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
-
-
-def bits(tensor: Tensor) -> tuple[Any, ...]:
-    """Return shape, dtype and bytes of a tensor."""
-    whole = tensor.detach().to_dense() if tensor.is_sparse else tensor.detach()
-    flat = whole.reshape(-1).contiguous().view(torch.uint8)
-    return tuple(tensor.shape), tensor.dtype, flat.numpy().tobytes()
 
 
 # Small trainings.

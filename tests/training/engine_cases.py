@@ -353,18 +353,14 @@ class Warm(lr_scheduler.LRScheduler):
 SCHEDULERS = [
     row("StepLR", optimizer=descent, scheduler=halving),
     row("StepLR every epoch", optimizer=adamw, scheduler=halving, scheduler_every="epoch", batch_size=6),
-    row(
-        "StepLR of Adam with an lr tensor",
-        optimizer=of_lr_tensor(Adam, fused=True),
-        scheduler=halving,
-        eager=(1, "a learning rate that is a tensor"),
-    ),
+    row("StepLR of Adam with an lr tensor", optimizer=of_lr_tensor(Adam, fused=True),
+        scheduler=halving, eager=(1, "a learning rate that is a tensor")),
     row("OneCycleLR", scheduler=one_cycle),
     row("ReduceLROnPlateau of SGD", optimizer=of(SGD, lr=0.5), scheduler=plateau),
     row("LambdaLR", optimizer=descent, scheduler=slowing, eager=(1, "calls a function of yours")),
     row("SequentialLR", optimizer=adamw, scheduler=sequential),
     row("a scheduler of the user", scheduler=Warm, eager=(1, "is not one of torch's schedulers")),
-]
+]  # fmt: skip
 
 BATCHES = [
     row("short last batch", batch_size=8),
@@ -372,26 +368,19 @@ BATCHES = [
     row("batches of one row", batch_size=1),
     row("max_grad_norm", optimizer=descent, max_grad_norm=0.1),
     row("max_grad_norm of batches", optimizer=adamw, max_grad_norm=0.1, batch_size=8),
-    row(
-        "max_grad_norm one of two groups",
-        Unused,
-        optimizer=lambda m, _: SGD(m.used[0].parameters(), lr=0.1),
-        max_grad_norm=0.1,
-    ),
+    row("max_grad_norm one of two groups", Unused,
+        optimizer=lambda m, _: SGD(m.used[0].parameters(), lr=0.1), max_grad_norm=0.1),
     row("x transposed", data=transposed),
     row("x is y", partial(mlp, 4), itself),
-]
+]  # fmt: skip
 
 images = partial(floats, 3, 4, 4)
 sequences = partial(floats, 5, 8)
 
 MODELS = [
     row("convolutional in batches", convolutional, images, optimizer=momentum, batch_size=8),
-    row(
-        "dropout in batches",
-        lambda: nn.Sequential(mlp(8), nn.Dropout(0.3), nn.Linear(8, 2)),
-        batch_size=8,
-    ),
+    row("dropout in batches", lambda: nn.Sequential(mlp(8), nn.Dropout(0.3), nn.Linear(8, 2)),
+        batch_size=8),
     row("lstm", lambda: Last(nn.LSTM(8, 6, batch_first=True)), sequences, optimizer=adamw),
     row("transformer", Transformer, sequences, optimizer=adamw),
     row("embedding", Embedded, words, optimizer=adamw),
@@ -403,29 +392,20 @@ MODELS = [
     row("old weight_norm", partial(normalized, nn.utils.weight_norm), eager=(1, "a forward hook")),
     row("channels_last in batches", channels_last, images_channels_last, batch_size=8, optimizer=adamw),
     row("float64", mlp_double, lambda: tuple(t.double() for t in floats(4)), optimizer=adamw),
-    row(
-        "bfloat16",
-        lambda: mlp().bfloat16(),
-        lambda: tuple(t.bfloat16() for t in floats(4)),
-        optimizer=descent,
-    ),
+    row("bfloat16", lambda: mlp().bfloat16(), lambda: tuple(t.bfloat16() for t in floats(4)),
+        optimizer=descent),
     row("complex", Complex),
     row("rows", Rows, optimizer=adamw),
     row("graph", Graph),
-]
+]  # fmt: skip
 
 LOSSES = [
     row("sum", loss=partial(nn.MSELoss, reduction="sum"), optimizer=of(GradientDescent, lr=0.001)),
-    row(
-        "cross entropy",
-        partial(mlp, 3),
-        partial(classes, 4),
-        lambda: nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 0.5]), label_smoothing=0.1),
-        adamw,
-    ),
+    row("cross entropy", partial(mlp, 3), partial(classes, 4),
+        lambda: nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 0.5]), label_smoothing=0.1), adamw),
     row("a loss of the user", loss=lambda: relative_error),
     row("loss with parameters", loss=Uncertain, optimizer=with_loss(AdamW, lr=0.01, fused=True)),
-]
+]  # fmt: skip
 
 CASES = [*OPTIMIZERS, *SCHEDULERS, *BATCHES, *MODELS, *LOSSES]
 

@@ -1,10 +1,9 @@
 """Loops as people write them: each is run as it is, and recorded, and must do the same.
 
-A loop takes a number of steps and something that makes a recording of its parts; `unrecorded` makes one
-that does nothing. It returns its losses and the state_dicts that it ends with.
+A loop takes a number of steps and something that makes a recording of its parts, or one that does
+nothing (`tests.descent.unrecorded`). It returns its losses and the state_dicts that it ends with.
 """
 
-import contextlib
 import copy
 import random
 
@@ -15,37 +14,9 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-__all__ = ["LOOPS", "unrecorded"]
+__all__ = ["LOOPS"]
 
 LOOPS = {}
-
-
-class Unrecorded:
-    """Does what a recording does for the loop around it: it counts steps."""
-
-    step_count = 0
-    epochs = staticmethod(range)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        return None
-
-    def steps(self, batches):
-        for batch in batches:
-            yield batch
-            self.step_count += 1
-
-    def step(self, batch=None):
-        return contextlib.nullcontext()
-
-    def log(self, **values):
-        pass
-
-
-def unrecorded(**parts):
-    return Unrecorded()
 
 
 class Noted:

@@ -1,6 +1,6 @@
 """What torch computes in another way while something watches it: a recorded loop has its own bits.
 
-Each case is a loop of somebody else's kind. It is run alone, recorded, and as a step function.
+Each case is a loop of somebody else's kind. It is run alone, and recorded.
 """
 
 import json
@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.descent import descend
-from tests.training.by_hand import bits
+from tests.descent import as_alone, descend
 from torch import nn
 from torch.nn import functional
 
@@ -159,43 +158,25 @@ def results_of_other_shapes_at_each_step():
     return usual(model, loss)
 
 
-def made(name):
-    torch.manual_seed(0)
-    parts, step = CASES[name]()
-    return parts, step, list(torch.randn(20, 4, 3, 8))
-
-
-def state_of(parts):
-    return [
-        bits(t)
-        for part in parts.values()
-        if isinstance(part, nn.Module)
-        for t in part.state_dict().values()
-    ]
-
-
-@pytest.fixture(params=CASES)
-def alone(request):
-    """A case, its losses and its end without everystep."""
-    parts, step, batches = made(request.param)
-    return request.param, [step(x).item() for x in batches], state_of(parts)
-
-
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 
 
 @pytest.mark.sweep(every=2)
-def test_a_recorded_loop(alone):
-    name, losses, state = alone
-    parts, step, batches = made(name)
-    with everystep.record(**parts) as recording:
-        for x in recording.steps(batches):
-            recording.log(loss=step(x))
-    assert recording.run.losses["loss"].to_list() == losses
-    assert state_of(parts) == state
-    run = recording.run
-    assert run.verify(processes=1, progress=False).is_exact
-    assert all(run[number].is_exact for number in (3, 9, len(batches)))
+@pytest.mark.parametrize("name", CASES)
+def test_a_recorded_loop(name, tmp_path):
+    def body(record):
+        parts, step = CASES[name]()
+        losses = []
+        with record(**parts) as recording:
+            for x in recording.steps(torch.randn(20, 4, 3, 8)):
+                loss = step(x)
+                losses.append(loss.item())
+                recording.log(loss=loss)
+        return losses, [part.state_dict() for part in parts.values() if isinstance(part, nn.Module)]
+
+    run, (losses, _) = as_alone(tmp_path / "run", body)
+    assert run.losses["loss"].to_list() == losses
+    assert all(run[number].is_exact for number in (3, 9, 20))
 
 
 def test_what_a_kernel_leaves_next_to_its_result_is_not_kept():

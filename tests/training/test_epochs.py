@@ -3,14 +3,12 @@
 import copy
 import logging
 import math
-import random
 import re
 import time
 import warnings
 from collections import defaultdict
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from tests.descent import descend
@@ -332,33 +330,3 @@ def test_a_loop_recorded_without_epochs_is_not_resumed_with_them(tmp_path):
     trained(False)
     with pytest.raises(everystep.RunError, match=r"recorded without recording\.epochs"):
         trained(True)
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        np.random.default_rng,
-        np.random.RandomState,
-        random.Random,
-        lambda seed: np.random.Generator(np.random.Philox(seed)),
-    ],
-)
-def test_a_part_keeps_its_generator_and_its_arrays(make, tmp_path):
-    def trained(directory, steps):
-        torch.manual_seed(0)
-        model = nn.Linear(3, 1)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        generator, sums = make(5), np.zeros(2)
-        carried = {"generator": generator, "sums": sums}
-        with everystep.record(
-            run=tmp_path / directory, resume=True, model=model, optimizer=optimizer, carried=carried
-        ) as recording:
-            for x in recording.steps([torch.ones(2, 3)] * steps):
-                sums += generator.normalvariate() if make is random.Random else generator.normal()
-                recording.log(loss=descend(optimizer, (model(x) - float(sums[0])).square().mean()))
-        return sums, recording.run.losses
-
-    whole, losses = trained("whole", 20)
-    trained("run", 10)
-    sums, resumed = trained("run", 20)
-    assert np.array_equal(sums, whole) and resumed.equals(losses)

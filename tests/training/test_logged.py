@@ -75,25 +75,6 @@ def test_a_recording_without_a_loss_says_so(tmp_path, capfd):
     assert recording.run.table_frame().columns == ["step"]
 
 
-def test_a_loss_that_is_changed_after_it_was_logged(tmp_path):
-    total, expected = torch.zeros(()), []
-
-    def body(model, optimizer, x, number):
-        total.add_(update(model, optimizer, x).detach())
-        expected.append(float(total))
-        return {"loss": total}
-
-    def and_change(model, optimizer, x, number):
-        if number > 1 and number % 2:
-            total.zero_()
-        return body(model, optimizer, x, number)
-
-    run = loop(tmp_path / "run", and_change)
-    assert run.losses["loss"].to_list() == expected
-    assert run.verify(progress=False).is_exact
-    assert run[2].loss == pytest.approx(expected[1], rel=1e-6)
-
-
 def test_what_was_logged_is_kept_when_a_step_is_taken_again(tmp_path, capfd, monkeypatch):
     take_snapshots_every(monkeypatch, 8)
 

@@ -5,17 +5,18 @@ import math
 import re
 import threading
 import weakref
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.descent import descend, looped, seeded
+from tests.descent import as_alone, descend, looped
 from tests.sealing import sql
 from tests.snapshots import take_snapshots_every
 from tests.training.by_hand import bits
-from tests.training.loops import LOOPS, unrecorded
+from tests.training.loops import LOOPS
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -25,24 +26,11 @@ from everystep.recording.contents import packed
 STEPS = 30
 
 
-def take_loop(name, record):
-    seeded()
-    return LOOPS[name](STEPS, record)
-
-
 @pytest.mark.sweep(every=3)
 @pytest.mark.parametrize("name", LOOPS)
 def test_a_loop_does_the_same_recorded_and_every_step_opens_again(name, tmp_path):
-    losses, states = take_loop(name, unrecorded)
-    recorded = take_loop(name, lambda **parts: everystep.record(run=tmp_path / name, **parts))
-    assert recorded[0] == losses
-    for one, two in zip(states, recorded[1], strict=True):
-        assert {n: bits(t) for n, t in one.items()} == {n: bits(t) for n, t in two.items()}
-    run = everystep.open(tmp_path / name)
-    assert run.losses["loss"].to_list() == losses
-    assert run.status == "finished"
-    found = run.verify(processes=1, progress=False)
-    assert found.is_exact, found
+    run, (losses, _) = as_alone(tmp_path / name, partial(LOOPS[name], STEPS))
+    assert (run.losses["loss"].to_list(), run.status) == (losses, "finished")
     last = len(run)
     for number in (last, 2, last // 2, 1):
         step = run[number]
@@ -402,18 +390,6 @@ def test_what_is_written_without_a_count_between_steps_is_kept(made, capfd, betw
         assert float(run[5].parameters["0.weight"].abs().max()) < 0.2001
 
 
-def test_what_is_written_into_a_tensor_of_all_parameters_between_steps_is_kept(made):
-    model, optimizer, (x, y) = made
-    flat = nn.utils.parameters_to_vector(model.parameters()).detach()
-    nn.utils.vector_to_parameters(flat, model.parameters())
-    with everystep.record(model=model, optimizer=optimizer) as recording:
-        for _ in range(5):
-            with recording.step((x, y)):
-                recording.log(loss=descend(optimizer, ((model(x) - y) ** 2).mean()))
-            flat.mul_(0.9)
-    assert recording.run.verify(processes=1, progress=False).is_exact
-
-
 def doubled(loss):
     loss.data.mul_(2)
 
@@ -555,63 +531,22 @@ def test_data_from_elsewhere_is_kept_once_or_not_at_all(made, monkeypatch):
     assert sizes[1] < sizes[0]
 
 
-def windows_of_a_text(t):
-    """As a language model is trained that cuts its batches out of one long tensor."""
-    at = torch.randint(len(TEXT) - 4, (6,))
-    return torch.stack([TEXT[i : i + 4] for i in at]) / 50
+def test_what_is_written_into_a_tensor_of_all_parameters_between_steps_is_kept(made):
+    model, optimizer, (x, y) = made
+    flat = nn.utils.parameters_to_vector(model.parameters()).detach()
+    nn.utils.vector_to_parameters(flat, model.parameters())
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        for _ in range(5):
+            with recording.step((x, y)):
+                recording.log(loss=descend(optimizer, ((model(x) - y) ** 2).mean()))
+            flat.mul_(0.9)
+    assert recording.run.verify(processes=1, progress=False).is_exact
 
 
-def a_slice(t):
-    return TEXT[7 * t : 7 * t + 24].view(6, 4).to(torch.float64).float() / 50
-
-
-def a_growing_memory(t):
-    MEMORY[t] = torch.randn(4)
-    return MEMORY[torch.randint(0, t + 1, (6,))]
-
-
-def picked_rows(t):
-    at = torch.from_numpy(np.random.default_rng(t).permutation(1000)[:6])
-    return MEMORY.index_select(0, at) + at[:, None] / 1000
-
-
-TEXT, MEMORY = torch.arange(100_000) % 50, torch.zeros(1000, 4)
-
-
-@pytest.mark.parametrize("batch", [windows_of_a_text, a_slice, a_growing_memory, picked_rows])
-def test_what_a_loop_cuts_out_of_its_data_is_an_input(made, batch):
-    """Each step reads other places: it is kept by content, in one program, without the data itself."""
-
-    def trained(record):
-        seeded()
-        MEMORY.zero_()
-        model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.Linear(8, 1))
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        losses = []
-        with record(model=model, optimizer=optimizer) as recording:
-            for t in range(40):
-                with recording.step():
-                    loss = descend(optimizer, (model(batch(t)) - 1).square().mean())
-                    recording.log(loss=loss)
-                losses.append(loss.item())
-        return recording, losses
-
-    expected = trained(unrecorded)[1]
-    recording, losses = trained(everystep.record)
-    assert losses == expected
-    run = everystep.open(recording.run.directory)
-    assert run.verify(processes=1, progress=False).is_exact
-    assert run.facts.training.loop.programs <= 2
-    kept = sum(path.stat().st_size for path in (run.directory / "batches").iterdir())
-    assert kept < 400_000  # the states of the generator among it
-    assert run[23].is_exact and run[23].loss == losses[22]
-
-
-def test_a_gradient_flows_through_what_is_picked_from_outside(made):
+def test_a_gradient_flows_through_what_is_picked_from_outside(tmp_path):
     """A table that is no part, but is trained."""
 
     def trained(record):
-        seeded()
         table = torch.randn(10, 4, requires_grad=True)
         model = nn.Linear(4, 1)
         losses = []
@@ -624,11 +559,9 @@ def test_a_gradient_flows_through_what_is_picked_from_outside(made):
                         table.sub_(gradient, alpha=0.1)
                     recording.log(loss=loss)
                 losses.append(loss.item())
-        return recording, losses
+        return losses
 
-    recording, losses = trained(everystep.record)
-    assert losses == trained(unrecorded)[1]
-    assert recording.run.verify(processes=1, progress=False).is_exact
+    as_alone(tmp_path / "run", trained)
 
 
 def test_a_pause_is_no_part_of_the_step(made):

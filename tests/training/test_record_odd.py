@@ -1,15 +1,13 @@
 """What a run cannot hold or replay of a recorded loop is refused, or reported in its place."""
 
 import json
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tests.descent import descend, looped
+from tests.descent import as_alone, descend, looped, recorded_as_it_is
 from tests.snapshots import take_snapshots_every
 from tests.step.loops_to_mistake import batches, network, update
-from tests.training.by_hand import bits
 from torch import nn
 from torch.nn import functional
 from torch.testing._internal.two_tensor import TwoTensor
@@ -75,28 +73,23 @@ class Spectral(nn.Module):
 
 
 def test_conjugated_tensors_are_in_the_program(tmp_path):
-    def losses(model, steps):
-        for x, y in steps:
-            loss = (model(x) - y).square().sum()
-            loss.backward()
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter -= 1e-4 * parameter.grad.conj().conj()
-                    parameter.grad = None
-            yield loss
+    def body(record):
+        data, model, losses = torch.randn(5, 2, 3, 2, 8), Spectral(), []
+        with record(model=model) as recording:
+            for x, y in recording.steps(data):
+                loss = (model(x) - y).square().sum()
+                loss.backward()
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        parameter -= 1e-4 * parameter.grad.conj().conj()
+                        parameter.grad = None
+                recording.log(loss=loss)
+                losses.append(loss.item())
+        return losses
 
-    torch.manual_seed(0)
-    data = [(torch.randn(3, 2, 8), torch.randn(3, 2, 8)) for _ in range(5)]
-    models = [Spectral(), Spectral()]
-    models[1].load_state_dict(models[0].state_dict())
-    expected = [loss.item() for loss in losses(models[0], data)]
-    with everystep.record(run=tmp_path / "run", model=models[1]) as recording:
-        for loss in losses(models[1], recording.steps(data)):
-            recording.log(loss=loss)
-    run = recording.run
-    assert run.losses["loss"].to_list() == expected
+    run, losses = as_alone(tmp_path / "run", body)
+    assert run.losses["loss"].to_list() == losses
     assert not run.facts.training.loop.unseen
-    assert run.verify(processes=1, progress=False).is_exact
     step = run[3]
     conjugated = {name for name, spec in step.places.tensors.items() if spec.is_conjugated}
     readers = [n for n, seen in enumerate(step.operations) if conjugated & seen.inputs.keys()]
@@ -344,20 +337,16 @@ class Adds(TorchDispatchMode):
 
 def test_a_mode_around_the_recording_does_what_it_does_within_a_step(tmp_path):
     """What it does with a call is seen, and not its result alone."""
-    known = []
-    for run in (None, tmp_path / "run"):
-        torch.manual_seed(0)
+
+    def body(record):
         model, mode = network(), Adds()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-        record = nullcontext() if run is None else everystep.record(run=run, model=model)
-        with mode, record as recording:
-            for pair in batches(6) if run is None else recording.steps(batches(6)):
-                loss = update(model, optimizer, *pair)
-                if run is not None:
-                    recording.log(loss=loss)
-        known.append(([bits(each) for each in model.parameters()], mode.seen))
-    assert known[0] == known[1]
-    assert everystep.open(tmp_path / "run").verify(processes=1, progress=False).is_exact
+        with mode, record(model=model) as recording:
+            for pair in recording.steps(batches(6)):
+                recording.log(loss=update(model, optimizer, *pair))
+        return [*model.parameters(), mode.seen]
+
+    as_alone(tmp_path / "run", body)
 
 
 def test_a_mode_may_be_entered_in_one_step_and_left_in_a_later_one(tmp_path):
@@ -449,26 +438,19 @@ def test_the_different_numbers_of_a_tensor_are_in_the_program(tmp_path):
 
 def test_sequences_of_several_lengths_are_packed_in_the_program(tmp_path):
     """Steps with the same lengths share a program."""
-    torch.manual_seed(0)
-    model = nn.ModuleDict({"cells": nn.LSTM(6, 5, batch_first=True), "head": nn.Linear(5, 2)})
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    lengths = [torch.tensor([4, 2, 3]), torch.tensor([1, 4, 4])]
-    data = [(torch.randn(3, 4, 6), torch.randn(3, 2), lengths[i in (2, 5)]) for i in range(7)]
 
-    def losses(steps):
-        for x, y, lengths in steps:
-            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, True, enforce_sorted=False)
-            (last,) = model["cells"](packed)[1][0]
-            yield descend(optimizer, functional.mse_loss(model["head"](last), y))
+    def make():
+        model = nn.ModuleDict({"cells": nn.LSTM(6, 5, batch_first=True), "head": nn.Linear(5, 2)})
+        lengths = [torch.tensor([4, 2, 3]), torch.tensor([1, 4, 4])]
+        data = [(torch.randn(3, 4, 6), torch.randn(3, 2), lengths[i in (2, 5)]) for i in range(7)]
+        return model, torch.optim.SGD(model.parameters(), lr=0.05), data, loss_of
 
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    expected = [loss.item() for loss in losses(data)]
-    model.load_state_dict(before)
-    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
-        for loss in losses(recording.steps(data)):
-            recording.log(loss=loss)
-    run = recording.run
-    assert run.losses["loss"].to_list() == expected
+    def loss_of(model, batch, number):
+        x, y, lengths = batch
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, True, enforce_sorted=False)
+        (last,) = model["cells"](packed)[1][0]
+        return functional.mse_loss(model["head"](last), y)
+
+    run = recorded_as_it_is(tmp_path / "run", make)
     assert not run.facts.training.loop.unseen
     assert run.facts.training.loop.programs <= 4
-    assert run.verify(processes=1, progress=False).is_exact

@@ -82,24 +82,16 @@ X, Y = torch.zeros(20, 4), torch.zeros(20, 2)
 @pytest.mark.parametrize(
     ("data", "what", "cure"),
     [
-        (
-            ((X, X), Y),
-            "x must be a tensor with rows along the first dimension, not a tuple of 2 tensors",
-            "torch.cat",
-        ),
+        (((X, X), Y),
+         "x must be a tensor with rows along the first dimension, not a tuple of 2 tensors",
+         "torch.cat"),
         (({"a": X, "b": X}, Y), "not a dict of 'a', 'b'", "in the model's forward"),
-        (
-            (["one", "two"], Y),
-            "x must be a tensor with rows along the first dimension, not a list of 2",
-            "a number",
-        ),
+        ((["one", "two"], Y),
+         "x must be a tensor with rows along the first dimension, not a list of 2", "a number"),
         ((np.array(["one", "two"]), Y), "not an array of text", "map each text or class to a number"),
         ((np.array([None, 1]), Y), "not an array of object", "astype('float32')"),
-        (
-            (X, X[0, 0]),
-            "y must be a tensor with rows along the first dimension, not a single number",
-            "",
-        ),
+        ((X, X[0, 0]), "y must be a tensor with rows along the first dimension, not a single number",
+         ""),
         ((in_rows(X), Y), "x is sparse", "pass x.to_dense()"),
         ((X.to("meta"), Y), "not a tensor on the meta device", "it has no values"),
         (("one", "two", "three"), "a pair of tensors (x, y) or a Dataset, not a tuple of 3", ""),
@@ -109,7 +101,7 @@ X, Y = torch.zeros(20, 4), torch.zeros(20, 2)
         (RandomSampler(X), "not a RandomSampler", "yields row numbers, not rows"),
         (BatchSampler(RandomSampler(X), 5, False), "not a BatchSampler", "Dataset, batch_size=5"),
     ],
-)
+)  # fmt: skip
 def test_data_that_is_no_pair_of_tensors(small, data, what, cure):
     (fault,) = refused(small, data=data)
     assert fault.startswith("data: ") and what in fault and cure in fault
@@ -181,27 +173,18 @@ def test_a_loader_is_refused_with_what_to_give_instead(small):
         ("loss", None, "loss: must be a callable of (prediction, target), not None"),
         ("loss", "mse", "not text; such as torch.nn.MSELoss()"),
         ("optimizer", None, "optimizer: must be an optimizer over the model's parameters"),
-        (
-            "optimizer",
-            torch.optim.Adam,
-            "is the class Adam; create an instance: Adam(model.parameters(), lr=1e-3)",
-        ),
-        (
-            "optimizer",
-            [1, 2],
-            "must be one optimizer, not a list of 2; for different settings per layer, use param groups",
-        ),
+        ("optimizer", torch.optim.Adam,
+         "is the class Adam; create an instance: Adam(model.parameters(), lr=1e-3)"),
+        ("optimizer", [1, 2],
+         "must be one optimizer, not a list of 2; for different settings per layer, use param groups"),
         ("scheduler", [1, 2], "not a list of 2; combine several with SequentialLR or ChainedScheduler"),
         ("metrics", 3, "metrics: must map names to callables"),
         ("validation", 1.5, "or a fraction of the rows such as 0.2, not 1.5"),
-        (
-            "validation",
-            ((X, X), Y),
-            "validation: x must be a tensor with rows along the first dimension",
-        ),
+        ("validation", ((X, X), Y),
+         "validation: x must be a tensor with rows along the first dimension"),
         ("dataset_limit", "1 GB", "dataset_limit: must be a number of bytes, not '1 GB'"),
     ],
-)
+)  # fmt: skip
 def test_arguments_of_another_kind(small, name, value, what):
     options = {name: value}
     if name == "model":

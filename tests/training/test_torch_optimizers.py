@@ -7,8 +7,7 @@ import sys
 
 import pytest
 import torch
-from tests.descent import descend
-from tests.training.loops import unrecorded
+from tests.descent import as_alone, descend, unrecorded
 from torch import nn, optim
 
 import everystep
@@ -62,19 +61,9 @@ def set_settings(optimizer, step):
         optimizer.param_groups[0]["betas"] = 0.5, 0.6
 
 
-def assert_verified(run):
-    found = run.verify(processes=1, progress=False)
-    assert found.is_exact, found
-
-
 def assert_as_unrecorded(make, place, change=lambda optimizer, step: None):
     """Assert that a recorded loop has the bits of the loop alone, and replays; return its run."""
-    expected = trained(make, unrecorded, change)
-    found = trained(make, lambda **parts: everystep.record(run=place, **parts), change)
-    assert all(map(torch.equal, expected, found))
-    run = everystep.open(place)
-    assert_verified(run)
-    return run
+    return as_alone(place, lambda record: trained(make, record, change))[0]
 
 
 @pytest.mark.sweep(every=2)
@@ -152,7 +141,7 @@ def test_a_rate_that_the_step_itself_computes(tmp_path):
             optimizer.step()
             recording.log(loss=loss)
     run = everystep.open(tmp_path / "run")
-    assert_verified(run)
+    assert run.verify(processes=1, progress=False).is_exact
     # What Adam computes depends on the rate, which is known in the step only.
     step = run[3]
     assert all(each.operation.operator.startswith("aten.") for each in step.operations)
@@ -223,11 +212,8 @@ def test_what_somebody_has_put_in_the_place_of_torchs_code_is_watched(
         monkeypatch.undo()
         return found
 
-    expected = run(unrecorded)
-    found = run(lambda **parts: everystep.record(run=tmp_path / "run", **parts))
-    assert all(map(torch.equal, expected, found))
-    assert not all(map(torch.equal, expected, trained(OPTIMIZERS["sgd"], unrecorded)))
-    assert_verified(everystep.open(tmp_path / "run"))  # without what was replaced
+    _, found = as_alone(tmp_path / "run", run)  # which replays without what was replaced
+    assert not all(map(torch.equal, found, trained(OPTIMIZERS["sgd"], unrecorded)))
 
 
 CHANGES = {

@@ -287,23 +287,15 @@ def test_a_gradient_that_comes_from_two_places_is_not_called_whole(opened):
 @pytest.mark.parametrize(
     ("make", "operators", "calls"),
     [
-        (
-            lambda p: torch.optim.SGD(p, lr=0.01),
-            "param - 0.01 * param.grad",
-            "torch.add(param, param.grad, alpha=-0.01)",
-        ),
-        (
-            lambda p: torch.optim.AdamW(p, lr=0.01),
-            "param      = param * (1 - lr * weight_decay) - lr * mean / (sqrt(square) + eps)",
-            "by 8 operations",
-        ),
-        (
-            lambda p: torch.optim.Adam(p, lr=0.01, fused=True),
-            "param      = param - lr * mean / (sqrt(square) + eps)",
-            "aten._fused_adam_",
-        ),
+        (lambda p: torch.optim.SGD(p, lr=0.01), "param - 0.01 * param.grad",
+         "torch.add(param, param.grad, alpha=-0.01)"),
+        (lambda p: torch.optim.AdamW(p, lr=0.01),
+         "param      = param * (1 - lr * weight_decay) - lr * mean / (sqrt(square) + eps)",
+         "by 8 operations"),
+        (lambda p: torch.optim.Adam(p, lr=0.01, fused=True),
+         "param      = param - lr * mean / (sqrt(square) + eps)", "aten._fused_adam_"),
     ],
-)
+)  # fmt: skip
 def test_the_update_in_both_notations(small, opened, make, operators, calls):
     model, x, y = small
     text = text_of(*opened(model, x, y, 3, optimizer=make(model.parameters())))

@@ -63,25 +63,13 @@ def _weighted(last: float) -> nn.Module:
 def _losses() -> Iterator[Kind]:
     rows: Any = (
         ("reduction", "aten.mse_loss.default", nn.MSELoss, "reduction", ("mean", "sum"), values),
-        (
-            "beta of SmoothL1Loss",
-            "aten.smooth_l1_loss.default",
-            nn.SmoothL1Loss,
-            "beta",
-            (1.0, 0.5),
-            values,
-        ),
+        ("beta of SmoothL1Loss", "aten.smooth_l1_loss.default", nn.SmoothL1Loss, "beta", (1.0, 0.5),
+         values),
         ("delta of HuberLoss", "aten.huber_loss.default", nn.HuberLoss, "delta", (1.0, 0.5), values),
-        (
-            "ignore_index",
-            "aten.nll_loss_forward.default",
-            nn.CrossEntropyLoss,
-            "ignore_index",
-            (-100, 2),
-            of_classes,
-        ),
+        ("ignore_index", "aten.nll_loss_forward.default", nn.CrossEntropyLoss, "ignore_index",
+         (-100, 2), of_classes),
         ("a loss's own number", "aten.mul.Tensor", Weighted, "factor", (1.0, 0.5), values),
-    )
+    )  # fmt: skip
     for name, operator, make, setting, pair, data in rows:
         one, other = (Training(data=data, loss=partial(make, **{setting: value})) for value in pair)
         cause = f"loss {make.__name__}: {setting} {pair[0]!r} | {pair[1]!r}"
@@ -97,30 +85,11 @@ def _losses() -> Iterator[Kind]:
         )
         cause = f"loss CrossEntropyLoss: label_smoothing {pair[0]} | {pair[1]}"
         yield Kind(f"label_smoothing from {pair[0]}", one, other, 1, place, (cause, *more))
-    yield Kind(
-        "another loss",
-        Training(),
-        Training(loss=nn.L1Loss),
-        1,
-        loss("aten.mse_loss.default"),
-        ("loss: MSELoss() | L1Loss()",),
-        ("loss  MSELoss() | L1Loss()",),
-    )
-    one, other = (
-        Training(
-            data=of_classes,
-            loss=partial(_weighted, last),
-        )
-        for last in (1.0, 2.0)
-    )
-    yield Kind(
-        "class weights",
-        one,
-        other,
-        1,
-        loss("aten.nll_loss_forward.default"),
-        ("loss.weight[2] of state 0: 1.0 | 2.0",),
-    )
+    yield Kind("another loss", Training(), Training(loss=nn.L1Loss), 1, loss("aten.mse_loss.default"),
+        ("loss: MSELoss() | L1Loss()",), ("loss  MSELoss() | L1Loss()",))  # fmt: skip
+    one, other = (Training(data=of_classes, loss=partial(_weighted, last)) for last in (1.0, 2.0))
+    yield Kind("class weights", one, other, 1, loss("aten.nll_loss_forward.default"),
+        ("loss.weight[2] of state 0: 1.0 | 2.0",))  # fmt: skip
 
 
 def _optimizers() -> Iterator[Kind]:
@@ -134,14 +103,8 @@ def _optimizers() -> Iterator[Kind]:
         (SGD, plain, "weight_decay", (0, 0.1), 1, "aten.add_.Tensor"),
         (SGD, plain | {"momentum": 0.9}, "nesterov", (False, True), 1, "aten.add_.Tensor"),
         (SGD, plain, "maximize", (False, True), 1, "aten.add_.Tensor"),
-        (
-            SGD,
-            {"momentum": 0.9, "foreach": True},
-            "momentum",
-            (0.9, 0.8),
-            2,
-            "aten._foreach_mul_.Scalar",
-        ),
+        (SGD, {"momentum": 0.9, "foreach": True}, "momentum", (0.9, 0.8), 2,
+         "aten._foreach_mul_.Scalar"),
         (Adam, {}, "lr", (0.05, 0.06), 1, "aten.addcdiv_.default"),
         (Adam, {}, "betas", ((0.9, 0.999), (0.8, 0.999)), 1, "aten.lerp_.Scalar"),
         (Adam, {}, "betas", ((0.9, 0.999), (0.9, 0.99)), 1, "aten.addcmul_.default"),
@@ -164,7 +127,7 @@ def _optimizers() -> Iterator[Kind]:
         (ASGD, {}, "lambd", (1e-4, 1e-2), 1, "aten.mul_.Tensor"),
         (Adadelta, {}, "rho", (0.9, 0.8), 1, "aten.addcmul_.default"),
         (Strong, {}, "strength", (0.01, 0.02), 1, "aten.sub_.Tensor"),
-    )
+    )  # fmt: skip
     for make, common, setting, pair, step, operator in rows:
         one, other = (Training(optimizer=_optimizer(make, common | {setting: value})) for value in pair)
         shown = f"{pair[0]!r} | {pair[1]!r}"
@@ -223,14 +186,8 @@ def _groups(lr: float, parameters: Any) -> torch.optim.Optimizer:
 
 def _schedulers() -> Iterator[Kind]:
     one, other = (Training(optimizer=partial(_groups, lr)) for lr in (0.05, 0.06))
-    yield Kind(
-        "lr of the second param group",
-        one,
-        other,
-        1,
-        update("aten.add_.Tensor"),
-        ("SGD: lr[1] 0.05 | 0.06",),
-    )
+    yield Kind("lr of the second param group", one, other, 1, update("aten.add_.Tensor"),
+        ("SGD: lr[1] 0.05 | 0.06",))  # fmt: skip
     rate = update("aten.mul.Tensor")
     rows: Any = (
         (StepLR, {"step_size": 3}, "gamma", (0.5, 0.1), 4, "0.025 | 0.005000000000000001"),
@@ -295,20 +252,10 @@ def _schedulers() -> Iterator[Kind]:
 
 
 def _clipping() -> Iterator[Kind]:
-    rows: Any = (
-        ((None, 0.1), "aten.mul.Tensor", ()),
-        ((0.1, 0.05), "aten.mul.Tensor", ()),
-    )
-    for pair, operator, more in rows:
+    for pair in ((None, 0.1), (0.1, 0.05)):
         one, other = (Training(options={"max_grad_norm": value}) for value in pair)
-        yield Kind(
-            f"max_grad_norm from {pair[0]}",
-            one,
-            other,
-            1,
-            update(operator),
-            (f"max_grad_norm: {pair[0]} | {pair[1]}", *more),
-        )
+        cause = f"max_grad_norm: {pair[0]} | {pair[1]}"
+        yield Kind(f"max_grad_norm from {pair[0]}", one, other, 1, update("aten.mul.Tensor"), (cause,))
 
 
 def kinds() -> Iterator[Kind]:

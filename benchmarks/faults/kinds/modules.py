@@ -175,42 +175,21 @@ def _convolutions() -> Iterator[Kind]:
 def _structure() -> Iterator[Kind]:
     forward = partial(Place, "forward")
     tanh, relu = with_module(nn.Tanh), with_module(nn.ReLU)
-    yield Kind(
-        "another activation",
-        Training(tanh),
-        Training(relu),
-        1,
-        forward("1", "aten.tanh.default"),
-        ("module 1: Tanh() | ReLU()",),
-        ("model.1  Tanh() | ReLU()",),
-    )
-    yield Kind(
-        "a layer more",
-        Training(with_module(nn.Tanh)),
-        Training(with_module(nn.Tanh, partial(nn.Linear, 8, 8))),
-        1,
-        forward("2", "aten.addmm.default"),
-        ("module 2 Linear: out_features 3 | 8",),
-    )
+    yield from (
+        Kind("another activation", Training(tanh), Training(relu), 1,
+            forward("1", "aten.tanh.default"), ("module 1: Tanh() | ReLU()",),
+            ("model.1  Tanh() | ReLU()",)),
+        Kind("a layer more", Training(with_module(nn.Tanh)),
+            Training(with_module(nn.Tanh, partial(nn.Linear, 8, 8))), 1,
+            forward("2", "aten.addmm.default"), ("module 2 Linear: out_features 3 | 8",)),
+    )  # fmt: skip
     wide = lambda: nn.Sequential(nn.Linear(4, 9), nn.Tanh(), nn.Linear(9, 3))  # noqa: E731
-    yield Kind(
-        "a wider layer",
-        Training(tanh),
-        Training(wide),
-        1,
-        forward("0", "aten.addmm.default"),
+    yield Kind("a wider layer", Training(tanh), Training(wide), 1, forward("0", "aten.addmm.default"),
         ("module 0 Linear: out_features 8 | 9",),
-        ("model.0 Linear.out_features  8 | 9", "model.2 Linear.in_features  8 | 9"),
-    )
+        ("model.0 Linear.out_features  8 | 9", "model.2 Linear.in_features  8 | 9"))  # fmt: skip
     plain = lambda: nn.Sequential(nn.Linear(4, 8, bias=False), nn.Tanh(), nn.Linear(8, 3))  # noqa: E731
-    yield Kind(
-        "a layer without bias",
-        Training(tanh),
-        Training(plain),
-        1,
-        forward("0", "aten.addmm.default"),
-        ("module 0 Linear: bias 'float32' | None",),
-    )
+    yield Kind("a layer without bias", Training(tanh), Training(plain), 1,
+        forward("0", "aten.addmm.default"), ("module 0 Linear: bias 'float32' | None",))  # fmt: skip
     yield Kind(
         "dtype of one layer",
         Training(with_module(partial(Cast, torch.float32))),
@@ -239,14 +218,9 @@ def _structure() -> Iterator[Kind]:
     def freeze(model: nn.Module, x: Tensor, y: Tensor) -> None:
         model[0].weight.requires_grad_(False)  # type: ignore[index]
 
-    yield Kind(
-        "a frozen weight",
-        Training(),
-        Training(before=freeze),
-        1,
+    yield Kind("a frozen weight", Training(), Training(before=freeze), 1,
         Place("backward", "0", "aten.mm.default"),
-        ("module 0 Linear: weight 'float32' | 'float32, frozen'",),
-    )
+        ("module 0 Linear: weight 'float32' | 'float32, frozen'",))  # fmt: skip
     yield _one_module(
         "an argument that no attribute shows",
         "aten.leaky_relu.default",
@@ -318,59 +292,26 @@ def _tensors() -> Iterator[Kind]:
             nn.init.orthogonal_(model[2].weight)  # type: ignore[index]
 
     forward = partial(Place, "forward")
-    yield Kind(
-        "a weight by an ulp",
-        Training(),
-        Training(before=ulp),
-        1,
-        forward("0", "aten.addmm.default"),
-        ("0.weight[1, 2] of state 0: ...",),
-        (),
-    )
-    yield Kind(
-        "the sign of a bias",
-        Training(),
-        Training(before=sign),
-        1,
-        forward("2", "aten.addmm.default"),
-        ("2.bias[1] of state 0: ...",),
-        (),
-    )
-    yield Kind(
-        "another initialization",
-        Training(),
-        Training(before=orthogonal),
-        1,
-        forward("2", "aten.addmm.default"),
-        ("2.weight of state 0: 24 of 24 numbers, by at most ...",),
-        (),
-    )
-    yield Kind(
-        "a buffer",
-        Training(with_module(partial(Scale, 1.0))),
-        Training(with_module(partial(Scale, 1.5))),
-        1,
-        forward("1", "aten.mul.Tensor"),
-        ("1.scale of state 0: 1.0 | 1.5",),
-        (),
-    )
-    yield Kind(
-        "running statistics",
-        Training(with_module(partial(nn.BatchNorm1d, 8))),
-        Training(with_module(partial(nn.BatchNorm1d, 8)), before=running),
-        1,
-        forward("1", "aten.native_batch_norm.default"),
-        ("1.running_mean[3] of state 0: 0.0 | 0.5",),
-        (),
-    )
-    yield Kind(
-        "Embedding padding_idx",
-        Training(partial(_padding_index, None), of_words),
-        Training(partial(_padding_index, 0), of_words),
-        1,
-        Place("backward", "0", "aten.embedding_dense_backward.default"),
-        ("module 0 Embedding: padding_idx None | 0",),
-    )
+    yield from (
+        Kind("a weight by an ulp", Training(), Training(before=ulp), 1,
+            forward("0", "aten.addmm.default"), ("0.weight[1, 2] of state 0: ...",), ()),
+        Kind("the sign of a bias", Training(), Training(before=sign), 1,
+            forward("2", "aten.addmm.default"), ("2.bias[1] of state 0: ...",), ()),
+        Kind("another initialization", Training(), Training(before=orthogonal), 1,
+            forward("2", "aten.addmm.default"),
+            ("2.weight of state 0: 24 of 24 numbers, by at most ...",), ()),
+        Kind("a buffer", Training(with_module(partial(Scale, 1.0))),
+            Training(with_module(partial(Scale, 1.5))), 1, forward("1", "aten.mul.Tensor"),
+            ("1.scale of state 0: 1.0 | 1.5",), ()),
+        Kind("running statistics", Training(with_module(partial(nn.BatchNorm1d, 8))),
+            Training(with_module(partial(nn.BatchNorm1d, 8)), before=running), 1,
+            forward("1", "aten.native_batch_norm.default"),
+            ("1.running_mean[3] of state 0: 0.0 | 0.5",), ()),
+        Kind("Embedding padding_idx", Training(partial(_padding_index, None), of_words),
+            Training(partial(_padding_index, 0), of_words), 1,
+            Place("backward", "0", "aten.embedding_dense_backward.default"),
+            ("module 0 Embedding: padding_idx None | 0",)),
+    )  # fmt: skip
 
 
 def kinds() -> Iterator[Kind]:

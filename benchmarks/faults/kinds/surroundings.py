@@ -50,41 +50,20 @@ def _data() -> Iterator[Kind]:
         for tensor in (x, y):
             tensor[[3, 7]] = tensor[[7, 3]]
 
-    yield Kind(
-        "a data cell",
-        Training(before=cell),
-        Training(before=other_cell),
-        1,
-        first_layer,
-        ("data: x[11, 2] 0.5 | 1.5",),
-        ("data.x[11, 2]  0.5 | 1.5",),
-    )
-    yield Kind(
-        "a data cell in batches",
-        Training(before=cell, options=IN_BATCHES),
-        Training(before=other_cell, options=IN_BATCHES),
-        _first_with(11),
-        first_layer,
-        ("data: x[11, 2] 0.5 | 1.5",),
-        ("data.x[11, 2]  0.5 | 1.5",),
-    )
-    yield Kind(
-        "a target",
-        Training(before=plain_target, options=IN_BATCHES),
-        Training(before=target, options=IN_BATCHES),
-        _first_with(12),
-        Place("loss", None, "aten.mse_loss.default"),
-        ("data: y[12, 1] 0.5 | 1.5",),
-        ("data.y[12, 1]  0.5 | 1.5",),
-    )
-    yield Kind(
-        "two rows swapped",
-        Training(options=IN_BATCHES),
-        Training(before=swap, options=IN_BATCHES),
-        _first_with(3, 7),
-        first_layer,
-        ("data: 4 numbers of x in row ...",),
-    )
+    yield from (
+        Kind("a data cell", Training(before=cell), Training(before=other_cell), 1, first_layer,
+            ("data: x[11, 2] 0.5 | 1.5",), ("data.x[11, 2]  0.5 | 1.5",)),
+        Kind("a data cell in batches", Training(before=cell, options=IN_BATCHES),
+            Training(before=other_cell, options=IN_BATCHES), _first_with(11), first_layer,
+            ("data: x[11, 2] 0.5 | 1.5",), ("data.x[11, 2]  0.5 | 1.5",)),
+        Kind("a target", Training(before=plain_target, options=IN_BATCHES),
+            Training(before=target, options=IN_BATCHES), _first_with(12),
+            Place("loss", None, "aten.mse_loss.default"), ("data: y[12, 1] 0.5 | 1.5",),
+            ("data.y[12, 1]  0.5 | 1.5",)),
+        Kind("two rows swapped", Training(options=IN_BATCHES),
+            Training(before=swap, options=IN_BATCHES), _first_with(3, 7), first_layer,
+            ("data: 4 numbers of x in row ...",)),
+    )  # fmt: skip
 
 
 def _batches() -> Iterator[Kind]:
@@ -105,15 +84,11 @@ def _random() -> Iterator[Kind]:
     dropout = with_module(partial(nn.Dropout, 0.2))
     place = Place("forward", "1", "aten.bernoulli_.float")
     one, other = (Training(dropout, options={"seed": seed}) for seed in (3, 4))
-    yield Kind("seed of dropout", one, other, 1, place, ("another random draw: seed 3 | 4",))
-    yield Kind(
-        "one random number more before",
-        Training(dropout),
-        Training(dropout, before=draw),
-        1,
-        place,
-        ("another random draw: torch's generator differs in state 0",),
-    )
+    yield from (
+        Kind("seed of dropout", one, other, 1, place, ("another random draw: seed 3 | 4",)),
+        Kind("one random number more before", Training(dropout), Training(dropout, before=draw), 1,
+            place, ("another random draw: torch's generator differs in state 0",)),
+    )  # fmt: skip
 
 
 def _forks() -> Iterator[Kind]:
@@ -126,22 +101,14 @@ def _forks() -> Iterator[Kind]:
         ("GradientDescent: lr 0.05 | 0.04",),
     )
     dropout = with_module(partial(nn.Dropout, 0.2))
-    yield Kind(
-        "batch size of a fork",
-        Training(options=IN_BATCHES),
-        Training(options=IN_BATCHES, after=lambda run: run.fork(5, batch_size=5, progress=False)),
-        6,
-        first_layer,
-        ("batches: batch_size 6 | 5",),
-    )
-    yield Kind(
-        "seed of a fork",
-        Training(dropout),
-        Training(dropout, after=lambda run: run.fork(5, seed=9, progress=False)),
-        6,
-        Place("forward", "1", "aten.bernoulli_.float"),
-        ("another random draw: seed None | 9",),
-    )
+    yield from (
+        Kind("batch size of a fork", Training(options=IN_BATCHES),
+            Training(options=IN_BATCHES, after=lambda run: run.fork(5, batch_size=5, progress=False)),
+            6, first_layer, ("batches: batch_size 6 | 5",)),
+        Kind("seed of a fork", Training(dropout),
+            Training(dropout, after=lambda run: run.fork(5, seed=9, progress=False)), 6,
+            Place("forward", "1", "aten.bernoulli_.float"), ("another random draw: seed None | 9",)),
+    )  # fmt: skip
 
 
 EXPERIMENT: dict[str, Any] = {
@@ -161,27 +128,17 @@ def _experiment(**changed: Any) -> everystep.Run:
 def _experiments() -> Iterator[Kind]:
     one = partial(_experiment)
     layers = ["Linear(4, 8)", "Tanh()", "Dropout(0.21)", "Linear(8, 3)"]
-    yield Kind(
-        "Dropout p of an experiment",
-        one,
-        partial(_experiment, model={"layers": layers}),
-        1,
-        Place("forward", "2", "aten.bernoulli_.float"),
-        ("module 2 Dropout: p 0.2 | 0.21",),
-        ("model.2 Dropout.p  0.2 | 0.21",),
-    )
-    yield Kind(
-        "optimizer of an experiment",
-        one,
-        partial(_experiment, optimizer={"name": "AdamW", "lr": 0.01, "eps": 1e-7}),
-        1,
-        Place("update", None, "aten._fused_adamw_.default"),
-        ("AdamW: eps 1e-08 | 1e-07",),
-        ("optimizer AdamW.eps  1e-08 | 1e-07",),
-    )
-    yield Kind(
-        "seed of an experiment", one, partial(_experiment, seed=2), 1, first_layer, ("seed: 1 | 2",)
-    )
+    yield from (
+        Kind("Dropout p of an experiment", one, partial(_experiment, model={"layers": layers}), 1,
+            Place("forward", "2", "aten.bernoulli_.float"), ("module 2 Dropout: p 0.2 | 0.21",),
+            ("model.2 Dropout.p  0.2 | 0.21",)),
+        Kind("optimizer of an experiment", one,
+            partial(_experiment, optimizer={"name": "AdamW", "lr": 0.01, "eps": 1e-7}), 1,
+            Place("update", None, "aten._fused_adamw_.default"), ("AdamW: eps 1e-08 | 1e-07",),
+            ("optimizer AdamW.eps  1e-08 | 1e-07",)),
+        Kind("seed of an experiment", one, partial(_experiment, seed=2), 1, first_layer,
+            ("seed: 1 | 2",)),
+    )  # fmt: skip
 
 
 def _threads() -> Iterator[Kind]:
@@ -221,15 +178,9 @@ def _several() -> Iterator[Kind]:
         Training(dropout(partial(nn.Dropout, p)), optimizer=partial(AdamW, eps=eps))
         for p, eps in ((0.2, 1e-8), (0.3, 1e-7))
     )
-    yield Kind(
-        "p and eps: p",
-        one,
-        other,
-        1,
-        Place("forward", "2", "aten.bernoulli_.float"),
+    yield Kind("p and eps: p", one, other, 1, Place("forward", "2", "aten.bernoulli_.float"),
         ("module 2 Dropout: p 0.2 | 0.3",),
-        ("model.2 Dropout.p  0.2 | 0.3", "optimizer AdamW.eps  1e-08 | 1e-07"),
-    )
+        ("model.2 Dropout.p  0.2 | 0.3", "optimizer AdamW.eps  1e-08 | 1e-07"))  # fmt: skip
     one, other = (
         Training(optimizer=partial(SGD, lr=lr, momentum=momentum, foreach=False))
         for lr, momentum in ((0.05, 0.9), (0.06, 0.8))
@@ -243,14 +194,8 @@ def _several() -> Iterator[Kind]:
         for a, b in ((0.01, 0.1), (0.02, 0.2))
     )
     place = Place("forward", "1", "aten.leaky_relu.default")
-    yield Kind(
-        "two slopes: the first",
-        one,
-        other,
-        1,
-        place,
-        ("module 1 LeakyReLU: negative_slope 0.01 | 0.02",),
-    )
+    yield Kind("two slopes: the first", one, other, 1, place,
+        ("module 1 LeakyReLU: negative_slope 0.01 | 0.02",))  # fmt: skip
     one, other = (
         Training(
             loss=nn.MSELoss,
@@ -259,14 +204,8 @@ def _several() -> Iterator[Kind]:
         )
         for lr, clip in ((0.05, 0.1), (0.06, 0.05))
     )
-    yield Kind(
-        "lr and max_grad_norm: max_grad_norm",
-        one,
-        other,
-        1,
-        update("aten.mul.Tensor"),
-        ("max_grad_norm: 0.1 | 0.05",),
-    )
+    yield Kind("lr and max_grad_norm: max_grad_norm", one, other, 1, update("aten.mul.Tensor"),
+        ("max_grad_norm: 0.1 | 0.05",))  # fmt: skip
 
 
 def _nothing() -> Iterator[Kind]:
