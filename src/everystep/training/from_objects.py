@@ -15,7 +15,7 @@ from torch import Tensor
 from everystep import numerics
 from everystep.bounded import check_steps
 from everystep.device import select
-from everystep.errors import DataError, DeviceError, ModelError
+from everystep.errors import DataError, DeviceError
 from everystep.experiment.batches import Batches, RowsOf
 from everystep.experiment.data import Data, Numbering, split_rows
 from everystep.experiment.specification import Iteration
@@ -81,7 +81,7 @@ def objects_job(objects: Objects, iteration: Iteration, device: torch.device, pr
         notices.append(f"the Dataset is read at every step: {kind} is not one of torch's, of tensors")
     source = {"source": "dataset" if is_dataset(objects.data) else "tensors", "lazy": data is None}
     job = job_of(objects, iteration, batches, data, source, device, guards)
-    _check_dense(job.training)
+    job.training.parts.check()
     return replace(job, name=_snake(type(objects.model).__name__), notices=[*job.notices, *notices])
 
 
@@ -151,20 +151,8 @@ def job_of(
     )
 
 
-def _check_dense(training: Training) -> None:
-    sparse = [name for name, tensor in training.named_state().items() if tensor.layout != torch.strided]
-    if sparse:
-        raise ModelError(
-            f"{', '.join(sparse)}: snapshots cannot hold sparse tensors; make it dense (to_dense()), "
-            "or a plain attribute of the module instead of a buffer"
-        )
-
-
 def _read(objects: Objects, seed: int, progress: Progress) -> tuple[Data, Guards | None] | None:
-    """Return the data, and what data read from a Dataset depends on.
-
-    None: the Dataset is read at every step.
-    """
+    """Return the data, and what data from a Dataset depends on; None: it is read at every step."""
     pair, guards = objects.data, None
     if is_dataset(objects.data):
         once = read_once(objects.data, objects.dataset_limit, progress.reading)

@@ -111,11 +111,7 @@ def _measured(
     output: Any,
     target: Tensor,
 ) -> Tensor | None:
-    """Return a metric of outputs and targets; None if their shapes do not fit.
-
-    Raises:
-        ExperimentError: they do not fit, and the metric was asked for by its name.
-    """
+    """Return a metric of outputs and targets; None if their shapes do not fit, and nobody `asked`."""
     if _fits(output, target, kind):
         value: Tensor = measure(scaled(output), target)
         return value
