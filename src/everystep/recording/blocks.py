@@ -251,11 +251,6 @@ class Blocks:
             new = ((name, *number) for number in numbers.items())
             self.connection.executemany("INSERT OR REPLACE INTO measurements VALUES (?, ?, ?)", new)
 
-    def remove_measurement(self, name: str) -> None:
-        """Delete a measurement."""
-        self.connection.execute("DELETE FROM measurements WHERE name = ?", (name,))
-        self.connection.execute("DELETE FROM blocks WHERE name = ?", (series_of(name),))
-
     def forget_numbers_after(self, step: int) -> None:
         """Delete losses and measurements of later steps."""
         series = {block.name for block in self.blocks() if block.name != FACTS}
@@ -299,12 +294,6 @@ class Blocks:
         """Return the blocks, or those of one series."""
         among, given = ("", ()) if series is None else ("WHERE name = ?", (series,))
         return self.rows(Block, f"SELECT * FROM blocks {among} ORDER BY name, first", *given)
-
-    def blocks_of_losses(self) -> tuple[int, int]:
-        """Return how many blocks of losses have digests, and the first step of the newest, or -1."""
-        query = "SELECT count(*), coalesce(max(first), -1) FROM blocks WHERE name = ?"
-        ((count, newest),) = self._fetched(query, (LOSS,))
-        return count, newest
 
     def has_facts_as_written(self) -> bool:
         """Return whether all facts are unchanged; true if they have no digest."""

@@ -236,11 +236,7 @@ def read_contents(directory: Path, places: Mapping[bytes, Place], given: Given) 
 def _read_piece(
     directory: Path, kind: bytes, piece: Place, source: Place | None = None, size: int = 0
 ) -> bytes:
-    """Return the bytes of a piece; `size` of them, if it was cut out of `source`.
-
-    Raises:
-        RunError: they are not those that were recorded.
-    """
+    """Return the bytes of a piece as recorded; `size` of them, if it was cut out of `source`."""
     content = _bytes_at(directory, piece.file, [piece.place], piece.size)
     if source is not None:
         begins = [begin for (begin,) in struct.iter_unpack("<i", content[: len(content) // 4 * 4])]
@@ -424,8 +420,7 @@ class Repeats:
 
     def unneeded(self, resumed: Sequence[tuple[int, int]]) -> list[int]:
         """Return the complete files that no step needs which is kept, and no resume; see `forget`."""
-        closed = self._closed_files().items()
-        return [number for number, file in closed if not self._is_needed(file, resumed)]
+        return [n for n, file in self._closed_files().items() if not self._is_needed(file, resumed)]
 
     def _is_needed(self, file: BatchFile, resumed: Sequence[tuple[int, int]]) -> bool:
         first, last = file.draws

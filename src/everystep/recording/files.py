@@ -46,7 +46,6 @@ __all__ = [
     "check_writable_files",
     "completed",
     "files_in",
-    "has_own",
     "open_own",
     "own_path",
     "program_file",
@@ -142,15 +141,6 @@ def open_own(directory: Path, name: str) -> BinaryIO:
         raise _unreadable(path, error) from None
 
 
-def has_own(directory: Path, name: str) -> bool:
-    """Return whether a run has a file of this name.
-
-    Raises:
-        RunError: the name is not one of the run, as in `own_path`.
-    """
-    return own_path(directory, name).is_file()
-
-
 def take_file(source: Path, name: str, target: Path, own_name: str | None = None) -> None:
     """Give a run a file of another run: as a hard link if the file system supports it, or a copy.
 
@@ -161,7 +151,7 @@ def take_file(source: Path, name: str, target: Path, own_name: str | None = None
         RunError: the file is unreadable, or does not belong to the run.
         OSError: it cannot be written.
     """
-    if not has_own(source, name):
+    if not own_path(source, name).is_file():
         return
     taken = own_path(target, own_name or name)
     taken.parent.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,6 @@ from everystep.recording.files import (
     EXPERIMENT_FILE,
     Change,
     FileRow,
-    has_own,
     own_path,
     read_data,
     read_file,
@@ -119,9 +118,14 @@ class RecordedRun:
 
         Only this one of an earlier stretch without a step that it keeps.
         """
-        known = self.stretches[place].facts.ranks
         own, places = self.directory.resolve(), self.places_of_ranks(place)
-        return [self if known is None or each == own else self._of_rank(each, known) for each in places]
+        for each in places:
+            if each != own and (not is_run(each) or each.resolve() != each):  # no link is followed
+                raise RunError(
+                    f"{self.name} was trained by {len(places)} processes, and the run of one of them is "
+                    f"missing: {each}"
+                )
+        return [self if each == own else type(self)(each) for each in places]
 
     def places_of_ranks(self, place: int) -> list[Path]:
         """Return the directories of `ranks_of`, whether they exist or not.
@@ -177,14 +181,6 @@ class RecordedRun:
                 "verify, step, diff, why, rows, when and measure work, fork and what-if with lr, and "
                 "its script resumes it, or forks it by everystep.record(fork=..., at=...)"
             )
-
-    def _of_rank(self, directory: Path, known: RanksFacts) -> Self:
-        if not is_run(directory) or directory.resolve() != directory:  # no link is followed
-            raise RunError(
-                f"{self.name} was trained by {known.count} processes, and the run of one of them is "
-                f"missing: {directory}"
-            )
-        return type(self)(directory)
 
     @property
     def status(self) -> str:
@@ -303,11 +299,10 @@ class RecordedRun:
             for rank, run in enumerate(self.shown_ranks[1:], start=1):
                 own = run.losses_between(first, first + len(steps) - 1)
                 taken = [(each.last, each.training.ranks) for each in run.facts.earlier]
+                # Before the last of these, there was no such rank.
                 others = [last for last, of in taken if of is None or of.rank != rank]
-                begins = max(
-                    0, max(others, default=0) - first + 1
-                )  # before that, there was no such rank
-                shown = [None if place < begins else loss for place, loss in enumerate(own)]
+                missing = max(0, max(others, default=0) - first + 1)
+                shown = [None] * min(missing, len(own)) + own[missing:]
                 columns[f"loss (rank {rank})"] = [*shown, *[None] * (len(steps) - len(own))]
         for series, (at, values) in found.items():
             if last is not None and not len(at):
@@ -370,8 +365,8 @@ class RecordedRun:
     def lost_experiment(self, facts: TrainingFacts) -> Path | None:
         """Return the experiment file that a stretch was trained by, if it was removed since."""
         name = facts.experiment_file or EXPERIMENT_FILE
-        is_lost = self.files(name) and not has_own(self.directory, name)
-        return self.directory / name if is_lost else None
+        place = own_path(self.directory, name)
+        return place if self.files(name) and not place.is_file() else None
 
     @property
     def stretches(self) -> list[Stretch]:

@@ -484,11 +484,7 @@ class Recorder:
             self._job_began = None
 
     def _follow(self) -> bool:
-        """Continue in the run's directory after a move; return whether it has moved.
-
-        Raises:
-            RecordingError: it no longer exists.
-        """
+        """Continue in the run's directory after a move; return whether it has moved."""
         if not self._home.follow():
             return False
         self._database.move(self._home.here / FILE_NAME)
