@@ -60,6 +60,7 @@ __all__ = ["describe", "facts_from", "facts_of_loop", "modules_of", "optimizer_f
 
 #: Maximum number of items of a list that is a setting; a longer one is data.
 _MOST_ITEMS = 100
+_HOOKS_OF_TENSORS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 #: What a scheduler counts, or holds besides its settings.
 _COUNTED = {
     *("base_lrs", "best", "cooldown_counter", "last_epoch", "mode_worse", "num_bad_epochs"),
@@ -185,10 +186,8 @@ def _own_tensors(module: nn.Module) -> dict[str, str | None]:
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         is_frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
         dtype = None if tensor is None else str(tensor.dtype).removeprefix("torch.")
-        kinds = (
-            getattr(tensor, f"_{kind}_hooks", None) for kind in ("backward", "post_accumulate_grad")
-        )
-        hook = "".join(f", hook {names_of(hooks)}" for hooks in kinds if hooks)
+        tables = (getattr(tensor, name, None) for name in _HOOKS_OF_TENSORS)
+        hook = "".join(f", hook {names_of(hooks)}" for hooks in tables if hooks)
         found[name] = f"{dtype}{', frozen' * is_frozen}{hook}" if dtype else None
     return found
 

@@ -71,8 +71,7 @@ def objects_job(objects: Objects, iteration: Iteration, device: torch.device, pr
             "the model is in evaluation mode, so dropout and batch norm behave as in evaluation; to "
             "train in training mode, call model.train() first"
         )
-    read = _read(objects, seed, progress)
-    data, guards = (None, None) if read is None else read
+    data, guards = _read(objects, seed, progress)
     rows = length_of(objects.data) if data is None else len(data.x)
     numbers = None if data is None else data.numbers
     batches = Batches(rows, iteration.batch_size, seed, iteration.drop_last, numbers=numbers)
@@ -151,14 +150,14 @@ def job_of(
     )
 
 
-def _read(objects: Objects, seed: int, progress: Progress) -> tuple[Data, Guards | None] | None:
-    """Return the data, and what data from a Dataset depends on; None: it is read at every step."""
+def _read(objects: Objects, seed: int, progress: Progress) -> tuple[Data | None, Guards | None]:
+    """Return the data, None if it is read at every step; and what data from a Dataset depends on."""
     pair, guards = objects.data, None
     if is_dataset(objects.data):
         once = read_once(objects.data, objects.dataset_limit, progress.reading)
         if once is None:
             _check_lazy(objects)
-            return None
+            return None, None
         pair, guards = once
     x, y = _tensors(pair)
     if isinstance(objects.validation, float):

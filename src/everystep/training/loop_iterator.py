@@ -113,11 +113,7 @@ class LoopIterator(Iterator[Any]):
         self._is_skipping = False
 
     def _counting(self) -> enumerate[Any] | None:
-        """Return the `enumerate` directly around it, None if there is none.
-
-        Raises:
-            UsageError: something else around it would begin again in a resumed loop.
-        """
+        """Return the `enumerate` directly around it; refuse all else that would begin again."""
         found, frames = None, self._asking()[0]
         inner: list[Any] = [self, *frames]
         for _ in range(_DEEPEST):

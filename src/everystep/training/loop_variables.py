@@ -9,7 +9,7 @@ variables that a step, or an epoch, of the resumed loop changes are named.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
 from types import FrameType, ModuleType
@@ -89,26 +89,19 @@ class LoopVariables:
         if isinstance(value, _NUMBERS):
             return type(value), repr(value)
         if isinstance(value, Tensor):
-            return self._of_tensor(value)
+            is_plain = value.layout == torch.strided and not value.is_nested and not value.is_inference()
+            if not is_plain or value.untyped_storage().data_ptr() in self._memory:
+                return None
+            self._alive.append(value)
+            return _Identity(id(value), value._version, value.shape)
         if isinstance(value, np.ndarray):
             return None if value.nbytes > _MOST_BYTES or value.dtype.hasobject else value.tobytes()
         if id(value) in self._known or not depth:
             return None
-        if isinstance(value, dict):
-            return len(value), self._of_items(value.values(), depth)
-        if isinstance(value, list | tuple | deque | set):
-            return len(value), self._of_items(value, depth)
+        if isinstance(value, dict | list | tuple | deque | set):
+            items = islice(value.values() if isinstance(value, dict) else value, _MOST_ITEMS)
+            return len(value), [self._content(each, depth - 1) for each in items]
         return None
-
-    def _of_items(self, items: Iterable[Any], depth: int) -> list[Any]:
-        return [self._content(each, depth - 1) for each in islice(items, _MOST_ITEMS)]
-
-    def _of_tensor(self, value: Tensor) -> Any:
-        is_plain = value.layout == torch.strided and not value.is_nested and not value.is_inference()
-        if not is_plain or value.untyped_storage().data_ptr() in self._memory:
-            return None
-        self._alive.append(value)
-        return _Identity(id(value), value._version, value.shape)
 
 
 def _differs(before: Any, now: Any) -> bool:
