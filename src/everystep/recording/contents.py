@@ -301,8 +301,6 @@ class Repeats:
     """The one writer of what repeats steps, and of the contents of their inputs.
 
     Args:
-        directory: of the run.
-        database: of the run.
         budget: maximum bytes of batches and other inputs.
         recorded: the newest step that the run has.
         keep: which steps are kept, None for all.

@@ -39,12 +39,8 @@ Measurements = Sequence[tuple[str, int, float]]
 class Continuation:
     """Compares repeated steps, and keeps what will be written with the first new step.
 
-    Args:
-        directory: of the run.
-        database: of the run.
-        facts: to be written with the first new step, by name.
-
-    recorded: the newest step that the run has; measured: kept measurements.
+    facts: to be written with the first new step, by name; recorded: the newest step that the run has;
+    measured: kept measurements.
     """
 
     def __init__(self, directory: Path, database: Database, facts: Mapping[str, Any]) -> None:
@@ -225,8 +221,6 @@ def tidy(
     """Remove files that belong to no recorded step, temporary files, and unreadable snapshots.
 
     Args:
-        directory: of the run.
-        database: of the run.
         recorded: the newest step that stays.
         at: the state that the training continues from; it writes later ones again.
         changes_again: remove what code changed after the newest step: others may change other things.

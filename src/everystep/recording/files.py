@@ -322,13 +322,13 @@ class Change(NamedTuple):
     gone: list[str]
 
 
-def write_change(directory: Path, step: int, change: Change) -> FileRow:
-    """Write tensors (on the CPU) after `step` and the code that followed it."""
+def write_change(directory: Path, step: int, tensors: Mapping[str, Tensor], gone: list[str]) -> FileRow:
+    """Write tensors (on the CPU) after `step` and the code that followed it. gone: as in `Change`."""
     folder = directory / CHANGES
     folder.mkdir(exist_ok=True)
     name = f"{CHANGES}/{step:06d}.safetensors"
     with completed(directory / name) as file:
-        return write_tensors(file, name, change.tensors, change.gone or None, is_synced=False)
+        return write_tensors(file, name, tensors, gone or None, is_synced=False)
 
 
 def write_data(

@@ -28,7 +28,6 @@ from everystep.recording.files import (
     DATA_LIMIT,
     PROGRAMS,
     SNAPSHOTS,
-    Change,
     program_file,
     row_of_file,
     state_folder,
@@ -191,7 +190,7 @@ class Recorder:
         """
         # A replay needs the change only to take the next step.
         if step >= self.recorded and self._is_kept(step + 1):
-            row = write_change(self._home.here, step, Change(tensors, [*gone]))
+            row = write_change(self._home.here, step, tensors, [*gone])
             with self._database.transaction():
                 self._database.enter([row])
 

@@ -30,8 +30,8 @@ __all__ = [
     "DEFAULT_DATASET_LIMIT",
     "DatasetBatches",
     "called",
+    "guards_of",
     "length_of",
-    "read_once",
     "read_rows",
     "unfit",
 ]
@@ -42,24 +42,16 @@ DEFAULT_DATASET_LIMIT = 2_000_000_000
 _ROWS_AT_ONCE = 256
 
 
-def read_once(
-    dataset: Dataset[Any], limit: int, progress: Callable[[int, int], None]
-) -> tuple[tuple[Tensor, Tensor], Guards] | None:
-    """Read all rows of a Dataset if it is torch's own, of tensors: reading it has no effect.
+def guards_of(dataset: Dataset[Any]) -> Guards | None:
+    """Return guards of what the rows of a Dataset depend on, if it is torch's own, of tensors.
 
-    progress: called with the number of rows read, and of all rows.
-
-    Returns x and y, and guards of what the rows depend on; None for any other Dataset, which must be
-    read at every step.
-
-    Raises:
-        DataError: it has no rows, rows that are not pairs, or more than `limit` bytes.
+    Reading such a Dataset has no effect, so once is enough; any other must be read at every step.
     """
     if not _is_torchs(dataset):
         return None
     guards = Guards()
     _guard(dataset, guards)
-    return read_rows(dataset, limit, progress), guards
+    return guards
 
 
 def read_rows(
@@ -67,8 +59,10 @@ def read_rows(
 ) -> tuple[Tensor, Tensor]:
     """Read all rows into two tensors x and y.
 
+    progress: called with the number of rows read, and of all rows.
+
     Raises:
-        DataError: the rows exceed `limit` bytes, or differ in shape.
+        DataError: there are none, or the rows exceed `limit` bytes, are not pairs, or differ in shape.
     """
     wanted = range(length_of(dataset))
     parts: list[tuple[Tensor, Tensor]] = []

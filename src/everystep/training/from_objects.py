@@ -21,7 +21,7 @@ from everystep.experiment.data import Data, Numbering, split_rows
 from everystep.experiment.specification import Iteration
 from everystep.step.guards import Guards
 from everystep.training.agreement import ranks_here
-from everystep.training.dataset import DatasetBatches, length_of, read_once
+from everystep.training.dataset import DatasetBatches, guards_of, length_of, read_rows
 from everystep.training.description import describe
 from everystep.training.job import Job, Outcome, Progress
 from everystep.training.loop import run_job
@@ -154,11 +154,10 @@ def _read(objects: Objects, seed: int, progress: Progress) -> tuple[Data | None,
     """Return the data, None if it is read at every step; and what data from a Dataset depends on."""
     pair, guards = objects.data, None
     if is_dataset(objects.data):
-        once = read_once(objects.data, objects.dataset_limit, progress.reading)
-        if once is None:
+        if (guards := guards_of(objects.data)) is None:
             _check_lazy(objects)
             return None, None
-        pair, guards = once
+        pair = read_rows(objects.data, objects.dataset_limit, progress.reading)
     x, y = _tensors(pair)
     if isinstance(objects.validation, float):
         training, kept_out = split_rows(len(x), objects.validation, seed)

@@ -41,7 +41,6 @@ def run_job(job: Job, directory: Path | None, budget: int, progress: Progress) -
     Args:
         directory: the run's directory, which must not exist; None: the next free one.
         budget: maximum bytes of snapshots.
-        progress: watches the training.
 
     Raises:
         ExperimentError: the job is impossible; gives the reason.

@@ -56,6 +56,8 @@ class LoopIterator(Iterator[Any]):
     ) -> None:
         self._items, self._of, self._name, self._line, self._checked = items, of, name, line, checked
         self._place, self._parts, self._notices = place, parts, notices
+        #: Whether a resumed loop can advance an `enumerate` around it.
+        self._is_counted = name == "steps"
         self._is_skipping = False
         #: The loop's variables as a resumed loop got its first item.
         self._variables: LoopVariables | None = None
@@ -134,11 +136,6 @@ class LoopIterator(Iterator[Any]):
                 if type(each) in _HOLDING or each is found or _frame_of(each) in frames
             ]
         return found
-
-    @property
-    def _is_counted(self) -> bool:
-        """Whether a resumed loop can advance an `enumerate` around it."""
-        return self._name == "steps"
 
     def _cure(self, name: str) -> str:
         if self._is_counted:

@@ -262,15 +262,10 @@ def _drawn(run: RecordedRun, step: int) -> Drawn:
             "with was dropped to stay within batch_budget; use a loader with a state_dict, such as "
             "torchdata's StatefulDataLoader"
         )
-    known = {
-        n.removeprefix("batch/"): each for n, each in inputs.given.items() if n.startswith("batch/")
-    }
+    known = {name: each for name, each in inputs.given.items() if name.startswith("batch/")}
 
     def matches(batch: Any) -> bool:
-        tensors = tensors_of(batch)
-        return all(
-            name in tensors and given_of(tensors[name].detach().cpu()) == each
-            for name, each in known.items()
-        )
+        found = {f"batch/{n}": given_of(t.detach().cpu()) for n, t in tensors_of(batch).items()}
+        return known.items() <= found.items()
 
     return Drawn({n: t for n, t in generators.items() if t is not None}, matches)

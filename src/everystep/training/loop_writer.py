@@ -38,13 +38,9 @@ class LoopWriter(RunWriter):
     """Turns watched steps of a loop into stored data.
 
     Args:
-        recorder: of the run.
-        start: the state that the loop begins with.
-        facts: known as it begins.
         whole: what the loop carries.
         place: where it is in its batches.
-        advanced: called with a step that was written, and the losses from it on.
-        earlier: the facts of the run that is continued.
+        others: as `RunWriter` has them.
 
     parts: what the loop carries; watched: its steps; function: returns how the steps of a function ran;
     has_loss: whether a step has logged a loss; of a resumed loop, beginning: the state that it continues

@@ -65,17 +65,15 @@ class Objects:
         Raises:
             RunError: they cannot be copied.
         """
-        hooked = self._hooked()
-        if hooked is not None:
+        if (hooked := self._hooked()) is not None:
             raise RunError(
                 f"{hooked} has a hook, which acts on the original alone: a copy would differ; write "
                 "what it does into a step function: everystep.train(step, batches, parts=...)"
             )
+        own = self.model, self.loss, self.optimizer, self.scheduler
         try:
             with _whole_optimizers():
-                model, loss, optimizer, scheduler = copy.deepcopy(
-                    (self.model, self.loss, self.optimizer, self.scheduler), self._without_graphs()
-                )
+                model, loss, optimizer, scheduler = copy.deepcopy(own, self._without_graphs())
         except Exception as error:  # copying a user's object may raise anything
             reason = str(error).partition(". ")[0].partition("\n")[0]
             raise RunError(
@@ -97,12 +95,9 @@ class Objects:
     def _without_graphs(self) -> dict[int, Any]:
         """Return copies, by id, of tensors that the last forward pass left in modules."""
         modules = self.model.modules() if self.model is not None else ()
-        held = [value for module in modules for value in vars(module).values()]
-        return {
-            id(value): value.detach().clone()
-            for value in held
-            if isinstance(value, Tensor) and value.grad_fn is not None
-        }
+        held = (value for module in modules for value in vars(module).values())
+        tensors = (value for value in held if isinstance(value, Tensor) and value.grad_fn is not None)
+        return {id(tensor): tensor.detach().clone() for tensor in tensors}
 
     def check(self) -> None:
         """Check that these objects can be trained.

@@ -38,7 +38,6 @@ class RunWriter:
     """Collects the data of steps, passes it to the recorder, and closes the run.
 
     Args:
-        recorder: of the run.
         start: the state that the training begins with.
         facts: known as it begins.
         notice: shows a message to the user.
