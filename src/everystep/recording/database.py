@@ -131,8 +131,7 @@ class Database(Blocks):
         A run that no process writes has no log, so that readers make no files next to its database.
         """
         with suppress(sqlite3.Error):  # another process reads it now
-            # The end of a training must not wait for a reader.
-            self.connection.execute("PRAGMA busy_timeout = 0")
+            self.hurry()  # the end of a training must not wait for a reader
             self.connection.execute("PRAGMA journal_mode = DELETE")
         self.connection.close()
 

@@ -354,11 +354,10 @@ class RecordedRun:
         if (lost := self.lost_experiment(facts)) is not None:
             raise RunError(f"{lost} is missing, though the run was trained by it; put it back")
         name = facts.experiment_file or EXPERIMENT_FILE
-        rows = self.files(name)
+        if not self.files(name):
+            return None
         try:
-            return (
-                parse(read_file(self.directory, rows[0]), str(self.directory / name)) if rows else None
-            )
+            return parse(self.read_file(name), str(self.directory / name))
         except ExperimentError as error:
             raise RunError(str(error)) from None
 
