@@ -211,11 +211,6 @@ class Recorder:
         """Write facts: values of fields of `Facts` and `TrainingFacts`, by name."""
         self._write_numbers((), facts)
 
-    @_in_thread
-    def measurements(self, rows: Sequence[tuple[str, int, float]]) -> None:
-        """Write measurements (name, step, value)."""
-        self._write_numbers(rows, {})
-
     def losses(
         self,
         first_step: int,
@@ -224,7 +219,7 @@ class Recorder:
         facts: Mapping[str, Any] = MappingProxyType({}),
         taken: Sequence[Taken] = (),
     ) -> None:
-        """Write the losses of consecutive steps, with measurements and facts: all or nothing.
+        """Write the losses of consecutive steps, if any, with measurements and facts: all or nothing.
 
         taken: the data that repeats the steps, if they were watched. Steps that were passed before are
         left out: Ctrl-C may come before the caller notes it.

@@ -243,7 +243,7 @@ def run_to_fork(run: R, at: int, agreement: Agreement) -> R:
             f"continue it; fork it with {processes_text(before)}, and resume the fork with as many as "
             "you like"
         )
-    return run if agreement.ranks is None else run.ranks_of(place)[agreement.rank]
+    return run.ranks_of(place)[agreement.rank]
 
 
 def run_to_continue(run: R, agreement: Agreement) -> R:
@@ -258,7 +258,7 @@ def run_to_continue(run: R, agreement: Agreement) -> R:
         RunError: another number recorded it, and the ranks had different parameters, or no step yet.
     """
     if run.facts.training.processes == agreement.count:
-        return run if agreement.ranks is None else agreement.continued(run.ranks[agreement.rank])
+        return agreement.continued(run.ranks[agreement.rank])
     with agreement.together():  # rank 0 then changes what others have read
         return _continued_from(run, agreement)
 
@@ -266,7 +266,7 @@ def run_to_continue(run: R, agreement: Agreement) -> R:
 def _continued_from(run: R, agreement: Agreement) -> R:
     """Return the run of this rank, to continue what another number of processes recorded."""
     top, rank = run.ranks[0], agreement.rank
-    at = max((row.step for row in top.snapshot_rows()), default=0)
+    at = max(top.snapshots, default=0)
     ranks = top.ranks_of(place := stretch_at(top.stretches, at))  # those that took the step
     states = _states_alike(ranks, at)
     if top.stretches[place].facts.processes == agreement.count:  # later ones have left no state

@@ -153,7 +153,7 @@ class RunWriter:
             # Ctrl-C may end this anywhere: one call passes everything on, or nothing.
             self.recorder.losses(first, numbers, self.measured, facts, self.taken)
         elif self.measured:
-            self.recorder.measurements(self.measured)
+            self.recorder.losses(self.step + 1, (), self.measured)
         self.taken, self.losses, self.measured = [], [], []
         self.show_written()
 
