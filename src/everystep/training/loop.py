@@ -122,6 +122,7 @@ class _ModelWriter(RunWriter):
             self.rates |= origin.hyperparameters
             self.note_rates(origin.at + 1, job.training.hyperparameters())
         self._loss_dtype: torch.dtype | None = None
+        self._snapshot_step = -1 if origin.run is None else origin.at
         #: The step from which on Python takes all, as the run has it.
         self._eager_from: int | None = None
 
@@ -172,7 +173,8 @@ class _ModelWriter(RunWriter):
         if self._stepper is not None:
             self._stepper.finish()
             self.flush()
-        self._snapshot()
+        if self._snapshot_step != self.step:  # a second copy of a large state may not fit into memory
+            self._snapshot()
         self._keep_rows()
 
     def close_failed(self, error: BaseException) -> None:
@@ -216,7 +218,7 @@ class _ModelWriter(RunWriter):
             recorder.data(job.data.tensors(), of_fork if job.origin.fork else DATA_FILE)
 
     def _advance(self, stepper: Stepper) -> bool:
-        """Run steps up to the next one with something to do; return whether none was taken back."""
+        """Run steps up to the next with something to do; return False if a failed check went back."""
         before, started, job = self.step, clock.now(), self.job
         every = None if job.evaluation is None else job.evaluate_every
         stepper.advance(self.next_stop(job.steps, one_by_one=job.facts.stop_on_nan, every=every))
@@ -262,6 +264,7 @@ class _ModelWriter(RunWriter):
         if self.job.engine != "eager":
             self.recorder.forget_after(last)
             self.measured = [row for row in self.measured if row[1] <= last]
+            self._snapshot_step = min(self._snapshot_step, last)
             since = f" from step {first} on" if first > self.job.origin.at + 1 else ""
             cure = '; engine="program" vouches for such code' if stepper.is_vouchable else ""
             if self.job.facts.ranks is None:  # else no program could
@@ -271,6 +274,7 @@ class _ModelWriter(RunWriter):
     def _snapshot(self) -> None:
         self.flush()  # a state on disk means that its steps are there
         self.recorder.snapshot(self.waiting_for(partial(self.job.training.snapshot, self.step)))
+        self._snapshot_step = self.step
 
     def _expected(self) -> dict[str, float]:
         """Return the numbers of the optimizer that are recorded only when they change.
