@@ -108,6 +108,11 @@ class Blocks:
         self.connection = connection
         self.path = path
 
+    @property
+    def directory(self) -> Path:
+        """The run's directory; it may be moved while it is written."""
+        return self.path.parent
+
     def rows(self, row: Callable[..., Row], query: str, *arguments: Any) -> list[Row]:
         """Return the rows of a query as named tuples; the fields of `row` have the types of columns."""
         found = self._fetched(query, arguments)
@@ -138,7 +143,7 @@ class Blocks:
         except (sqlite3.Error, UnicodeError) as error:
             # An extended error code has the primary one in its lowest byte.
             is_damaged = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_CORRUPT
-            cure = f"; everystep doctor {self.path.parent.name} reports what can be read"
+            cure = f"; everystep doctor {self.directory.name} reports what can be read"
             raise RunError(f"{self.path} cannot be read: {error}{cure if is_damaged else ''}") from None
 
     def _check(self, values: Iterable[Any], kind: Any, wrong: str) -> None:
@@ -188,7 +193,7 @@ class Blocks:
 
         for place in np.flatnonzero(steps != np.arange(first, first + len(steps)))[:1]:
             raise RunError(
-                f"{self.path.parent.name} has no loss for step {first + place}, but one for step "
+                f"{self.directory.name} has no loss for step {first + place}, but one for step "
                 f"{steps[place]}: the database was changed"
             )
 

@@ -312,7 +312,6 @@ class Repeats:
 
     def __init__(
         self,
-        directory: Path,
         database: Database,
         budget: float,
         recorded: int,
@@ -322,7 +321,6 @@ class Repeats:
         self.lost_to = self._bytes = 0
         self.recent: deque[int] = deque(maxlen=RECENT)
         self._database = database
-        self._directory = directory
         self._budget = budget
         self._recorded = recorded
         self._keep = keep
@@ -392,10 +390,6 @@ class Repeats:
     def size(self) -> int:
         """The bytes of all contents on the disk."""
         return sum(file.size for file in self.files.values())
-
-    def move(self, directory: Path) -> None:
-        """Write further files in another place: the run's directory was moved."""
-        self._directory = directory
 
     def close(self) -> None:
         """Close the files. Data that did not fit on the disk belongs to no recorded step."""
@@ -557,7 +551,7 @@ class Repeats:
         """Write pieces of a tensor, by their digest; with a source, places in that."""
         if is_draw not in self._open:
             self._newest += 1
-            path = self._directory / batch_file(self._newest)
+            path = self._database.directory / batch_file(self._newest)
             path.parent.mkdir(exist_ok=True)
             self._open[is_draw] = self._newest, path.open("wb")
             self.files[self._newest] = BatchFile(begun=step)

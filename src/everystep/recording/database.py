@@ -194,7 +194,7 @@ class Database(Blocks):
         """
         names = [*names]
         # Before anything is forgotten: names in a stranger's database may lead anywhere.
-        paths = [own_path(self.path.parent, name) for name in names]
+        paths = [own_path(self.directory, name) for name in names]
         with self.transaction():
             yield
             some = [(name, f"{name}/*") for name in names]

@@ -386,10 +386,10 @@ class RecordedRun:
         """Return the run in one line."""
         with reading(self._database_path) as database:
             facts = database.facts()
-            found = [*structure_findings(self.directory, database, facts)]
+            found = [*structure_findings(database, facts)]
             damage = damage_text(self.name, found) if found else None
             status = self.status_by(facts)
-            return summary_of(self.name, self.directory, facts, status, damage, database)
+            return summary_of(self.name, facts, status, damage, database)
 
     def check(self) -> None:
         """Check that the steps of a finished run are there; warn of other damage.
@@ -407,7 +407,7 @@ class RecordedRun:
                     f"{self.name} is damaged: {missing.problem}; restore {FILE_NAME} from a copy; "
                     f"everystep doctor {self.name} --export FILE.csv writes the numbers that can be read"
                 )
-            self._warn_of([*structure_findings(self.directory, database, facts)])
+            self._warn_of([*structure_findings(database, facts)])
 
     def findings(self) -> list[Finding]:
         """Return what is missing or altered among the numbers of the run; reads all of them."""
@@ -417,7 +417,7 @@ class RecordedRun:
         return self._found[1]
 
     def _findings_in(self, database: Database, known: dict[str, Series], since: int) -> list[Finding]:
-        found = structure_findings(self.directory, database, database.facts())
+        found = structure_findings(database, database.facts())
         return [*found, *number_findings(database, known, since)]
 
     def database_problems(self) -> list[str]:

@@ -155,7 +155,7 @@ class Recorder:
                 programs = [path.stem for path in (self._home.here / PROGRAMS).glob("*.json")]
                 self.program_count = max((int(each) for each in programs if each.isdecimal()), default=0)
                 given = batch_budget, self._last_step, keep, self._is_kept
-                self._repeats = Repeats(self._home.here, self._database, *given)
+                self._repeats = Repeats(self._database, *given)
                 closing.callback(self._repeats.close)
             except OSError as error:
                 raise self._translated(error, at if is_resumed else 0) from error
@@ -367,7 +367,7 @@ class Recorder:
         with self._database.transaction():
             here, database, inherited = self._home.here, self._database, dict[str, Any]()
             if parent is not None:
-                inherited = inherit(here, database, self.plan, parent, at)
+                inherited = inherit(database, self.plan, parent, at)
             if beginning is not None and at not in self.plan.kept:
                 row = write_snapshot(here, beginning)
                 database.enter(row.files)
@@ -391,10 +391,10 @@ class Recorder:
         if facts.resumed:  # later steps were discarded
             recorded = min(recorded, facts.resumed[-1].at)
         again = is_changed and before.training.loop is not None
-        tidy(self._home.here, self._database, recorded, self._passed, changes_again=again)
+        tidy(self._database, recorded, self._passed, changes_again=again)
         before = self._database.facts()
         kept = self._begin_keeping(before.not_kept, recorded)
-        self._again = Continuation(self._home.here, self._database, facts.rows() | kept)
+        self._again = Continuation(self._database, facts.rows() | kept)
         self.recorded = self._again.recorded
         self.plan.kept = {row.step: row.size for row in self._database.snapshots()}
         self._earlier = *before.earlier, *facts.earlier
@@ -482,7 +482,6 @@ class Recorder:
         if not self._home.follow():
             return False
         self._database.move(self._home.here / FILE_NAME)
-        self._repeats.move(self._home.here)
         return True
 
     def _write_numbers(
