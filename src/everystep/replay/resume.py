@@ -136,7 +136,6 @@ class Resume:
         # Rows that the run was trained without stay left out.
         job = job.without_rows((), begin, facts.batches.without)
         if job.evaluation is not None and facts.evaluate_every is not None:
-            job = replace(job, evaluate_every=facts.evaluate_every)
             job = job.with_facts(evaluate_every=facts.evaluate_every)
         # A metric more or less changes no step.
         left_out = ("data.digest", "evaluate_every", *left_out)

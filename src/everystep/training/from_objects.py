@@ -144,7 +144,6 @@ def job_of(
         facts=describe(training, data, batches, source, iteration, every if evaluation else None),
         data=None if data is None else data.to(torch.device("cpu")),
         evaluation=evaluation,
-        evaluate_every=every,
         engine=iteration.engine,
         notices=[message] if (message := numerics.warning()) else [],
     )

@@ -141,7 +141,7 @@ class _ModelWriter(RunWriter):
 
     def _run(self, interrupt: Interrupt) -> str | None:
         """Run all steps; return None, or why it stopped before the last."""
-        job = self.job
+        job, every = self.job, self.job.facts.evaluate_every
         self._keep_beginning()
         settings = job.training, self.recorder, job.steps, job.engine, job.origin.at
         stepper = self._stepper = Stepper(*settings)
@@ -150,7 +150,7 @@ class _ModelWriter(RunWriter):
         while self.step < job.steps:
             if not self._advance(stepper):
                 continue
-            is_due = self.step % job.evaluate_every == 0 or self.step == job.steps
+            is_due = every is not None and (self.step % every == 0 or self.step == job.steps)
             if job.evaluation is not None and is_due:
                 self._evaluate(stepper, job.evaluation)
             if job.facts.stop_on_nan and not math.isfinite(loss := stepper.last_loss()):
@@ -220,8 +220,8 @@ class _ModelWriter(RunWriter):
     def _advance(self, stepper: Stepper) -> bool:
         """Run steps up to the next with something to do; return False if a failed check went back."""
         before, started, job = self.step, clock.now(), self.job
-        every = None if job.evaluation is None else job.evaluate_every
-        stepper.advance(self.next_stop(job.steps, one_by_one=job.facts.stop_on_nan, every=every))
+        every, one_by_one = job.facts.evaluate_every, job.facts.stop_on_nan
+        stepper.advance(self.next_stop(job.steps, one_by_one=one_by_one, every=every))
         self.step = stepper.step
         if self.step > before:
             self.timed(started, job.training.named_state, self.step - before)
