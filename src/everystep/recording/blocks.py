@@ -108,6 +108,11 @@ class Blocks:
         self.connection = connection
         self.path = path
 
+    @property
+    def directory(self) -> Path:
+        """The run's directory; it may be moved while it is written."""
+        return self.path.parent
+
     def rows(self, row: Callable[..., Row], query: str, *arguments: Any) -> list[Row]:
         """Return the rows of a query as named tuples; the fields of `row` have the types of columns."""
         found = self._fetched(query, arguments)
@@ -138,7 +143,7 @@ class Blocks:
         except (sqlite3.Error, UnicodeError) as error:
             # An extended error code has the primary one in its lowest byte.
             is_damaged = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_CORRUPT
-            cure = f"; everystep doctor {self.path.parent.name} reports what can be read"
+            cure = f"; everystep doctor {self.directory.name} reports what can be read"
             raise RunError(f"{self.path} cannot be read: {error}{cure if is_damaged else ''}") from None
 
     def _check(self, values: Iterable[Any], kind: Any, wrong: str) -> None:
@@ -188,7 +193,7 @@ class Blocks:
 
         for place in np.flatnonzero(steps != np.arange(first, first + len(steps)))[:1]:
             raise RunError(
-                f"{self.path.parent.name} has no loss for step {first + place}, but one for step "
+                f"{self.directory.name} has no loss for step {first + place}, but one for step "
                 f"{steps[place]}: the database was changed"
             )
 
@@ -251,11 +256,6 @@ class Blocks:
             new = ((name, *number) for number in numbers.items())
             self.connection.executemany("INSERT OR REPLACE INTO measurements VALUES (?, ?, ?)", new)
 
-    def remove_measurement(self, name: str) -> None:
-        """Delete a measurement."""
-        self.connection.execute("DELETE FROM measurements WHERE name = ?", (name,))
-        self.connection.execute("DELETE FROM blocks WHERE name = ?", (series_of(name),))
-
     def forget_numbers_after(self, step: int) -> None:
         """Delete losses and measurements of later steps."""
         series = {block.name for block in self.blocks() if block.name != FACTS}
@@ -299,12 +299,6 @@ class Blocks:
         """Return the blocks, or those of one series."""
         among, given = ("", ()) if series is None else ("WHERE name = ?", (series,))
         return self.rows(Block, f"SELECT * FROM blocks {among} ORDER BY name, first", *given)
-
-    def blocks_of_losses(self) -> tuple[int, int]:
-        """Return how many blocks of losses have digests, and the first step of the newest, or -1."""
-        query = "SELECT count(*), coalesce(max(first), -1) FROM blocks WHERE name = ?"
-        ((count, newest),) = self._fetched(query, (LOSS,))
-        return count, newest
 
     def has_facts_as_written(self) -> bool:
         """Return whether all facts are unchanged; true if they have no digest."""

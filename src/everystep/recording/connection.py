@@ -19,12 +19,10 @@ from pathlib import Path
 from everystep.errors import ForeignDatabaseError, RunError
 
 __all__ = [
-    "APPLICATION_ID",
     "FILE_NAME",
     "LOCK_NAME",
     "LOGS",
     "LONGEST_VALUE",
-    "SCHEMA_VERSION",
     "SPARE_NAME",
     "begin_database",
     "connect_reading",
@@ -174,9 +172,7 @@ def last_written(path: Path) -> float:
 def _statuses(path: Path) -> dict[str, os.stat_result]:
     """Return the status of a database and of the files that SQLite keeps next to it, by their suffix.
 
-    Raises:
-        RunError: there is no such database, or one of them is not a regular file: SQLite would wait for
-            the other end of a pipe.
+    All must be regular files: of a pipe, SQLite would wait for the other end.
     """
     found: dict[str, os.stat_result] = {}
     for suffix in ("", *LOGS):

@@ -236,11 +236,7 @@ def read_contents(directory: Path, places: Mapping[bytes, Place], given: Given) 
 def _read_piece(
     directory: Path, kind: bytes, piece: Place, source: Place | None = None, size: int = 0
 ) -> bytes:
-    """Return the bytes of a piece; `size` of them, if it was cut out of `source`.
-
-    Raises:
-        RunError: they are not those that were recorded.
-    """
+    """Return the bytes of a piece as recorded; `size` of them, if it was cut out of `source`."""
     content = _bytes_at(directory, piece.file, [piece.place], piece.size)
     if source is not None:
         begins = [begin for (begin,) in struct.iter_unpack("<i", content[: len(content) // 4 * 4])]
@@ -305,8 +301,6 @@ class Repeats:
     """The one writer of what repeats steps, and of the contents of their inputs.
 
     Args:
-        directory: of the run.
-        database: of the run.
         budget: maximum bytes of batches and other inputs.
         recorded: the newest step that the run has.
         keep: which steps are kept, None for all.
@@ -318,7 +312,6 @@ class Repeats:
 
     def __init__(
         self,
-        directory: Path,
         database: Database,
         budget: float,
         recorded: int,
@@ -328,7 +321,6 @@ class Repeats:
         self.lost_to = self._bytes = 0
         self.recent: deque[int] = deque(maxlen=RECENT)
         self._database = database
-        self._directory = directory
         self._budget = budget
         self._recorded = recorded
         self._keep = keep
@@ -399,10 +391,6 @@ class Repeats:
         """The bytes of all contents on the disk."""
         return sum(file.size for file in self.files.values())
 
-    def move(self, directory: Path) -> None:
-        """Write further files in another place: the run's directory was moved."""
-        self._directory = directory
-
     def close(self) -> None:
         """Close the files. Data that did not fit on the disk belongs to no recorded step."""
         for _, file in self._open.values():
@@ -424,8 +412,7 @@ class Repeats:
 
     def unneeded(self, resumed: Sequence[tuple[int, int]]) -> list[int]:
         """Return the complete files that no step needs which is kept, and no resume; see `forget`."""
-        closed = self._closed_files().items()
-        return [number for number, file in closed if not self._is_needed(file, resumed)]
+        return [n for n, file in self._closed_files().items() if not self._is_needed(file, resumed)]
 
     def _is_needed(self, file: BatchFile, resumed: Sequence[tuple[int, int]]) -> bool:
         first, last = file.draws
@@ -564,7 +551,7 @@ class Repeats:
         """Write pieces of a tensor, by their digest; with a source, places in that."""
         if is_draw not in self._open:
             self._newest += 1
-            path = self._directory / batch_file(self._newest)
+            path = self._database.directory / batch_file(self._newest)
             path.parent.mkdir(exist_ok=True)
             self._open[is_draw] = self._newest, path.open("wb")
             self.files[self._newest] = BatchFile(begun=step)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from everystep.bounded import MOST_STEPS
@@ -39,21 +38,17 @@ Measurements = Sequence[tuple[str, int, float]]
 class Continuation:
     """Compares repeated steps, and keeps what will be written with the first new step.
 
-    Args:
-        directory: of the run.
-        database: of the run.
-        facts: to be written with the first new step, by name.
-
-    recorded: the newest step that the run has; measured: kept measurements.
+    facts: to be written with the first new step, by name; recorded: the newest step that the run has;
+    measured: kept measurements.
     """
 
-    def __init__(self, directory: Path, database: Database, facts: Mapping[str, Any]) -> None:
+    def __init__(self, database: Database, facts: Mapping[str, Any]) -> None:
         self.recorded = database.newest_step()
         before = database.facts()
         self._before = {name: getattr(before, name) for name in ("status", "reason", "finished")}
         self._is_loop = before.trained is not None and before.trained.loop is not None
         self._fork = before.fork
-        self._name = directory.resolve().name
+        self._name = database.directory.resolve().name
         self._database = database
         self.facts = dict(facts)
         self.measured: list[tuple[str, int, float]] = []
@@ -152,9 +147,7 @@ def _is_same(number: float, recorded: float) -> bool:
     return number == recorded or (math.isnan(number) and math.isnan(recorded))
 
 
-def inherit(
-    directory: Path, database: Database, plan: SnapshotPlan, parent: RecordedRun, at: int
-) -> dict[str, Any]:
+def inherit(database: Database, plan: SnapshotPlan, parent: RecordedRun, at: int) -> dict[str, Any]:
     """Take over a parent's recording up to state `at`; hard-link files if possible.
 
     The state itself is taken over from a loop alone: other forks start with their own. Runs in a
@@ -177,7 +170,7 @@ def inherit(
     if repeats:
         database.enter(contents)
         for number in {place.file for place in contents}:
-            take_file(parent.directory, batch_file(number), directory)
+            take_file(parent.directory, batch_file(number), database.directory)
     # A fork of a loop begins with a snapshot of its parent; other forks write their own. The last
     # snapshot includes changes after the loop's last step.
     is_loop = parent.facts.training.loop is not None
@@ -190,7 +183,7 @@ def inherit(
     taken += [row for row in files if row.name.startswith(CHANGES) and (row.step or 0) <= last_change]
     taken += [file for state in states for file in state.files]
     for file in taken:
-        take_file(parent.directory, file.name, directory)
+        take_file(parent.directory, file.name, database.directory)
     database.enter(taken)
     plan.kept |= {state.step: state.size for state in states}
     earlier: list[EarlierFacts] = []
@@ -201,7 +194,7 @@ def inherit(
         experiment = experiments.get(training.experiment_file or EXPERIMENT_FILE)
         if experiment is not None:
             name = f"experiment-{stretch.first}.toml"
-            take_file(parent.directory, experiment.name, directory, name)
+            take_file(parent.directory, experiment.name, database.directory, name)
             database.enter([experiment._replace(name=name)])
             training = training.model_copy(update={"experiment_file": name})
         earlier.append(EarlierFacts(last=min(at, stretch.last or at), training=training))
@@ -219,14 +212,10 @@ def inherit(
     return kept
 
 
-def tidy(
-    directory: Path, database: Database, recorded: int, at: int, *, changes_again: bool = False
-) -> None:
+def tidy(database: Database, recorded: int, at: int, *, changes_again: bool = False) -> None:
     """Remove files that belong to no recorded step, temporary files, and unreadable snapshots.
 
     Args:
-        directory: of the run.
-        database: of the run.
         recorded: the newest step that stays.
         at: the state that the training continues from; it writes later ones again.
         changes_again: remove what code changed after the newest step: others may change other things.
@@ -235,7 +224,7 @@ def tidy(
     for row in database.snapshots():
         try:
             if row.step > at:
-                read_snapshot(directory, row)
+                read_snapshot(database.directory, row)
             if row.step > recorded:
                 removed.append(row.step)
         except RunError:
@@ -243,13 +232,13 @@ def tidy(
     changes = database.changes(lambda changed: changed > recorded - changes_again)
     with database.removing([*map(state_folder, removed), *changes]):
         database.forget_after(recorded)
-    for path in directory.glob(".*.tmp"):  # of a process that was killed
+    for path in database.directory.glob(".*.tmp"):  # of a process that was killed
         path.unlink()
     known = {row.name for row in database.files()}
     known |= {row.directory for row in database.snapshots()}
     known |= {batch_file(place.file) for place in database.all_contents()}
     for folder in (SNAPSHOTS, CHANGES, PROGRAMS, BATCHES):
-        for path in directory.glob(f"{folder}/*"):
+        for path in database.directory.glob(f"{folder}/*"):
             if f"{folder}/{path.name}" in known:
                 continue
             if path.is_dir():

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from everystep.bounded import MOST_STEPS
 from everystep.errors import RecordingError, RunError
-from everystep.recording.blocks import Blocks
+from everystep.recording.blocks import Blocks, series_of
 from everystep.recording.connection import (
     FILE_NAME,
     LONGEST_VALUE,
@@ -131,8 +131,7 @@ class Database(Blocks):
         A run that no process writes has no log, so that readers make no files next to its database.
         """
         with suppress(sqlite3.Error):  # another process reads it now
-            # The end of a training must not wait for a reader.
-            self.connection.execute("PRAGMA busy_timeout = 0")
+            self.hurry()  # the end of a training must not wait for a reader
             self.connection.execute("PRAGMA journal_mode = DELETE")
         self.connection.close()
 
@@ -163,7 +162,8 @@ class Database(Blocks):
         """
         with self.transaction():
             for name in replaced:
-                self.remove_measurement(name)
+                self.connection.execute("DELETE FROM measurements WHERE name = ?", (name,))
+                self.connection.execute("DELETE FROM blocks WHERE name = ?", (series_of(name),))
             if meanings:
                 self.write_facts({"measured": self.facts().measured | dict(meanings)})
             self.write_measurements(rows)
@@ -194,7 +194,7 @@ class Database(Blocks):
         """
         names = [*names]
         # Before anything is forgotten: names in a stranger's database may lead anywhere.
-        paths = [own_path(self.path.parent, name) for name in names]
+        paths = [own_path(self.directory, name) for name in names]
         with self.transaction():
             yield
             some = [(name, f"{name}/*") for name in names]
@@ -294,11 +294,6 @@ class Database(Blocks):
         found = {digest: row for digest in digests for row in self.rows(Place, query, digest)}
         sources = {row.source for row in found.values() if row.source} - found.keys()
         return found | {digest: row for digest in sources for row in self.rows(Place, query, digest)}
-
-    def first_step(self) -> int | None:
-        """Return the smallest number of a step."""
-        first: int | None = self.numbers("SELECT min(step) FROM steps")[0]
-        return first
 
     def check_quickly(self) -> list[str]:
         """Return SQLite's own report of damage in the database."""

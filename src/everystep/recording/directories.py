@@ -195,11 +195,7 @@ def create_directory(directory: Path | None, name: str) -> Path:
 
 
 def _check_name(directory: Path) -> None:
-    """Check that commands take the name of a new run for a name.
-
-    Raises:
-        RunError: they do not.
-    """
+    """Check that commands take the name of a new run for a name."""
     for name in (directory.parts[:1] or ("",))[0], directory.name:
         # Bytes that the encoding of the file system cannot decode are surrogates.
         shown = "".join(sign for sign in name if not "\udc80" <= sign <= "\udcff")
@@ -287,10 +283,9 @@ def remove_run(directory: Path) -> list[str]:
     try:
         with reading(directory / FILE_NAME):
             pass
-    except ForeignDatabaseError:
-        raise
-    except RunError:
-        pass  # a damaged run can be removed
+    except RunError as error:  # a damaged run can be removed
+        if isinstance(error, ForeignDatabaseError):
+            raise
     try:
         with locked(directory):
             # Without its database it is not a run, whatever happens next.

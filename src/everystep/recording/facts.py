@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from itertools import product
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -486,9 +485,7 @@ class Facts(_Fact):
 
     def kept_with(self, other: Facts, last: int) -> list[tuple[int, int]]:
         """Return the ranges of the steps up to `last` that two runs keep."""
-        pairs = product(self.kept(last), other.kept(last))
-        both = ((max(one[0], two[0]), min(one[1], two[1])) for one, two in pairs)
-        return [(first, end) for first, end in both if first <= end]
+        return Facts(not_kept=(*self.not_kept, *other.not_kept)).kept(last)
 
     def training_of(self, step: int) -> TrainingFacts:
         """How a step was trained: one before a fork began by the rules of its parent.

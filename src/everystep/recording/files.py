@@ -46,7 +46,6 @@ __all__ = [
     "check_writable_files",
     "completed",
     "files_in",
-    "has_own",
     "open_own",
     "own_path",
     "program_file",
@@ -142,15 +141,6 @@ def open_own(directory: Path, name: str) -> BinaryIO:
         raise _unreadable(path, error) from None
 
 
-def has_own(directory: Path, name: str) -> bool:
-    """Return whether a run has a file of this name.
-
-    Raises:
-        RunError: the name is not one of the run, as in `own_path`.
-    """
-    return own_path(directory, name).is_file()
-
-
 def take_file(source: Path, name: str, target: Path, own_name: str | None = None) -> None:
     """Give a run a file of another run: as a hard link if the file system supports it, or a copy.
 
@@ -161,7 +151,7 @@ def take_file(source: Path, name: str, target: Path, own_name: str | None = None
         RunError: the file is unreadable, or does not belong to the run.
         OSError: it cannot be written.
     """
-    if not has_own(source, name):
+    if not own_path(source, name).is_file():
         return
     taken = own_path(target, own_name or name)
     taken.parent.mkdir(parents=True, exist_ok=True)
@@ -332,13 +322,13 @@ class Change(NamedTuple):
     gone: list[str]
 
 
-def write_change(directory: Path, step: int, change: Change) -> FileRow:
-    """Write tensors (on the CPU) after `step` and the code that followed it."""
+def write_change(directory: Path, step: int, tensors: Mapping[str, Tensor], gone: list[str]) -> FileRow:
+    """Write tensors (on the CPU) after `step` and the code that followed it. gone: as in `Change`."""
     folder = directory / CHANGES
     folder.mkdir(exist_ok=True)
     name = f"{CHANGES}/{step:06d}.safetensors"
     with completed(directory / name) as file:
-        return write_tensors(file, name, change.tensors, change.gone or None, is_synced=False)
+        return write_tensors(file, name, tensors, gone or None, is_synced=False)
 
 
 def write_data(

@@ -68,29 +68,24 @@ def _in_table(table: str, problem: str) -> Finding:
     return Finding(f"{FILE_NAME}, {table}", problem)
 
 
-def structure_findings(directory: Path, database: Database, facts: Facts) -> Iterator[Finding]:
+def structure_findings(database: Database, facts: Facts) -> Iterator[Finding]:
     """Yield findings that need not read all numbers.
 
     Raises:
         RunError: the database cannot be read.
     """
-    newest, first = database.newest_step(), database.first_step()
+    newest, first = database.newest_step(), database.numbers("SELECT min(step) FROM steps")[0]
     if first is not None and first != 1:
         yield _in_table("steps", f"steps begin at {first:,}; a recording begins at step 1")
-    short = missing_steps(facts, newest)
+    short, later = missing_steps(facts, newest), _latest_state(database)
     if short is not None:
         yield short
-    elif (later := _latest_state(directory, database)) > newest and not _is_ahead(
-        directory, facts, newest
-    ):
-        yield _in_table(
-            "steps",
-            f"steps {newest + 1:,} to {later:,} are missing: the database ends at step {newest:,}, but "
-            f"the state after step {later:,} is on disk",
-        )
-    count, last_block = database.blocks_of_losses()
+    elif later > newest and not _is_ahead(database, facts, newest):
+        ends = f"the database ends at step {newest:,}, but the state after step {later:,} is on disk"
+        yield _in_table("steps", f"steps {newest + 1:,} to {later:,} are missing: {ends}")
+    begins = [block.first for block in database.blocks(LOSS)]
     is_closed = facts.status in _CLOSED and newest > 0
-    if last_block > newest or (is_closed and count != newest // BLOCK + 1):
+    if max(begins, default=-1) > newest or (is_closed and len(begins) != newest // BLOCK + 1):
         yield _in_table("blocks", "the digests of the losses do not belong to these steps")
     if not database.has_facts_as_written():
         yield _in_table("facts", "the description of the run does not match its digest")
@@ -105,20 +100,20 @@ def missing_steps(facts: Facts, newest: int) -> Finding | None:
     )
 
 
-def _latest_state(directory: Path, database: Database) -> int:
+def _latest_state(database: Database) -> int:
     """Return the step of the newest state that is on disk or in the database, 0 if there is none."""
     states = {row.step for row in database.snapshots()}
     with suppress(OSError):
-        names = [path.name for path in (directory / SNAPSHOTS).iterdir()]
+        names = [path.name for path in (database.directory / SNAPSHOTS).iterdir()]
         states |= {int(name) for name in names if name.isdecimal() and len(name) < 18}
     return max(states, default=0)
 
 
-def _is_ahead(directory: Path, facts: Facts, newest: int) -> bool:
+def _is_ahead(database: Database, facts: Facts, newest: int) -> bool:
     """Return whether a process writes the run, or did so until now: its files are ahead of its rows."""
-    if facts.status != "running" or is_locked(directory):
+    if facts.status != "running" or is_locked(database.directory):
         return facts.status == "running"
-    with reading(directory / FILE_NAME) as now:
+    with reading(database.path) as now:
         return now.newest_step() > newest
 
 
@@ -161,10 +156,9 @@ def number_findings(
             now = _digests_by_block(database, recorded[LOSS])
         else:
             now = digests_of(*series)
-        blocks = sorted(now.keys() | recorded[name].keys())
-        altered += [
-            (name, first) for first in blocks if now.get(first, 0) != recorded[name].get(first, 0)
-        ]
+        was = recorded[name]
+        blocks = sorted(now.keys() | was.keys())
+        altered += [(name, first) for first in blocks if now.get(first, 0) != was.get(first, 0)]
     newest = database.newest_step()
     for name, first in altered[:_MOST_NAMED]:
         which = _span(max(1, first), max(first, min(first + BLOCK - 1, newest)))

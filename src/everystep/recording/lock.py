@@ -113,10 +113,7 @@ def _facts_of(directory: Path) -> Facts:
 
 
 def _names_a_writer(directory: Path, *, other: bool = False) -> bool:
-    """Return whether the process that a run names as its writer seems to be writing it.
-
-    other: only a process other than this one.
-    """
+    """Return whether the process that a run names as its writer (one that is `other`) seems to write."""
     facts = _facts_of(directory)
     writer = facts.writer
     if facts.status != "running" or writer is None:

@@ -51,7 +51,7 @@ def pruning_of(directory: Path, snapshots: int | None, batches: int | None) -> P
         facts, newest = database.facts(), database.newest_step()
         # Looking for what needs each file reads all steps.
         keep = None if batches is None else Keep("all steps")
-        repeats = Repeats(directory, database, math.inf, newest, keep)
+        repeats = Repeats(database, math.inf, newest, keep)
         kept = {row.step: row.size for row in database.snapshots()}
     files = repeats.oldest(math.inf if batches is None else batches)
     lost = max((repeats.files[number].newest_step for number in files), default=0)

@@ -24,7 +24,6 @@ from everystep.recording.files import (
     EXPERIMENT_FILE,
     Change,
     FileRow,
-    has_own,
     own_path,
     read_data,
     read_file,
@@ -120,9 +119,14 @@ class RecordedRun:
 
         Only this one of an earlier stretch without a step that it keeps.
         """
-        known = self.stretches[place].facts.ranks
         own, places = self.directory.resolve(), self.places_of_ranks(place)
-        return [self if known is None or each == own else self._of_rank(each, known) for each in places]
+        for each in places:
+            if each != own and (not is_run(each) or each.resolve() != each):  # no link is followed
+                raise RunError(
+                    f"{self.name} was trained by {len(places)} processes, and the run of one of them is "
+                    f"missing: {each}"
+                )
+        return [self if each == own else type(self)(each) for each in places]
 
     def places_of_ranks(self, place: int) -> list[Path]:
         """Return the directories of `ranks_of`, whether they exist or not.
@@ -178,14 +182,6 @@ class RecordedRun:
                 "verify, step, diff, why, rows, when and measure work, fork and what-if with lr, and "
                 "its script resumes it, or forks it by everystep.record(fork=..., at=...)"
             )
-
-    def _of_rank(self, directory: Path, known: RanksFacts) -> Self:
-        if not is_run(directory) or directory.resolve() != directory:  # no link is followed
-            raise RunError(
-                f"{self.name} was trained by {known.count} processes, and the run of one of them is "
-                f"missing: {directory}"
-            )
-        return type(self)(directory)
 
     @property
     def status(self) -> str:
@@ -304,11 +300,10 @@ class RecordedRun:
             for rank, run in enumerate(self.shown_ranks[1:], start=1):
                 own = run.losses_between(first, first + len(steps) - 1)
                 taken = [(each.last, each.training.ranks) for each in run.facts.earlier]
+                # Before the last of these, there was no such rank.
                 others = [last for last, of in taken if of is None or of.rank != rank]
-                begins = max(
-                    0, max(others, default=0) - first + 1
-                )  # before that, there was no such rank
-                shown = [None if place < begins else loss for place, loss in enumerate(own)]
+                missing = max(0, max(others, default=0) - first + 1)
+                shown = [None] * min(missing, len(own)) + own[missing:]
                 columns[f"loss (rank {rank})"] = [*shown, *[None] * (len(steps) - len(own))]
         measured = {
             series.partition("/")[2]: dict(zip(at.tolist(), values.tolist(), strict=True))
@@ -367,19 +362,18 @@ class RecordedRun:
         if (lost := self.lost_experiment(facts)) is not None:
             raise RunError(f"{lost} is missing, though the run was trained by it; put it back")
         name = facts.experiment_file or EXPERIMENT_FILE
-        rows = self.files(name)
+        if not self.files(name):
+            return None
         try:
-            return (
-                parse(read_file(self.directory, rows[0]), str(self.directory / name)) if rows else None
-            )
+            return parse(self.read_file(name), str(self.directory / name))
         except ExperimentError as error:
             raise RunError(str(error)) from None
 
     def lost_experiment(self, facts: TrainingFacts) -> Path | None:
         """Return the experiment file that a stretch was trained by, if it was removed since."""
         name = facts.experiment_file or EXPERIMENT_FILE
-        is_lost = self.files(name) and not has_own(self.directory, name)
-        return self.directory / name if is_lost else None
+        place = own_path(self.directory, name)
+        return place if self.files(name) and not place.is_file() else None
 
     @property
     def stretches(self) -> list[Stretch]:
@@ -400,10 +394,10 @@ class RecordedRun:
         """Return the run in one line."""
         with reading(self._database_path) as database:
             facts = database.facts()
-            found = [*structure_findings(self.directory, database, facts)]
+            found = [*structure_findings(database, facts)]
             damage = damage_text(self.name, found) if found else None
             status = self.status_by(facts)
-            return summary_of(self.name, self.directory, facts, status, damage, database)
+            return summary_of(self.name, facts, status, damage, database)
 
     def check(self) -> None:
         """Check that the steps of a finished run are there; warn of other damage.
@@ -421,7 +415,7 @@ class RecordedRun:
                     f"{self.name} is damaged: {missing.problem}; restore {FILE_NAME} from a copy; "
                     f"everystep doctor {self.name} --export FILE.csv writes the numbers that can be read"
                 )
-            self._warn_of([*structure_findings(self.directory, database, facts)])
+            self._warn_of([*structure_findings(database, facts)])
 
     def findings(self) -> list[Finding]:
         """Return what is missing or altered among the numbers of the run; reads all of them."""
@@ -431,7 +425,7 @@ class RecordedRun:
         return self._found[1]
 
     def _findings_in(self, database: Database, known: dict[str, Series], since: int) -> list[Finding]:
-        found = structure_findings(self.directory, database, database.facts())
+        found = structure_findings(database, database.facts())
         return [*found, *number_findings(database, known, since)]
 
     def database_problems(self) -> list[str]:

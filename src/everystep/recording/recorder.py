@@ -28,7 +28,6 @@ from everystep.recording.files import (
     DATA_LIMIT,
     PROGRAMS,
     SNAPSHOTS,
-    Change,
     program_file,
     row_of_file,
     state_folder,
@@ -156,7 +155,7 @@ class Recorder:
                 programs = [path.stem for path in (self._home.here / PROGRAMS).glob("*.json")]
                 self.program_count = max((int(each) for each in programs if each.isdecimal()), default=0)
                 given = batch_budget, self._last_step, keep, self._is_kept
-                self._repeats = Repeats(self._home.here, self._database, *given)
+                self._repeats = Repeats(self._database, *given)
                 closing.callback(self._repeats.close)
             except OSError as error:
                 raise self._translated(error, at if is_resumed else 0) from error
@@ -191,7 +190,7 @@ class Recorder:
         """
         # A replay needs the change only to take the next step.
         if step >= self.recorded and self._is_kept(step + 1):
-            row = write_change(self._home.here, step, Change(tensors, [*gone]))
+            row = write_change(self._home.here, step, tensors, [*gone])
             with self._database.transaction():
                 self._database.enter([row])
 
@@ -212,11 +211,6 @@ class Recorder:
         """Write facts: values of fields of `Facts` and `TrainingFacts`, by name."""
         self._write_numbers((), facts)
 
-    @_in_thread
-    def measurements(self, rows: Sequence[tuple[str, int, float]]) -> None:
-        """Write measurements (name, step, value)."""
-        self._write_numbers(rows, {})
-
     def losses(
         self,
         first_step: int,
@@ -225,7 +219,7 @@ class Recorder:
         facts: Mapping[str, Any] = MappingProxyType({}),
         taken: Sequence[Taken] = (),
     ) -> None:
-        """Write the losses of consecutive steps, with measurements and facts: all or nothing.
+        """Write the losses of consecutive steps, if any, with measurements and facts: all or nothing.
 
         taken: the data that repeats the steps, if they were watched. Steps that were passed before are
         left out: Ctrl-C may come before the caller notes it.
@@ -373,7 +367,7 @@ class Recorder:
         with self._database.transaction():
             here, database, inherited = self._home.here, self._database, dict[str, Any]()
             if parent is not None:
-                inherited = inherit(here, database, self.plan, parent, at)
+                inherited = inherit(database, self.plan, parent, at)
             if beginning is not None and at not in self.plan.kept:
                 row = write_snapshot(here, beginning)
                 database.enter(row.files)
@@ -397,10 +391,10 @@ class Recorder:
         if facts.resumed:  # later steps were discarded
             recorded = min(recorded, facts.resumed[-1].at)
         again = is_changed and before.training.loop is not None
-        tidy(self._home.here, self._database, recorded, self._passed, changes_again=again)
+        tidy(self._database, recorded, self._passed, changes_again=again)
         before = self._database.facts()
         kept = self._begin_keeping(before.not_kept, recorded)
-        self._again = Continuation(self._home.here, self._database, facts.rows() | kept)
+        self._again = Continuation(self._database, facts.rows() | kept)
         self.recorded = self._again.recorded
         self.plan.kept = {row.step: row.size for row in self._database.snapshots()}
         self._earlier = *before.earlier, *facts.earlier
@@ -484,15 +478,10 @@ class Recorder:
             self._job_began = None
 
     def _follow(self) -> bool:
-        """Continue in the run's directory after a move; return whether it has moved.
-
-        Raises:
-            RecordingError: it no longer exists.
-        """
+        """Continue in the run's directory after a move; return whether it has moved."""
         if not self._home.follow():
             return False
         self._database.move(self._home.here / FILE_NAME)
-        self._repeats.move(self._home.here)
         return True
 
     def _write_numbers(

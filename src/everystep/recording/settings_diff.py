@@ -166,13 +166,6 @@ def _named(
             yield Setting(kind, path, owner, name, values, is_torchs)
 
 
-def _other_object(kind: str, path: str, one: Described | None, other: Described | None) -> Setting:
-    """Return the setting that an object as a whole is another one, or is missing."""
-    texts = [each and whole_text(each) for each in (one, other)]
-    both = all(each is None or each.is_torchs for each in (one, other))
-    return Setting(kind, path, None, None, (texts[0], texts[1]), is_torchs=both)
-
-
 def _objects(
     kind: str, one: Mapping[str, Described], other: Mapping[str, Described], of_own_classes: bool
 ) -> Iterator[Setting]:
@@ -185,7 +178,9 @@ def _objects(
             # The contents of a module that only one of them has are not listed again.
             parent = path.rpartition(".")[0]
             if not path or not is_module or (parent in one) == (parent in other):
-                yield _other_object(kind, path, a, b)
+                texts = a and whole_text(a), b and whole_text(b)
+                both = all(each is None or each.is_torchs for each in (a, b))
+                yield Setting(kind, path, None, None, texts, both)
             continue
         both = a.is_torchs and b.is_torchs
         named = partial(_named, kind, path=path, owner=a.class_name, is_torchs=both)

@@ -50,9 +50,7 @@ class Summary(NamedTuple):
     damage: str | None = None
 
 
-def summary_of(
-    name: str, directory: Path, facts: Facts, status: str, damage: str | None, database: Database
-) -> Summary:
+def summary_of(name: str, facts: Facts, status: str, damage: str | None, database: Database) -> Summary:
     """Return a run in one line; its database is open for reading."""
     count, trained = database.newest_step(), facts.trained
     newest = count if facts.has_loss else 0
@@ -62,14 +60,14 @@ def summary_of(
     rates = [rate for group in groups if isinstance(rate := group.get("lr"), int | float)]
     return Summary(
         name=name,
-        directory=directory,
+        directory=database.directory,
         status=status,
         steps=count,
         planned=count if facts.steps is None else facts.steps,
         first_loss=first,
         last_loss=last,
         # A run that is just being created has no start time yet.
-        started=facts.started or datetime.fromtimestamp((directory / FILE_NAME).stat().st_mtime, UTC),
+        started=facts.started or datetime.fromtimestamp(database.path.stat().st_mtime, UTC),
         nonfinite_step=facts.nonfinite_step,
         seconds=facts.seconds,
         optimizer=", ".join(o.class_name for o in trained.optimizers.values()) if trained else None,

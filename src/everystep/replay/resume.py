@@ -40,8 +40,7 @@ from everystep.training.loop import run_job
 from everystep.training.model_step import training_parts
 from everystep.training.objects import Objects, is_dataset
 from everystep.training.resumed import (
-    changes,
-    changes_by_others,
+    accepted_changes,
     check_changes,
     check_rules,
     check_taken_by_loop,
@@ -137,13 +136,10 @@ class Resume:
         # Rows that the run was trained without stay left out.
         job = job.without_rows((), begin, facts.batches.without)
         if job.evaluation is not None and facts.evaluate_every is not None:
-            job = replace(job, evaluate_every=facts.evaluate_every)
             job = job.with_facts(evaluate_every=facts.evaluate_every)
         # A metric more or less changes no step.
-        changed = changes(facts, job.facts, ("data.digest", "evaluate_every", *left_out))
-        check_changes(run, changed, is_accepted=self.is_accepted)
-        # After the check: another number of processes is noted, but does not refuse the resume.
-        changed = (*changes_by_others(run, job.facts), *changed)
+        left_out = ("data.digest", "evaluate_every", *left_out)
+        changed = accepted_changes(run, job.facts, is_accepted=self.is_accepted, left_out=left_out)
         if state is not None:
             check_rules(run, state.step)
             everything = ("model", "loss", "optimizer", "scheduler")

@@ -315,7 +315,7 @@ def _problem(tensor: Tensor) -> str | None:
             "models that each process has all of (DistributedDataParallel)"
         )
     if not is_dense(tensor):
-        return "is sparse, nested or made of other tensors; a run can hold only dense tensors"
+        return "is sparse, nested or made of other tensors, and a run holds dense ones; use to_dense()"
     kind = str(tensor.dtype).removeprefix("torch.")
     return None if tensor.dtype in _HELD else f"is {kind}, which a run cannot hold"
 

@@ -123,11 +123,7 @@ class Acceleration:
         return tensors_of(batch[0]) if batch else {}
 
     def _advanced(self) -> tuple[Sequence[torch.optim.Optimizer], Sequence[LRScheduler]]:
-        """Return the optimizers and schedulers that the last step in Python has advanced.
-
-        Raises:
-            NotReplaceableError: it has changed settings in another way.
-        """
+        """Return the optimizers and schedulers that the last step in Python has advanced."""
         around = self.watched.around
         assert around is not None
         return around.optimizers, around.schedulers()
@@ -225,11 +221,7 @@ class Acceleration:
         return logged
 
     def _stand_in(self, batch: Mapping[str, Tensor], logged: Mapping[str, Any]) -> StandIn:
-        """Return a program that runs steps like the last one, which Python ran.
-
-        Raises:
-            NotReplaceableError: there is none; gives the reason.
-        """
+        """Return a program that runs steps like the last one, which Python ran."""
         path, seen = self.watched.last
         built = self.watched.last_program()
         if isinstance(built, str):
@@ -250,11 +242,7 @@ class Acceleration:
     def _check(
         self, number: int, kind: _Kind, stand_in: StandIn, numbers: Sequence[Number], batch: Any
     ) -> dict[str, Any]:
-        """Run a step in Python, and compare its program with it; Python's step counts.
-
-        Raises:
-            TrainingError: they differ, and training cannot go back to the last good check.
-        """
+        """Run a step in Python, and compare its program with it; Python's step counts."""
         started = clock.now()
         before = PartsCopy.of(self.watched.parts, self._tensors_of(number, batch))
         logged = self._by_python(number, batch)

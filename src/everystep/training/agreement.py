@@ -152,11 +152,7 @@ class Agreement:
                 raise RunError(f"rank {other} cannot begin the run: {text}")
 
     def _place_in(self, top: Path, parent: RecordedRun | None) -> Path:
-        """Return the directory of this rank within that of rank 0.
-
-        Raises:
-            RunError: this machine does not see the latter.
-        """
+        """Return the directory of this rank within that of rank 0, which this machine must see."""
         begun = clock.now()
         while not (top / RANKS).is_dir():  # a network may show it late
             if clock.now() - begun > NOTICE_SECONDS / 2:
@@ -183,9 +179,6 @@ class Agreement:
         """Give a value to the other ranks, and return theirs, in order.
 
         sources: the ranks to wait for; default: all.
-
-        Raises:
-            UsageError: one has not given any for `MOST_SECONDS`.
         """
         if self.ranks is None:
             return [value]
@@ -250,7 +243,7 @@ def run_to_fork(run: R, at: int, agreement: Agreement) -> R:
             f"continue it; fork it with {processes_text(before)}, and resume the fork with as many as "
             "you like"
         )
-    return run if agreement.ranks is None else run.ranks_of(place)[agreement.rank]
+    return run.ranks_of(place)[agreement.rank]
 
 
 def run_to_continue(run: R, agreement: Agreement) -> R:
@@ -265,7 +258,7 @@ def run_to_continue(run: R, agreement: Agreement) -> R:
         RunError: another number recorded it, and the ranks had different parameters, or no step yet.
     """
     if run.facts.training.processes == agreement.count:
-        return run if agreement.ranks is None else agreement.continued(run.ranks[agreement.rank])
+        return agreement.continued(run.ranks[agreement.rank])
     with agreement.together():  # rank 0 then changes what others have read
         return _continued_from(run, agreement)
 
@@ -273,12 +266,10 @@ def run_to_continue(run: R, agreement: Agreement) -> R:
 def _continued_from(run: R, agreement: Agreement) -> R:
     """Return the run of this rank, to continue what another number of processes recorded."""
     top, rank = run.ranks[0], agreement.rank
-    at = max((row.step for row in top.snapshot_rows()), default=0)
+    at = max(top.snapshots, default=0)
     ranks = top.ranks_of(place := stretch_at(top.stretches, at))  # those that took the step
     states = _states_alike(ranks, at)
-    if (
-        top.stretches[place].facts.processes == agreement.count
-    ):  # others came after it, and have left no state
+    if top.stretches[place].facts.processes == agreement.count:  # later ones have left no state
         own = ranks[rank]
     elif agreement.ranks is None or not rank:
         own = top
@@ -286,17 +277,13 @@ def _continued_from(run: R, agreement: Agreement) -> R:
         is_new = rank >= len(ranks)
         parent = 0 if is_new else rank
         own = _begun_from(ranks[parent], at, states[parent], agreement.ranks, is_new=is_new)
-    before = run.facts.training.processes
-    own.common_states, own.common_steps, own.others = frozenset([0, at]), at, before
+    own.common_states, own.common_steps = frozenset([0, at]), at
+    own.others = run.facts.training.processes
     return own
 
 
 def _states_alike(ranks: Sequence[RecordedRun], at: int) -> list[State]:
-    """Return the states of all ranks after a step.
-
-    Raises:
-        RunError: one cannot be read, or the parameters or the optimizers are not the same in all.
-    """
+    """Return the states of all ranks after a step; check that parameters and optimizers are the same."""
     cure = "continue it with as many processes as before"
     states = [state for each in ranks if (state := each.state_near(at, after=at - 1)) is not None]
     if not at or len(states) < len(ranks):

@@ -84,7 +84,7 @@ def unnested(batch: Any, path: str = "") -> tuple[dict[str, Tensor], Any]:
     The nesting is as JSON can hold it, with `{"tensor": path}` for each tensor. path: the prefix of all
     paths.
     """
-    if _is_short(batch):
+    if type(batch) in (list, tuple) and len(batch) in (1, 2) and all(map(_is_dense, batch)):
         tensors = {_join(path, n): _as_tensor(part) for n, part in zip("xy", batch, strict=False)}
         return tensors, {type(batch).__name__: [{"tensor": name} for name in tensors]}
     tensors = {}
@@ -134,12 +134,6 @@ def nested_again(text: Any, tensors: Mapping[str, Tensor]) -> Any:
         items = [nested_again(item, tensors) for item in content]
         return tuple(items) if kind == "tuple" else items
     return f"<{content}>"  # of a class that no run holds
-
-
-def _is_short(batch: Any) -> bool:
-    """Return whether a batch is one tensor, or a pair of tensors, in a list or a tuple."""
-    is_short = type(batch) in (list, tuple) and len(batch) in (1, 2)
-    return is_short and all(map(_is_dense, batch))
 
 
 def _is_dense(part: Any) -> bool:

@@ -45,9 +45,8 @@ class LoopConditions:
     def __init__(self, stop: str | Iterable[str], mark: str | Iterable[str]) -> None:
         self._stop, self._mark = _read(stop, "stop_when"), _read(mark, "mark_when")
         self.mark = [condition.text for condition in self._mark]
-        self._references = frozenset[Reference]().union(
-            *(condition.references for condition in (*self._stop, *self._mark))
-        )
+        read = (condition.references for condition in (*self._stop, *self._mark))
+        self._references = frozenset[Reference]().union(*read)
         gradients = self._names("gradients")
         self.gradient_copies = GradientCopies(gradients) if gradients else None
         #: What there is of the last step.

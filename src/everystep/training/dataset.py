@@ -5,7 +5,7 @@ every step.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,8 +30,8 @@ __all__ = [
     "DEFAULT_DATASET_LIMIT",
     "DatasetBatches",
     "called",
+    "guards_of",
     "length_of",
-    "read_once",
     "read_rows",
     "unfit",
 ]
@@ -42,24 +42,16 @@ DEFAULT_DATASET_LIMIT = 2_000_000_000
 _ROWS_AT_ONCE = 256
 
 
-def read_once(
-    dataset: Dataset[Any], limit: int, progress: Callable[[int, int], None]
-) -> tuple[tuple[Tensor, Tensor], Guards] | None:
-    """Read all rows of a Dataset if it is torch's own, of tensors: reading it has no effect.
+def guards_of(dataset: Dataset[Any]) -> Guards | None:
+    """Return guards of what the rows of a Dataset depend on, if it is torch's own, of tensors.
 
-    progress: called with the number of rows read, and of all rows.
-
-    Returns x and y, and guards of what the rows depend on; None for any other Dataset, which must be
-    read at every step.
-
-    Raises:
-        DataError: it has no rows, rows that are not pairs, or more than `limit` bytes.
+    Reading such a Dataset has no effect, so once is enough; any other must be read at every step.
     """
     if not _is_torchs(dataset):
         return None
     guards = Guards()
     _guard(dataset, guards)
-    return read_rows(dataset, limit, progress), guards
+    return guards
 
 
 def read_rows(
@@ -67,8 +59,10 @@ def read_rows(
 ) -> tuple[Tensor, Tensor]:
     """Read all rows into two tensors x and y.
 
+    progress: called with the number of rows read, and of all rows.
+
     Raises:
-        DataError: the rows exceed `limit` bytes, or differ in shape.
+        DataError: there are none, or the rows exceed `limit` bytes, are not pairs, or differ in shape.
     """
     wanted = range(length_of(dataset))
     parts: list[tuple[Tensor, Tensor]] = []
@@ -110,7 +104,6 @@ def length_of(dataset: Dataset[Any]) -> int:
 
 
 def _is_torchs(dataset: Any) -> bool:
-    """Return whether a Dataset is torch's own, of tensors."""
     if type(dataset) is TensorDataset:
         return all(type(tensor) in TENSOR_TYPES for tensor in dataset.tensors)
     if type(dataset) is Subset:
@@ -142,11 +135,10 @@ def _pair(dataset: Dataset[Any], row: int) -> tuple[Any, Any]:
         raise DataError(
             f"{place} is {called(item)}, not a pair (x, y); wrap it in a Dataset that returns such pairs"
         )
-    found = [(letter, unfit(part, letter)) for letter, part in zip("xy", item, strict=True)]
     faults = [
-        Fault(place, f"{letter} must be a tensor, an array or a number, not {wrong.what}; {wrong.cure}")
-        for letter, wrong in found
-        if wrong is not None
+        Fault(place, f"{letter} must be a tensor, an array or a number, not {wrong}")
+        for letter, part in zip("xy", item, strict=True)
+        if (wrong := unfit(part, letter)) is not None
     ]
     if faults:
         raise DataError(faults, "the data" if len(faults) > 1 else "")
@@ -226,22 +218,15 @@ class DatasetBatches:
         self._is_kept[rows] = True
 
 
-class Unfit(NamedTuple):
-    """An object that cannot be trained on. what: `a tuple of 2 tensors`; cure: a fix."""
-
-    what: str
-    cure: str
-
-
-def unfit(value: Any, name: str) -> Unfit | None:
-    """Return what is wrong with x or y (`name`), of all rows or of one; None if it is valid."""
+def unfit(value: Any, name: str) -> str | None:
+    """Return what x or y (`name`) is, of all rows or of one, and a fix; None if it is valid."""
     if isinstance(value, Tensor):
         return _unfit_tensor(value, name)
     if isinstance(value, np.ndarray | np.generic) and not isinstance(value, str | bytes):
         return _unfit_array(value, name)
     if isinstance(value, bool | int | float | complex):
         return None
-    return Unfit(called(value), _cure(value, name))
+    return f"{called(value)}; {_cure(value, name)}"
 
 
 def called(value: Any) -> str:
@@ -263,29 +248,28 @@ def called(value: Any) -> str:
     return text
 
 
-def _unfit_tensor(value: Tensor, name: str) -> Unfit | None:
+def _unfit_tensor(value: Tensor, name: str) -> str | None:
     if value.is_nested:
-        cure = f"pad its rows to one length: torch.nested.to_padded_tensor({name}, 0.0)"
-        return Unfit("a nested tensor", cure)
+        cure = f"torch.nested.to_padded_tensor({name}, 0.0)"
+        return f"a nested tensor; pad its rows to one length: {cure}"
     if value.layout != torch.strided:
-        return Unfit("a sparse tensor", f"pass {name}.to_dense()")
+        return f"a sparse tensor; pass {name}.to_dense()"
     if value.is_quantized:
-        return Unfit("a quantized tensor", f"pass {name}.dequantize()")
+        return f"a quantized tensor; pass {name}.dequantize()"
     if value.requires_grad:
-        return Unfit("a tensor that requires a gradient", f"pass {name}.detach()")
+        return f"a tensor that requires a gradient; pass {name}.detach()"
     if value.device.type == "meta":
-        return Unfit("a tensor on the meta device", "it has no values; create it on a real device")
+        return "a tensor on the meta device; it has no values; create it on a real device"
     return None
 
 
-def _unfit_array(value: np.ndarray[Any, Any] | np.generic, name: str) -> Unfit | None:
+def _unfit_array(value: np.ndarray[Any, Any] | np.generic, name: str) -> str | None:
     try:
         torch.from_numpy(np.empty(0, value.dtype))
     except TypeError:
         if value.dtype.kind in "SU":
-            return Unfit("an array of text", _TEXT)
-        cure = f"torch has no such dtype; pass {name}.astype('float32')"
-        return Unfit(f"an array of {value.dtype}", cure)
+            return f"an array of text; {_TEXT}"
+        return f"an array of {value.dtype}; torch has no such dtype; pass {name}.astype('float32')"
     return None
 
 

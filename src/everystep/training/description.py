@@ -60,6 +60,7 @@ __all__ = ["describe", "facts_from", "facts_of_loop", "modules_of", "optimizer_f
 
 #: Maximum number of items of a list that is a setting; a longer one is data.
 _MOST_ITEMS = 100
+_HOOKS_OF_TENSORS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 #: What a scheduler counts, or holds besides its settings.
 _COUNTED = {
     *("base_lrs", "best", "cooldown_counter", "last_epoch", "mode_worse", "num_bad_epochs"),
@@ -80,14 +81,15 @@ def describe(
     evaluate_every: steps between measurements, None if nothing is measured.
     """
     about_data: dict[str, Any] = source | {"rows": batches.rows}
+    preparation, files = None, dict[str, Any]()
     if data is not None:
         about_data |= {"x": tuple(data.x.shape), "y": tuple(data.y.shape)} | data.numbering._asdict()
-    validation = data.validation if data is not None else None
-    if validation is not None:
-        about_data["validation_rows"] = len(validation[0])
-    preparation = data.preparation if data is not None else None
-    sources = data.sources if data is not None else ()
-    found = TrainingFacts(
+        if data.validation is not None:
+            about_data["validation_rows"] = len(data.validation[0])
+        preparation = data.preparation
+        if data.sources:
+            files["data_file"] = _in_files(data.sources)
+    return TrainingFacts(
         seed=iteration.seed,
         data=DataFacts(**about_data),
         batches=BatchFacts(
@@ -105,12 +107,11 @@ def describe(
         preparation=preparation.model_dump() if preparation else None,
         ranks=ranks_here(),
         **_shared(training.parts, training.device, training.scheduler_every),
+        **files,
     )
-    return found.model_copy(update={"data_file": _in_files(sources)}) if sources else found
 
 
 def _in_files(sources: tuple[SourceFile, ...]) -> DataFileFacts:
-    """Return the fact of data that stays in files."""
     return DataFileFacts(
         file=sources[0].path,
         stored=False,
@@ -185,10 +186,8 @@ def _own_tensors(module: nn.Module) -> dict[str, str | None]:
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         is_frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
         dtype = None if tensor is None else str(tensor.dtype).removeprefix("torch.")
-        kinds = (
-            getattr(tensor, f"_{kind}_hooks", None) for kind in ("backward", "post_accumulate_grad")
-        )
-        hook = "".join(f", hook {names_of(hooks)}" for hooks in kinds if hooks)
+        tables = (getattr(tensor, name, None) for name in _HOOKS_OF_TENSORS)
+        hook = "".join(f", hook {names_of(hooks)}" for hooks in tables if hooks)
         found[name] = f"{dtype}{', frozen' * is_frozen}{hook}" if dtype else None
     return found
 
@@ -208,7 +207,6 @@ def optimizer_facts(optimizer: torch.optim.Optimizer) -> OptimizerFacts:
 
 
 def _scheduler_facts(scheduler: LRScheduler, every: str | None) -> SchedulerFacts:
-    """Return the facts of a scheduler. every: see `SchedulerFacts`."""
     settings = {k: v for k, v in _settings(scheduler).items() if k not in _COUNTED}
     return SchedulerFacts(
         class_name=type(scheduler).__name__,
@@ -280,13 +278,7 @@ def facts_from(config: Any, tags: Iterable[str]) -> dict[str, Any]:
 
 
 def _checked_config(config: Any) -> dict[str, Any]:
-    """Return a config as JSON can hold it; what JSON cannot hold is its text.
-
-    config: a mapping, a dataclass, an `argparse.Namespace`, or None for none.
-
-    Raises:
-        UsageError: it is none of these, or too large.
-    """
+    """Return a mapping, a dataclass, an `argparse.Namespace` or None as JSON can hold it."""
     if isinstance(config, argparse.Namespace):
         config = vars(config)
     plain = _as_json({} if config is None else config)
@@ -299,11 +291,7 @@ def _checked_config(config: Any) -> dict[str, Any]:
 
 
 def _checked_tags(tags: Iterable[str]) -> tuple[str, ...]:
-    """Return tags, each once and in one line.
-
-    Raises:
-        UsageError: lists each that a run cannot hold.
-    """
+    """Return tags, each once and in one line."""
     if isinstance(tags, str):
         raise UsageError(f"tags is a text; pass a list: tags=[{tags!r:.100}]")
     given = [*tags]

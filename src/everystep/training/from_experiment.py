@@ -117,13 +117,10 @@ def experiment_job(
     _check_scheduler(experiment)
     wanted = experiment.optimizer
     optimizer = build("optimizer", wanted.name, wanted.keywords, [*model.parameters()])
-    scheduler, every = None, "step"
+    objects = Objects(model, loss, optimizer, metrics=experiment.metrics or ())
     if (asked := experiment.scheduler) is not None:
-        scheduler, every = build("scheduler", asked.name, asked.keywords, optimizer), asked.every
-    metrics = experiment.metrics or ()
-    objects = Objects(
-        model, loss, optimizer, scheduler=scheduler, scheduler_every=every, metrics=metrics
-    )
+        scheduler = build("scheduler", asked.name, asked.keywords, optimizer)
+        objects = replace(objects, scheduler=scheduler, scheduler_every=asked.every)
     source = experiment.data.model_dump(exclude_none=True)
     job = job_of(objects, experiment, batches, data, source, device)
     return replace(job, name=name, experiment_toml=experiment.to_toml())
@@ -131,13 +128,9 @@ def experiment_job(
 
 def _origin(data: Data) -> str:
     """Return the source of the data for messages about layers: which columns became several."""
-    words = [
-        f"{column.name} becomes {len(column.categories)} columns"
-        for column in (
-            data.preparation.columns if isinstance(data.preparation, TablePreparation) else ()
-        )
-        if isinstance(column, CategoricalColumn)
-    ]
+    columns = data.preparation.columns if isinstance(data.preparation, TablePreparation) else ()
+    wide = (column for column in columns if isinstance(column, CategoricalColumn))
+    words = [f"{column.name} becomes {len(column.categories)} columns" for column in wide]
     return "the data" + (f" ({', '.join(words)})" if words else "")
 
 

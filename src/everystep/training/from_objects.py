@@ -15,13 +15,13 @@ from torch import Tensor
 from everystep import numerics
 from everystep.bounded import check_steps
 from everystep.device import select
-from everystep.errors import DataError, DeviceError, ModelError
+from everystep.errors import DataError, DeviceError
 from everystep.experiment.batches import Batches, RowsOf
 from everystep.experiment.data import Data, Numbering, split_rows
 from everystep.experiment.specification import Iteration
 from everystep.step.guards import Guards
 from everystep.training.agreement import ranks_here
-from everystep.training.dataset import DatasetBatches, length_of, read_once
+from everystep.training.dataset import DatasetBatches, guards_of, length_of, read_rows
 from everystep.training.description import describe
 from everystep.training.job import Job, Outcome, Progress
 from everystep.training.loop import run_job
@@ -71,8 +71,7 @@ def objects_job(objects: Objects, iteration: Iteration, device: torch.device, pr
             "the model is in evaluation mode, so dropout and batch norm behave as in evaluation; to "
             "train in training mode, call model.train() first"
         )
-    read = _read(objects, seed, progress)
-    data, guards = (None, None) if read is None else read
+    data, guards = _read(objects, seed, progress)
     rows = length_of(objects.data) if data is None else len(data.x)
     numbers = None if data is None else data.numbers
     batches = Batches(rows, iteration.batch_size, seed, iteration.drop_last, numbers=numbers)
@@ -81,7 +80,7 @@ def objects_job(objects: Objects, iteration: Iteration, device: torch.device, pr
         notices.append(f"the Dataset is read at every step: {kind} is not one of torch's, of tensors")
     source = {"source": "dataset" if is_dataset(objects.data) else "tensors", "lazy": data is None}
     job = job_of(objects, iteration, batches, data, source, device, guards)
-    _check_dense(job.training)
+    job.training.parts.check()
     return replace(job, name=_snake(type(objects.model).__name__), notices=[*job.notices, *notices])
 
 
@@ -145,33 +144,19 @@ def job_of(
         facts=describe(training, data, batches, source, iteration, every if evaluation else None),
         data=None if data is None else data.to(torch.device("cpu")),
         evaluation=evaluation,
-        evaluate_every=every,
         engine=iteration.engine,
         notices=[message] if (message := numerics.warning()) else [],
     )
 
 
-def _check_dense(training: Training) -> None:
-    sparse = [name for name, tensor in training.named_state().items() if tensor.layout != torch.strided]
-    if sparse:
-        raise ModelError(
-            f"{', '.join(sparse)}: snapshots cannot hold sparse tensors; make it dense (to_dense()), "
-            "or a plain attribute of the module instead of a buffer"
-        )
-
-
-def _read(objects: Objects, seed: int, progress: Progress) -> tuple[Data, Guards | None] | None:
-    """Return the data, and what data read from a Dataset depends on.
-
-    None: the Dataset is read at every step.
-    """
+def _read(objects: Objects, seed: int, progress: Progress) -> tuple[Data | None, Guards | None]:
+    """Return the data, None if it is read at every step; and what data from a Dataset depends on."""
     pair, guards = objects.data, None
     if is_dataset(objects.data):
-        once = read_once(objects.data, objects.dataset_limit, progress.reading)
-        if once is None:
+        if (guards := guards_of(objects.data)) is None:
             _check_lazy(objects)
-            return None
-        pair, guards = once
+            return None, None
+        pair = read_rows(objects.data, objects.dataset_limit, progress.reading)
     x, y = _tensors(pair)
     if isinstance(objects.validation, float):
         training, kept_out = split_rows(len(x), objects.validation, seed)

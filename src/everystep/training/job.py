@@ -44,8 +44,8 @@ class Job:
     """Everything that the training loop needs.
 
     name: of the run's directory; facts: known before training, for the run and the display; data: to
-    store, on the CPU, or None if the run cannot hold it; evaluation: measured every `evaluate_every`
-    steps and at the last; origin: of a fork, and of a run that is resumed; user_facts: those that the
+    store, on the CPU, or None if the run cannot hold it; evaluation: measured as often as the facts have
+    it, and at the last step; origin: of a fork, and of a run that is resumed; user_facts: those that the
     user gave.
     """
 
@@ -56,7 +56,6 @@ class Job:
     data: Data | None
     experiment_toml: str | None = None
     evaluation: Evaluation | None = None
-    evaluate_every: int = 1
     engine: Engine = "auto"
     notices: list[str] = field(default_factory=list)
     origin: StartingPoint = StartingPoint()

@@ -41,7 +41,6 @@ def run_job(job: Job, directory: Path | None, budget: int, progress: Progress) -
     Args:
         directory: the run's directory, which must not exist; None: the next free one.
         budget: maximum bytes of snapshots.
-        progress: watches the training.
 
     Raises:
         ExperimentError: the job is impossible; gives the reason.
@@ -142,7 +141,7 @@ class _ModelWriter(RunWriter):
 
     def _run(self, interrupt: Interrupt) -> str | None:
         """Run all steps; return None, or why it stopped before the last."""
-        job = self.job
+        job, every = self.job, self.job.facts.evaluate_every
         self._keep_beginning()
         settings = job.training, self.recorder, job.steps, job.engine, job.origin.at
         stepper = self._stepper = Stepper(*settings)
@@ -151,7 +150,7 @@ class _ModelWriter(RunWriter):
         while self.step < job.steps:
             if not self._advance(stepper):
                 continue
-            is_due = self.step % job.evaluate_every == 0 or self.step == job.steps
+            is_due = every is not None and (self.step % every == 0 or self.step == job.steps)
             if job.evaluation is not None and is_due:
                 self._evaluate(stepper, job.evaluation)
             if job.facts.stop_on_nan and not math.isfinite(loss := stepper.last_loss()):
@@ -167,19 +166,14 @@ class _ModelWriter(RunWriter):
         return None
 
     def _finish(self) -> None:
-        """Leave the live training in its last state, and take a snapshot of it.
-
-        Raises:
-            TrainingError: the Dataset no longer returns the rows that the model was trained on.
-        """
+        """Leave the live training in its last state, and take a snapshot of it."""
         guards = self.job.training.batch.guards
-        changed = guards.difference() if guards is not None else None
-        if changed is not None:
+        if guards is not None and (changed := guards.difference()) is not None:
             raise DatasetChangedError(changed, self.step)
         if self._stepper is not None:
             self._stepper.finish()
             self.flush()
-        if self._snapshot_step != self.step:
+        if self._snapshot_step != self.step:  # a second copy of a large state may not fit into memory
             self._snapshot()
         self._keep_rows()
 
@@ -224,30 +218,23 @@ class _ModelWriter(RunWriter):
             recorder.data(job.data.tensors(), of_fork if job.origin.fork else DATA_FILE)
 
     def _advance(self, stepper: Stepper) -> bool:
-        """Run steps up to the next one with something to do.
-
-        Returns whether a step ran; if not, a failed check went back to an earlier one.
-        """
-        before, started = self.step, clock.now()
-        job = self.job
-        every = None if job.evaluation is None else job.evaluate_every
-        one_by_one = job.facts.stop_on_nan
+        """Run steps up to the next with something to do; return False if a failed check went back."""
+        before, started, job = self.step, clock.now(), self.job
+        every, one_by_one = job.facts.evaluate_every, job.facts.stop_on_nan
         stepper.advance(self.next_stop(job.steps, one_by_one=one_by_one, every=every))
         self.step = stepper.step
         if self.step > before:
-            self.timed(started, self.job.training.named_state, self.step - before)
+            self.timed(started, job.training.named_state, self.step - before)
         self._note_eager(stepper)
         return self.step > before
 
     def _keep_rows(self) -> None:
         """Record the rows of a Dataset that was read at every step, if they stayed the same."""
         batch = self.job.training.batch
-        if not isinstance(batch, DatasetBatches):
-            return
-        rows = batch.rows()
-        if rows is not None:
-            self.recorder.data(dict(zip("xy", rows, strict=True)))
-            shapes = {name: tuple(part.shape) for name, part in zip("xy", rows, strict=True)}
+        if isinstance(batch, DatasetBatches) and (rows := batch.rows()) is not None:
+            named = dict(zip("xy", rows, strict=True))
+            self.recorder.data(named)
+            shapes = {name: tuple(part.shape) for name, part in named.items()}
             data = self.job.facts.data.model_copy(update={"lazy": False} | shapes)
             self.recorder.facts({"data": data})
 
@@ -269,24 +256,20 @@ class _ModelWriter(RunWriter):
         return {"engine": engine}
 
     def _note_eager(self, stepper: Stepper) -> None:
-        """Go back if Python takes the steps from here on."""
-        if stepper.eager_from != self._eager_from:
-            self._eager_from = stepper.eager_from
-            if self.job.engine != "eager":
-                self._go_back(stepper)
-            self.recorder.facts(self.engine())
-
-    def _go_back(self, stepper: Stepper) -> None:
-        """Switch to eager steps; discard what was recorded of later steps."""
-        last = stepper.step
-        self.recorder.forget_after(last)
-        self.measured = [row for row in self.measured if row[1] <= last]
-        self._snapshot_step = min(self._snapshot_step, last)
-        first = stepper.eager_from or 1
-        since = f" from step {first} on" if first > self.job.origin.at + 1 else ""
-        cure = '; engine="program" vouches for such code' if stepper.is_vouchable else ""
-        if self.job.facts.ranks is None:  # else no program could
-            self._notice(f"Python runs the steps{since}: {stepper.reason}{cure}")
+        """Report that Python takes the steps from here on; discard what was recorded of later steps."""
+        first, last = stepper.eager_from, stepper.step
+        if first is None or first == self._eager_from:
+            return
+        self._eager_from = first
+        if self.job.engine != "eager":
+            self.recorder.forget_after(last)
+            self.measured = [row for row in self.measured if row[1] <= last]
+            self._snapshot_step = min(self._snapshot_step, last)
+            since = f" from step {first} on" if first > self.job.origin.at + 1 else ""
+            cure = '; engine="program" vouches for such code' if stepper.is_vouchable else ""
+            if self.job.facts.ranks is None:  # else no program could
+                self._notice(f"Python runs the steps{since}: {stepper.reason}{cure}")
+        self.recorder.facts(self.engine())
 
     def _snapshot(self) -> None:
         self.flush()  # a state on disk means that its steps are there
@@ -298,15 +281,11 @@ class _ModelWriter(RunWriter):
 
         What a scheduler changes is recorded from the first step on.
         """
-        training, scheduler = self.job.training, self.job.training.scheduler
+        scheduler, numbers = self.job.training.scheduler, self.job.training.hyperparameters()
         if scheduler is None:
-            return training.hyperparameters()
+            return numbers
         more = changes_more_than_lr(scheduler)
-        return {
-            name: value
-            for name, value in training.hyperparameters().items()
-            if not expected_to_change(name, more_than_lr=more)
-        }
+        return {n: value for n, value in numbers.items() if not expected_to_change(n, more_than_lr=more)}
 
     def _evaluate(self, stepper: Stepper, evaluation: Evaluation) -> None:
         """Measure; a scheduler that follows the validation loss advances."""

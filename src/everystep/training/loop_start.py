@@ -27,9 +27,7 @@ from everystep.training.description import facts_of_loop
 from everystep.training.loader_position import Drawn, LoaderPosition, Recorded
 from everystep.training.loop_writer import LoopWriter
 from everystep.training.resumed import (
-    changes,
-    changes_by_others,
-    check_changes,
+    accepted_changes,
     check_rules,
     check_taken_by_loop,
     facts_resumed,
@@ -73,12 +71,11 @@ class LoopStart:
         """
         agreement = Agreement()
         agreement.check(self._about(parts))
-        if self.earlier is not None:
-            if self.fork is not None:
-                parent, at = self.fork
-                parent = run_to_fork(parent, at, agreement)
-                return self._forked(parent, at, parts, place, agreement)
-            return self._continued(run_to_continue(self.earlier, agreement), parts, place)
+        if self.fork is not None:
+            parent, at = self.fork
+            return self._forked(run_to_fork(parent, at, agreement), at, parts, place, agreement)
+        if self.resumed is not None:
+            return self._continued(run_to_continue(self.resumed, agreement), parts, place)
         directory = agreement.directory(self.directory, "loop")
         whole = PartsState(parts)
         place.begin()
@@ -161,9 +158,7 @@ class LoopStart:
         whole, before = PartsState(parts), run.facts
         _check_is_loop(run, "resume it with everystep resume")
         trained = facts_of_loop(parts)
-        changed = changes(before.training, trained)
-        check_changes(run, changed, is_accepted=self.is_accepted and not is_new)
-        changed = (*changes_by_others(run, trained), *changed)
+        changed = accepted_changes(run, trained, is_accepted=self.is_accepted and not is_new)
         # Steps that not all ranks have are taken again, and none of them is kept of one rank alone.
         recorded = run.newest_step() if run.common_steps is None else run.common_steps
         problems: list[str] = []
@@ -200,10 +195,10 @@ class LoopStart:
             goal = goal.model_copy(update={"size": None})
         elif goal is not None and goal.size is None:  # the epoch begins again
             goal = goal.model_copy(update={"taken": 0})
-        # Each as of the last step at which it changed.
+        whole.restore(state)
+        # With those of groups that were added on the way; each as of the last step at which it changed.
         noted = ((name, *each) for name in parts.rates() for each in run.measured(name).items())
         rates = {name: rate for name, step, rate in noted if step <= state.step}
-        whole.restore(state)
         if trained.ranks is None or not trained.ranks.rank:
             _say_where(run, state.step, recorded, goal, is_new=is_new)
         place.goal = goal
@@ -240,11 +235,7 @@ def _say_where(
 
 
 def _goal(run: RecordedRun, state: State) -> Recorded | None:
-    """Return the place in the batches of a state, if it has one.
-
-    Raises:
-        RunError: it is not valid, or state 0 cannot be read.
-    """
+    """Return the place in the batches of a state, if it has one."""
     place = state.settings.get("place")
     draw_of = partial(_drawn, run)
     if not isinstance(place, Mapping):
@@ -261,11 +252,7 @@ def _goal(run: RecordedRun, state: State) -> Recorded | None:
 
 
 def _drawn(run: RecordedRun, step: int) -> Drawn:
-    """Return the recorded data of the draw of a batch.
-
-    Raises:
-        RunError: the recording has not kept it.
-    """
+    """Return the recorded data of the draw of a batch."""
     rows = run.repeats(step, step)
     inputs = inputs_of(rows[0].inputs if rows else None, f"the input of step {step}")
     generators = run.contents(inputs.draws().given)
@@ -275,15 +262,10 @@ def _drawn(run: RecordedRun, step: int) -> Drawn:
             "with was dropped to stay within batch_budget; use a loader with a state_dict, such as "
             "torchdata's StatefulDataLoader"
         )
-    known = {
-        n.removeprefix("batch/"): each for n, each in inputs.given.items() if n.startswith("batch/")
-    }
+    known = {name: each for name, each in inputs.given.items() if name.startswith("batch/")}
 
     def matches(batch: Any) -> bool:
-        tensors = tensors_of(batch)
-        return all(
-            name in tensors and given_of(tensors[name].detach().cpu()) == each
-            for name, each in known.items()
-        )
+        found = {f"batch/{n}": given_of(t.detach().cpu()) for n, t in tensors_of(batch).items()}
+        return known.items() <= found.items()
 
     return Drawn({n: t for n, t in generators.items() if t is not None}, matches)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -37,13 +38,9 @@ class LoopWriter(RunWriter):
     """Turns watched steps of a loop into stored data.
 
     Args:
-        recorder: of the run.
-        start: the state that the loop begins with.
-        facts: known as it begins.
         whole: what the loop carries.
         place: where it is in its batches.
-        advanced: called with a step that was written, and the losses from it on.
-        earlier: the facts of the run that is continued.
+        others: as `RunWriter` has them.
 
     parts: what the loop carries; watched: its steps; function: returns how the steps of a function ran;
     has_loss: whether a step has logged a loss; of a resumed loop, beginning: the state that it continues
@@ -175,7 +172,7 @@ class LoopWriter(RunWriter):
         """Return the current state, with the place in the batches. at_rest: of the same step."""
         here = self._here() if at_rest is None else at_rest
         state = self._whole.snapshot(self.step, rest=here.rest)
-        return State(state.step, state.parameters, state.rest, state.settings | here.place)
+        return replace(state, settings=state.settings | here.place)
 
     def _note_numerics(self) -> None:
         """Note the settings that bits depend on; report one that changed since earlier steps."""
@@ -207,15 +204,13 @@ class LoopWriter(RunWriter):
             if is_wide or not self.has_loss:  # one that float32 would round widens all of them
                 self._loss_dtype = "float64" if is_wide else "float32"
             self.has_loss = True
-        for name, value in step.logged.items():
-            # A logged rate may be the one after the step; this name is for the one that was used.
-            title = f"{name} (logged)" if name in step.rates else name
-            self.measured.append((title, self.step, value))
         self.note_rates(self.step, step.rates)
+        self.log_after(step.logged)
 
     def log_after(self, values: Mapping[str, Any]) -> None:
-        """Add numbers of the last step that were found after it."""
+        """Add numbers of the last step, logged in it or after it."""
         for name, value in values.items():
+            # A logged rate may be the one after the step; this name is for the one that was used.
             title = f"{name} (logged)" if name in self.rates else name
             self.measured.append((title, self.step, value))
 
@@ -223,9 +218,6 @@ class LoopWriter(RunWriter):
         """Compare the state of a resumed loop with a snapshot that it reaches again.
 
         at_rest: where the loop is between two steps; None: at the end of one.
-
-        Raises:
-            RunError: it differs.
         """
         later, place = self.later, {} if at_rest is None else at_rest.place.get("place", {})
         if later is None or later.step != self.step:
@@ -251,12 +243,9 @@ class LoopWriter(RunWriter):
             return
         state, self._pending = self._pending, None
         if used is not None:
-            rest = {
-                name: tensor
-                for name, tensor in state.rest.items()
-                if not name.startswith("gradient/") or name in used
-            }
-            state = State(state.step, state.parameters, rest, state.settings)
+            unused = {n for n in state.rest if n.startswith("gradient/") and n not in used}
+            rest = {name: tensor for name, tensor in state.rest.items() if name not in unused}
+            state = replace(state, rest=rest)
         self.flush()  # a state on disk means that its steps are there
         self.recorder.snapshot(state)
 

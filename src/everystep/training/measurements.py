@@ -111,11 +111,7 @@ def _measured(
     output: Any,
     target: Tensor,
 ) -> Tensor | None:
-    """Return a metric of outputs and targets; None if their shapes do not fit.
-
-    Raises:
-        ExperimentError: they do not fit, and the metric was asked for by its name.
-    """
+    """Return a metric of outputs and targets; None if their shapes do not fit, and nobody `asked`."""
     if _fits(output, target, kind):
         value: Tensor = measure(scaled(output), target)
         return value
@@ -139,9 +135,7 @@ def _fits(output: Any, target: Tensor, kind: TargetKind) -> bool:
 
 
 def _misfit(name: str, kind: TargetKind | None) -> str:
-    fitting = [each for each, metric in METRICS.items() if kind in metric.of]
-    needed = " or ".join(METRICS[name].of)
-    are = "the targets of this loss are " + (kind or "of another kind")
-    return f"{name} needs targets that are {needed}, but {are}" + (
-        f"; known for these: {', '.join(fitting)}" if fitting else ""
-    )
+    fitting = ", ".join(each for each, metric in METRICS.items() if kind in metric.of)
+    needed, known = " or ".join(METRICS[name].of), f"; known for these: {fitting}" if fitting else ""
+    are = f"the targets of this loss are {kind or 'of another kind'}{known}"
+    return f"{name} needs targets that are {needed}, but {are}"

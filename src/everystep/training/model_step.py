@@ -168,7 +168,6 @@ def training_parts(
 
 
 def _fault_of(optimizer: torch.optim.Optimizer, error: Exception) -> ExperimentError:
-    """Return an error of the user's optimizer with its name, and with how it was called."""
     reason = str(error).strip().partition("\n")[0]
     problem = f"{type(optimizer).__name__}.step() raises {type(error).__name__}: {reason}"
     cure = "everystep calls it without arguments, after one backward pass of each step"
@@ -176,19 +175,15 @@ def _fault_of(optimizer: torch.optim.Optimizer, error: Exception) -> ExperimentE
 
 
 def _check_loss_value(loss: Any) -> None:
-    """Check the result of a loss.
-
-    Raises:
-        ExperimentError: it is not one number.
-        ModelError: it does not depend on any parameter.
-    """
+    """Check that a loss has returned one real number, which depends on a parameter."""
+    problem = None
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        raise ExperimentError([Fault("loss", f"must return one number, not {_not_one_number(loss)}")])
-    if loss.is_complex():
+        problem = f"must return one number, not {_not_one_number(loss)}"
+    elif loss.is_complex():
         problem = "must return one real number, not a complex one; use its .real or .abs()"
-        raise ExperimentError([Fault("loss", problem)])
-    if loss.layout != torch.strided:
+    elif loss.layout != torch.strided:
         problem = "must return one number, not a sparse tensor; use its .to_dense()"
+    if problem is not None:
         raise ExperimentError([Fault("loss", problem)])
     if not loss.requires_grad:
         raise ModelError(

@@ -65,17 +65,15 @@ class Objects:
         Raises:
             RunError: they cannot be copied.
         """
-        hooked = self._hooked()
-        if hooked is not None:
+        if (hooked := self._hooked()) is not None:
             raise RunError(
                 f"{hooked} has a hook, which acts on the original alone: a copy would differ; write "
                 "what it does into a step function: everystep.train(step, batches, parts=...)"
             )
+        own = self.model, self.loss, self.optimizer, self.scheduler
         try:
             with _whole_optimizers():
-                model, loss, optimizer, scheduler = copy.deepcopy(
-                    (self.model, self.loss, self.optimizer, self.scheduler), self._without_graphs()
-                )
+                model, loss, optimizer, scheduler = copy.deepcopy(own, self._without_graphs())
         except Exception as error:  # copying a user's object may raise anything
             reason = str(error).partition(". ")[0].partition("\n")[0]
             raise RunError(
@@ -97,12 +95,9 @@ class Objects:
     def _without_graphs(self) -> dict[int, Any]:
         """Return copies, by id, of tensors that the last forward pass left in modules."""
         modules = self.model.modules() if self.model is not None else ()
-        held = [value for module in modules for value in vars(module).values()]
-        return {
-            id(value): value.detach().clone()
-            for value in held
-            if isinstance(value, Tensor) and value.grad_fn is not None
-        }
+        held = (value for module in modules for value in vars(module).values())
+        tensors = (value for value in held if isinstance(value, Tensor) and value.grad_fn is not None)
+        return {id(tensor): tensor.detach().clone() for tensor in tensors}
 
     def check(self) -> None:
         """Check that these objects can be trained.
@@ -180,7 +175,6 @@ def is_dataset(data: Any) -> TypeGuard[Dataset[Any]]:
 
 
 def _model_faults(model: Any) -> Faults:
-    """Yield faults of the model."""
     if not isinstance(model, nn.Module):
         cure = ""
         if inspect.isclass(model):
@@ -199,22 +193,15 @@ def _model_faults(model: Any) -> Faults:
     if any(map(is_compiled, model.modules())):
         yield Fault("model", "is compiled (torch.compile); pass the uncompiled module")
         return
-    yield from path_faults(dict.fromkeys(path for path, _ in model.named_modules()))
-    yield from path_faults(
-        dict.fromkeys((*dict(model.named_parameters()), *dict(model.named_buffers())))
-    )
-    lazy = [
-        name
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
-        if nn.parameter.is_lazy(tensor)
-    ]
-    if lazy:
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    yield from path_faults(dict(model.named_modules()))
+    yield from path_faults(tensors)
+    if lazy := [name for name, tensor in tensors.items() if nn.parameter.is_lazy(tensor)]:
         problem = f"{', '.join(lazy)}: lazy layers infer their sizes from the first batch"
         yield Fault("model", f"{problem}; run a batch through the model first: model(x[:1])")
 
 
 def _loss_faults(loss: Any) -> Faults:
-    """Yield faults of the loss."""
     if inspect.isclass(loss):
         yield Fault("loss", f"is the class {loss.__name__}; create an instance: add parentheses")
     elif not callable(loss):
@@ -223,18 +210,15 @@ def _loss_faults(loss: Any) -> Faults:
 
 
 def _optimizer_faults(optimizer: Any, model: Any) -> Faults:
-    """Yield faults of the optimizer, alone and for this model."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         yield Fault("optimizer", _no_optimizer(optimizer))
         return
-    name = type(optimizer).__name__
-    demanded = _demanded(optimizer)
-    if demanded:
+    if demanded := _demanded(optimizer):
         yield Fault(
             "optimizer",
-            f"the step of {name} requires {' and '.join(demanded)}, but everystep runs one forward "
-            "and one backward pass per step and then calls optimizer.step() (an optimizer that needs "
-            "a closure evaluates the loss itself); use Adam, or SGD with momentum",
+            f"the step of {type(optimizer).__name__} requires {' and '.join(demanded)}, but everystep "
+            "runs one forward and one backward pass per step and then calls optimizer.step() (an "
+            "optimizer that needs a closure evaluates the loss itself); use Adam, or SGD with momentum",
         )
     if not isinstance(model, nn.Module):
         return
@@ -246,7 +230,6 @@ def _optimizer_faults(optimizer: Any, model: Any) -> Faults:
 
 
 def _scheduler_faults(scheduler: Any, every: Any, has_validation: bool) -> Faults:
-    """Yield what is wrong with the scheduler, and with when it advances."""
     if not isinstance(scheduler, LRScheduler | None):
         cure = "; combine several with SequentialLR or ChainedScheduler"
         problem = f"must be a torch.optim.lr_scheduler of the optimizer, not {called(scheduler)}"
@@ -259,7 +242,6 @@ def _scheduler_faults(scheduler: Any, every: Any, has_validation: bool) -> Fault
 
 
 def _metrics_faults(metrics: Any) -> Faults:
-    """Yield what is wrong with the metrics."""
     if isinstance(metrics, list | tuple) and all(isinstance(name, str) for name in metrics):
         for place, name in enumerate(metrics):
             try:
@@ -267,20 +249,17 @@ def _metrics_faults(metrics: Any) -> Faults:
             except ValueError as error:
                 yield Fault(f"metrics[{place}]", str(error))
         return
-    if not (
-        isinstance(metrics, Mapping)
-        and all(isinstance(name, str) and callable(each) for name, each in metrics.items())
+    if not isinstance(metrics, Mapping) or not all(
+        isinstance(name, str) and callable(each) for name, each in metrics.items()
     ):
-        yield Fault(
-            "metrics", "must map names to callables of (prediction, target), or list names of metrics"
-        )
+        problem = "must map names to callables of (prediction, target), or list names of metrics"
+        yield Fault("metrics", problem)
         return
     try:
         check_measurement_names({*RESERVED_NAMES, *metrics})
     except UsageError as error:
         yield Fault("metrics", str(error))
-    taken = ", ".join(sorted(RESERVED_NAMES & set(metrics)))
-    if taken:
+    if taken := ", ".join(sorted(RESERVED_NAMES & set(metrics))):
         problem = f"{taken}: reserved for columns of the loss table; choose other names"
         yield Fault("metrics", problem)
 
@@ -295,7 +274,6 @@ def _data_faults(data: Any) -> Faults:
 
 
 def _validation_faults(validation: Any) -> Faults:
-    """Yield faults of the validation part."""
     if isinstance(validation, tuple | list) and len(validation) == 2:
         yield from _pair_faults("validation", validation)
     elif validation is not None and not (isinstance(validation, float) and 0 < validation < 1):
@@ -305,26 +283,17 @@ def _validation_faults(validation: Any) -> Faults:
 
 
 def _pair_faults(name: str, pair: Any) -> Faults:
-    """Yield faults of x and y of `data` or `validation`, alone and together."""
     sizes = []
     for letter, part in zip("xy", pair, strict=True):
-        wrong = unfit(part, letter)
-        has_rows = isinstance(part, Tensor | np.ndarray)
-        if wrong is not None and "sparse" in wrong.what:
-            yield Fault(name, f"{letter} is sparse; {wrong.cure}")
-        elif wrong is not None:
-            what = f"{letter} must be a tensor with rows along the first dimension, not {wrong.what}"
-            yield Fault(name, f"{what}; {wrong.cure}")
-        elif not has_rows or part.ndim == 0:
-            yield Fault(
-                name,
-                f"{letter} must be a tensor with rows along the first dimension, not a single number",
-            )
+        wanted = f"{letter} must be a tensor with rows along the first dimension, not"
+        if (wrong := unfit(part, letter)) is not None:
+            yield Fault(name, f"{wanted} {wrong}")
+        elif not isinstance(part, Tensor | np.ndarray) or part.ndim == 0:
+            yield Fault(name, f"{wanted} a single number")
         else:
             sizes.append(len(part))
     if len(sizes) == 2 and sizes[0] != sizes[1]:
-        counts = f"x has {sizes[0]} rows and y has {sizes[1]}"
-        yield Fault(name, f"{counts}; they must match")
+        yield Fault(name, f"x has {sizes[0]} rows and y has {sizes[1]}; they must match")
     elif sizes == [0, 0]:
         yield Fault(name, "has no rows")
 
@@ -347,10 +316,7 @@ def _no_optimizer(given: Any) -> str:
 
 
 def _demanded(optimizer: torch.optim.Optimizer) -> list[str]:
-    """Return the required arguments of `step`, without torch's wrapper.
-
-    They are looked up in the class: a scheduler puts a wrapper on the object.
-    """
+    """Return the required arguments of `step`, as its class has it: a scheduler wraps the object's."""
     try:
         _, *parameters = inspect.signature(type(optimizer).step).parameters.values()
     except (TypeError, ValueError):  # something that has no signature, or no `self`
@@ -382,9 +348,8 @@ def _instead_of_loader(loader: DataLoader[Any]) -> str:
     if isinstance(loader.dataset, IterableDataset):
         return "; pass a map-style Dataset (__len__ and __getitem__), and batch_size="
     size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
-    drop_last = getattr(loader.batch_sampler, "drop_last", False)
     cure = f"; pass its Dataset instead: data=loader.dataset{_batch_size(size)}"
-    cure += ", drop_last=True" * bool(drop_last)
+    cure += ", drop_last=True" * bool(getattr(loader.batch_sampler, "drop_last", False))
     unused = []
     if loader.batch_size is None and loader.batch_sampler is not None:
         unused.append("batch sampler")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,8 +12,7 @@ from everystep.recording.settings_diff import asked_differences
 from everystep.recording.texts import processes_text
 
 __all__ = [
-    "changes",
-    "changes_by_others",
+    "accepted_changes",
     "check_changes",
     "check_rules",
     "check_taken_by_loop",
@@ -26,20 +24,27 @@ __all__ = [
 _MOST_SHOWN = 200
 
 
-def changes(before: TrainingFacts, now: TrainingFacts, left_out: Iterable[str] = ()) -> tuple[str, ...]:
-    """Return what changed, as `name: before | now`: settings, versions, numerics.
+def accepted_changes(
+    run: RecordedRun, now: TrainingFacts, *, is_accepted: bool, left_out: tuple[str, ...] = ()
+) -> tuple[str, ...]:
+    """Return what changed, as `name: before | now`: settings, versions, numerics, processes.
 
     left_out: prefixes of the names of settings that do not count.
+
+    Raises:
+        RunError: as `check_changes`; another number of processes does not refuse a resume.
     """
+    before = run.facts.training
     found = asked_differences(before, now, of_own_classes=False)
-    found = {name: pair for name, pair in found.items() if not name.startswith(tuple(left_out))}
-    versions = {
-        name: (before.versions.get(name), now.versions.get(name))
-        for name in before.versions.keys() | now.versions.keys()
-    }
-    found |= {f"version of {name}": v for name, v in sorted(versions.items()) if v[0] != v[1]}
+    found = {name: pair for name, pair in found.items() if not name.startswith(left_out)}
+    for name in sorted(before.versions.keys() | now.versions.keys()):
+        versions = before.versions.get(name), now.versions.get(name)
+        if versions[0] != versions[1]:
+            found[f"version of {name}"] = versions
     found |= before.numerics.differences(now.numerics)
-    return tuple(f"{name}: {_shown(a)} | {_shown(b)}" for name, (a, b) in found.items())
+    changed = tuple(f"{name}: {_shown(a)} | {_shown(b)}" for name, (a, b) in found.items())
+    check_changes(run, changed, is_accepted=is_accepted)
+    return (*_changes_by_others(run, now), *changed)
 
 
 def _shown(value: Any) -> str:
@@ -103,8 +108,8 @@ def _seconds(run: RecordedRun, facts: Facts) -> float | None:
     return before + max(0.0, (run.last_written - began).total_seconds())
 
 
-def changes_by_others(run: RecordedRun, now: TrainingFacts) -> tuple[str, ...]:
-    """Return that another number of processes continues a run, as `changes` does; rank 0 reports it."""
+def _changes_by_others(run: RecordedRun, now: TrainingFacts) -> tuple[str, ...]:
+    """Return that another number of processes continues a run, if so; rank 0 reports it."""
     if run.others is None:
         return ()
     at, newest = run.common_steps or 0, run.newest_step()

@@ -90,9 +90,8 @@ def shares_of(objects: Objects, batch: RowsOf | DatasetBatches, iteration: Itera
     if objects.optimizer is not None and has_own_zero_grad(objects.optimizer):
         faults.append(Fault("optimizer", f"has a custom zero_grad; use one of torch's, {_OWN_STEP}"))
     if isinstance(batch, DatasetBatches):
-        faults.append(
-            Fault("data", f"is a Dataset that is read at every step; pass (x, y), {_OWN_STEP}")
-        )
+        problem = f"is a Dataset that is read at every step; pass (x, y), {_OWN_STEP}"
+        faults.append(Fault("data", problem))
     if any(getattr(module, "sparse", False) for module in objects.model.modules()):
         problem = "has a layer with sparse gradients; make it with sparse=False"
         faults.append(Fault("model", f"{problem}, {_OWN_STEP}"))

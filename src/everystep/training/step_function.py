@@ -53,17 +53,11 @@ def check_step(step: Any, batches: Any, parts: Any, others: Mapping[str, Any]) -
         example = 'parts={"model": model, "optimizer": optimizer}'
         faults.append(Fault("parts", f"must name what the step carries from call to call: {example}"))
     if batches is not None and not isinstance(batches, Iterable):
-        faults.append(
-            Fault("batches", f"must be a DataLoader or another iterable, not {called(batches)}")
-        )
-    faults += [
-        Fault(
-            name,
-            "does not apply to a step of your own; do it in the step, or pass what it needs in parts",
-        )
-        for name, value in others.items()
-        if value is not None and value is not False
-    ]
+        problem = f"must be a DataLoader or another iterable, not {called(batches)}"
+        faults.append(Fault("batches", problem))
+    problem = "does not apply to a step of your own; do it in the step, or pass what it needs in parts"
+    given = (name for name, value in others.items() if value is not None and value is not False)
+    faults += [Fault(name, problem) for name in given]
     if faults:
         raise ExperimentError(faults, "the arguments of train")
 
@@ -108,9 +102,8 @@ def train_step(
                     raise UsageError(f"the run has {known:,} steps already; {steps}")
                 take: Callable[..., dict[str, Any]] = partial(_run_step, step, recording)
                 if iteration.engine == "program":
-                    run.check_alone(
-                        'run your step by programs (engine="program") with several processes'
-                    )
+                    what = 'run your step by programs (engine="program") with several processes'
+                    run.check_alone(what)
                     vouched = _VouchedStep(step, recording, total or None, is_quiet(batches))
                     recording.writer.function = lambda: vouched.facts
                     take = vouched.take
@@ -155,17 +148,12 @@ def _batches(
 
 
 def _loss_of(logged: Mapping[str, Any]) -> float:
-    """Return the loss that a step has logged, 0 for none."""
-    loss = logged.get("loss", 0.0)
+    loss = logged.get("loss", 0.0)  # for none
     return float(loss.detach() if isinstance(loss, Tensor) else loss)
 
 
 def _run_step(step: Step, recording: Recording[Any], *batch: Any) -> dict[str, Any]:
-    """Run a step in Python, on a batch or without one, and record it; return what it logs.
-
-    Raises:
-        UsageError: it returns something that cannot be logged.
-    """
+    """Run a step in Python, on a batch or without one, and record it; return what it logs."""
     with recording.step(*batch):
         logged = _logged(step(*batch))
         recording.log(**logged)
@@ -183,17 +171,7 @@ class _SeenBatch(NamedTuple):
 
 
 class _VouchedStep(Acceleration):
-    """A vouched step function: programs run its steps, and are compared with Python.
-
-    Args:
-        step: returns the loss, or numbers by name including `loss`, or None.
-        recording: open.
-        steps: the last step, None if unknown.
-        is_quiet: whether only torch's code runs between two steps.
-
-    Raises:
-        TrainingError: no program can run such steps.
-    """
+    """A vouched step function: programs run its steps, and are compared with Python."""
 
     def __init__(self, step: Step, recording: Recording[Any], steps: int | None, is_quiet: bool) -> None:
         self._step = step
@@ -245,7 +223,6 @@ class _VouchedStep(Acceleration):
         return seen
 
     def _by_python(self, number: int, batch: tuple[Any, ...]) -> dict[str, Any]:
-        """Run a step in Python, and record it."""
         self._release()
         self.watched.around = Around(self.watched.parts)
         return _run_step(self._step, self._recording, *batch)
@@ -259,7 +236,6 @@ class _VouchedStep(Acceleration):
         state: dict[str, Tensor],
         batch: tuple[Any, ...],
     ) -> dict[str, Any]:
-        """Run a step by a program, and record it."""
         started, writer = clock.now(), self._writer
         is_settled, self._is_settled = self._is_settled, False
         writer.recorder.wait()
@@ -283,11 +259,7 @@ class _VouchedStep(Acceleration):
 
 
 def _logged(result: Any) -> dict[str, Any]:
-    """Return the values that a step logs, by name.
-
-    Raises:
-        UsageError: it returned neither a number nor numbers by name.
-    """
+    """Return the values that a step logs, by name, of what it has returned."""
     if result is None:
         return {}
     if isinstance(result, Tensor | int | float):

@@ -180,11 +180,7 @@ class Stepper(Acceleration):
         return self.training.named_state() | {f"generator/{name}": t for name, t in generators.items()}
 
     def _check_dataset(self) -> None:
-        """Check that a Dataset read once would still return the same rows, as far as that is fast.
-
-        Raises:
-            DatasetChangedError: it would not.
-        """
+        """Check that a Dataset read once would still return the same rows, as far as that is fast."""
         guards = self.training.batch.guards
         changed = None if guards is None else guards.difference(is_thorough=False)
         if changed is not None:
@@ -246,10 +242,9 @@ class Stepper(Acceleration):
         self.eager_from = self.step + 1 if first is None else first
 
     def _fail(self, number: int, reason: str) -> None:
-        """Go back to the last verified state; no program runs steps from there on.
+        """Go back to the last verified state, unless other code has run since, and cannot be undone.
 
-        Raises:
-            TrainingError: other code has run since, and cannot be undone.
+        No program runs steps from there on.
         """
         verified, state = self._way_back
         # Python took this step, and no program has taken one since the last check.
@@ -361,11 +356,7 @@ class Stepper(Acceleration):
         self._is_settled = True
 
     def watch(self, number: int, x: Tensor, y: Tensor) -> Tensor:
-        """Run a whole step in Python on a batch, watched, and advance the scheduler; return the loss.
-
-        Raises:
-            as `Training.step`.
-        """
+        """Run a whole step in Python on a batch, watched, and advance the scheduler; return the loss."""
         watched, training = self.watched, self.training
         watched.follow()
         state = watched.parts.state()

@@ -38,7 +38,6 @@ class RunWriter:
     """Collects the data of steps, passes it to the recorder, and closes the run.
 
     Args:
-        recorder: of the run.
         start: the state that the training begins with.
         facts: known as it begins.
         notice: shows a message to the user.
@@ -154,7 +153,7 @@ class RunWriter:
             # Ctrl-C may end this anywhere: one call passes everything on, or nothing.
             self.recorder.losses(first, numbers, self.measured, facts, self.taken)
         elif self.measured:
-            self.recorder.measurements(self.measured)
+            self.recorder.losses(self.step + 1, (), self.measured)
         self.taken, self.losses, self.measured = [], [], []
         self.show_written()
 
