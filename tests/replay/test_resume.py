@@ -1172,11 +1172,7 @@ def test_layers_that_are_unfrozen_and_groups_that_are_added_stay_so(dying):
                 recording.log(loss=descend(optimizer, functional.mse_loss(model(x), y)))
         return [each.detach() for each in model.parameters()]
 
-    seeded()
-    whole = body(lambda **parts: everystep.record(run="runs/whole", **parts))
-    assert all(map(torch.equal, whole, by_loop(body, (13, 17))))
-    run = everystep.open("killed")
-    assert run.losses.equals(everystep.open("whole").losses) and run.verify(progress=False).is_exact
+    assert_resumes(body, 13, 17)
 
 
 def test_batches_of_conjugated_views_are_found_again(dying):
