@@ -55,7 +55,7 @@ class Classifier(pl.LightningModule):
 
 
 @pytest.mark.sweep(every=2)
-@pytest.mark.parametrize("options", [{"accumulate_grad_batches": 4, "gradient_clip_val": 0.5}, {}])
+@pytest.mark.parametrize("options", [{"accumulate_grad_batches": 3, "gradient_clip_val": 0.5}, {}])
 def test_lightning(tmp_path, options):
 
     def fit(*callbacks):
