@@ -38,6 +38,7 @@ from everystep.step.path import (
     SeenOperation,
     places_of_reads,
 )
+from everystep.step.state import same_bits
 from everystep.step.versions import Versions, counts_of
 
 __all__ = ["UnderWay", "as_gradients"]
@@ -100,6 +101,10 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         self.outside = outside
         self.tensors = paths.tensors
         self.brought: dict[int, Brought] = {}
+        #: Copies of the batch; and its tensors on memory that no operation has read, by the number of
+        #: the first tensor there.
+        self._copies: dict[str, Tensor] = {}
+        self.unread_batch: dict[int, list[tuple[str, int]]] = {}
         #: The calls that cut data out of tensors, by the memory of their results.
         self.gathered: dict[int, tuple[Any, Sequence[Any]]] = {}
         self.written_outside: dict[int, str] = {}
@@ -148,8 +153,11 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
 
     # What happens besides calls.
 
-    def add_batch(self, tensors: Mapping[str, Tensor]) -> None:
-        """Note the tensors of the batch, which nothing has used yet; others copy it."""
+    def add_batch(self, tensors: Mapping[str, Tensor], copies: dict[str, Tensor] | None = None) -> None:
+        """Note the tensors of the batch, which nothing has used yet.
+
+        copies: of them, by name; one gets the content with which an operation first reads the tensor.
+        """
         with torch._C._DisableTorchDispatch():
             plain = {name: tensor for name, tensor in tensors.items() if is_plain(tensor)}
             if len(plain) < len(tensors):
@@ -161,6 +169,12 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
                     self.tensors.meet(tensor, "batch", is_named=True)
                 names = zip(plain, numbers, strict=True)
                 self.add(key, marks=[Mark("batch", name, (number,)) for name, number in names])
+            if copies is not None:
+                self._copies = copies
+                for (name, tensor), number in zip(plain.items(), numbers, strict=True):
+                    origin = self.tensors.place(tensor.untyped_storage()) if tensor.is_cpu else None
+                    if origin is not None:
+                        self.unread_batch.setdefault(origin, []).append((name, number))
 
     def module_done(self, path: str, outputs: list[Tensor]) -> None:
         """Note the output of a module; of several calls, the last that gradients flow through."""
@@ -252,19 +266,26 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
             self.bring(self.tensors.known[number].origin, tensor)
         return number
 
-    def is_unread(self, number: int) -> bool:
-        """Return whether a tensor is on memory from outside that no operation has read yet."""
-        origin = self.tensors.known[number].origin
-        return self.tensors.known[origin].kind in ("input", "part") and origin not in self.brought
+    def is_unread(self, number: int, unread: Container[int] = ()) -> bool:
+        """Return whether a tensor is on memory from outside that no operation has read yet.
 
-    def check_readable(self, number: int) -> None:
-        """Check that a program can hold a tensor as an argument.
+        So is memory that was only allocated: if no operation has written there, code that torch does
+        not show has. unread: the first tensors on memory of which the operation under way reads nothing.
+        """
+        origin = self.tensors.known[number].origin
+        kind = self.tensors.known[origin].kind
+        if origin in self.brought or kind not in ("input", "part", "allocated"):
+            return False
+        return kind != "allocated" or not (origin in unread or self._is_written_since(origin, None))
+
+    def check_readable(self, number: int, unread: Container[int] = ()) -> None:
+        """Check that a program can hold a tensor as an argument. unread: as `is_unread` has it.
 
         Raises:
             UnseenError: it cannot; gives the reason.
         """
         size = self.tensors.known[self.tensors.known[number].origin].bytes
-        if size > MOST_BYTES and self.is_unread(number):
+        if size > MOST_BYTES and self.is_unread(number, unread):
             raise UnseenError(f"uses a slice of {size / 1e6:,.0f} MB that is not in any part")
         if not self.tensors.is_within(number):
             met = self.tensors.known[number]
@@ -274,6 +295,9 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
 
     def bring(self, origin: int, tensor: Tensor) -> None:
         """Keep the content of memory from outside. origin: the number of the first tensor there."""
+        if origin in self.unread_batch:
+            self._copy_again(self.unread_batch.pop(origin))
+            return
         base, outside = self.tensors.bases.get(origin), self.outside
         if base is not None:
             content, call = outside.of_part(tensor, base), None
@@ -287,6 +311,14 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         # The tensor may be a view of another shape: only one of all the bytes shows their rows.
         has_rows = call is not None and read is None and tensor.dim() and content.nbytes == tensor.nbytes
         self.brought[origin] = Brought(content, cut, max(len(tensor), 1) if has_rows else 1)
+
+    def _copy_again(self, batch: Iterable[tuple[str, int]]) -> None:
+        """Copy those tensors of the batch again that NumPy has changed, which torch does not see."""
+        with torch._C._DisableTorchDispatch():
+            for name, number in batch:
+                tensor = self.tensors.met[number]()
+                if tensor is not None and not same_bits(tensor, self._copies[name]):
+                    self._copies[name] = tensor.detach().clone()
 
     def keep_place_of(self, number: int) -> None:
         """From now on, note the memory of a result when it is made: it is met again without it."""
@@ -496,8 +528,8 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         elif loss.numel() == 1 and is_plain(loss):
             logged = self.number(loss)
             # A replay reads the loss at the end of a step, when the tensor has another value.
-            logged = None if self._is_written_since(logged) else logged
-        writer = PathWriter(tensors.known, has_host=self._device.type != "cpu")
+            logged = None if self._is_written_since(logged, self.loss_at) else logged
+        writer = PathWriter(tensors.known, self.brought, has_host=self._device.type != "cpu")
         path = writer.path(at, after, logged)
         # What has become state is in snapshots, so it needs no notice.
         written = self.written_outside.keys() - self.tensors.origins_of(after.values())
@@ -518,10 +550,13 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
             self.paths.make_room()
         return ending
 
-    def _is_written_since(self, number: int) -> bool:
-        """Return whether an operation has written into the memory of the loss since it was logged."""
+    def _is_written_since(self, number: int, since: Entry | None) -> bool:
+        """Return whether an operation after an entry has written into the memory of a tensor.
+
+        since: None for the beginning of the step.
+        """
         entry, origin = self.at, self.tensors.known[number].origin
-        while entry is not self.loss_at and entry.parent is not None:
+        while entry is not since and entry.parent is not None:
             if entry.operation is not None and origin in entry.operation.writes:
                 return True
             entry = entry.parent
