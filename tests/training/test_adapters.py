@@ -40,7 +40,7 @@ class Classifier(pl.LightningModule):
 
     def training_step(self, batch, batch_idx):
         x, y = batch
-        loss = nn.functional.cross_entropy(self(x), y)
+        loss = 0.7 * nn.functional.cross_entropy(self(x), y)  # a third of it, three times, is another
         self.log("train_loss", loss)
         self.losses.append(loss.item())
         return loss
