@@ -286,21 +286,23 @@ def test_allocated_memory_that_no_operation_writes_is_kept_as_a_step_reads_it():
     assert all(sum(name.startswith("input/") for name in names) == 3 for names in kinds), kinds
 
 
-def test_a_batch_that_numpy_changes_is_kept_as_the_step_reads_it():
+def test_what_numpy_makes_of_a_batch_is_kept_as_the_step_reads_it(capsys):
     torch.manual_seed(0)
     model = nn.Linear(4, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    data = torch.randn(9, 8, 4)
-    read = []
+    data, targets = torch.randn(9, 8, 4), torch.randint(0, 3, (9, 8))
+    before = data.clone()
     with everystep.record(model=model, optimizer=optimizer) as recording:
         # Each batch is a part of the data.
-        for x, y in recording.steps([(x, torch.randint(0, 3, (8,))) for x in data]):
-            x.numpy()[::2] *= -2.0
-            y.numpy()[0] = 1
-            read.append((x.clone(), y.clone()))
-            x.mul_(0.5)
+        for x, y in recording.steps(list(zip(data, targets, strict=True))):
+            if recording.step_count % 3 != 1:
+                x.numpy()[::2] -= model.weight.sum().item()
             recording.log(loss=descend(optimizer, functional.cross_entropy(model(x), y)))
     run = recording.run
+    assert "changes the batch" in capsys.readouterr().err
     assert run.verify(processes=1, progress=False).is_exact
-    for step, (x, y) in zip(run, read, strict=True):
-        assert torch.equal(step.batch.x, x) and torch.equal(step.batch.y, y)
+    assert [step.loss for step in run] == run.losses["loss"].to_list()
+    assert torch.equal(torch.stack([step.batch.x for step in run]), before)
+    # The change may depend on the parameters.
+    with pytest.raises(everystep.RunError, match="in no part and no batch"):
+        run.what_if(3, lr=[0.2], progress=False)

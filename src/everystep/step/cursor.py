@@ -82,6 +82,10 @@ class Cursor(UnderWay):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if self.unread_batch and known_operator(func).how != "pass":
+            given = leaves([*args, *(kwargs or {}).values()])
+            if any(is_plain(t) and t.untyped_storage()._cdata in self.unread_batch for t in given):
+                self.check_batch()
         at, expected = self.at, self.at.next
         # A call that the path expects needs no questions about its kind: this runs at every call.
         is_new = expected is None or expected.func is not func
@@ -448,10 +452,8 @@ class Cursor(UnderWay):
         found, origins = [], self.tensors.origins_of(unread)
         for place, each in enumerate(flattened([args, keywords])):
             number = self.tensors.number(each) if isinstance(each, Tensor) else None
-            if number is None:
-                continue
-            origin = self.tensors.known[number].origin
-            if origin in self.unread_batch or self.is_unread(number, origins):
+            if number is not None and self.is_unread(number, origins):
+                origin = self.tensors.known[number].origin
                 self.bring(origin, each)
                 found.append((place, origin))
         return tuple(found)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from itertools import chain
 from operator import call, is_
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -101,10 +103,8 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         self.outside = outside
         self.tensors = paths.tensors
         self.brought: dict[int, Brought] = {}
-        #: Copies of the batch; and its tensors on memory that no operation has read, by the number of
-        #: the first tensor there.
-        self._copies: dict[str, Tensor] = {}
-        self.unread_batch: dict[int, list[tuple[str, int]]] = {}
+        #: Of the batch, until an operation reads it: the numbers of its tensors, and copies, by memory.
+        self.unread_batch: dict[int, list[tuple[int, Tensor]]] = {}
         #: The calls that cut data out of tensors, by the memory of their results.
         self.gathered: dict[int, tuple[Any, Sequence[Any]]] = {}
         self.written_outside: dict[int, str] = {}
@@ -153,11 +153,10 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
 
     # What happens besides calls.
 
-    def add_batch(self, tensors: Mapping[str, Tensor], copies: dict[str, Tensor] | None = None) -> None:
-        """Note the tensors of the batch, which nothing has used yet.
-
-        copies: of them, by name; one gets the content with which an operation first reads the tensor.
-        """
+    def add_batch(
+        self, tensors: Mapping[str, Tensor], copies: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> None:
+        """Note the tensors of the batch, which nothing has used yet. copies: of them, by name."""
         with torch._C._DisableTorchDispatch():
             plain = {name: tensor for name, tensor in tensors.items() if is_plain(tensor)}
             if len(plain) < len(tensors):
@@ -169,12 +168,22 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
                     self.tensors.meet(tensor, "batch", is_named=True)
                 names = zip(plain, numbers, strict=True)
                 self.add(key, marks=[Mark("batch", name, (number,)) for name, number in names])
-            if copies is not None:
-                self._copies = copies
-                for (name, tensor), number in zip(plain.items(), numbers, strict=True):
-                    origin = self.tensors.place(tensor.untyped_storage()) if tensor.is_cpu else None
-                    if origin is not None:
-                        self.unread_batch.setdefault(origin, []).append((name, number))
+            for (name, tensor), number in zip(plain.items(), numbers, strict=True):
+                if name in copies and tensor.is_cpu:
+                    place = tensor.untyped_storage()._cdata
+                    self.unread_batch.setdefault(place, []).append((number, copies[name]))
+
+    def check_batch(self) -> None:
+        """Keep what NumPy has changed of the batch since the step began: no operation shows that."""
+        batch, self.unread_batch = [*chain(*self.unread_batch.values())], {}
+        with torch._C._DisableTorchDispatch():
+            alive = [
+                (tensor, copy) for n, copy in batch if (tensor := self.tensors.met[n]()) is not None
+            ]
+            changed = [tensor for tensor, copy in alive if not same_bits(tensor, copy)]
+            if changed:
+                self.unseen["NumPy, or other code that torch does not show, changes the batch"] = 1
+                self.note_unseen(changed, ())
 
     def module_done(self, path: str, outputs: list[Tensor]) -> None:
         """Note the output of a module; of several calls, the last that gradients flow through."""
@@ -295,9 +304,6 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
 
     def bring(self, origin: int, tensor: Tensor) -> None:
         """Keep the content of memory from outside. origin: the number of the first tensor there."""
-        if origin in self.unread_batch:
-            self._copy_again(self.unread_batch.pop(origin))
-            return
         base, outside = self.tensors.bases.get(origin), self.outside
         if base is not None:
             content, call = outside.of_part(tensor, base), None
@@ -311,14 +317,6 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         # The tensor may be a view of another shape: only one of all the bytes shows their rows.
         has_rows = call is not None and read is None and tensor.dim() and content.nbytes == tensor.nbytes
         self.brought[origin] = Brought(content, cut, max(len(tensor), 1) if has_rows else 1)
-
-    def _copy_again(self, batch: Iterable[tuple[str, int]]) -> None:
-        """Copy those tensors of the batch again that NumPy has changed, which torch does not see."""
-        with torch._C._DisableTorchDispatch():
-            for name, number in batch:
-                tensor = self.tensors.met[number]()
-                if tensor is not None and not same_bits(tensor, self._copies[name]):
-                    self._copies[name] = tensor.detach().clone()
 
     def keep_place_of(self, number: int) -> None:
         """From now on, note the memory of a result when it is made: it is met again without it."""
