@@ -84,7 +84,7 @@ class Cursor(UnderWay):
     ) -> Any:
         if self.unread_batch and known_operator(func).how != "pass":
             given = leaves([*args, *(kwargs or {}).values()])
-            if any(is_plain(t) and t.untyped_storage()._cdata in self.unread_batch for t in given):
+            if any(id(t._base if t._is_view() else t) in self.unread_batch for t in given):
                 self.check_batch()
         at, expected = self.at, self.at.next
         # A call that the path expects needs no questions about its kind: this runs at every call.

@@ -103,7 +103,8 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         self.outside = outside
         self.tensors = paths.tensors
         self.brought: dict[int, Brought] = {}
-        #: Of the batch, until an operation reads it: the numbers of its tensors, and copies, by memory.
+        #: Of the batch, until an operation reads it: the numbers of its tensors, and copies, by the id
+        #: of what they are views of.
         self.unread_batch: dict[int, list[tuple[int, Tensor]]] = {}
         #: The calls that cut data out of tensors, by the memory of their results.
         self.gathered: dict[int, tuple[Any, Sequence[Any]]] = {}
@@ -170,19 +171,16 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
                 self.add(key, marks=[Mark("batch", name, (number,)) for name, number in names])
             for (name, tensor), number in zip(plain.items(), numbers, strict=True):
                 if name in copies and tensor.is_cpu:
-                    place = tensor.untyped_storage()._cdata
-                    self.unread_batch.setdefault(place, []).append((number, copies[name]))
+                    base = id(tensor._base if tensor._is_view() else tensor)
+                    self.unread_batch.setdefault(base, []).append((number, copies[name]))
 
     def check_batch(self) -> None:
         """Keep what NumPy has changed of the batch since the step began: no operation shows that."""
         batch, self.unread_batch = [*chain(*self.unread_batch.values())], {}
-        with torch._C._DisableTorchDispatch():
-            alive = [
-                (tensor, copy) for n, copy in batch if (tensor := self.tensors.met[n]()) is not None
-            ]
-            changed = [tensor for tensor, copy in alive if not same_bits(tensor, copy)]
-            if changed:
-                self.unseen["NumPy, or other code that torch does not show, changes the batch"] = 1
+        alive = [(tensor, copy) for n, copy in batch if (tensor := self.tensors.met[n]()) is not None]
+        if changed := [tensor for tensor, copy in alive if not same_bits(tensor, copy)]:
+            self.unseen["NumPy, or other code that torch does not show, changes the batch"] = 1
+            with torch._C._DisableTorchDispatch():
                 self.note_unseen(changed, ())
 
     def module_done(self, path: str, outputs: list[Tensor]) -> None:
