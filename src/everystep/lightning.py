@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class RecordFit(pl.Callback):  # type: ignore[misc]  # no types come with it
             )
         self._run, self._options = run, options
         self._recording: Recording[Run] | None = None
+        self._output: Any = None
 
     @property
     def run(self) -> Run:
@@ -64,12 +66,25 @@ class RecordFit(pl.Callback):  # type: ignore[misc]  # no types come with it
         }
         self._recording = record(run=self._run, model=pl_module, **optimizers, **self._options)
         self._recording.__enter__()
+        self._watch_training_step(trainer.strategy)
+
+    def _watch_training_step(self, strategy: Any) -> None:
+        """Keep what `training_step` returns; callbacks get a fraction of it for an accumulated batch."""
+        training_step = strategy.training_step
+
+        @wraps(training_step)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self._output = training_step(*args, **kwargs)
+            return self._output
+
+        strategy.training_step = watched
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Begin a step."""
         if self._recording is not None and not self._recording.is_stopping:
+            self._output = None
             self._recording.begin_step(batch)
 
     def on_train_batch_end(
@@ -80,22 +95,20 @@ class RecordFit(pl.Callback):  # type: ignore[misc]  # no types come with it
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Log the loss that `training_step` returned, and end the step.
-
-        For an accumulated batch, Lightning passes a fraction of the loss, which is multiplied again.
-        """
+        """Log the loss that `training_step` returned, and end the step."""
         if self._recording is None or self._recording.is_stopping:
             return
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        output, self._output = self._output, None
+        loss = output.get("loss") if isinstance(output, Mapping) else output
         if isinstance(loss, Tensor) and loss.numel() == 1:
-            parts = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
-            self._recording.log(loss=loss * parts if parts > 1 else loss)
+            self._recording.log(loss=loss)
         self._recording.end_step()
         trainer.should_stop |= self._recording.is_stopping
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the run."""
         if self._recording is not None:
+            del trainer.strategy.training_step  # that of its class is in force again
             self._recording.__exit__(*sys.exc_info())
 
     def on_exception(
@@ -103,4 +116,5 @@ class RecordFit(pl.Callback):  # type: ignore[misc]  # no types come with it
     ) -> None:
         """Close the run of a fit that failed or was interrupted."""
         if self._recording is not None and self._recording.is_open:
+            del trainer.strategy.training_step
             self._recording.__exit__(type(exception), exception, exception.__traceback__)

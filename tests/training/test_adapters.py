@@ -40,7 +40,7 @@ class Classifier(pl.LightningModule):
 
     def training_step(self, batch, batch_idx):
         x, y = batch
-        loss = nn.functional.cross_entropy(self(x), y)
+        loss = 0.7 * nn.functional.cross_entropy(self(x), y)  # a third of it, three times, is another
         self.log("train_loss", loss)
         self.losses.append(loss.item())
         return loss
@@ -55,7 +55,7 @@ class Classifier(pl.LightningModule):
 
 
 @pytest.mark.sweep(every=2)
-@pytest.mark.parametrize("options", [{"accumulate_grad_batches": 4, "gradient_clip_val": 0.5}, {}])
+@pytest.mark.parametrize("options", [{"accumulate_grad_batches": 3, "gradient_clip_val": 0.5}, {}])
 def test_lightning(tmp_path, options):
 
     def fit(*callbacks):

@@ -3,6 +3,7 @@
 Each case is a loop of somebody else's kind. It is run alone, and recorded.
 """
 
+import copy
 import json
 from pathlib import Path
 
@@ -232,3 +233,57 @@ def test_memory_that_numpy_writes_is_kept_as_each_step_has_read_it():
             memory[: 4 * step + 4] = step + 1
             recording.log(loss=descend(optimizer, (model(wrapped[rows]) - 1).square().mean()))
     assert recording.run.verify(processes=1, progress=False).is_exact
+
+
+def test_allocated_memory_that_no_operation_writes_is_kept_as_a_step_reads_it():
+    """NumPy writes the weights, and torch the lengths of the sequences, without its dispatcher."""
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    lengths = torch.tensor([4, 3, 1])
+
+    def loss_of(x, y):
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+        padded, count = nn.utils.rnn.pad_packed_sequence(packed, batch_first=True)
+        means, weights = torch.empty(3, 4), torch.empty(3)
+        weights.numpy()[:] = np.random.default_rng(0).random(3)
+        for row in range(3):
+            means[row] = padded[row].sum(0) / count[row]
+        noise = torch.rand_like(torch.empty(3, 4))  # nothing reads this memory
+        return (functional.cross_entropy(model(means + noise), y, reduction="none") * weights).mean()
+
+    torch.manual_seed(0)
+    batches = [(torch.randn(3, 4, 4), torch.randint(0, 3, (3,))) for _ in range(9)]
+    before, drawn = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    expected = [descend(optimizer, loss_of(x, y)).item() for x, y in batches]
+    model.load_state_dict(before)
+    torch.set_rng_state(drawn)
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        for x, y in recording.steps(batches):
+            recording.log(loss=descend(optimizer, loss_of(x, y)))
+    run = recording.run
+    assert run.losses["loss"].to_list() == [step.loss for step in run] == expected
+    assert run.verify(processes=1, progress=False).is_exact
+    kinds = [[*inputs_of(row.inputs, "a step").given] for row in run.repeats(1, 9)]
+    assert all(sum(name.startswith("input/") for name in names) == 3 for names in kinds), kinds
+
+
+def test_what_numpy_makes_of_a_batch_is_kept_as_the_step_reads_it(capsys):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    data, targets = torch.randn(9, 8, 4), torch.randint(0, 3, (9, 8))
+    before = data.clone()
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        # Each batch is a part of the data.
+        for x, y in recording.steps(list(zip(data, targets, strict=True))):
+            if recording.step_count % 3 != 1:
+                x.numpy()[::2] -= model.weight.sum().item()
+            recording.log(loss=descend(optimizer, functional.cross_entropy(model(x), y)))
+    run = recording.run
+    assert "changes the batch" in capsys.readouterr().err
+    assert run.verify(processes=1, progress=False).is_exact
+    assert [step.loss for step in run] == run.losses["loss"].to_list()
+    assert torch.equal(torch.stack([step.batch.x for step in run]), before)
+    # The change may depend on the parameters.
+    with pytest.raises(everystep.RunError, match="in no part and no batch"):
+        run.what_if(3, lr=[0.2], progress=False)

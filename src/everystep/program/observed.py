@@ -15,7 +15,7 @@ from everystep.program.arguments import references
 from everystep.program.operation import CodeLine, Operation
 from everystep.program.operators import ALLOCATING
 
-__all__ = ["OVERWRITING", "Observed", "unread_inputs", "unset_results"]
+__all__ = ["OVERWRITING", "Observed", "unread_inputs", "unset_results", "uses_only_shape"]
 
 #: The first result of a kernel that is its own memory, as all later ones are; it writes only parts:
 #: workspaces, reserves, the state of a generator that only dropout sets, and log-sum-exps that are
@@ -53,12 +53,17 @@ def unset_results(operation: Operation) -> frozenset[str]:
     return found
 
 
+def uses_only_shape(operator: str) -> bool:
+    """Return whether an operator, `aten.ones_like.default`, reads no numbers of its first argument."""
+    name = operator.partition(".")[2]
+    return "_like." in name or name.startswith("new_") or name in _ONLY_SHAPES
+
+
 def unread_inputs(operation: Operation) -> frozenset[str]:
     """Return the names of inputs that an operation reads no numbers of."""
     given = operation.given()
-    name, overload = operation.name, operation.operator.partition(".")[2]
-    is_like = name.endswith("_like") or name.startswith("new_") or overload in _ONLY_SHAPES
-    unread = _MEMORY_ARGUMENTS | ({"self"} if is_like or name in OVERWRITING else set())
+    is_unread = uses_only_shape(operation.operator) or operation.name in OVERWRITING
+    unread = _MEMORY_ARGUMENTS | ({"self"} if is_unread else set())
     sides: tuple[set[str], set[str]] = (set(), set())
     for argument, value in given.items():
         sides[argument in unread].update(references(value))

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode, 
 
 from everystep.program.collectives import taking_part
 from everystep.program.memory import geometry
-from everystep.program.observed import OVERWRITING
+from everystep.program.observed import OVERWRITING, uses_only_shape
 from everystep.program.operation import fills
 from everystep.program.operators import (
     flattened,
@@ -88,6 +88,10 @@ class Cursor(UnderWay):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if self.unread_batch and known_operator(func).how != "pass":
+            given = leaves([*args, *(kwargs or {}).values()])
+            if any(id(t._base if t._is_view() else t) in self.unread_batch for t in given):
+                self.check_batch()
         at, expected = self.at, self.at.next
         # A call that the path expects needs no questions about its kind: this runs at every call.
         is_new = expected is None or expected.func is not func
@@ -225,16 +229,17 @@ class Cursor(UnderWay):
         key = "shape", *map(geometry, made)
         if not self.goes_on(key, made):
             self.tensors.catch_up(call)
-            numbers = [self.tensors.meet(each, "temporary") for each in made]
             known = call.operation
+            kind = "allocated" if known is None else "temporary"
+            numbers = [self.tensors.meet(each, kind) for each in made]
             self.add(key, None if known is None else self._with_results(known, numbers, made))
 
-    def _result(self, value: Any) -> int | None:
+    def _result(self, value: Any, kind: str) -> int | None:
         """Return the number of a result, None if it is not a tensor that a program can hold."""
         if not isinstance(value, Tensor) or not self.tensors.holds(value):
             return None
         number = self.tensors.number(value)
-        return self.tensors.meet(value, "temporary") if number is None else number
+        return self.tensors.meet(value, kind) if number is None else number
 
     def _with_results(
         self, operation: SeenOperation, numbers: Sequence[int | None], made: Sequence[Any]
@@ -280,7 +285,8 @@ class Cursor(UnderWay):
         if known.resizes:
             self.leave()
         # Before the call, which may overwrite what it reads.
-        contents = self._bring(args, keywords) if is_seen else ()
+        unread = [flat[0][1], *written] if flat and uses_only_shape(str(func)) else written
+        contents = self._bring(args, keywords, unread) if is_seen else ()
         if known.draws:
             self.note_generator(at.draws)
         self._note_written(written)
@@ -317,7 +323,8 @@ class Cursor(UnderWay):
         places: tuple[tuple[int, int], ...] = ()
         if not is_shaped:
             before = len(tensors.known)
-            results = [*map(self._result, made)]
+            kind = "temporary" if is_seen else "allocated"
+            results = [self._result(each, kind) for each in made]
             places = tuple((n, k) for n, k in enumerate(results) if k is not None and k >= before)
             operation = None if operation is None else self._with_results(operation, results, made)
         moving = self._moving(func, known, tokens, flat, places) if self.is_remembered else None
@@ -409,9 +416,9 @@ class Cursor(UnderWay):
         Raises:
             UnseenError: it cannot.
         """
-        for token in tokens:
-            self.check_readable(token[1])
         origins, met = self.tensors.origins_of(written), self.tensors.met
+        for token in tokens:
+            self.check_readable(token[1], origins)
         changed = [met[origin]() for origin in origins]
         if any(t is not None and t.untyped_storage()._cdata in self.tensors.parts for t in changed):
             raise UnseenError("changes memory that the step has read a part of")
@@ -442,15 +449,16 @@ class Cursor(UnderWay):
                 # This step has passed these calls without noting the memory; only later steps will.
                 self.leave()
 
-    def _bring(self, args: Any, keywords: Any) -> tuple[tuple[int, int], ...]:
+    def _bring(self, args: Any, keywords: Any, unread: Iterable[int]) -> tuple[tuple[int, int], ...]:
         """Keep the memory from outside that a call is the first to read.
 
         Returns the places of the arguments that bring it, and the numbers of the first tensors there.
+        unread: tensors that the call writes into, or of which it uses only the shape.
         """
-        found = []
+        found, origins = [], self.tensors.origins_of(unread)
         for place, each in enumerate(flattened([args, keywords])):
             number = self.tensors.number(each) if isinstance(each, Tensor) else None
-            if number is not None and self.is_unread(number):
+            if number is not None and self.is_unread(number, origins):
                 origin = self.tensors.known[number].origin
                 self.bring(origin, each)
                 found.append((place, origin))

@@ -363,7 +363,7 @@ class MetTensors:
         if not tensor.is_conj():
             return False
         place = self.place(tensor.untyped_storage())
-        is_own = place is not None and self.known[place].kind in ("state", "batch", "temporary")
+        is_own = place is not None and self.known[place].kind not in ("input", "part", "scratch")
         return is_own and is_plain(tensor, may_be_conjugated=True)
 
     def _fits_new(self, token: Any, value: Tensor) -> bool:

@@ -160,7 +160,8 @@ class MetTensor(NamedTuple):
 
     origin: the number of the first tensor on its memory; kind: where that memory comes from: `state`,
     `batch`, `input` (from outside), `part` (a part of data from outside, as memory of its own),
-    `scratch` (from outside, and overwritten before anything is read there) or `temporary`; bytes,
+    `scratch` (from outside, and overwritten before anything is read there), `allocated` (by a call that
+    only does that) or `temporary`; bytes,
     on_cpu: of that memory; is_named: whether it is a tensor of the state or the batch itself, or was
     overwritten when it was met; geometry: dtype, shape, stride and offset; of a batch, the offset
     counts from the first tensor there; moves: as of a SeenTensor.
@@ -272,12 +273,14 @@ class PathWriter:
 
     Args:
         met: the tensors that the step has met, by number.
+        brought: the first tensors on memory that the step keeps by content.
         has_host: whether memory of the CPU is apart from that of the training.
     """
 
-    def __init__(self, met: Sequence[MetTensor], *, has_host: bool) -> None:
+    def __init__(self, met: Sequence[MetTensor], brought: Container[int], *, has_host: bool) -> None:
         self.origins: list[int] = []
         self._met = met
+        self._brought = brought
         self._has_host = has_host
         self._tensors: list[SeenTensor] = []
         self._storages: list[Storage] = []
@@ -373,6 +376,8 @@ class PathWriter:
             self._place_of[origin] = len(self._storages)
             first = self._met[origin]
             kind: Any = _KINDS.get(first.kind, first.kind)
+            if first.kind == "allocated" and origin in self._brought:
+                kind = "input"
             host = self._has_host and first.on_cpu
             self._storages.append(_storage(kind, first.bytes, host))
             self.origins.append(origin)
@@ -411,4 +416,4 @@ def _storage(kind: Any, size: int, host: bool) -> Storage:
 
 
 #: Of memory, by where it comes from, if that has another name in a path.
-_KINDS = {"batch": "input", "part": "input", "scratch": "temporary"}
+_KINDS = {"batch": "input", "part": "input", "scratch": "temporary", "allocated": "temporary"}

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from itertools import chain
 from operator import call, is_
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -38,6 +40,7 @@ from everystep.step.path import (
     SeenOperation,
     places_of_reads,
 )
+from everystep.step.state import same_bits
 from everystep.step.versions import Versions, counts_of
 
 __all__ = ["UnderWay", "as_gradients"]
@@ -100,6 +103,9 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         self.outside = outside
         self.tensors = paths.tensors
         self.brought: dict[int, Brought] = {}
+        #: Of the batch, until an operation reads it: the numbers of its tensors, and copies, by the id
+        #: of what they are views of.
+        self.unread_batch: dict[int, list[tuple[int, Tensor]]] = {}
         #: The calls that cut data out of tensors, by the memory of their results.
         self.gathered: dict[int, tuple[Any, Sequence[Any]]] = {}
         self.written_outside: dict[int, str] = {}
@@ -148,8 +154,10 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
 
     # What happens besides calls.
 
-    def add_batch(self, tensors: Mapping[str, Tensor]) -> None:
-        """Note the tensors of the batch, which nothing has used yet; others copy it."""
+    def add_batch(
+        self, tensors: Mapping[str, Tensor], copies: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> None:
+        """Note the tensors of the batch, which nothing has used yet. copies: of them, by name."""
         with torch._C._DisableTorchDispatch():
             plain = {name: tensor for name, tensor in tensors.items() if is_plain(tensor)}
             if len(plain) < len(tensors):
@@ -161,6 +169,19 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
                     self.tensors.meet(tensor, "batch", is_named=True)
                 names = zip(plain, numbers, strict=True)
                 self.add(key, marks=[Mark("batch", name, (number,)) for name, number in names])
+            for (name, tensor), number in zip(plain.items(), numbers, strict=True):
+                if name in copies and tensor.is_cpu:
+                    base = id(tensor._base if tensor._is_view() else tensor)
+                    self.unread_batch.setdefault(base, []).append((number, copies[name]))
+
+    def check_batch(self) -> None:
+        """Keep what NumPy has changed of the batch since the step began: no operation shows that."""
+        batch, self.unread_batch = [*chain(*self.unread_batch.values())], {}
+        alive = [(tensor, copy) for n, copy in batch if (tensor := self.tensors.met[n]()) is not None]
+        if changed := [tensor for tensor, copy in alive if not same_bits(tensor, copy)]:
+            self.unseen["NumPy, or other code that torch does not show, changes the batch"] = 1
+            with torch._C._DisableTorchDispatch():
+                self.note_unseen(changed, ())
 
     def module_done(self, path: str, outputs: list[Tensor]) -> None:
         """Note the output of a module; of several calls, the last that gradients flow through."""
@@ -252,19 +273,26 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
             self.bring(self.tensors.known[number].origin, tensor)
         return number
 
-    def is_unread(self, number: int) -> bool:
-        """Return whether a tensor is on memory from outside that no operation has read yet."""
-        origin = self.tensors.known[number].origin
-        return self.tensors.known[origin].kind in ("input", "part") and origin not in self.brought
+    def is_unread(self, number: int, unread: Container[int] = ()) -> bool:
+        """Return whether a tensor is on memory from outside that no operation has read yet.
 
-    def check_readable(self, number: int) -> None:
-        """Check that a program can hold a tensor as an argument.
+        So is memory that was only allocated: if no operation has written there, code that torch does
+        not show has. unread: the first tensors on memory of which the operation under way reads nothing.
+        """
+        origin = self.tensors.known[number].origin
+        kind = self.tensors.known[origin].kind
+        if origin in self.brought or kind not in ("input", "part", "allocated"):
+            return False
+        return kind != "allocated" or not (origin in unread or self._is_written_since(origin, None))
+
+    def check_readable(self, number: int, unread: Container[int] = ()) -> None:
+        """Check that a program can hold a tensor as an argument. unread: as `is_unread` has it.
 
         Raises:
             UnseenError: it cannot; gives the reason.
         """
         size = self.tensors.known[self.tensors.known[number].origin].bytes
-        if size > MOST_BYTES and self.is_unread(number):
+        if size > MOST_BYTES and self.is_unread(number, unread):
             raise UnseenError(f"uses a slice of {size / 1e6:,.0f} MB that is not in any part")
         if not self.tensors.is_within(number):
             met = self.tensors.known[number]
@@ -503,8 +531,8 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         elif loss.numel() == 1 and is_plain(loss):
             logged = self.number(loss)
             # A replay reads the loss at the end of a step, when the tensor has another value.
-            logged = None if self._is_written_since(logged) else logged
-        writer = PathWriter(tensors.known, has_host=self._device.type != "cpu")
+            logged = None if self._is_written_since(logged, self.loss_at) else logged
+        writer = PathWriter(tensors.known, self.brought, has_host=self._device.type != "cpu")
         path = writer.path(at, after, logged)
         # What has become state is in snapshots, so it needs no notice.
         written = self.written_outside.keys() - self.tensors.origins_of(after.values())
@@ -525,10 +553,13 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
             self.paths.make_room()
         return ending
 
-    def _is_written_since(self, number: int) -> bool:
-        """Return whether an operation has written into the memory of the loss since it was logged."""
+    def _is_written_since(self, number: int, since: Entry | None) -> bool:
+        """Return whether an operation after an entry has written into the memory of a tensor.
+
+        since: None for the beginning of the step.
+        """
         entry, origin = self.at, self.tensors.known[number].origin
-        while entry is not self.loss_at and entry.parent is not None:
+        while entry is not since and entry.parent is not None:
             if entry.operation is not None and origin in entry.operation.writes:
                 return True
             entry = entry.parent

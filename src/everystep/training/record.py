@@ -490,7 +490,7 @@ class Recording(Generic[R]):
         step.nesting.append(nesting)
         with self._aside(tensors.values()):
             step.batch |= self.writer.watched.copies.of(tensors)
-            step.watch.add_batch(tensors)
+            step.watch.add_batch(tensors, step.batch)
 
     def end_step(self) -> None:
         """End the step that `begin_step` began, and record it."""
