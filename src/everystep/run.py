@@ -453,9 +453,15 @@ class Run(RecordedRun):
         from everystep.replay.what_if import what_if
         from everystep.replay.without_objects import check_has_rows
 
-        rates = [float(lr)] if isinstance(lr, int | float) else [*map(float, lr)]
-        chosen = [operator.index(row) for row in without_rows]
-        targets = {operator.index(row): float(target) for row, target in (relabel or {}).items()}
+        try:
+            rates = [float(lr)] if isinstance(lr, int | float) else [*map(float, lr)]
+            chosen = [operator.index(row) for row in without_rows]
+            targets = {operator.index(row): float(target) for row, target in (relabel or {}).items()}
+        except (AttributeError, TypeError, ValueError):
+            raise UsageError(
+                "pass rows as a list of whole numbers, lr as one number or several, and relabel as a "
+                "dict of targets by row: relabel={3: 4}"
+            ) from None
         changes = [bool(chosen) or without_rows_of is not None, bool(rates), bool(targets)]
         if sum(changes) != 1:
             raise UsageError(

@@ -351,6 +351,9 @@ def test_other_numbers_for_python_and_unknown_rates_are_reported(tmp_path):
     for other in ({"without_rows": [2]}, {"relabel": {2: 1}}):
         with pytest.raises(UsageError, match="pass one of these: rows to leave out"):
             run.what_if(4, lr=0.5, **other, progress=False)
+    for wrong in ({"relabel": [{2: 1}]}, {"without_rows": [1.5]}, {"without_rows": 3}, {"lr": "low"}):
+        with pytest.raises(UsageError, match="pass rows as a list of whole numbers, lr as one number"):
+            run.what_if(4, **wrong, progress=False)
     for rate in (-1.0, float("nan"), float("inf")):
         with pytest.raises(UsageError, match=f"lr is {rate:g}; pass learning rates from 0 on"):
             run.what_if(4, lr=[0.5, rate], progress=False)
