@@ -23,8 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from hypothesis import strategies as st
-from tests.descent import seeded
-from tests.training.loops import Unrecorded
+from tests.descent import Unrecorded, seeded
 from torch import Tensor, nn, optim
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
