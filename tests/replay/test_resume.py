@@ -481,7 +481,7 @@ class DrawingInTurn(IterableDataset):
     def __iter__(self):
         self.epochs += 1
         for row in self.chance.permutation(23):
-            yield self.epochs + row / 23, torch.tensor([row / 23])
+            yield self.epochs + row / 23, torch.tensor([float(row)]) / 23
 
 
 class Shuffling:
