@@ -21,6 +21,13 @@ __all__ = ["Batches", "RowsInFiles", "RowsOf"]
 _STEPS_AHEAD, _GATHERERS = 4, ThreadPoolExecutor(2, "everystep-rows")
 
 
+@dataclass(frozen=True, eq=False)
+class _Order:
+    """All rows in the order of an epoch. Held weakly, which a tensor of torch 2.9 may not survive."""
+
+    rows: Tensor
+
+
 @dataclass(frozen=True)
 class Batches:
     """The rows of each step: all of them at every step, or shuffled epochs.
@@ -49,7 +56,7 @@ class Batches:
     numbers: Tensor | None = field(default=None, repr=False, compare=False)
     source: str = "the data"
     share: tuple[int, int] | None = None
-    _order: dict[int, tuple[Tensor, frozenset[int]]] = field(
+    _order: dict[int, tuple[_Order, frozenset[int]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -155,7 +162,7 @@ class Batches:
             return None
         start = (step - 1) % self.steps_per_epoch * self._size
         order, lacking = self._epoch_order(self.epoch(step) if self.batch_size else 0)
-        indices = order[start : start + self._size]
+        indices = order.rows[start : start + self._size]
         if start // self._size in lacking:
             indices = indices[torch.isin(indices, self.places(self.without), invert=True)]
         return indices[self._own(len(indices))].long()
@@ -196,30 +203,31 @@ class Batches:
             return RowsInFiles(self, x, y)
         return RowsOf(self, x, y, is_read, guards)
 
-    def _epoch_order(self, epoch: int) -> tuple[Tensor, frozenset[int]]:
+    def _epoch_order(self, epoch: int) -> tuple[_Order, frozenset[int]]:
         """Return all rows in the order of an epoch, and which of its batches lack some."""
         if epoch not in self._order:
             self._order.clear()  # one epoch at a time is in use
-            order = torch.arange(self.rows) if self.batch_size is None else self._shuffled(epoch)
+            order = self._shuffled(epoch) if self.batch_size else _Order(torch.arange(self.rows))
             lacking = frozenset[int]()
             if self.without:
-                places = torch.isin(order, self.places(self.without)).nonzero().flatten()
+                places = torch.isin(order.rows, self.places(self.without)).nonzero().flatten()
                 lacking = frozenset((places // self._size).tolist())
             self._order[epoch] = order, lacking
         return self._order[epoch]
 
-    def _shuffled(self, epoch: int) -> Tensor:
+    def _shuffled(self, epoch: int) -> _Order:
         key = self.rows, self.seed, epoch
         if (order := _ORDERS.get(key)) is None:
             generator = derived_generator(self.seed, "epoch", epoch)
             # The same order in half the memory.
             dtype = torch.int32 if _MANY < self.rows < 2**31 else torch.int64
-            order = _ORDERS[key] = torch.randperm(self.rows, generator=generator, dtype=dtype)
+            order = _Order(torch.randperm(self.rows, generator=generator, dtype=dtype))
+            _ORDERS[key] = order
         return order
 
 
 #: The orders in use, by the number of rows, the seed and the epoch: those of many rows take much memory.
-_ORDERS: WeakValueDictionary[tuple[int, int, int], Tensor] = WeakValueDictionary()
+_ORDERS: WeakValueDictionary[tuple[int, int, int], _Order] = WeakValueDictionary()
 _MANY = 1_000_000
 
 
