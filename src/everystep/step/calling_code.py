@@ -27,7 +27,7 @@ __all__ = [
     "LineTable",
     "calls_here",
     "is_called_in",
-    "is_compiled_here",
+    "is_in_backward",
     "named_here",
 ]
 
@@ -49,6 +49,8 @@ _WATCHING = tuple(
 )
 #: The module that runs a backward pass.
 _BACKWARD = f"{_EVERYSTEP}step{os.sep}backward.py"
+#: Where torch runs a compiled function, or its uncompiled form in a mode.
+_COMPILED, _COMPILED_RUN = f"{_TORCH}_dynamo{os.sep}eval_frame.py", "_TorchDynamoContext."
 #: A file that was written later may not be the code that runs.
 _BEGAN = time.time()
 
@@ -69,9 +71,9 @@ _known: dict[Calls, Calls] = {}
 
 @cache
 def _kind(file: str) -> str:
-    """Return what code a file has: `user`, `backward`, `everystep`; `other`: it is passed over."""
-    if file == _BACKWARD:
-        return "backward"
+    """Return what code a file has: `user`, `backward`, `everystep`, `compiled`, or `other`."""
+    if file in (_BACKWARD, _COMPILED):
+        return "backward" if file == _BACKWARD else "compiled"
     if file.startswith(_EVERYSTEP):
         return "other" if file in _WATCHING else "everystep"
     is_packaged = any(name in file for name in _PACKAGES)
@@ -81,12 +83,9 @@ def _kind(file: str) -> str:
 
 
 def calls_here() -> tuple[Calls, bool]:
-    """Return the user's calls that lead here, and whether a backward pass stands between.
-
-    A backward pass runs code of the user's only in hooks and in functions of their own.
-    """
+    """Return the user's calls that lead here, and whether a compiled function is among the frames."""
     found: list[CallingLine] = []
-    is_within_backward = False
+    is_compiled = False
     frame = sys._getframe(1)
     while frame is not None and len(found) < MOST_CALLS:
         code = frame.f_code
@@ -94,8 +93,8 @@ def calls_here() -> tuple[Calls, bool]:
         # The lines above have called everystep, not the operation.
         if kind == "everystep":
             break
-        if kind == "backward":
-            is_within_backward = is_within_backward or not found
+        if kind == "compiled":
+            is_compiled = is_compiled or code.co_qualname.startswith(_COMPILED_RUN)
         elif kind == "user":
             # Generated code may have no line, or line 0.
             found.append(CallingLine(code.co_filename, frame.f_lineno or 1, code.co_name))
@@ -104,7 +103,21 @@ def calls_here() -> tuple[Calls, bool]:
                 break
         frame = frame.f_back  # type: ignore[assignment]
     calls = tuple(found)
-    return _known.setdefault(calls, calls), is_within_backward
+    return _known.setdefault(calls, calls), is_compiled
+
+
+def is_in_backward() -> bool:
+    """Return whether a backward pass leads here, without code of the user's in between.
+
+    It runs such code only in hooks and in functions of their own.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        kind = _kind(frame.f_code.co_filename)
+        if kind not in ("other", "compiled"):
+            return kind == "backward"
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def named_here() -> str:
@@ -127,16 +140,6 @@ def is_called_in(file: str) -> bool:
             return False
         frame = frame.f_back  # type: ignore[assignment]
     return True
-
-
-def is_compiled_here() -> bool:
-    """Return whether a function of torch.compile leads here; torch runs it uncompiled in a mode."""
-    frame = sys._getframe(1) if "torch._dynamo.eval_frame" in sys.modules else None
-    while frame is not None:
-        if frame.f_code.co_qualname.startswith("_TorchDynamoContext."):
-            return True
-        frame = frame.f_back
-    return False
 
 
 class LineTable:

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode, 
 
 from everystep.program.collectives import taking_part
 from everystep.program.memory import geometry
-from everystep.program.observed import OVERWRITING, uses_only_shape
+from everystep.program.observed import OVERWRITING
 from everystep.program.operation import fills
 from everystep.program.operators import (
     flattened,
@@ -44,7 +44,7 @@ from everystep.step.known_operators import (
     run_counted,
 )
 from everystep.step.known_paths import KnownPaths
-from everystep.step.met_tensors import UnseenError, held, is_plain, tensor_tokens
+from everystep.step.met_tensors import MET, NEW, UnseenError, held, is_plain, leaf_tokens
 from everystep.step.mode_formulas import of_mode
 from everystep.step.moving_views import check_of_views
 from everystep.step.optimizer_steps import OptimizerSteps
@@ -140,11 +140,11 @@ class Cursor(UnderWay):
         if known.how == "pass" and not self.is_remembered:
             return func(*args, **keywords)
         self.tensors.catch_up(at)
-        given = leaves([*args, *keywords.values()])
         copies = known.name == "copy_"
         # A write into data that the step has partly read changes an input, so it must be noted.
         is_met = self._is_met_or_read if copies else self._is_met
-        if gathers_data(known, given, is_met, self._is_drawn):
+        given = leaves([*args, *keywords.values()]) if known.may_gather or known.draws else []
+        if known.may_gather and gathers_data(known, given, is_met, self._is_drawn):
             result = func(*args, **keywords)
             if copies:  # a write through `tensor.data` is not counted
                 self.outside.forget(given[0].untyped_storage()._cdata)
@@ -232,30 +232,44 @@ class Cursor(UnderWay):
             known = call.operation
             kind = "allocated" if known is None else "temporary"
             numbers = [self.tensors.meet(each, kind) for each in made]
-            self.add(key, None if known is None else self._with_results(known, numbers, made))
+            if known is not None:
+                given = known_operator(known.operator), known.keywords, known.writes
+                keywords, results, writes = self._results_of(*given, numbers, made)
+                known = known._replace(keywords=keywords, results=results, writes=writes)
+            self.add(key, known)
 
-    def _result(self, value: Any, kind: str) -> int | None:
-        """Return the number of a result, None if it is not a tensor that a program can hold."""
-        if not isinstance(value, Tensor) or not self.tensors.holds(value):
-            return None
-        number = self.tensors.number(value)
-        return self.tensors.meet(value, kind) if number is None else number
+    def _results(self, made: Sequence[Any], kind: str) -> list[int | None]:
+        """Return the numbers of results, None for what is not a tensor that a program can hold.
 
-    def _with_results(
-        self, operation: SeenOperation, numbers: Sequence[int | None], made: Sequence[Any]
-    ) -> SeenOperation:
-        """Return an operation with its results."""
-        known, keywords = known_operator(operation.operator), operation.keywords
+        kind: of memory that the call has made.
+        """
+        tensors, found = self.tensors, list[int | None]()
+        for each in made:
+            number = tensors.number(each) if isinstance(each, Tensor) else None
+            if number is None and isinstance(each, Tensor) and tensors.holds(each):
+                number = tensors.meet(each, kind)
+            found.append(number)
+        return found
+
+    def _results_of(
+        self,
+        known: KnownOperator,
+        keywords: tuple[tuple[str, Any], ...],
+        writes: tuple[int, ...],
+        numbers: Sequence[int | None],
+        made: Sequence[Any],
+    ) -> tuple[tuple[tuple[str, Any], ...], tuple[str | None, ...], tuple[int, ...]]:
+        """Return keywords, results and writes of an operation, once its results are known.
+
+        keywords, writes: before; numbers, made: the results.
+        """
         if not known.gives:
-            return operation
+            return keywords, (), writes
         if known.makes_dtype and not any(name == "dtype" for name, _ in keywords):
             keywords = (*keywords, ("dtype", made[0].dtype))  # a replay may have another default dtype
-        written = self.tensors.origins_of(number for number in numbers if number is not None)
-        return operation._replace(
-            keywords=keywords,
-            results=tuple([None if number is None else f"%{number}" for number in numbers]),
-            writes=tuple(dict.fromkeys((*operation.writes, *written))),
-        )
+        written = self.tensors.origins_of([number for number in numbers if number is not None])
+        results = tuple([None if number is None else f"%{number}" for number in numbers])
+        return keywords, results, tuple(dict.fromkeys((*writes, *written)))
 
     def _learn(
         self, func: Any, known: KnownOperator, args: tuple[Any, ...], keywords: dict[str, Any]
@@ -265,12 +279,11 @@ class Cursor(UnderWay):
         is_seen = known.how == "see"
         try:
             tokens, named = self._tokens(known, args, keywords)
-            flat = [*tensor_tokens((*tokens, *(token for _, token in named)))]
-            given = dict(zip(known.places, tokens, strict=False)) | dict(named)
-            into = tensor_tokens(given[name] for name in known.writes if name in given)
-            written = [token[1] for token in into]
+            given = [*leaf_tokens((*tokens, *[token for _, token in named]))]
+            met = [token[1] for token in given if token[0] in MET]
+            written = self._written_numbers(known, tokens, named) if known.writes else []
             if is_seen:
-                self._check(known, flat, written)
+                self._check(known, met, written)
         except UnseenError as error:
             del self.numbers[count:]
             tensors.catch_up(at)
@@ -279,18 +292,19 @@ class Cursor(UnderWay):
                 self.leave()
                 return func(*args, **keywords)
             return self._run_unseen(func, known, args, keywords, str(error))
-        if self.is_remembered:
-            self._remember_places(flat)
+        is_bringing = any(token[0] in NEW for token in given)
+        if self.is_remembered and is_bringing:
+            self._remember_places(given)
         # The shape that its `out` gets depends on numbers, so later steps could not compare it.
         if known.resizes:
             self.leave()
         # Before the call, which may overwrite what it reads.
-        unread = [flat[0][1], *written] if flat and uses_only_shape(str(func)) else written
-        contents = self._bring(args, keywords, unread) if is_seen else ()
+        unread = [met[0], *written] if met and known.reads_only_shape else written
+        contents = self._bring(given, unread) if is_seen else ()
         if known.draws:
             self.note_generator(at.draws)
         self._note_written(written)
-        call = partial(run_counted, func) if known.writes_list else func
+        call = partial(run_counted, func) if known.writes_list else func._op
         try:
             result = call(*args, **keywords)
         except BaseException:
@@ -298,39 +312,46 @@ class Cursor(UnderWay):
             self.undo()
             raise
         self._note_result(known, result)
-        made = flattened(result)
-        # Such a result has no number by which a later step could compare it.
-        if not all(tensors.holds(each) for each in made if isinstance(each, Tensor)):
-            self.leave()
+        made, numbers = flattened(result), list[int | None]()
+        # A result without a given dtype has the process's default, which no token shows.
+        is_shaped = self.is_remembered and (
+            (known.may_be_shaped and is_shaped_by_numbers(func, args))
+            or (known.makes_dtype and keywords.get("dtype") is None)
+        )
+        before, kind = len(tensors.known), "temporary" if is_seen else "allocated"
+        if is_shaped and all(tensors.holds(each) for each in made if isinstance(each, Tensor)):
+            places: tuple[tuple[int, int], ...] = ()
+        else:
+            is_shaped, numbers = False, self._results(made, kind)
+            # Such a result has no number by which a later step could compare it.
+            if any(number is None for number in numbers) and any(
+                n is None and isinstance(each, Tensor) for n, each in zip(numbers, made, strict=True)
+            ):
+                self.leave()
+            places = tuple([(n, k) for n, k in enumerate(numbers) if k is not None and k >= before])
         operation = None
         if is_seen:
             phase, module = self.follower.place(known.name in _ZEROING and self._are_gradients(written))
+            outcome: tuple[str | None, ...] = ()
+            words = tuple([(name, held(token)) for name, token in named])
+            writes = tensors.origins_of(written)
+            if not is_shaped:
+                words, outcome, writes = self._results_of(known, words, writes, numbers, made)
             operation = SeenOperation(
                 phase=phase,
                 module=module,
                 operator=func,
                 arguments=tuple(map(held, tokens)),
-                keywords=tuple([(name, held(token)) for name, token in named]),
-                results=(),
-                writes=tensors.origins_of(written),
+                keywords=words,
+                results=outcome,
+                writes=writes,
                 numbers=range(count, len(self.numbers)),
                 has_gradients=torch.is_grad_enabled(),
             )
-        # A result without a given dtype has the process's default, which no token shows.
-        is_shaped = self.is_remembered and (
-            is_shaped_by_numbers(func, args) or (known.makes_dtype and keywords.get("dtype") is None)
-        )
-        places: tuple[tuple[int, int], ...] = ()
-        if not is_shaped:
-            before = len(tensors.known)
-            kind = "temporary" if is_seen else "allocated"
-            results = [self._result(each, kind) for each in made]
-            places = tuple((n, k) for n, k in enumerate(results) if k is not None and k >= before)
-            operation = None if operation is None else self._with_results(operation, results, made)
-        moving = self._moving(func, known, tokens, flat, places) if self.is_remembered else None
         key: tuple[Any, ...] = "call", func, tokens, named, places
-        in_graph = any(tensor.requires_grad for tensor in leaves(args))
+        moving = self._moving(func, known, tokens, met, places) if self.is_remembered else None
         if moving is not None:
+            in_graph = any(tensor.requires_grad for tensor in leaves(args))
             lie = [tensors.known[number].geometry[:3] for _, number in places]
             # A graph depends on where its views lie, so a call with gradients is another one.
             key = "call", func, moving, named, places, in_graph, *lie
@@ -340,7 +361,7 @@ class Cursor(UnderWay):
         if entry.func is None:
             entry.func, entry.where, entry.shaped = func, self.follower.where, is_shaped
             entry.contents, entry.draws = contents, at.draws + known.draws
-            entry.brings = any(token[0] in ("p", "x") for token in flat)
+            entry.brings = any(token[0] in ("p", "x") for token in given)
             if moving is not None:
                 entry.in_graph = in_graph
                 entry.check = check_of_views(func, moving, named, places, tensors, in_graph=in_graph)
@@ -351,12 +372,20 @@ class Cursor(UnderWay):
             self._add_shapes(entry, result)
         return result
 
+    def _written_numbers(
+        self, known: KnownOperator, tokens: Sequence[Any], named: Iterable[tuple[str, Any]]
+    ) -> list[int]:
+        """Return the numbers of the tensors that a call writes into."""
+        given = dict(zip(known.places, tokens, strict=False)) | dict(named)
+        into = leaf_tokens(given[name] for name in known.writes if name in given)
+        return [token[1] for token in into if token[0] in MET]
+
     def _moving(
         self,
         func: Any,
         known: KnownOperator,
         tokens: tuple[Any, ...],
-        given: Iterable[Any],
+        given: Iterable[int],
         made: Sequence[tuple[int, int]],
     ) -> tuple[Any, ...] | None:
         """Return the tokens of a call whose results lie at another place in each step, or None."""
@@ -366,7 +395,7 @@ class Cursor(UnderWay):
             return None
         if known.how == "pass" and len(views) == len(made):
             return self.paths.views.tokens(self.at, func, tokens, made)
-        if any(met[token[1]].moves is not None for token in given):
+        if any(met[number].moves is not None for number in given):
             self.leave()  # the place of a result is not compared
         return None
 
@@ -410,15 +439,15 @@ class Cursor(UnderWay):
 
         return [t for t in targets if is_plain(t) and fills(geometry(t)) and is_unread(t)]
 
-    def _check(self, known: KnownOperator, tokens: Iterable[Any], written: Iterable[int]) -> None:
+    def _check(self, known: KnownOperator, given: Iterable[int], written: Iterable[int]) -> None:
         """Check that a program can hold an operation with these tensors.
 
         Raises:
             UnseenError: it cannot.
         """
         origins, met = self.tensors.origins_of(written), self.tensors.met
-        for token in tokens:
-            self.check_readable(token[1], origins)
+        for number in given:
+            self.check_readable(number, origins)
         changed = [met[origin]() for origin in origins]
         if any(t is not None and t.untyped_storage()._cdata in self.tensors.parts for t in changed):
             raise UnseenError("changes memory that the step has read a part of")
@@ -449,18 +478,19 @@ class Cursor(UnderWay):
                 # This step has passed these calls without noting the memory; only later steps will.
                 self.leave()
 
-    def _bring(self, args: Any, keywords: Any, unread: Iterable[int]) -> tuple[tuple[int, int], ...]:
+    def _bring(self, given: Iterable[Any], unread: Iterable[int]) -> tuple[tuple[int, int], ...]:
         """Keep the memory from outside that a call is the first to read.
 
         Returns the places of the arguments that bring it, and the numbers of the first tensors there.
-        unread: tensors that the call writes into, or of which it uses only the shape.
+
+        given: the tokens of all arguments, those in lists one by one; unread: tensors that the call
+        writes into, or of which it uses only the shape.
         """
         found, origins = [], self.tensors.origins_of(unread)
-        for place, each in enumerate(flattened([args, keywords])):
-            number = self.tensors.number(each) if isinstance(each, Tensor) else None
-            if number is not None and self.is_unread(number, origins):
-                origin = self.tensors.known[number].origin
-                self.bring(origin, each)
+        for place, (kind, number, *_) in enumerate(given):
+            if kind in MET and self.is_unread(number, origins):
+                origin, tensor = self.tensors.known[number].origin, self.tensors.met[number]()
+                self.bring(origin, tensor)
                 found.append((place, origin))
         return tuple(found)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from everystep.program.number_slots import READ, slot_names
+from everystep.program.observed import uses_only_shape
 from everystep.program.operators import (
     NotAllowedError,
     computes,
@@ -51,7 +52,9 @@ class KnownOperator(NamedTuple):
 
     how: `pass` (it computes nothing), `make` (it only allocates memory), `see`, `decompose` (its
     component operations are seen), or why it is not seen; places: its parameters, and whether each is a
-    slot for numbers; resizes: whether it gives its `out` a shape that depends on numbers.
+    slot for numbers; resizes: whether it gives its `out` a shape that depends on numbers; may_gather:
+    whether `gathers_data` must be asked, and may_be_shaped: `is_shaped_by_numbers`; reads_only_shape: of
+    its first argument.
     """
 
     how: str
@@ -65,6 +68,9 @@ class KnownOperator(NamedTuple):
     resizes: bool = False
     is_read: bool = False
     writes_list: bool = False
+    may_gather: bool = True
+    may_be_shaped: bool = False
+    reads_only_shape: bool = False
 
 
 @cache
@@ -101,6 +107,9 @@ def known_operator(func: Any) -> KnownOperator:
             has_out and may_have_shape_of_values(func.overloadpacket),
             text == READ,
             "foreach" in name and bool(writes(func)),
+            how == "pass" or name == "copy_" or name in PICKING | JOINING,
+            has_shape_of_values(func, [torch.bool]),
+            uses_only_shape(text),
         )
     except (AttributeError, RuntimeError):  # an operator without a schema that can be read
         return KnownOperator("has no schema" if how == "see" else how, name)
@@ -153,8 +162,6 @@ def gathers_data(
         is_drawn: whether the step has drawn a tensor at random, without other inputs.
     """
     copies = known.name == "copy_"
-    if known.how != "pass" and not copies and known.name not in PICKING | JOINING:
-        return False
     read = [*tensors][: 1 if copies else None]
     if any(not is_plain(tensor) or tensor.requires_grad for tensor in read):
         return False

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from everystep.program.memory import geometry
 from everystep.step.collective_calls import has_ranks
+from everystep.step.collector import CollectorPause
 from everystep.step.met_tensors import MetTensors
 from everystep.step.moving_views import MovingViews
 from everystep.step.optimizer_call import OptimizerCalls
@@ -21,18 +22,26 @@ __all__ = ["KnownPaths"]
 
 #: Entries that are remembered, about 2.5 kB each: a loop of steps that all differ would fill the memory.
 _MOST_ENTRIES = 100_000
+#: Steps in a row that are unlike all before them, in all, before a loop is taken for one of which no two
+#: steps are alike, such as one of graphs; and with one kind of batch, before and after that.
+_MOST_UNLIKE_IN_ALL = 32
+_MOST_UNLIKE, _MOST_UNLIKE_AFTER = 8, 1
+#: Kinds of batches that are known, about 100 bytes each.
+_MOST_KINDS = 100_000
 
 
 class KnownPaths:
     """The paths of a recording, as a tree.
 
     tensors: of the step in progress; views: which of them move; calls: of optimizers; size: how many
-    entries there are; has_ranks: whether several processes train; partly_read: memory from outside, by
-    its bytes and dtype, that steps overwrite in part before they read all of it.
+    entries there are; pause: of the collector, while a step is written down; has_ranks: whether several
+    processes train; partly_read: memory from outside, by its bytes and dtype, that steps overwrite in
+    part before they read all of it.
     """
 
     def __init__(self) -> None:
         self.tensors = MetTensors()
+        self.pause = CollectorPause()
         self.views = MovingViews(self.tensors)
         self.calls = OptimizerCalls()
         self.step: Any = None
@@ -43,6 +52,9 @@ class KnownPaths:
         self._after: dict[int, tuple[Ending, Entry, int]] = {}
         self.has_ranks = has_ranks()
         self.partly_read: set[tuple[int, torch.dtype]] = set()
+        #: How many steps in a row were unlike all before them: with each kind of batch, and in all.
+        self._unlike: dict[int, int] = {}
+        self._unlike_in_all = 0
         self._handles = -1
         self._without_hooks: dict[int, Any] = {}
 
@@ -107,6 +119,22 @@ class KnownPaths:
         # Only now, since the look itself has registered hooks.
         self._handles = handles()
         return False
+
+    def may_recur(self, kind: int) -> bool:
+        """Return whether a later step may well do what one with such a batch does. kind: its hash."""
+        is_unlike = self._unlike_in_all >= _MOST_UNLIKE_IN_ALL
+        if kind in self._unlike:
+            return self._unlike[kind] < (_MOST_UNLIKE_AFTER if is_unlike else _MOST_UNLIKE)
+        if len(self._unlike) >= _MOST_KINDS:
+            self._unlike.clear()
+        # The batch may come again in the next epoch, so it is remembered from the second time on.
+        self._unlike[kind] = 0
+        return not is_unlike
+
+    def note_end(self, kind: int, *, is_known: bool) -> None:
+        """Note that a step has ended that is remembered. is_known: whether most of it was known."""
+        self._unlike[kind] = 0 if is_known else self._unlike.get(kind, 0) + 1
+        self._unlike_in_all = 0 if is_known else self._unlike_in_all + 1
 
     def make_room(self) -> None:
         """Forget all paths once they take too much memory; the next steps are new ones."""

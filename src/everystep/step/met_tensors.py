@@ -19,9 +19,11 @@ from everystep.program.memory import ALIGNMENT, geometry
 from everystep.program.operation import extent_of
 from everystep.step.path import Entry, MetTensor
 
-__all__ = ["MetTensors", "UnseenError", "held", "is_plain", "tensor_tokens"]
+__all__ = ["MET", "NEW", "MetTensors", "UnseenError", "held", "is_plain", "leaf_tokens"]
 
 _DTYPES = frozenset(DTYPES.values())
+#: The kinds of tokens of tensors, and those that are met by the call.
+MET, NEW = frozenset("rapx"), frozenset("apx")
 #: Types of constants that a program can hold.
 _CONSTANTS = {
     *(bool, int, float, str, type(None)),
@@ -282,19 +284,21 @@ class MetTensors:
 
         Memory that the step has overwritten is kept as far as it did so.
         """
+        if not (limits := self.limits(number)):
+            return True
         begin, end = extent_of(self.known[number].geometry)
-        for one, two in sorted(self.limits(number) or [(begin, end)]):
+        for one, two in sorted(limits):
             if one <= begin:
                 begin = max(begin, two)
         return begin >= end
 
-    def limits(self, number: int) -> list[tuple[int, int]]:
+    def limits(self, number: int) -> Sequence[tuple[int, int]]:
         """Return where tensors of the batch or the state lie on the memory of a tensor, if one does."""
         if self._extents is None:
             self._extents = {}
             for each in filter(lambda each: each.is_named, self.known):
                 self._extents.setdefault(each.origin, []).append(extent_of(each.geometry))
-        return [*self._extents.get(self.known[number].origin, ())]
+        return self._extents.get(self.known[number].origin, ())
 
     # Tokens.
 
@@ -307,11 +311,11 @@ class MetTensors:
             UnseenError: no token can stand for it; gives the reason.
         """
         if isinstance(value, Tensor):
-            if not self.holds(value):
-                raise UnseenError(_what_is_special(value))
             number = self.number(value)
             if number is not None:
                 return "r", number
+            if not self.holds(value):
+                raise UnseenError(_what_is_special(value))
             storage = value.untyped_storage()
             place = self.place(storage)
             if is_part is not None and not value.is_conj() and is_part(value):
@@ -432,12 +436,12 @@ def held(token: Any) -> Any:
     return f"%{value}"
 
 
-def tensor_tokens(tokens: Iterable[Any]) -> Iterator[Any]:
-    """Yield the tokens of tensors, those in lists included."""
+def leaf_tokens(tokens: Iterable[Any]) -> Iterator[Any]:
+    """Yield tokens, and in place of a list those that it has."""
     for token in tokens:
         if token[0] == "l":
-            yield from tensor_tokens(token[1])
-        elif token[0] in ("r", "a", "p", "x"):
+            yield from leaf_tokens(token[1])
+        else:
             yield token
 
 

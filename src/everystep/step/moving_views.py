@@ -14,7 +14,7 @@ from weakref import ref
 from everystep.program.operation import extent_of
 from everystep.program.operators import flattened, leaves
 from everystep.step.call_checks import MISS
-from everystep.step.met_tensors import MetTensors, tensor_tokens
+from everystep.step.met_tensors import MET, MetTensors, leaf_tokens
 from everystep.step.path import Entry
 
 __all__ = ["MovingViews", "check_of_views"]
@@ -45,7 +45,7 @@ class MovingViews:
             made: the places of the views among its results, and their numbers.
         """
         known = self._tensors.known
-        given = [known[token[1]] for token in tensor_tokens(tokens)]
+        given = [known[token[1]] for token in leaf_tokens(tokens) if token[0] in MET]
         loose = _loosened(func, tokens, given[0].geometry)
         if any(tensor.moves is not None for tensor in given):
             return loose

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from everystep.program.number_slots import READ
 from everystep.program.operators import OperatorMode
-from everystep.step.calling_code import Calls, calls_here, is_compiled_here
+from everystep.step.calling_code import Calls, calls_here, is_in_backward
 from everystep.step.follow import Follower
 from everystep.step.gradient_copies import GradientCopies
 from everystep.step.known_paths import KnownPaths
@@ -109,6 +109,8 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         #: The calls that cut data out of tensors, by the memory of their results.
         self.gathered: dict[int, tuple[Any, Sequence[Any]]] = {}
         self.written_outside: dict[int, str] = {}
+        #: Of its first batch.
+        self._kind: int | None = None
         self.ending: Ending | None = None
         self.gradient_copies: GradientCopies | None = None
         self._origins: tuple[int, ...] = ()
@@ -164,6 +166,10 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
                 self.leave()
             self.tensors.catch_up(self.at)
             key, numbers, new = self.tensors.batch(plain)
+            if self._kind is None:
+                self._kind = hash(key)
+                if self.is_remembered and not self.paths.may_recur(self._kind):
+                    self.leave()
             if not self.goes_on(key, new):
                 for tensor in new:
                     self.tensors.meet(tensor, "batch", is_named=True)
@@ -352,6 +358,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         if entry is None:
             if self.is_followed:
                 self.is_followed, self.followed = False, at
+            self.paths.pause.begin()
             entry = Entry(key, at, tuple(tensors.known[at.met :]), operation, tuple(marks))
             if operation is not None:
                 entry.lines = self._lines()
@@ -369,18 +376,19 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
 
         One of a backward pass belongs to that of the forward pass which made its node of the graph.
         """
-        calls, is_of_graph = calls_here()
-        self.is_compiled = self.is_compiled or is_compiled_here()
-        node = torch._C._current_autograd_node() if is_of_graph else None
-        if node is None:
-            return calls
-        # A backward pass has many operations, and adds nodes only where gradients have a graph.
-        if self._graph is None or self._graph[0] != _next_node():
-            made = [e for e in self.at.from_root() if e.nodes and e.lines]
-            self._graph = _next_node(), [e.nodes for e in made], [e.lines for e in made]
-        _, nodes, lines = self._graph
-        place = bisect_right(nodes, node._sequence_nr() - self._first_node)
-        return lines[place] if place < len(nodes) else calls
+        node = torch._C._current_autograd_node()
+        if node is not None and is_in_backward():
+            # A backward pass has many operations, and adds nodes only where gradients have a graph.
+            if self._graph is None or self._graph[0] != _next_node():
+                made = [e for e in self.at.from_root() if e.nodes and e.lines]
+                self._graph = _next_node(), [e.nodes for e in made], [e.lines for e in made]
+            _, nodes, lines = self._graph
+            place = bisect_right(nodes, node._sequence_nr() - self._first_node)
+            if place < len(nodes):
+                return lines[place]
+        calls, is_compiled = calls_here()
+        self.is_compiled = self.is_compiled or is_compiled
+        return calls
 
     def undo(self) -> None:
         """Forget what a call has brought that raised; the loop may catch it, and continue."""
@@ -490,7 +498,12 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
                 if changes != ending.changes:
                     pairs = zip(state, changes, ending.changes, strict=True)
                     self.changed_unseen = [name for name, one, two in pairs if one != two]
+                self.paths.note_end(self._kind or 0, is_known=True)
             else:
+                if self.is_remembered:
+                    known = 0 if self.followed is None else len(self.followed.from_root())
+                    is_known = 2 * known > len(self.at.from_root())
+                    self.paths.note_end(self._kind or 0, is_known=is_known)
                 self.is_followed = False
                 ending = self._write(state, versions, loss)
         self._origins = ending.origins

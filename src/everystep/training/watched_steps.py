@@ -149,6 +149,7 @@ class WatchedSteps:
         step, self.under_way = self.under_way, None
         if step is not None:
             step.watch.__exit__(None, None, None)
+        self._paths.pause.end()
         return step
 
     def end(
@@ -168,14 +169,19 @@ class WatchedSteps:
         if not self._is_still:
             self._versions = Versions.of(after)
             self._exposed = self._uncounted(after)
-        path = step.end(after, self._versions)
-        self.last, self.state = (path, watch), after
-        self._ending = watch.ending if isinstance(watch, Cursor) else None
-        # No operation makes these changes in a replay, so the run keeps the tensors.
-        if watch.changed_unseen and self._writer is not None:
-            changed = {name: copy_of(after[name]) for name in watch.changed_unseen}
-            self._writer.change(number, changed)
-        row = self._row(number, watch, path, after, inputs, step.nested)
+        if isinstance(watch, Cursor) and not watch.is_followed:
+            self._paths.pause.begin()
+        try:
+            path = step.end(after, self._versions)
+            self.last, self.state = (path, watch), after
+            self._ending = watch.ending if isinstance(watch, Cursor) else None
+            # No operation makes these changes in a replay, so the run keeps the tensors.
+            if watch.changed_unseen and self._writer is not None:
+                changed = {name: copy_of(after[name]) for name in watch.changed_unseen}
+                self._writer.change(number, changed)
+            row = self._row(number, watch, path, after, inputs, step.nested)
+        finally:
+            self._paths.pause.end()
         self.notices.of_step(number, watch)
         self._outside.clean()
         return row
