@@ -22,10 +22,9 @@ __all__ = ["KnownPaths"]
 
 #: Entries that are remembered, about 2.5 kB each: a loop of steps that all differ would fill the memory.
 _MOST_ENTRIES = 100_000
-#: Steps in a row that are unlike all before them, in all, before a loop is taken for one of which no two
-#: steps are alike, such as one of graphs; and with one kind of batch, before and after that.
-_MOST_UNLIKE_IN_ALL = 32
-_MOST_UNLIKE, _MOST_UNLIKE_AFTER = 8, 1
+#: Steps in a row with one kind of batch, such as packed sequences, that are unlike all before them,
+#: before later ones are not remembered; where that many were unlike in all, after two of a kind.
+_MOST_UNLIKE, _MOST_UNLIKE_IN_ALL, _MOST_UNLIKE_AFTER = 8, 32, 2
 #: Kinds of batches that are known, about 100 bytes each.
 _MOST_KINDS = 100_000
 
@@ -122,17 +121,14 @@ class KnownPaths:
 
     def may_recur(self, kind: int) -> bool:
         """Return whether a later step may well do what one with such a batch does. kind: its hash."""
-        is_unlike = self._unlike_in_all >= _MOST_UNLIKE_IN_ALL
-        if kind in self._unlike:
-            return self._unlike[kind] < (_MOST_UNLIKE_AFTER if is_unlike else _MOST_UNLIKE)
-        if len(self._unlike) >= _MOST_KINDS:
-            self._unlike.clear()
-        # The batch may come again in the next epoch, so it is remembered from the second time on.
-        self._unlike[kind] = 0
-        return not is_unlike
+        is_after = self._unlike_in_all >= _MOST_UNLIKE_IN_ALL
+        # A batch that is new in this epoch may come again in the next one.
+        return self._unlike.get(kind, 0) < (_MOST_UNLIKE_AFTER if is_after else _MOST_UNLIKE)
 
     def note_end(self, kind: int, *, is_known: bool) -> None:
         """Note that a step has ended that is remembered. is_known: whether most of it was known."""
+        if len(self._unlike) >= _MOST_KINDS:
+            self._unlike.clear()
         self._unlike[kind] = 0 if is_known else self._unlike.get(kind, 0) + 1
         self._unlike_in_all = 0 if is_known else self._unlike_in_all + 1
 
