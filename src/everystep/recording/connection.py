@@ -34,7 +34,7 @@ FILE_NAME = "run.sqlite"
 LOCK_NAME = "run.lock"
 SPARE_NAME = "run.spare"
 APPLICATION_ID = 0x65767374  # "evst"
-SCHEMA_VERSION = 10
+SCHEMA_VERSION = 11
 
 SCHEMA = """
 -- One row a step that was taken. SQLite turns NaN into NULL, so NULL means NaN; infinities are kept.
@@ -55,7 +55,8 @@ CREATE TABLE measurements (
 -- What repeats watched steps. A row is of `count` consecutive steps that have all of it in common.
 CREATE TABLE repeats (
     step INTEGER PRIMARY KEY,              -- the first of them
-    program INTEGER,                       -- programs/N.json; NULL: nothing repeats the steps
+    program INTEGER,                       -- programs/N.json, with the sizes of the step if it has any
+                                           -- (an input, see program/sizes.py); NULL: nothing repeats it
     numbers BLOB,                          -- of its operators and those that Python read: JSON, zlib
     inputs BLOB,                           -- what each step was given, by content: JSON, zlib
     count INTEGER NOT NULL                 -- from 1

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DEFAULT_BATCH_BUDGET",
     "DRAW",
+    "SIZES",
     "Given",
     "Inputs",
     "Repeats",
@@ -57,6 +58,8 @@ __all__ = [
 DEFAULT_BATCH_BUDGET = 2_000_000_000
 #: Prefix of the names of random generators before a batch was drawn: a resume needs them, no replay.
 DRAW = "draw/"
+#: The name of the sizes of a step, where others have its program with other sizes.
+SIZES = "sizes"
 #: The budget is divided into so many files.
 FILES = 16
 #: Rows of fewer bytes than this get no digests of their own.
@@ -112,8 +115,8 @@ def unpacked(content: bytes | None, what: str, limit: int = 256_000_000) -> Any:
 class Inputs(NamedTuple):
     """The inputs of a step.
 
-    given: by `batch/name` and `input/name`; nesting: of the batch; digests: of the state after the step,
-    by name, if it has any.
+    given: by `batch/name` and `input/name`, and `sizes`; nesting: of the batch; digests: of the state
+    after the step, by name, if it has any.
     """
 
     given: dict[str, Given]

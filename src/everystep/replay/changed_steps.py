@@ -106,10 +106,12 @@ class ChangedSteps(RecordedSteps):
         if (known := self._taken.get(row[1:4])) is not None:
             return known._replace(step=number)
         given, tensors = self.given(row), self.stored(row)
+        program = None if row.program is None else self.written(row.program)
+        tensors |= self.sizes(row)
         size = sum(tensor.nbytes for tensor in tensors.values())
         recorded, own = self.all_numbers(row), self.numbers(row)
         numbers = [*recorded[: len(recorded) - len(own)], *own]
-        found = Taken(number, row.program, numbers, tensors, given.nesting, size, {})
+        found = Taken(number, program, numbers, tensors, given.nesting, size, {})
         if not tensors:
             self._taken[row[1:4]] = found
         return found

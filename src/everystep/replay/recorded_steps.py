@@ -16,10 +16,11 @@ from everystep.program.arguments import DTYPES
 from everystep.program.interpreter import Interpreter
 from everystep.program.memory import check_memory, copy_on_cpu
 from everystep.program.precision import Precision
+from everystep.program.sizes import resized
 from everystep.program.step_program import Program
-from everystep.recording.contents import Given, Inputs, inputs_of, unpacked
+from everystep.recording.contents import SIZES, Given, Inputs, inputs_of, unpacked
 from everystep.recording.database import Repeat, cut
-from everystep.recording.files import program_file
+from everystep.recording.files import bytes_of, program_file
 from everystep.recording.keep import kept_text
 from everystep.recording.recorded_run import RecordedRun, Stretch
 from everystep.replay.opened_step import of_kind
@@ -43,6 +44,10 @@ KEPT_BYTES = 64_000_000
 AHEAD_BYTES = 16_000_000
 #: Steps with their inputs decoded.
 KEPT_STEPS = 512
+#: Programs in memory, of a run with many.
+KEPT_PROGRAMS = 256
+#: Programs with the sizes of a step have numbers from here on.
+_FIRST_RESIZED = 2**40
 
 
 class NotReplayedError(RunError):
@@ -84,6 +89,9 @@ class RecordedSteps:
         #: Those of programs with tensors that move, where they lie in the last steps.
         self._placed: dict[tuple[int, bytes | None], Interpreter] = {}
         self._recorded: dict[int, Program] = {}
+        #: The program and the sizes, of each program with the sizes of a step; and its number.
+        self._sized: list[tuple[int, Given]] = []
+        self._number_of: dict[tuple[int, Given], int] = {}
         self._rows: dict[int, Repeat] = {}
         self._losses: dict[int, float] = {}
         self._given: dict[bytes | None, Inputs] = {}
@@ -103,13 +111,28 @@ class RecordedSteps:
             with _reading():
                 rows = cut(self.run.repeats(number, last), number, last)
             steps = ((row, row.step + place) for row in rows for place in range(row.count))
-            self._rows = {step: row._replace(step=step, count=1) for row, step in steps}
+            self._rows = {s: self._resized(row)._replace(step=s, count=1) for row, s in steps}
         if number not in self._rows:
             check_kept(self.run, number)
             raise NotReplayedError(
                 f"{self.run.name} has no record of step {number}: the database was changed"
             )
         return self._rows[number]
+
+    def _resized(self, row: Repeat) -> Repeat:
+        """Return a row that has its program with its own sizes, if it has any."""
+        given = None if row.program is None else self.given(row).given.get(SIZES)
+        if given is None or row.program is None or row.program >= _FIRST_RESIZED:
+            return row
+        key = row.program, given
+        if key not in self._number_of:
+            self._number_of[key] = _FIRST_RESIZED + len(self._sized)
+            self._sized.append(key)
+        return row._replace(program=self._number_of[key])
+
+    def written(self, number: int) -> int:
+        """Return the number that a program of a row has in the run, where steps share it."""
+        return number if number < _FIRST_RESIZED else self._sized[number - _FIRST_RESIZED][0]
 
     def ahead(self, first: int, last: int) -> list[Repeat]:
         """Return the rows of the next steps, as far as they have been read."""
@@ -142,8 +165,11 @@ class RecordedSteps:
             ProgramError: it needs more memory than is free.
         """
         if number not in self._programs:
+            if len(self._programs) >= KEPT_PROGRAMS:
+                self._programs.clear()
+                self._recorded.clear()
             with _reading():
-                program = self._recorded[number] = read_program(self.run, number)
+                program = self._recorded[number] = self._read_program(number)
             if self.conversion is not None:
                 program = self.conversion.program(program)
             made = [program.storages[name].bytes for name in program.of_kind("temporary")]
@@ -151,6 +177,13 @@ class RecordedSteps:
             check_memory(max(made, default=0), self.device)
             self._programs[number] = Interpreter(program, self.device)
         return self._programs[number]
+
+    def _read_program(self, number: int) -> Program:
+        program = read_program(self.run, self.written(number))
+        if number < _FIRST_RESIZED:
+            return program
+        _, given = self._sized[number - _FIRST_RESIZED]
+        return resized(program, bytes_of(self._content(given, f"an input of {self.run.name}")))
 
     def numbers(self, row: Repeat) -> list[int | float]:
         """Return the numbers of the operations of a step."""
@@ -221,23 +254,34 @@ class RecordedSteps:
     def stored(self, row: Repeat) -> dict[str, Tensor]:
         """Return the inputs of a step that the run holds by content, as recorded."""
         found = {}
-        wanted = self.given(row).opens_with
+        wanted = {name: each for name, each in self.given(row).opens_with.items() if name != SIZES}
         with _reading():
             self._read(wanted.values())
         for name, given in wanted.items():
-            pieces = [self._pieces[digest] for digest in given.digests if digest in self._pieces]
-            if len(pieces) < len(given.digests):
-                raise NotReplayedError(
-                    f"{described(self.run, row)} was dropped ({name}), because the batches exceeded the "
-                    "budget (batch_budget of everystep.record); later steps may still open"
-                )
-            content = torch.cat([torch.empty(0, dtype=torch.uint8), *pieces])
+            content = self._content(given, described(self.run, row), name)
             if given.dtype not in DTYPES or content.nbytes != _size(given):
                 what = described(self.run, row)
                 raise NotReplayedError(f"{what} has another dtype or size: the database was changed")
             shape = (-1,) if name.startswith("input/") else given.shape
             found[name] = content.view(DTYPES[given.dtype]).reshape(shape)
         return found
+
+    def sizes(self, row: Repeat) -> dict[str, Tensor]:
+        """Return the sizes of a step as the run keeps them (bytes,) uint8, by the name of this input."""
+        given = self.given(row).given.get(SIZES)
+        return {} if given is None else {SIZES: self._content(given, described(self.run, row), SIZES)}
+
+    def _content(self, given: Given, what: str, name: str = SIZES) -> Tensor:
+        """Return the bytes of an input (bytes,) uint8. what, name: for an error."""
+        with _reading():
+            self._read([given])
+        pieces = [self._pieces[digest] for digest in given.digests if digest in self._pieces]
+        if len(pieces) < len(given.digests):
+            raise NotReplayedError(
+                f"{what} was dropped ({name}), because the batches exceeded the budget (batch_budget of "
+                "everystep.record); later steps may still open"
+            )
+        return torch.cat([torch.empty(0, dtype=torch.uint8), *pieces])
 
     def read_ahead(self, number: int, last: int) -> None:
         """Read contents that the next steps need, unless that was done.

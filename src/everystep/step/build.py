@@ -14,16 +14,44 @@ from torch import Tensor
 
 from everystep.program.arguments import DTYPES, encode
 from everystep.program.number_slots import READ, Number
+from everystep.program.operation import extent_of
 from everystep.program.operators import has_effect, has_shape_of_values
 from everystep.program.step_program import MOST_ENTRIES, Operation, Program, Storage, TensorSpec
 from everystep.step.calling_code import LineTable
 from everystep.step.path import Path
 
-__all__ = ["BuiltPath", "NotCapturableError", "build_path"]
+__all__ = ["BuiltPath", "NotCapturableError", "Origins", "build_path"]
 
 
 class NotCapturableError(Exception):
     """A step that is not a program; the message gives the reason."""
+
+
+class Origins(NamedTuple):
+    """From which parts of a path those of its program are, in its order.
+
+    storages: the number of each, and of a batch that is a slice of more data, the tensors that it ends
+    with; tensors, operations: their numbers.
+    """
+
+    storages: tuple[tuple[int, tuple[int, ...]], ...]
+    tensors: tuple[int, ...]
+    operations: tuple[int, ...]
+
+    def sizes(self, path: Path) -> list[int]:
+        """Return what `sizes_of` does of the program of a path with the same form."""
+        found = []
+        for place, ends in self.storages:
+            cut = [extent_of(path.tensors[number].geometry)[1] for number in ends]
+            found.append(max(cut) if cut else path.storages[place].bytes)
+        for number in self.tensors:
+            tensor = path.tensors[number]
+            found += (*tensor.shape, *tensor.stride, tensor.offset if tensor.moves is None else 0)
+        for place in self.operations:
+            operation = path.operations[place]
+            _add_integers(operation.arguments, found)
+            _add_integers(tuple([value for _, value in operation.keywords]), found)
+        return found
 
 
 class BuiltPath(NamedTuple):
@@ -31,13 +59,14 @@ class BuiltPath(NamedTuple):
 
     numbers_kept: the places, among the numbers of a step, of those that the program has: offsets of its
     tensors, then those of its operations; inputs: the number of each input's storage, by the storage's
-    name in the program; evaluation: operations that compute only what is logged, with a model that the
-    step trains: how many, and the first.
+    name in the program; origins: of its parts; evaluation: operations that compute only what is logged,
+    with a model that the step trains: how many, and the first.
     """
 
     program: Program
     numbers_kept: tuple[int, ...]
     inputs: dict[str, int]
+    origins: Origins
     evaluation: tuple[int, Operation] | None = None
 
     def numbers(self, seen: Sequence[Number]) -> list[Number]:
@@ -71,6 +100,7 @@ class _Builder:
         self._views: dict[str, int] = {}
         self._storages: dict[str, Storage] = {}
         self._tensors: dict[str, TensorSpec] = {}
+        self._number_of: dict[str, int] = {}
         self._tensor_names: dict[int, str] = {}
         self._lines = LineTable()
         self._name_storages()
@@ -123,7 +153,26 @@ class _Builder:
             operations, kept, {*gradients.values(), *ends.values(), loss or ""}
         )
         numbers = chain(*[path.operations[place].numbers for place in sorted(kept)])
-        return BuiltPath(program, (*moves.values(), *numbers), inputs, evaluation)
+        origins = self._origins(place_of, storages, tensors, sorted(kept))
+        return BuiltPath(program, (*moves.values(), *numbers), inputs, origins, evaluation)
+
+    def _origins(
+        self,
+        place_of: Mapping[str, int],
+        storages: Mapping[str, Storage],
+        tensors: Mapping[str, TensorSpec],
+        kept: Sequence[int],
+    ) -> Origins:
+        on: dict[str, list[int]] = {name: [] for name in storages}
+        moved = {spec.storage for name, spec in tensors.items() if name in self._moves}
+        for name, spec in tensors.items():
+            if storages[spec.storage].kind == "input" and spec.storage not in moved:
+                on[spec.storage].append(self._number_of[name])
+        return Origins(
+            tuple([(place_of[name], tuple(on[name])) for name in storages]),
+            tuple([self._number_of[name] for name in tensors]),
+            tuple(kept),
+        )
 
     # Names.
 
@@ -182,6 +231,7 @@ class _Builder:
         if seen.moves is not None:
             self._moves[name] = seen.moves
             offset = self._numbers[seen.moves]
+        self._number_of[name] = number
         self._tensors[name] = _tensor_spec(place, dtype, seen.shape, seen.stride, offset)
         # A tensor may have several names; operations use its first.
         self._tensor_names.setdefault(number, name)
@@ -296,6 +346,15 @@ class _Builder:
             elif place not in kept:
                 left_out |= self._writes(operation)
         return found
+
+
+def _add_integers(value: Any, found: list[int]) -> None:
+    """Add the whole numbers in an argument of an observed operation."""
+    if type(value) is int:
+        found.append(value)
+    elif type(value) is tuple and value[:1] != ("text",):
+        for item in value:
+            _add_integers(item, found)
 
 
 @lru_cache(10_000)

@@ -121,9 +121,33 @@ class Path:
     @cached_property
     def digest(self) -> bytes:
         """Stands for all but the lines of code (BLAKE2, 128 bits)."""
+        form, sizes = self._form_and_sizes
+        return blake2b(repr(sizes).encode(), key=form, digest_size=16).digest()
+
+    @property
+    def form(self) -> bytes:
+        """Stands for all but the sizes of tensors and memory, and the lines (BLAKE2, 128 bits)."""
+        return self._form_and_sizes[0]
+
+    @cached_property
+    def _form_and_sizes(self) -> tuple[bytes, list[int]]:
+        sizes: list[int] = []
+        operations = []
+        for each in self.operations:
+            arguments, keywords = _sizeless(each.arguments, sizes), _sizeless(each.keywords, sizes)
+            operations.append((*each[:3], arguments, keywords, *each[5:]))
+        tensors = []
+        for storage, dtype, shape, stride, offset, moves in self.tensors:
+            sizes += (*shape, *stride, offset)
+            # The name of a tensor in a program depends on whether it is at the beginning.
+            tensors.append((storage, dtype, len(shape), offset == 0, moves))
+        sizes += [storage.bytes for storage in self.storages]
+        storages = [(storage.kind, storage.host) for storage in self.storages]
         # Steps that do the same from different lines of code share a program.
-        parts = [getattr(self, each.name) for each in fields(self) if each.name != "lines"]
-        return blake2b(repr(parts).encode(), digest_size=16).digest()
+        left_out = ("operations", "tensors", "storages", "lines")
+        parts = [getattr(self, each.name) for each in fields(self) if each.name not in left_out]
+        text = repr((operations, tensors, storages, parts))
+        return blake2b(text.encode(), digest_size=16).digest(), sizes
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Path) and self.digest == other.digest
@@ -146,6 +170,17 @@ class Path:
             for name, number in self.named
             if name.startswith("gradient/") and self.tensors[number].storage not in used
         }
+
+
+def _sizeless(value: Any, sizes: list[int]) -> Any:
+    """Return an argument with a mark in place of whole numbers, which are added to `sizes`."""
+    kind = type(value)
+    if kind is int:
+        sizes.append(value)
+        return "#"  # references to tensors begin with `%`
+    if kind is tuple and value[:1] != ("text",):
+        return tuple([_sizeless(item, sizes) for item in value])
+    return value
 
 
 def places_of_reads(operations: Iterable[SeenOperation]) -> Iterator[int]:

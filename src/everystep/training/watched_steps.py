@@ -6,7 +6,7 @@ takes, torch's hooks tell which module and optimizer runs, and each step becomes
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -17,9 +17,10 @@ from torch import Tensor
 from everystep import clock
 from everystep.errors import say
 from everystep.program.operators import NotAllowedError
-from everystep.recording.contents import Taken, digest_of
+from everystep.program.sizes import packed_sizes, sizes_of
+from everystep.recording.contents import SIZES, Taken, digest_of
 from everystep.recording.recorder import Recorder
-from everystep.step.build import BuiltPath, NotCapturableError, build_path
+from everystep.step.build import BuiltPath, NotCapturableError, Origins, build_path
 from everystep.step.cursor import Cursor
 from everystep.step.follow import Follower
 from everystep.step.gradient_copies import GradientCopies
@@ -38,8 +39,9 @@ from everystep.training.step_under_way import AnyWatch, StepUnderWay
 
 __all__ = ["WatchedSteps"]
 
-#: Paths with a known program, about 1 kB each; programs in memory, of those that somebody asks for.
-MOST_PATHS, MOST_PROGRAMS = 100_000, 200
+#: Paths with a known program, some kB each; forms of them, some ten; programs in memory, of those that
+#: somebody asks for.
+MOST_PATHS, MOST_FORMS, MOST_PROGRAMS = 10_000, 2000, 200
 #: Digests of the state are computed if that takes at most this share of the time so far, at so many
 #: bytes per second.
 DIGEST_SHARE = 0.01
@@ -50,13 +52,34 @@ class WrittenProgram(NamedTuple):
     """A program of the run: its number, and what the rows of its steps need of it.
 
     numbers_kept: as of `BuiltPath`; inputs: the number of each input's storage in the path, and how many
-    bytes the program has of it; gradients: those of the step before that it uses.
+    bytes the program has of it; gradients: those of the step before that it uses; sizes: as the run
+    keeps them (bytes,) uint8, None for those of the program itself.
     """
 
     number: int
     numbers_kept: tuple[int, ...]
     inputs: dict[str, tuple[int, int]]
     gradients: frozenset[str]
+    sizes: Tensor | None = None
+
+
+class Form(NamedTuple):
+    """What all paths of one form have in common.
+
+    program: of the first of them; origins: of its parts; sizes: those of the first path, in its order.
+    """
+
+    program: WrittenProgram
+    origins: Origins
+    sizes: Sequence[int]
+
+    def resized(self, path: Path) -> WrittenProgram:
+        """Return the program of another path of the form."""
+        sizes, storages = self.origins.sizes(path), self.origins.storages
+        size_of = {place: size for (place, _), size in zip(storages, sizes, strict=False)}
+        inputs = {name: (place, size_of[place]) for name, (place, _) in self.program.inputs.items()}
+        packed = torch.frombuffer(bytearray(packed_sizes(sizes, self.sizes)), dtype=torch.uint8)
+        return self.program._replace(inputs=inputs, sizes=packed)
 
 
 class WatchedSteps:
@@ -87,6 +110,8 @@ class WatchedSteps:
         self.programs: list[int] = []
         #: The program of each path, by its digest, or why it has none.
         self._of_paths: dict[bytes, WrittenProgram | str] = {}
+        #: By the form of their paths.
+        self._forms: dict[bytes, Form] = {}
         #: Programs that somebody has asked for.
         self._asked: dict[Path, BuiltPath] = {}
         #: Memory from outside, by the name of its input, and as much of it as a program uses.
@@ -218,8 +243,10 @@ class WatchedSteps:
         """
         known = self._of_paths.get(path.digest)
         if known is None:
-            known = self._of_paths[path.digest] = self._write(step, path, watch)
-            if len(self._of_paths) > MOST_PATHS:  # a path that occurs again then has two programs
+            form = self._forms.get(path.form)
+            known = self._write(step, path, watch) if form is None else form.resized(path)
+            self._of_paths[path.digest] = known
+            if len(self._of_paths) > MOST_PATHS:  # one that occurs again may then have two programs
                 del self._of_paths[next(iter(self._of_paths))]
         size = sum(t.nbytes for n, t in inputs.items() if n.startswith("batch/"))
         copied = self._outside.copied
@@ -236,6 +263,8 @@ class WatchedSteps:
                 inputs[f"input/{name}"] = content if rows == 1 else content.view(rows, -1)
                 if cut is not None:
                     cuts[f"input/{name}"] = cut
+        if known.sizes is not None:
+            inputs[SIZES] = known.sizes
         for draw, generator in watch.generators.items():
             # A replay has the generator as the last draw left it, in this step or one before.
             if draw or not torch.equal(generator, self._generator):
@@ -271,7 +300,13 @@ class WatchedSteps:
         self.programs.append(number)
         inputs = {name: (place, program.storages[name].bytes) for name, place in built.inputs.items()}
         gradients = frozenset(name for name in program.state_names if name.startswith("gradient/"))
-        return WrittenProgram(number, built.numbers_kept, inputs, gradients)
+        written = WrittenProgram(number, built.numbers_kept, inputs, gradients)
+        sizes = sizes_of(program)
+        if built.origins.sizes(path) == sizes:
+            self._forms[path.form] = Form(written, built.origins, sizes)
+            if len(self._forms) > MOST_FORMS:
+                del self._forms[next(iter(self._forms))]
+        return written
 
     def _digests(self, step: int, state: dict[str, Tensor]) -> dict[str, str]:
         """Return digests of the state after step 1, 2, 4, 8, ..., except gradients, which may be gone.
