@@ -105,7 +105,7 @@ def _together(call: Call, at: Sequence[int]) -> tuple[Any, ...]:
 
 def _norm(call: Call) -> Made:
     """Return the rule of a normalization; its other results are the means and inverse deviations."""
-    if call.written not in call.operation.results:
+    if call.written not in call.operation.results:  # it also writes these statistics in place
         return _running(call)
     if "batch" in call.kind and ("no_training" in call.kind or not call.arguments.get("training", True)):
         return _without_statistics(call)
@@ -208,8 +208,10 @@ def _of_parameter(call: Call, keys: tuple[str, ...], scaled: str, settings: dict
 
 def _attention(call: Call) -> Made:
     """Return the rule of attention: out = softmax(query · keyᵀ * scale + mask) · value."""
-    if call.value("dropout_p") or call.place > 1:
+    if call.value("dropout_p"):
         raise NoRuleError("with dropout")
+    if call.place > 1:
+        raise NoRuleError("of another result than the output and logsumexp")
     *_, size = call.shape("query")
     m = call.shape("key")[-2]
     leading, row = call.index[:2], call.index[2]

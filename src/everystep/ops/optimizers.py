@@ -192,7 +192,7 @@ UPDATES: dict[str, Callable[[str, str, Settings, bool], _Formulas]] = {
     "Rprop": _rprop,
     "SGD": _sgd,
 }
-#: The lists of each kernel that it writes, as the optimizer calls their tensors.
+#: For each kernel, the lists that it writes, with the optimizer's names of their tensors.
 _ADAM = {
     "self": "param",
     "grads": "grad",

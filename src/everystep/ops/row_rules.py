@@ -119,6 +119,7 @@ class RowsCall:
         Raises:
             MixesError: all are the same for all rows.
         """
+        # They may still be one number per row, such as the gradient of a mean: the label is lost.
         if self.is_backward and labels.numel() and all_are(labels, SHARED):
             raise MixesError("adds up numbers that are the same for all rows")
 
