@@ -36,7 +36,7 @@ app = typer.Typer(
     name="everystep",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode=None,  # rich would keep the line breaks of docstrings in the help
 )
 for command in (
     *(training.train, training.sweep, training.resume, training.experiments, display.runs),
@@ -62,7 +62,7 @@ def version(
         raise typer.Exit
 
 
-#: Errors of the system for typed names that cannot be opened.
+#: System errors for a typed name that cannot be opened: wrong use, not a failure of the machine.
 _OF_NAMES = {
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP),
     *(errno.ENAMETOOLONG, errno.EINVAL),
@@ -83,6 +83,7 @@ def main() -> None:
         except SystemExit as end:
             sys.exit(end.code or int(bool(damage)))
         finally:
+            # Here, so that a full disk or a closed pipe is reported; at exit, Python prints a traceback.
             sys.stdout.flush()
     except OutputError as error:
         drop_output(error)
@@ -90,6 +91,7 @@ def main() -> None:
     except EverystepError as error:
         needed = getattr(error, "environment", None)
         if needed is not None and _STARTED_AGAIN not in os.environ:
+            # torch is already imported, and its libraries read these variables only once.
             changed = os.environ | needed | {_STARTED_AGAIN: "1"}
             os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], changed)
         rank = f"rank {os.environ['RANK']}: " if "TORCHELASTIC_RUN_ID" in os.environ else ""

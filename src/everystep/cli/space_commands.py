@@ -62,7 +62,7 @@ def prune(
     from everystep.views.lists import pruning_text
 
     if snapshots is None and batches is None:
-        raise UsageError("say what to make smaller: --snapshots MB, --batches MB, or both")
+        raise UsageError("name what to make smaller: --snapshots MB, --batches MB, or both")
     directory = find_run(run)
     RecordedRun(directory).check_alone("make such a run smaller")
     sizes = (None if each is None else 1_000_000 * each for each in (snapshots, batches))
