@@ -198,7 +198,7 @@ class _Values:
         self._operations = step.operations
         self._storage = {name: spec.storage for name, spec in step.places.tensors.items()}
         self._kinds = {name: storage.kind for name, storage in step.places.storages.items()}
-        # What counts steps, or is a power of a beta, is one number.
+        # A count of steps, or a power of a beta, is one number.
         counters = [
             name
             for name, tensor in (*step.state.items(), *step.end.items())

@@ -200,7 +200,7 @@ def measure(
 
         def keep(answers: Answers) -> None:
             nonlocal is_new
-            # A name is there from its first values on: a process may be killed before it has any.
+            # Its name is written with its first values, so a process killed before them leaves none.
             rows = [(name, step, value) for step, value in answers]
             database.add_measurements(rows, {name: meaning}, [name] if is_new else [])
             values.update(answers)
