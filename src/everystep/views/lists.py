@@ -107,7 +107,7 @@ def runs_text(runs: Sequence[Summary], width: int | None = None) -> Text:
 
 
 def sweep_text(sweep: Sweep, width: int | None = None) -> Text:
-    """Return a sweep as a table, then why runs have not all their steps. width: of the terminal."""
+    """Return a sweep as a table, then why steps of runs are missing. width: of the terminal."""
     paths = list(sweep.cases[0].settings)
     varied = [path for path in paths if len({str(each.settings[path]) for each in sweep.cases}) > 1]
 

@@ -60,7 +60,7 @@ def mathematics(operations: Sequence[Observed]) -> list[Line]:
 
 
 class _Made(NamedTuple):
-    """What an operation of the forward pass has made, and of what."""
+    """A result of the forward pass: its operator, the tensors it was made from, and its size."""
 
     kind: str
     tensors: dict[str, str]
@@ -68,7 +68,7 @@ class _Made(NamedTuple):
 
 
 class _Naming:
-    """Goes through a step, and knows what each tensor is called at the operation it has come to."""
+    """The names of the tensors of a step at its current operation."""
 
     def __init__(self, operations: Sequence[Observed]) -> None:
         self._shapes = {
