@@ -57,7 +57,7 @@ class Query(Visitor):
         self._only_first = only_first
         self._skipped = skipped
         self._tensors: set[Reference] = set()
-        self.may_share = isinstance(question, Expression | str)
+        self.may_share = isinstance(question, Expression | str)  # a function may open steps itself
         if isinstance(question, Expression):
             self._evaluator = Evaluator(question, run, as_condition)
             self._tensors = {r for r in question.references if not r.is_recorded}

@@ -38,7 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # rich would keep the line breaks of docstrings in the help
 )
-for command in (
+for command in (  # in the order of the help
     *(training.train, training.sweep, training.resume, training.experiments, display.runs),
     *(display.losses, display.table, display.plot, display.report, display.step),
     *(question.verify, question.doctor, question.diff, question.match, question.rerun, training.fork),
@@ -81,6 +81,7 @@ def main() -> None:
         try:
             app()
         except SystemExit as end:
+            # What a command printed of a damaged run is not all that was recorded.
             sys.exit(end.code or int(bool(damage)))
         finally:
             # Here, so that a full disk or a closed pipe is reported; at exit, Python prints a traceback.
@@ -94,6 +95,7 @@ def main() -> None:
             # torch is already imported, and its libraries read these variables only once.
             changed = os.environ | needed | {_STARTED_AGAIN: "1"}
             os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], changed)
+        # torchrun prints the errors of all ranks together.
         rank = f"rank {os.environ['RANK']}: " if "TORCHELASTIC_RUN_ID" in os.environ else ""
         hint(f"everystep: {rank}{shortened(str(error))}")
         sys.exit(error.exit_code)

@@ -153,6 +153,7 @@ def convert_table(
         frame, is_kept, whole = _checked_table(*found, data, classes=classes)
         x, y = map(np.concatenate, zip(*_parts(frame, is_kept, whole, data), strict=True))
     else:
+        # Only batches depend on these: a training with others uses the same cache.
         asked = data.model_dump_json(exclude={"validation", "scale", "unseen"})
         name = f"tables/{Path(data.path).stem[:50]}"
         # Another version of polars may parse a text differently.

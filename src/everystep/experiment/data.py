@@ -249,7 +249,7 @@ def _source(
         from everystep.experiment.converted_table import convert_table
 
         return convert_table(data, sources, progress, classes=target == "classes")
-    if isinstance(data, RandomData):
+    if isinstance(data, RandomData):  # first x, then y: the chapter's losses depend on this order
         x, y = (SourceArray(torch.randn(data.N, n).numpy()) for n in (data.D_in, data.D_out))
     elif isinstance(data, BundledData):
         file = Path(__file__).parent / "bundled" / f"{data.name}.npz"

@@ -70,6 +70,7 @@ def combinations(settings: Mapping[str, Any], *, may_be_many: bool = False) -> d
     if faults:
         raise ExperimentError(faults, "the sweep")
     varied = [path for path, each in values.items() if len(each) > 1] or [*values]
+    # `lr=0.1` is enough, unless two settings end in the same word.
     short = {path: _plain_name(path.rpartition(".")[2]) for path in varied}
     if len({*short.values()}) < len(varied):
         short = {path: _plain_name(path) for path in varied}

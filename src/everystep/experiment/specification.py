@@ -206,6 +206,7 @@ class Experiment(Iteration):
 
     def to_toml(self) -> str:
         """Write the experiment as TOML that `load` reads back to an equal one."""
+        # With the defaults: those of a later version may differ.
         return tomli_w.dumps(self.model_dump(exclude_none=True, exclude_defaults=False))
 
 

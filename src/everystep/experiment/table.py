@@ -166,6 +166,7 @@ def _check_text(path: Path, separator: str) -> None:
     """
     quotes, wrong, lines, begin = 0, "", 1, 0
     with open_regular(path) as file:
+        # Up to the end of a line, so that no character of several bytes is cut.
         while piece := file.read(_PIECE) + file.readline():
             quotes += piece.count(b'"')
             place = None if wrong else _first_wrong_byte(piece)
@@ -193,6 +194,7 @@ def _check_text(path: Path, separator: str) -> None:
 
 
 def _rows(path: Path, separator: str) -> Iterator[list[str]]:
+    # "sig": spreadsheets begin a file with a byte order mark, which is not of the first name.
     with open_regular(path) as file, TextIOWrapper(file, "utf-8-sig", newline="") as text:
         yield from csv.reader(text, delimiter=separator)
 

@@ -209,6 +209,7 @@ class Call:
         self.kind = kind or kind_of(operation)
         if arguments is None:
             known = {each.name: each.default for each in parameters(operation.resolved)}
+            # In a program, a string is the name of a tensor.
             defaults = {k: {"text": v} if isinstance(v, str) else v for k, v in known.items()}
             arguments = defaults | operation.given()
         self.arguments = arguments

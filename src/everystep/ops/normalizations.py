@@ -148,6 +148,7 @@ def _running(call: Call) -> Made:
     if not call.arguments.get("training", True):
         return Formula(key, given, note="which it leaves as it is")
     piece = call.piece("input", *_together(call, call.index))
+    # torch normalizes by the biased variance of the batch, but keeps the unbiased one.
     new = "mean(input)" if key == "running_mean" else "sum((input - mean(input)) ^ 2) / others"
     settings = {"momentum": call.scalar("momentum"), "others": max(piece.size - 1, 0)}
     text = f"(1 - momentum) * {key} + momentum * {new}"

@@ -33,6 +33,7 @@ __all__ = ["REDUCTIONS"]
 def _dimensions(dim: Any, count: int) -> list[int]:
     """Return the dimensions that a reduction of a tensor with so many removes. dim: its argument."""
     listed = [dim] if isinstance(dim, int) else dim
+    # torch also takes dim 0 and -1 of a tensor without dimensions.
     return [each % max(count, 1) for each in listed or range(count)]
 
 

@@ -129,7 +129,7 @@ class RowsCall:
 
         def tensor_of(name: str) -> Tensor:
             value = self._tracked[name].value
-            return value.clone() if name in written else value
+            return value.clone() if name in written else value  # the recorded one stays as it is
 
         given = {name: decode(value, tensor_of) for name, value in self._given.items()} | replaced
         with without_autograd():
