@@ -427,8 +427,8 @@ class Run(RecordedRun):
         """Train again from a state with something changed, and return how the loss changes.
 
         Nothing is recorded. Without rows of the data, the steps have the bits of a training by hand
-        without those rows. At other learning rates, and with other targets, programs repeat the recorded
-        steps, of any run; what your code decided stays as recorded.
+        without those rows. At other learning rates, and with new targets, programs repeat the recorded
+        steps of any run; what your code decided stays as recorded.
 
         Args:
             at: the step after which the trainings start; default: the one before `without_rows_of`.
@@ -527,7 +527,7 @@ class Run(RecordedRun):
     ) -> Run:
         """Train a new run that equals this one up to a step and continues with changes; return it.
 
-        The fork reuses everything up to that step and is a complete run of its own. A fork without
+        The fork reuses everything up to that step, and is a complete run. A fork without
         changes is bit-identical to this run. The optimizer continues with its state; an optimizer of
         another class starts without state.
 

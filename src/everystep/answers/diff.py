@@ -173,6 +173,7 @@ def _diff(
     asked = thorough
     if not ends and (experiments or numerics):
         thorough |= sum(run.facts.seconds or 0.0 for run in (one, other)) < THOROUGH_SECONDS
+    # 0: no difference is known, and a search through all steps was not asked for.
     last = min(steps) if thorough and not ends else min(ends, default=0)
     operation, first_state, unread, partly = None, None, list[str](), list[str]()
     is_complete = not problems

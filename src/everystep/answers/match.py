@@ -184,6 +184,7 @@ def _before(step: Step) -> Iterator[tuple[str, Tensor]]:
 
 def _after(step: Step) -> Iterator[tuple[str, Tensor]]:
     """Yield the final tensors of a step: gradients, then parameters and buffers."""
+    # Reversed, as a backward pass computes them: what comes first may be the cause of the rest.
     yield from ((f"gradients[{n!r}]", t) for n, t in reversed(step.gradients.items()))
     for name, tensor in step.end.items():
         kind, _, path = name.partition("/")

@@ -89,7 +89,7 @@ class Query(Visitor):
         stepper = replay.stepper
         assert stepper.state is not None
         number = stepper.state + 1
-        if not self._is_looked_at(number):
+        if not self._is_looked_at(number):  # up to the next step to look at, without stopping
             next_due = -(-(number + 1) // self._every) * self._every
             until = min(last, next_due - 1 - self.looks_back)
             losses = stepper.run(max(number, until))

@@ -183,7 +183,7 @@ def find_nonfinite(
     run, last = opener.run, opener.run.newest_step()
     if not last:
         return None
-    bound = min(last, run.facts.nonfinite_step or last)
+    bound = min(last, run.facts.nonfinite_step or last)  # where the loss shows it at the latest
     meant: frozenset[_Meant] = frozenset()
     if run.facts.nonfinite_step:
         check_kept(run, bound)

@@ -122,7 +122,7 @@ class _Sources:
         for index, seen in enumerate(step.operations):
             read |= {*map(memory_of, seen.inputs)}
             for place, name in enumerate(map(memory_of, seen.results)):
-                if name not in read:
+                if name not in read:  # else it was there before, and is only changed in place
                     self._made.setdefault(name, (index, place))
 
     def of(self, name: str) -> Source:

@@ -49,8 +49,8 @@ class Rerun(Shown):
 
     place: its conditions; changed: what bits depend on and differs there, by name, recorded
     and there; first: the first step; recorded, losses: of all steps (steps), recorded and there;
-    has_loss: whether the run has losses; parts_at: the first step with another loss or another state,
-    None if all bits are the same, or in another precision; operation: the first with other bits, in that
+    has_loss: whether the run has losses; parts_at: the first step with a different loss or state, None
+    if all bits are the same, or in another precision; operation: the first with different bits, in that
     step; compared: steps that were compared from the recorded state before each; rounding: how far apart
     numbers are by rounding alone; beyond: the first result of these steps that is farther apart;
     residue: the first result that is zero but for rounding: it is not among these; farthest: the

@@ -322,8 +322,8 @@ def what_if(
     """Train again without rows, at another rate, or relabelled.
 
     Trains from a step, and ranks the trainings by the resulting loss. Without rows (samples), each has
-    the bits of a training by hand without them. At another learning rate, or with other targets,
-    programs repeat the recorded steps, of any run. Nothing is recorded; everystep fork records one.
+    the bits of a training by hand without them. At a different learning rate, or with new targets,
+    programs repeat the recorded steps of any run. Nothing is recorded; everystep fork records one.
 
     Args:
         at: Step to start after; default: before --without-rows-of.
@@ -331,9 +331,9 @@ def what_if(
         without_rows: Rows (samples) of the data to leave out: 8123,8124.
         without_rows_of: Leave out the rows of the batch of this step.
         each: Leave out each row alone, not all at once.
-        lr: Another learning rate, in a training of its own. Repeatable.
-        relabel: Another target for a row of the data; of your own loop, for a row of the batch of the
-            step after --at, and wherever that row comes again. Repeatable.
+        lr: A different learning rate, in a separate training. Repeatable.
+        relabel: A new target for a row of the data; in your own loop, for a row of the batch of the
+            step after --at, and wherever that row appears again. Repeatable.
         by: What to compare: norm(gradients['0.weight']).
     """
     found = everystep.open(run).what_if(

@@ -260,7 +260,7 @@ class RowsOf:
         return type(self)(own, self._x, self.y, self._is_read, self.guards)
 
     def with_targets(self, y: Tensor) -> RowsOf:
-        """Return these batches with other targets (rows, ...)."""
+        """Return these batches with new targets (rows, ...)."""
         return type(self)(self.batches, self._x, y, self._is_read, self.guards)
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:

@@ -210,6 +210,7 @@ def _plane(call: Call, *, has_means: bool) -> Made:
     if "input_size" in call:
         others["input_size"] = [1, 1, *call.value("input_size")[2:]]
     with torch.inference_mode(False), torch.enable_grad():  # a replay runs without gradients
+        # One channel of one image: all others have the same factors.
         plane = torch.zeros(1, 1, *call.shape(key)[-dims:], dtype=torch.float64, requires_grad=True)
         found = call.again(**{key: plane}, **others)[0]
         weights = torch.autograd.grad(found[(0, 0, *at)], plane)[0][0, 0].numpy()
@@ -222,6 +223,7 @@ def _plane(call: Call, *, has_means: bool) -> Made:
         return Sum((single(key, where(weights != 0)),))
     if not has_means:
         return Sum((Terms(f"{key} * weight", {key: where(weights != 0)}, {"weight": factors}),))
+    # Windows at the edges may have fewer numbers.
     counts = dict.fromkeys(np.round(1 / factors).tolist())
     if len(counts) == 1:
         return Sum((single(key, where(weights != 0)),), *counts)

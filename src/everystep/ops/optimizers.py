@@ -229,7 +229,7 @@ def _fused(call: Call) -> Made:
     for key, value in call.arguments.items():
         if isinstance(value, str) and key in ("lr", "grad_scale", "found_inf"):
             tensors[key] = value
-            settings[key] = None
+            settings[key] = None  # `update` asks only whether it is given
         elif isinstance(value, int | float):
             settings[key] = value
     if own in ("grad", "step"):
