@@ -396,7 +396,6 @@ class _Lockstep:
     def _footprints(
         self, first: int, last: int, **how: bool
     ) -> Iterator[tuple[int, dict[str, str], dict[str, str]]]:
-        """Yield steps with their footprints in both runs."""
         one, other = (opener.call(footprints, first, last, **how) for opener in self._openers)
         yield from zip(range(first, last + 1), one, other, strict=True)
 

@@ -171,7 +171,6 @@ def _shared(own: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tens
 
 
 def _step_in_double(replay: Replay, state: State) -> Step:
-    """Return the step after a state, in double precision."""
     return Replay(replay.run, replay.data, conversion=Precision(torch.float64)).step_after(state)
 
 

@@ -113,7 +113,7 @@ class _Writer:
             self.page.table(_columns(each), list(_rows(each)), indent=2 * _INDENT)
         if each.unknown:
             known = ", ".join(each.unknown)
-            text = f"which numbers it used is not known; it was given all of: {known}"
+            text = f"which numbers it used is unknown; its inputs were all of: {known}"
             self.page.wrapped(text, "dim", indent=_INDENT)
         if each.formula and each.groups and each.origin == "operation":
             self.page.line(*_check_text(each), indent=_INDENT)
