@@ -129,6 +129,7 @@ def note_settings(file: Path, runs: Mapping[str, Mapping[str, Any]]) -> None:
     Raises:
         RunError: the sweep has a run of that name with different settings; lists what differs.
     """
+    # As they are read back later: JSON turns tuples into lists.
     wanted = {name: json.loads(json.dumps(settings, default=str)) for name, settings in runs.items()}
     try:
         noted = parse_json((read_regular(file, _LARGEST) if file.exists() else b"") or "{}")

@@ -120,6 +120,7 @@ class SourceFile(NamedTuple):
 def _status(files: Sequence[Path]) -> tuple[int, ...]:
     """Return the status of a file; of several, a digest of all, their bytes and their newest times."""
     found = [each.stat() for each in files]
+    # The last of the times, too: a program can set the time of change back, but not this one.
     each = [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in found]
     if len(each) == 1:
         return each[0]

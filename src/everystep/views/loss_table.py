@@ -191,4 +191,5 @@ def _datatables() -> str:
     import itables.options
 
     bundle = Path(itables.options.dt_bundle).read_bytes()
+    # Without the time, so that the same table is the same file.
     return b64encode(gzip.compress(bundle, mtime=0)).decode("ascii")
