@@ -265,7 +265,7 @@ def _added(call: RowsCall) -> list[Result]:
     names = ["src"] if call.kind == "copy" else ["self", "other"]
     given = {name: call[name] for name in names}
     tensors = {name: each for name, each in given.items() if isinstance(each, Tracked)}
-    # Zeros of no row are no term: a gradient may be added to a zeroed one.
+    # Zeros add nothing: `torch.zeros(()) + part` belongs to the row of `part` alone.
     parts = [each for each in tensors.values() if not (call.is_term and _is_zero(each))]
     labels = broadcast(
         [e.labels for e in parts or tensors.values()], is_sum=True, is_strict=call.is_term
