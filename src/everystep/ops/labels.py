@@ -127,7 +127,7 @@ def reduced(
     is_sum: whether they are added up; is_strict: whether numbers of no row are then a separate term.
     """
     axes = [axis % labels.dim() for axis in axes] if labels.dim() else []
-    if not axes:  # a number that is made from a sum over rows is MIXED, which broadcast sees to
+    if not axes:  # `broadcast` makes MIXED of SUM: what is made from a sum has no terms
         return labels if is_sum else broadcast([labels])
     core = labels
     for axis in axes:
