@@ -246,7 +246,7 @@ def _source(
     """Return the data before its preparation. sources: its files, if they are large."""
     data = experiment.data
     if isinstance(data, TableData):
-        from everystep.experiment.converted_table import convert_table
+        from everystep.experiment.converted_table import convert_table  # imports polars
 
         return convert_table(data, sources, progress, classes=target == "classes")
     if isinstance(data, RandomData):  # first x, then y: the chapter's losses depend on this order

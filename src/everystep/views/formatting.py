@@ -66,6 +66,7 @@ def cut(text: str, most: int) -> str:
 def measured_text(name: str, value: float) -> str:
     """Return the value of a measurement in four significant digits, of a share in percent."""
     metric = metric_of(name)
+    # A loop may log an accuracy in percent, which is above 1.
     return f"{number(100 * value)}%" if metric and metric.is_share and 0 <= value <= 1 else number(value)
 
 
