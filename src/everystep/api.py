@@ -301,8 +301,8 @@ def record(
 
     With `fork` and `at`, a new run equals another one up to step `at` and continues with this loop. The
     parts get the values of the newest snapshot before, and `steps` skips the batches before that. The
-    loop repeats the steps from there to `at`, compared with the recording; what should differ (a
-    learning rate, say) may change once `recording.step_count` is `at`.
+    loop repeats the steps from there to `at`, compared with the recording; settings that should differ,
+    such as a learning rate, may change once `recording.step_count` is `at`.
 
     Args:
         run: the new run: a name in runs/, or a path, which must not exist; default: the next free
@@ -324,9 +324,9 @@ def record(
         mark_when: conditions that mark a step and let the loop continue: the run has a measurement named
             like the condition, with the value 1 at these steps.
         keep: the steps that open afterwards, if not all: `"last 2000 steps"`, or windows with their
-            first and last steps: `[(0, 500), (9000, 10000)]`. Of the others, everystep keeps the losses
-            and all logged numbers, and what a resume needs. A resumed loop may have another `keep`,
-            from there on.
+            first and last steps: `[(0, 500), (9000, 10000)]`. For other steps, everystep keeps the
+            losses and all logged numbers, and what a resume needs. A resumed loop may have a different
+            `keep`, from there on.
         parts: what the loop carries from step to step, by any names: models, optimizers, schedulers,
             scalers, averaged copies, tensors. The tensors of the part called `model` (or of the only
             module with tensors) keep their names; the names of all others start with the name of their
@@ -517,7 +517,7 @@ def sweep(
             "if __name__ == '__main__':"
         )
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        raise UsageError("a sweep has processes of its own; start it without torchrun")
+        raise UsageError("a sweep starts its own processes; start it without torchrun")
     if ray and find_spec("ray") is None:
         raise UsageError("Ray is not installed: pip install ray; or leave out --ray (ray=True)")
     if resume and run is None:

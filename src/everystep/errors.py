@@ -12,7 +12,7 @@
     │   │   └── StepError (an IndexError): the run does not have this step
     │   └── ExpressionError: an expression is invalid, or does not fit the run
     ├── TrainingError: a step failed, or cannot be trusted; exit code 1
-    │   └── DatasetChangedError: a Dataset that was read once now returns other rows
+    │   └── DatasetChangedError: a Dataset that was read once now returns different rows
     └── RecordingError: writing the run failed (disk full, read-only, ...); exit code 1
 
 Every message reports what is wrong, where, and what to do. Where several things are wrong, one error

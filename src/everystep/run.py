@@ -214,7 +214,7 @@ class Run(RecordedRun):
         thorough: compare every step, not only those between the last common state and the first
         difference. That also finds differences that no loss and no snapshot shows.
 
-        Of runs of as many processes, the answer is that of the rank that differs first.
+        For runs of equally many processes, the answer is about the rank that differs first.
 
         Raises:
             RunError: a run is unreadable.
@@ -231,8 +231,8 @@ class Run(RecordedRun):
         """Return how a step of this run matches one of another that is written differently, by values.
 
         The gradients, parameters and buffers of this run are searched among all tensors of the other, up
-        to rounding and by any name: for a backward pass written by hand, another module structure,
-        another optimizer of the same mathematics, or another precision.
+        to rounding and by any name: for a backward pass written by hand, a different structure of
+        modules, a different optimizer with the same mathematics, or a different precision.
 
         step: its number; None: the first that does not match, or else the last that both have.
 
@@ -333,10 +333,10 @@ class Run(RecordedRun):
         processes: int | None = None,
         progress: Counting = True,
     ) -> Found:
-        """Find the first step at which a condition is true, the last, or all.
+        """Find the first, the last or all steps at which a condition is true.
 
         Args:
-            condition: an expression, `"isnan(loss)"`, or a function of the opened step; or, of a run of
+            condition: an expression, `"isnan(loss)"`, or a function of the opened step; or, for a run of
                 several processes, `"ranks differ"`: after the step, a parameter is not the same on all.
             which: steps to find.
             processes, progress: as in `measure`.
@@ -364,7 +364,7 @@ class Run(RecordedRun):
     ) -> NonFinite | None:
         """Return the operation that made the first NaN or infinity, or None if all is finite.
 
-        Of a recording with `keep`: among the steps that are kept.
+        In a recording with `keep`, it covers only the kept steps.
 
         Raises:
             RunError: a needed file is missing or unreadable.
@@ -427,8 +427,8 @@ class Run(RecordedRun):
         """Train again from a state with something changed, and return how the loss changes.
 
         Nothing is recorded. Without rows of the data, the steps have the bits of a training by hand
-        without those rows. At other learning rates, and with other targets, programs repeat the recorded
-        steps, of any run; what your code decided stays as recorded.
+        without those rows. At other learning rates, and with new targets, programs repeat the recorded
+        steps of any run; what your code decided stays as recorded.
 
         Args:
             at: the step after which the trainings start; default: the one before `without_rows_of`.
@@ -438,8 +438,8 @@ class Run(RecordedRun):
             each: leave out each row alone, not all at once.
             lr: learning rates to train at, one training each, for all param groups of torch's own
                 optimizers.
-            relabel: other targets, by row of the data; of a run that stores its batches, by the place of
-                the row in the batch of the step after `at`. The same row has it in later batches, too.
+            relabel: new targets, by row of the data; for a run that stores its batches, by the place of
+                the row in the batch of the step after `at`. The same row gets it in later batches, too.
             by: an expression of step `until` to compare: `norm(gradients['0.weight'])`.
             processes: number of processes, each with as many threads as the run was trained with;
                 default: as many as there are cores for, if worth their start.
@@ -527,15 +527,15 @@ class Run(RecordedRun):
     ) -> Run:
         """Train a new run that equals this one up to a step and continues with changes; return it.
 
-        The fork reuses everything up to that step and is a complete run of its own. A fork without
+        The fork reuses everything up to that step, and is a complete run. A fork without
         changes is bit-identical to this run. The optimizer continues with its state; an optimizer of
         another class starts without state.
 
-        Of a model that several processes trained, one trains the fork, up to rounding and random draws.
+        If several processes trained a model, one trains the fork, up to rounding and random draws.
 
-        Of your own loop or step function, the recorded programs take the recorded steps again, with
-        `relabel`, `lr` or both; other forks your code makes: `everystep.record(fork=run, at=at, ...)`.
-        The fork ends before the first step in which Python would read another number than recorded.
+        For your own loop or step function, the recorded programs repeat the recorded steps, with
+        `relabel`, `lr` or both; other forks need your code: `everystep.record(fork=run, at=at, ...)`.
+        The fork ends before the first step in which Python would read a different number than recorded.
 
         Args:
             at: the step after which the fork starts; 0: before the first step.
@@ -546,8 +546,8 @@ class Run(RecordedRun):
                 train; `fork` trains them in place. Without them, the run's programs continue alone if
                 they took every step (only `lr` and `steps` may change).
             without_rows: rows of the data to leave out of the batches that they were in.
-            relabel: other targets, by row of the data; of your own loop, by the place of the row in the
-                batch of the step after `at`. The same row has it in later batches, too.
+            relabel: new targets, by row of the data; for your own loop, by the place of the row in the
+                batch of the step after `at`. The same row gets it in later batches, too.
             run: the fork: a name in runs/, or a path, which must not exist; default: the next free one.
             snapshot_budget: maximum bytes of snapshots.
             progress: show a progress bar if stderr is a terminal; or an object that watches the

@@ -227,6 +227,8 @@ CASES = [
     ("_trilinear.default",
      (rand(3, 4), rand(2, 4, 5), rand(3, 5), [1, 3], [0], [1, 2], [2, 3]), {}),
     ("_trilinear.default", (rand(3, 2), rand(3, 4), rand(3, 5), [2, 3], [1, 3], [1, 2], [0]), {}),
+    ("max_pool2d_with_indices.default",
+     (rand(1, 2, 6, 5), [3, 2], [2, 3], [1, 1], [1, 1], True), {}),
     ("fractional_max_pool2d.default", (rand(2, 3, 9, 7), [3, 2], [4, 3], torch.rand(2, 3, 2)), {}),
     ("fractional_max_pool2d.default", (rand(3, 9, 7), [2, 2], [1, 4], torch.rand(1, 3, 2)), {}),
     ("fractional_max_pool3d.default",

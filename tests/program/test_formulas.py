@@ -255,6 +255,7 @@ _IN_PYTHON = [
     (TIMES, ":"),
     (r", (stride|padding|dilation|output_padding|groups) ([\d:]+)", r", \1=[\2]"),
     (r"max_pool\((\w+), ([\d:]+)", r"max_pool(\1, [\2]"),
+    ("ceil_mode True", "ceil_mode=True"),
     (":", ", "),
     (r"(conv\w*\(.*)\) \+ (\w+)$", r"\1, bias=\2)"),
     (r"(.+) if (.+) else (.+)$", r"chosen(\2, \1, \3)"),

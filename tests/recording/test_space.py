@@ -118,13 +118,15 @@ def test_states_are_pruned_and_every_step_still_opens(runs, everystep_command):
     kept = list(run.snapshots)
     assert kept[0] == 0 and kept[-1] == 60 and len(kept) < len(before)
     gap = max(two - one for one, two in itertools.pairwise(kept))
-    count = f"{len(before) - len(kept)} of {len(before)} states on disk go"
+    count = f"{len(before) - len(kept)} of {len(before)} states on disk are removed"
     assert said == f"{count}; opening a step replays up to {gap} steps\n"
     assert sorted(path.name for path in (runs / "long" / "snapshots").iterdir()) == [
         f"{step:06d}" for step in kept
     ]
     assert run.verify().is_exact and run.damage is None
-    assert everystep_command("prune", "long", "--snapshots", 1, "--force")[2].endswith("give up\n")
+    assert everystep_command("prune", "long", "--snapshots", 1, "--force")[2].endswith(
+        "more to remove\n"
+    )
 
 
 def test_the_oldest_batches_are_pruned_and_what_still_opens_is_said(runs, everystep_command):
@@ -135,7 +137,7 @@ def test_the_oldest_batches_are_pruned_and_what_still_opens_is_said(runs, everys
     assert code == 0
     run = everystep.open("runs/wide")
     lost = run.facts.batches_lost_to
-    assert said.startswith(f"batches of steps 1 to {lost} go: steps from ")
+    assert said.startswith(f"batches of steps 1 to {lost} are removed: steps from ")
     opens = int(said.split("steps from ")[1].split()[0])
     assert lost < opens < 300 and run[opens].is_exact and run[300].is_exact
     held = sum(path.stat().st_size for path in (runs / "wide" / "batches").iterdir())

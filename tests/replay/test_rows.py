@@ -375,6 +375,20 @@ def test_a_loop_with_two_models_micro_batches_and_clipping(loop):
         _agree(step.rows.gradients[name].norms, expected)
 
 
+def test_a_sum_that_begins_with_zeros_is_of_the_row_that_is_added(loop):
+    record, one, two, optimizer = loop
+
+    def body(x, y):
+        terms = [torch.zeros(()) + each.sum() for each in two(one(x))]
+        return descend(optimizer, sum(each.tanh() for each in terms))
+
+    step = record(body)
+    losses, norms = _of_both(step, one, two, lambda out, y: out.sum().tanh())
+    _agree(step.rows.loss, losses)
+    for name, expected in norms.items():
+        _agree(step.rows.gradients[name].norms, expected)
+
+
 def test_a_penalty_belongs_to_no_row(loop):
     record, one, two, optimizer = loop
 

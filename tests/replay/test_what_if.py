@@ -346,7 +346,7 @@ def test_other_numbers_for_python_and_unknown_rates_are_reported(tmp_path):
     loop(record=tmp_path / "no reads")
     unread = everystep.open(tmp_path / "no reads").what_if(4, lr=0.5, progress=False)
     assert unread.cases[0].differs_from is None  # that states differ is what was asked for
-    assert "from step 6 on, Python could read other numbers" in found.to_text()
+    assert "from step 6 on, Python could read different numbers" in found.to_text()
     run = trained(tmp_path / "run")
     for other in ({"without_rows": [2]}, {"relabel": {2: 1}}):
         with pytest.raises(UsageError, match="pass one of these: rows to leave out"):

@@ -233,7 +233,7 @@ def test_an_operator_without_a_rule_says_so(tmp_path):
     opened = everystep.train(model, (x, y), run=tmp_path / "run", **options)
     answer = opened.why(5, "activations['0'][0, 0, 1, 1]")
     assert answer.unknown and not answer.groups
-    assert "which numbers it used is not known" in answer.to_text()
+    assert "which numbers it used is unknown" in answer.to_text()
 
 
 def test_a_number_of_an_lstm_has_the_row_that_it_was_made_from(tmp_path):

@@ -50,7 +50,7 @@ def test_a_sweep_is_ordinary_runs_with_the_bits_of_each_alone(everystep_command,
     assert {each["settings"]["seed"] for each in json.loads(out)["cases"]} == {0, 1, 2}
     assert Path("runs", name, "run.sqlite").stat().st_mtime_ns == before
     code, _, err = everystep_command("sweep", "two-layer", *options[1:], *more, "--set=steps=7")
-    assert code == 2 and "lr=0.01,seed=1: was trained with other settings: steps 6 | 7" in err
+    assert code == 2 and "lr=0.01,seed=1: was trained with different settings: steps 6 | 7" in err
     # All lists, questions and plots find them.
     names = [run.name for run in everystep.runs()]
     assert len(names) == 7 and names[-1] == "two-layer-sweep-1/lr=0.01,seed=2"
@@ -109,7 +109,9 @@ def test_runs_of_a_function_go_on_after_kills_and_ctrl_c(monkeypatch):
     assert len({str(parameters(run)) for run in found.runs}) == 1
     assert all(run.facts.config["seed"] == 1 and run.verify().is_exact for run in found.runs[:2])
     assert found.table()["what"].to_list() and "what" in found.to_text()
-    with pytest.raises(RunError, match=r"what=raises: was trained with other settings: lr 0.1 \| 0.2"):
+    with pytest.raises(
+        RunError, match=r"what=raises: was trained with different settings: lr 0.1 \| 0.2"
+    ):
         everystep.sweep(trained, settings | {"lr": 0.2}, **options, resume=True)
     assert "4 of 4" in found._repr_html_() and found.plot() is not None
 
@@ -120,7 +122,7 @@ def test_a_call_that_a_condition_has_stopped_is_over(in_this_process):
         found = everystep.sweep(stopping, {"lr": [0.1, 0.2], "width": 2}, **options)
         assert found.is_finished and [len(run) for run in found.runs] == [1, 1], found
         options["resume"] = True
-    with pytest.raises(RunError, match=r"lr=0.1: was trained with other settings: width 2 \| 3"):
+    with pytest.raises(RunError, match=r"lr=0.1: was trained with different settings: width 2 \| 3"):
         everystep.sweep(stopping, {"lr": [0.1, 0.2], "width": 3}, **options)
 
 

@@ -343,6 +343,7 @@ def _way_to(setting: Setting, pair: tuple[Any, Any]) -> int | None:
 def _as_arguments(value: Any) -> tuple[Any, Any, Any]:
     """Return arguments that torch may derive: the setting, its negative (a rate), 1 minus it (a p)."""
     if value is None or isinstance(value, str):
+        # -1 is what torch passes for no `padding_idx`.
         known = -1 if value is None else _REDUCTIONS.get(value, value)
         return known, value, value
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -362,7 +363,7 @@ def _pairs_within(values: tuple[Any, Any]) -> list[tuple[Any, Any]]:
 
 def _same_number(one: Any, other: Any) -> bool:
     """Return whether two values are the same, if need be once they are rounded to float32."""
-    # In Python, True equals 1.
+    # In Python, True equals 1, but a setting that became a number is different.
     if isinstance(one, bool) is not isinstance(other, bool):
         return False
     if isinstance(one, float) and isinstance(other, float):
@@ -418,7 +419,7 @@ def _of_inputs(found: OperationDifference, evidence: Evidence, *, is_shape_known
 
 
 def _of_batch(name: str, found: OperationDifference, evidence: Evidence) -> Iterator[str]:
-    """Yield why a tensor of the batch differs: other rows, or other numbers in them."""
+    """Yield why a tensor of the batch differs: different rows, or different numbers in them."""
     one, other = (step.batch.tensors.get(name) for step in evidence.steps)
     assert one is not None
     if other is not None and same_bits(one, other):  # something wrote into it that no program shows
@@ -458,7 +459,7 @@ def _cells_text(difference: TensorDifference, found: OperationDifference) -> str
 
 
 def _of_state(name: str, evidence: Evidence) -> Iterator[str]:
-    """Yield how a tensor of the state differs, and since when."""
+    """Yield how a tensor of the state differs, and from which state on."""
     one, other = (step.state.get(name) for step in evidence.steps)
     first = [state.named().get(name) for state in evidence.first_states]
     since = evidence.number - 1
@@ -483,7 +484,7 @@ def _of_state(name: str, evidence: Evidence) -> Iterator[str]:
 
 
 def _of_draw(evidence: Evidence) -> Iterator[str]:
-    """Yield why other random numbers are drawn, if the generators differ."""
+    """Yield why different random numbers are drawn, if the generators differ."""
     one, other = evidence.generators
     names = dict.fromkeys(n for n in (*one, *other) if n not in ("python", "numpy"))
     differing = [n for n in names if n not in one or n not in other or not same_bits(one[n], other[n])]
@@ -518,7 +519,7 @@ def _tensor_text(
 def _of_layout(found: OperationDifference, evidence: Evidence) -> Iterator[str]:
     """Yield the tensors of the same numbers with another layout in memory, on which bits may depend.
 
-    If all of these were made in the step, also the first that an earlier operation was given.
+    If the step made all of these, also yield the first such input of an earlier operation.
     """
     own = [*_other_layouts(found.index, evidence)]
     yield from (text for text, _ in own)

@@ -1,4 +1,4 @@
-"""Diff: where two runs differ, down to the first operation with another result.
+"""Diff: where two runs differ, down to the first operation with a different result.
 
 Losses and snapshots show between which two states the runs start to differ. From the last common state
 on, everystep replays both, and compares them step by step, then operation by operation, bit by bit.
@@ -47,7 +47,7 @@ __all__ = ["BEFORE", "DataDifference", "Difference", "FirstState", "diff", "foot
 
 #: Runs that took less time than this together are replayed whole.
 THOROUGH_SECONDS = 4.0
-#: Steps that are replayed between two looks.
+#: Steps that one run replays before the other follows: a difference ends both soon.
 STRIDE = 64
 
 
@@ -126,9 +126,9 @@ def diff(
     objects: tuple[Objects | None, Objects | None] = (None, None),
     on_progress: Callable[[int], None] = lambda steps: None,
 ) -> Difference:
-    """Answer `Run.diff`; of as many processes, for those of the rank that differs first.
+    """Answer `Run.diff`; for runs of equally many processes, about the rank that differs first.
 
-    What differs on one rank is on all others after the next collective, often in the same step.
+    A difference on one rank reaches all others with the next collective, often in the same step.
 
     thorough: done anyway if it takes only seconds, and the experiments or the numerics differ; objects:
     that trained each run, for the data of one that does not hold it; on_progress: called with the number
@@ -173,6 +173,7 @@ def _diff(
     asked = thorough
     if not ends and (experiments or numerics):
         thorough |= sum(run.facts.seconds or 0.0 for run in (one, other)) < THOROUGH_SECONDS
+    # 0: no difference is known, and a search through all steps was not asked for.
     last = min(steps) if thorough and not ends else min(ends, default=0)
     operation, first_state, unread, partly = None, None, list[str](), list[str]()
     is_complete = not problems
@@ -353,7 +354,7 @@ class _Lockstep:
         self._is_random = is_random
 
     def first(self, first: int, last: int) -> OperationDifference | None:
-        """Return the first operation, of steps `first` to `last`, with another result."""
+        """Return the first operation, in steps `first` to `last`, with a different result."""
         for number in self._suspicious(first, last):
             evidence = Evidence(self._openers, number, self._numerics)
             found = evidence.first_difference(has_rows=evidence.has_rows)
@@ -364,7 +365,7 @@ class _Lockstep:
 
     def first_state(self, first: int, last: int) -> FirstState:
         """Return the first of the states `first` to `last` in which the models differ."""
-        begin, count = first, 1
+        begin, count = first, 1  # mostly, the next state differs already
         while begin <= last:
             end = min(last, begin + count - 1)
             for state, one, other in self._footprints(begin, end):
@@ -395,7 +396,6 @@ class _Lockstep:
     def _footprints(
         self, first: int, last: int, **how: bool
     ) -> Iterator[tuple[int, dict[str, str], dict[str, str]]]:
-        """Yield steps with their footprints in both runs."""
         one, other = (opener.call(footprints, first, last, **how) for opener in self._openers)
         yield from zip(range(first, last + 1), one, other, strict=True)
 

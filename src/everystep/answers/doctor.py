@@ -209,7 +209,6 @@ def _given(database: Database) -> Iterator[Given]:
 
 
 def _readable(run: RecordedRun, facts: Facts, states: dict[SnapshotRow, str | None]) -> Iterator[str]:
-    """Yield what can be read, as text."""
     with reading(run.directory / FILE_NAME) as database, suppress(RunError):
         newest, altered = database.newest_step(), number_findings(database)
         planned = f" of {facts.steps:,}" if facts.steps and facts.steps != newest else ""

@@ -171,7 +171,6 @@ def _shared(own: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tens
 
 
 def _step_in_double(replay: Replay, state: State) -> Step:
-    """Return the step after a state, in double precision."""
     return Replay(replay.run, replay.data, conversion=Precision(torch.float64)).step_after(state)
 
 
@@ -184,6 +183,7 @@ def _before(step: Step) -> Iterator[tuple[str, Tensor]]:
 
 def _after(step: Step) -> Iterator[tuple[str, Tensor]]:
     """Yield the final tensors of a step: gradients, then parameters and buffers."""
+    # Reversed, as a backward pass computes them: what comes first may be the cause of the rest.
     yield from ((f"gradients[{n!r}]", t) for n, t in reversed(step.gradients.items()))
     for name, tensor in step.end.items():
         kind, _, path = name.partition("/")
@@ -198,7 +198,7 @@ class _Values:
         self._operations = step.operations
         self._storage = {name: spec.storage for name, spec in step.places.tensors.items()}
         self._kinds = {name: storage.kind for name, storage in step.places.storages.items()}
-        # What counts steps, or is a power of a beta, is one number.
+        # A count of steps, or a power of a beta, is one number.
         counters = [
             name
             for name, tensor in (*step.state.items(), *step.end.items())

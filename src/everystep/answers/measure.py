@@ -57,7 +57,7 @@ class Query(Visitor):
         self._only_first = only_first
         self._skipped = skipped
         self._tensors: set[Reference] = set()
-        self.may_share = isinstance(question, Expression | str)
+        self.may_share = isinstance(question, Expression | str)  # a function may open steps itself
         if isinstance(question, Expression):
             self._evaluator = Evaluator(question, run, as_condition)
             self._tensors = {r for r in question.references if not r.is_recorded}
@@ -89,7 +89,7 @@ class Query(Visitor):
         stepper = replay.stepper
         assert stepper.state is not None
         number = stepper.state + 1
-        if not self._is_looked_at(number):
+        if not self._is_looked_at(number):  # up to the next step to look at, without stopping
             next_due = -(-(number + 1) // self._every) * self._every
             until = min(last, next_due - 1 - self.looks_back)
             losses = stepper.run(max(number, until))
@@ -200,7 +200,7 @@ def measure(
 
         def keep(answers: Answers) -> None:
             nonlocal is_new
-            # A name is there from its first values on: a process may be killed before it has any.
+            # Its name is written with its first values, so a process killed before them leaves none.
             rows = [(name, step, value) for step, value in answers]
             database.add_measurements(rows, {name: meaning}, [name] if is_new else [])
             values.update(answers)

@@ -183,7 +183,7 @@ def find_nonfinite(
     run, last = opener.run, opener.run.newest_step()
     if not last:
         return None
-    bound = min(last, run.facts.nonfinite_step or last)
+    bound = min(last, run.facts.nonfinite_step or last)  # where the loss shows it at the latest
     meant: frozenset[_Meant] = frozenset()
     if run.facts.nonfinite_step:
         check_kept(run, bound)
@@ -213,7 +213,7 @@ def find_nonfinite(
 
 
 def _not_finite_in(step: Step) -> frozenset[_Meant]:
-    """Return the operations of a step with results that are not finite, and what an optimizer has so."""
+    """Return the operations of a step with non-finite results, and such tensors of its end state."""
     operations = (
         (index, each.operation.operator)
         for index, each in enumerate(step.operations)

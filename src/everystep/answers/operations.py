@@ -122,7 +122,7 @@ class _Sources:
         for index, seen in enumerate(step.operations):
             read |= {*map(memory_of, seen.inputs)}
             for place, name in enumerate(map(memory_of, seen.results)):
-                if name not in read:
+                if name not in read:  # else it was there before, and is only changed in place
                     self._made.setdefault(name, (index, place))
 
     def of(self, name: str) -> Source:
@@ -164,7 +164,7 @@ class StepPair:
         return OperationPair(one.operations[index], other.operations[index], self.sources)
 
     def first_difference(self, *, has_rows: bool = False) -> OperationDifference | None:
-        """Return the first operation with another result, or which only one of them has.
+        """Return the first operation with a different result, or that only one of them has.
 
         Its causes are not known yet.
 
@@ -367,8 +367,8 @@ def _is_tensors(value: Any) -> bool:
 def _different_rows(one: Step, other: Step, has_rows: bool) -> list[tuple[int, int, int]]:
     """Return the positions of a batch that differ, with their row numbers in the data.
 
-    Where runs do not know these, rows have the numbers of their positions in the first run's batch, if
-    the second run's batch has the same rows in another order.
+    If the runs do not know these numbers, and the second run's batch has the same rows in another order,
+    a row's number is its position in the first run's batch.
     """
     tensors = one.batch.tensors, other.batch.tensors
     if not tensors[0] or tensors[0].keys() != tensors[1].keys():

@@ -43,7 +43,7 @@ __all__ = ["Conditions", "OtherProcess", "main", "opened", "other_process"]
 
 T = TypeVar("T")
 
-#: Of the tasks and results: both ends must have the same.
+#: The version of tasks and results: both processes must have the same.
 PROTOCOL = 8
 
 #: Branches that MKL_CBWR takes, each also with ",STRICT"; "OFF" is MKL's own choice.
@@ -179,8 +179,9 @@ def other_process(conditions: Conditions, environment: dict[str, str]) -> Iterat
     """
     code = "from everystep.answers.other_process import main; main()"
     with tempfile.TemporaryDirectory(prefix="everystep-") as folder:
+        # A file: nobody reads a pipe until the process ends, and a full one would stop it.
         with (Path(folder) / "errors").open("wb") as errors:
-            # -P: nothing is imported from the working directory.
+            # -P: nothing is imported from the working directory, which may be a stranger's.
             process = subprocess.Popen(
                 [conditions.interpreter, "-P", "-c", code],
                 env=os.environ | environment,
@@ -223,6 +224,7 @@ def main() -> None:
 
 def _send(result: Any) -> None:
     pickler = pickle.Pickler(sys.stdout.buffer)
+    # torch cannot read all dtypes that it pickles.
     pickler.dispatch_table = copyreg.dispatch_table | {Tensor: sent_tensor}
     pickler.dump(result)
     sys.stdout.flush()

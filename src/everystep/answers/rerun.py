@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Rerun", "relative_distance", "rerun"]
 
-#: Steps between two looks at the losses.
+#: Steps that are replayed before their losses are fetched.
 STRIDE = 256
 #: Steps that are compared operation by operation, spread over the run, and bytes of them.
 COMPARED, MOST_BYTES = 12, 1_000_000_000
@@ -49,8 +49,8 @@ class Rerun(Shown):
 
     place: its conditions; changed: what bits depend on and differs there, by name, recorded
     and there; first: the first step; recorded, losses: of all steps (steps), recorded and there;
-    has_loss: whether the run has losses; parts_at: the first step with another loss or another state,
-    None if all bits are the same, or in another precision; operation: the first with other bits, in that
+    has_loss: whether the run has losses; parts_at: the first step with a different loss or state, None
+    if all bits are the same, or in another precision; operation: the first with different bits, in that
     step; compared: steps that were compared from the recorded state before each; rounding: how far apart
     numbers are by rounding alone; beyond: the first result of these steps that is farther apart;
     residue: the first result that is zero but for rounding: it is not among these; farthest: the
@@ -198,7 +198,7 @@ def _replayed(
 
 
 def _suspicious(replayed: Sequence[Replayed]) -> range:
-    """Return the steps among which is the first with another result; none if all are the same."""
+    """Return the range with the first step that has a different result; empty if all are the same."""
     first = replayed[0].span.first
     for each in replayed:
         if not each.is_exact:
@@ -240,7 +240,7 @@ def _parting_step(opener: Opener, process: OtherProcess, steps: range) -> int | 
 
 
 def _farthest(found: Sequence[Apart]) -> tuple[Apart, ...]:
-    """Return the results that are farthest apart, of each place in the program only one."""
+    """Return the results that are farthest apart, only one for each place in the program."""
     kinds: dict[tuple[str, str | None, str], Apart] = {}
     for each in sorted(found, key=lambda each: -each.relative):
         kinds.setdefault((each.operator, each.module, each.phase), each)

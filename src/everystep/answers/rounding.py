@@ -97,7 +97,7 @@ def _residue(one: Observed, other: Observed, name: str, limit: float) -> Residue
     sizes, distance = (_largest(a), _largest(b)), (a - b).abs()
     of = max(map(_largest, read.values()), default=0.0)
     is_sum = any(tensor.numel() > result.numel() for tensor in read.values())
-    # Computed with more digits, nothing is left of it.
+    # With more digits, nothing would be left of it.
     if is_sum and min(sizes) <= limit * max(sizes) and max(sizes) <= limit * of:
         return Residue(None, *sizes, of)
     beyond = ~(distance <= limit * sizes[0])

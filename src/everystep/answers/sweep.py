@@ -1,4 +1,4 @@
-"""Sweeps: a training with many settings, each a run of its own, and what became of them."""
+"""Sweeps: a training with many settings, each a separate run, and how the runs ended."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _LARGEST = 100_000_000
 class SweepRun:
     """A run of a sweep.
 
-    name: within the sweep; run: None if it was not begun; problem: why it has not all its steps; best:
-    the best value of the sweep's metric.
+    name: within the sweep; run: None if it was not begun; problem: why some of its steps are missing;
+    best: the best value of the sweep's metric.
     """
 
     name: str
@@ -84,7 +84,7 @@ class Sweep(Shown):
         )
 
     def table(self) -> polars.DataFrame:
-        """Return a row for each run, the best first: its settings, and what became of it."""
+        """Return a row for each run, the best first: its settings, and how it ended."""
         import polars as pl
 
         rows = []
@@ -122,13 +122,14 @@ def sweep_run(
 
 
 def note_settings(file: Path, runs: Mapping[str, Mapping[str, Any]]) -> None:
-    """Note the settings of each run, and check that those that there are already were trained with them.
+    """Note the settings of each run, and check that the existing runs were trained with them.
 
     runs: the settings by the name of the run.
 
     Raises:
-        RunError: the sweep has a run of that name with other settings; lists what differs.
+        RunError: the sweep has a run of that name with different settings; lists what differs.
     """
+    # As they are read back later: JSON turns tuples into lists.
     wanted = {name: json.loads(json.dumps(settings, default=str)) for name, settings in runs.items()}
     try:
         noted = parse_json((read_regular(file, _LARGEST) if file.exists() else b"") or "{}")
@@ -141,7 +142,7 @@ def note_settings(file: Path, runs: Mapping[str, Mapping[str, Any]]) -> None:
         for path in sorted({*known, *now}):
             if known.get(path) != now.get(path):
                 pair = f"{known.get(path)!s:.80} | {now.get(path)!s:.80}"
-                faults.append(Fault(name, f"was trained with other settings: {path} {pair}"))
+                faults.append(Fault(name, f"was trained with different settings: {path} {pair}"))
     if faults:
         raise RunError(faults, "the sweep, which needs another directory")
     write_whole(file, json.dumps(before | wanted).encode())

@@ -99,7 +99,7 @@ def verify(
         first_loss=firsts[0] if firsts else None,
         loss_distance=distance(*pair) if pair else None,
         snapshots=sum(each.compared for each in replayed),
-        all_snapshots=sum(
+        all_snapshots=sum(  # a replay begins with state 0, and so compares nothing with it
             0 < row.step <= steps and is_kept(row.step, not_kept) for row in run.snapshot_rows()
         ),
         states=tuple(difference for each in replayed for difference in each.states),

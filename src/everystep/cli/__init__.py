@@ -36,9 +36,9 @@ app = typer.Typer(
     name="everystep",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode=None,  # rich would keep the line breaks of docstrings in the help
 )
-for command in (
+for command in (  # in the order of the help
     *(training.train, training.sweep, training.resume, training.experiments, display.runs),
     *(display.losses, display.table, display.plot, display.report, display.step),
     *(question.verify, question.doctor, question.diff, question.match, question.rerun, training.fork),
@@ -62,7 +62,7 @@ def version(
         raise typer.Exit
 
 
-#: Errors of the system for typed names that cannot be opened.
+#: System errors for a typed name that cannot be opened: wrong use, not a failure of the machine.
 _OF_NAMES = {
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP),
     *(errno.ENAMETOOLONG, errno.EINVAL),
@@ -81,8 +81,10 @@ def main() -> None:
         try:
             app()
         except SystemExit as end:
+            # What a command printed of a damaged run is not all that was recorded.
             sys.exit(end.code or int(bool(damage)))
         finally:
+            # Here, so that a full disk or a closed pipe is reported; at exit, Python prints a traceback.
             sys.stdout.flush()
     except OutputError as error:
         drop_output(error)
@@ -90,8 +92,10 @@ def main() -> None:
     except EverystepError as error:
         needed = getattr(error, "environment", None)
         if needed is not None and _STARTED_AGAIN not in os.environ:
+            # torch is already imported, and its libraries read these variables only once.
             changed = os.environ | needed | {_STARTED_AGAIN: "1"}
             os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], changed)
+        # torchrun prints the errors of all ranks together.
         rank = f"rank {os.environ['RANK']}: " if "TORCHELASTIC_RUN_ID" in os.environ else ""
         hint(f"everystep: {rank}{shortened(str(error))}")
         sys.exit(error.exit_code)

@@ -62,6 +62,7 @@ def documented(command: Callable[..., None]) -> Callable[..., None]:
         kind, *declared = (
             get_args(hints[name]) if get_origin(hints[name]) is Annotated else [hints[name]]
         )
+        # A copy: commands share options, and describe them differently.
         option = copy(declared[0]) if declared else typer.Option()
         option.help = " ".join(help.split())
         hints[name] = Annotated[kind, option]
@@ -70,7 +71,7 @@ def documented(command: Callable[..., None]) -> Callable[..., None]:
 
 
 class Commands(typer.core.TyperGroup):
-    """The commands; wrong use is answered by what to type."""
+    """The commands; the error of wrong use names what to type."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Return the command that was typed, and its arguments.
@@ -87,7 +88,7 @@ class Commands(typer.core.TyperGroup):
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; what a stopped one has to say is a hint.
+        """Run the command; print the message of an interruption as a hint.
 
         Raises:
             UsageError: an argument or an option is missing, unknown or invalid, or is a setting.

@@ -131,7 +131,7 @@ def hint_at_damage() -> list[str]:
     def show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
         if not issubclass(category, DamageWarning):
             show_others(message, category, *place, **more)
-        elif str(message) not in messages:
+        elif str(message) not in messages:  # Python compares the line of code that warns, too
             messages.append(str(message))
             hint(f"everystep: {message}")
 
@@ -142,7 +142,7 @@ def hint_at_damage() -> list[str]:
 
 def quoted(text: str) -> str:
     """Return a text quoted as one word of a shell, with as few quotes as possible."""
-    if "'" in text and not set(text) & set('"\\$`!'):
+    if "'" in text and not set(text) & set('"\\$`!'):  # which a shell reads within double quotes
         return f'"{text}"'
     return shlex.quote(text)
 

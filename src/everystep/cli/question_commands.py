@@ -130,7 +130,7 @@ def doctor(
     """
     found = everystep.doctor(run)
     answer(found, json)
-    if export is not None:
+    if export is not None:  # after the answer: it fails if the database cannot be opened
         everystep.doctor(run, export=export)
         say_written(export)
     if not found.is_healthy:
@@ -162,8 +162,8 @@ def match(
 ) -> None:
     """Match two trainings that are written differently.
 
-    By values: the tensors of a step are looked for in the other run, up to rounding, whatever operations
-    made them: to check a backward pass written by hand, for example. Exits with 1 if they differ.
+    Searches the other run for the numbers of each tensor of a step, up to rounding, whatever operations
+    computed them: to check a backward pass written by hand, for example. Exits with 1 if they differ.
 
     Args:
         step: Match this step; default: the first that differs.
@@ -183,10 +183,10 @@ def measure(
 ) -> None:
     """Add a measurement to a finished run.
 
-    It is as if it had been made during training. An expression can use loss, step, batch.x, batch.y,
-    parameters['0.weight'], buffers[...], gradients[...], activations['1'], updates[...], previous.loss
-    (and so on), and measurements by name. Ctrl-C keeps the values measured so far; run the same command
-    again to continue.
+    Its values are those of a measurement made during training. An expression can use loss, step,
+    batch.x, batch.y, parameters['0.weight'], buffers[...], gradients[...], activations['1'],
+    updates[...], previous.loss (and so on), and measurements by name. Ctrl-C keeps the values measured
+    so far; run the same command again to continue.
 
     Args:
         expression: norm(gradients['0.weight']), for example.
@@ -322,8 +322,8 @@ def what_if(
     """Train again without rows, at another rate, or relabelled.
 
     Trains from a step, and ranks the trainings by the resulting loss. Without rows (samples), each has
-    the bits of a training by hand without them. At another learning rate, or with other targets,
-    programs repeat the recorded steps, of any run. Nothing is recorded; everystep fork records one.
+    the bits of a training by hand without them. At a different learning rate, or with new targets,
+    programs repeat the recorded steps of any run. Nothing is recorded; everystep fork records one.
 
     Args:
         at: Step to start after; default: before --without-rows-of.
@@ -331,9 +331,9 @@ def what_if(
         without_rows: Rows (samples) of the data to leave out: 8123,8124.
         without_rows_of: Leave out the rows of the batch of this step.
         each: Leave out each row alone, not all at once.
-        lr: Another learning rate, in a training of its own. Repeatable.
-        relabel: Another target for a row of the data; of your own loop, for a row of the batch of the
-            step after --at, and wherever that row comes again. Repeatable.
+        lr: A different learning rate, in a separate training. Repeatable.
+        relabel: A new target for a row of the data; in your own loop, for a row of the batch of the
+            step after --at, and wherever that row appears again. Repeatable.
         by: What to compare: norm(gradients['0.weight']).
     """
     found = everystep.open(run).what_if(

@@ -167,5 +167,6 @@ def of_rank(run: str, rank: int | None) -> str:
     if rank >= len(ranks := found.ranks):
         known = f"its ranks are 0 to {len(ranks) - 1}" if ranks[1:] else "one process trained it"
         raise UsageError(f"{found.name} has no rank {rank}; {known}")
+    # As the user typed it, if possible: hints repeat this name.
     is_first = found.known_ranks is None or found.known_ranks.rank == 0
     return str(Path(run) / ranks[rank].within if is_first else ranks[rank].directory)

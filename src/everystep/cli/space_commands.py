@@ -48,8 +48,8 @@ def prune(
 ) -> None:
     """Make a run smaller.
 
-    Prints what is given up and what still opens, and asks. Losses and measurements stay in any case, and
-    so do the first and the last state. With fewer states, steps take longer to open.
+    Prints what is removed and what can still be opened, and asks. Losses and measurements stay in any
+    case, and so do the first and the last state. With fewer states, steps take longer to open.
 
     Args:
         snapshots: Maximum size of all states, in MB.
@@ -62,16 +62,16 @@ def prune(
     from everystep.views.lists import pruning_text
 
     if snapshots is None and batches is None:
-        raise UsageError("say what to make smaller: --snapshots MB, --batches MB, or both")
+        raise UsageError("name what to make smaller: --snapshots MB, --batches MB, or both")
     directory = find_run(run)
     RecordedRun(directory).check_alone("make such a run smaller")
     sizes = (None if each is None else 1_000_000 * each for each in (snapshots, batches))
     found = pruning_of(directory, *sizes)
     if not (found.states or found.files):
-        hint(f"{directory} is within these sizes, or has nothing more to give up")
+        hint(f"{directory} is within these sizes, or has nothing more to remove")
         return
     say(pruning_text(found))
-    if not _is_sure(f"Give this up ({size_text(found.bytes)})", force):
+    if not _is_sure(f"Remove this ({size_text(found.bytes)})", force):
         raise typer.Exit(1)
     prune(directory, found)
     hint(f"{directory} is smaller by {size_text(found.bytes)}")

@@ -70,7 +70,7 @@ def train(
         raise UsageError("--steps and --epochs are mutually exclusive")
     if resume_run and run is None:
         raise UsageError("--resume needs the run: --run NAME")
-    numerics.prepare()
+    numerics.prepare()  # before torch is imported, whose libraries read the settings once
     overrides: dict[str, Any] = dict(parse_setting(text) for text in settings or [])
     shorthands = {"steps": steps, "epochs": epochs, "device": device, "seed": seed, "threads": threads}
     shorthands |= {"engine": engine}
@@ -95,8 +95,8 @@ def sweep(
 ) -> None:
     """Train an experiment with many settings, side by side.
 
-    Trains every combination of the values: each is a run, in one directory. One that fails does not stop
-    the others. Prints a table, the best run first.
+    Trains a run for every combination of the values, all in one directory. A run that fails does not
+    stop the others. Prints a table, the best run first.
 
     Args:
         experiment: TOML file, or name of a built-in experiment.
@@ -196,8 +196,8 @@ def fork(
         at: Last step to keep from the parent; 0: none.
         steps: Last step of the fork, counted from the parent's step 1.
         without_rows: Rows (samples) to leave out of their batches: 8123,8124.
-        relabel: Another target for a row of the data; of your own loop, for a row of the batch of the
-            step after --at, and wherever that row comes again. Repeatable.
+        relabel: A new target for a row of the data; in your own loop, for a row of the batch of the
+            step after --at, and wherever that row appears again. Repeatable.
         directory: The fork: a name in runs/, or a path. It must not exist.
     """
     from everystep import numerics

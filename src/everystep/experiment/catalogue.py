@@ -127,7 +127,7 @@ def _check_layer(text: str) -> None:
 def names_faults(experiment: Mapping[str, Any]) -> list[Fault]:
     """Find every unknown name and wrong argument in an experiment as read from TOML.
 
-    Parts that are not of the expected type are passed over: the specification reports those.
+    Values of an unexpected type are skipped: the specification reports those.
     """
     faults: list[Fault] = []
     model = experiment.get("model")

@@ -34,7 +34,7 @@ __all__ = ["ConvertedTable", "convert_table"]
 
 #: A text in a format from which single columns can be read.
 _TEXT = "table.parquet"
-#: To be raised where a table is converted in another way.
+#: To be raised when the conversion of tables changes.
 _FORMAT = 2
 #: Bytes of rows that are converted together.
 _ROWS = 64_000_000
@@ -153,8 +153,10 @@ def convert_table(
         frame, is_kept, whole = _checked_table(*found, data, classes=classes)
         x, y = map(np.concatenate, zip(*_parts(frame, is_kept, whole, data), strict=True))
     else:
+        # Only batches depend on these: a training with others uses the same cache.
         asked = data.model_dump_json(exclude={"validation", "scale", "unseen"})
         name = f"tables/{Path(data.path).stem[:50]}"
+        # Another version of polars may parse a text differently.
         how = {"format": _FORMAT, "polars": pl.__version__, "data": asked, "classes": classes}
         x, y, about, folder = converted(name, sources, convert, progress, **how)
         is_kept = np.ones(about["lines"], dtype=bool)
@@ -183,6 +185,7 @@ def _checked_table(
             is_kept[is_row] &= ~is_missing(columns[name]).to_numpy()
         if not is_kept.any():
             raise DataError(f'{data.path}: every row has a missing value; set data.missing = "mean"')
+    # Without the empty lines at the end, so that a run need not list them as dropped.
     lines = int(np.flatnonzero(is_row)[-1]) + 1
     frame, is_kept = frame.head(lines), is_kept[:lines]
     kept = TableColumns(frame, is_kept)

@@ -155,6 +155,7 @@ def make_data(
         _check_digests(experiment.data, sources, digests)
     source = _source(experiment, target, sources, progress if sources else _unwatched)
     if isinstance(experiment.data, ImagesData) and experiment.batch_size is not None:
+        # In memory, each byte of the cache would be a float32.
         is_large = is_large or 4 * source.x.array.size > IN_MEMORY
     places: list[np.ndarray | None] = [None]  # all rows, without a list of many numbers
     if experiment.data.validation is not None:
@@ -245,10 +246,10 @@ def _source(
     """Return the data before its preparation. sources: its files, if they are large."""
     data = experiment.data
     if isinstance(data, TableData):
-        from everystep.experiment.converted_table import convert_table
+        from everystep.experiment.converted_table import convert_table  # imports polars
 
         return convert_table(data, sources, progress, classes=target == "classes")
-    if isinstance(data, RandomData):
+    if isinstance(data, RandomData):  # first x, then y: the chapter's losses depend on this order
         x, y = (SourceArray(torch.randn(data.N, n).numpy()) for n in (data.D_in, data.D_out))
     elif isinstance(data, BundledData):
         file = Path(__file__).parent / "bundled" / f"{data.name}.npz"
@@ -349,6 +350,7 @@ def _content(path: Path) -> Any:
 
 def derived_generator(seed: int, *purpose: Any) -> torch.Generator:
     """Return a separate CPU generator for one purpose: a pure function of seed and purpose."""
+    # Never to be changed: a run stores batches as a rule, and a replay draws their order again.
     text = " ".join(["everystep", str(seed), *map(str, purpose)])
     digest = hashlib.sha256(text.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

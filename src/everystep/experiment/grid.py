@@ -27,7 +27,7 @@ def parse_values(texts: Iterable[str]) -> dict[str, Sequence[Any]]:
     """Return the values of each setting in `optimizer.lr=1e-4,1e-3`, `seed=0..7`, ...
 
     Raises:
-        ExperimentError: lists each setting that is not written so, or twice.
+        ExperimentError: lists each setting that is not in this form, or is set twice.
     """
     found: dict[str, Sequence[Any]] = {}
     faults: list[Fault] = []
@@ -55,7 +55,7 @@ def combinations(settings: Mapping[str, Any], *, may_be_many: bool = False) -> d
 
     Raises:
         ExperimentError: there is nothing to vary, a setting has no value or the same one twice, or there
-            are more runs than a thousand, unless there may be.
+            are more than a thousand runs and `may_be_many` is not set.
     """
     values = {path: _listed(each) for path, each in settings.items()}
     faults = [Fault(path, "has no values") for path, each in values.items() if not len(each)]
@@ -70,6 +70,7 @@ def combinations(settings: Mapping[str, Any], *, may_be_many: bool = False) -> d
     if faults:
         raise ExperimentError(faults, "the sweep")
     varied = [path for path, each in values.items() if len(each) > 1] or [*values]
+    # `lr=0.1` is enough, unless two settings end in the same word.
     short = {path: _plain_name(path.rpartition(".")[2]) for path in varied}
     if len({*short.values()}) < len(varied):
         short = {path: _plain_name(path) for path in varied}
@@ -90,7 +91,7 @@ def _listed(values: Any) -> Sequence[Any]:
 
 
 def _distinct(values: Sequence[Any]) -> list[str]:
-    """Return values as the names of runs have them, each differently."""
+    """Return values for the names of runs, each with a text of its own."""
     names = [str(getattr(each, "__name__", each)) for each in values]
     texts = [_plain_name(name)[:_LONGEST_VALUE] for name in names]
     count = Counter(texts)

@@ -21,10 +21,11 @@ from everystep.experiment.specification import ImagesData
 
 __all__ = ["convert_images", "image_files"]
 
-#: The formats that are read, and their suffixes; other files are passed over.
+#: The formats that are read, and their suffixes; other files are skipped. Pillow opens no others: for
+#: EPS, for example, it starts a program.
 _FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-#: To be raised where images are converted in another way.
+#: To be raised when the conversion of images changes.
 _FORMAT = 1
 #: Images that are converted together.
 _TOGETHER = 256
@@ -57,7 +58,7 @@ def convert_images(
     """Return x (N, C, H, W), and y (N): the name of the class of each image.
 
     Raises:
-        DataError: lists the images that cannot be read, or have another size than the first.
+        DataError: lists the images that cannot be read, or that differ in size from the first.
     """
     files = [Path(file) for each in sources for file in each.files]
 

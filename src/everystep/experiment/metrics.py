@@ -23,7 +23,7 @@ VALIDATION = "validation_"
 #: values: numbers (N, ...), and predictions of the same shape on the same scale.
 TargetKind = Literal["classes", "two classes", "values"]
 
-#: What a user asks for: names of metrics, or functions of outputs and targets by names of their own.
+#: What a user asks for: names of metrics, or functions of outputs and targets by new names.
 Metrics = Mapping[str, "Callable[[Tensor, Tensor], Any]"] | Sequence[str]
 
 

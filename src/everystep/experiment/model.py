@@ -32,6 +32,7 @@ def build_model(model: Model, x: Tensor) -> nn.Sequential:
             raise ModelError(f"model.layers[{index}]: {text}: {error}") from None
     made = nn.Sequential(*layers)
     if any(isinstance(layer, LazyModuleMixin) for layer in made.modules()):
+        # In training mode, dropout would draw, and batch norm would count these rows.
         _run_through(made.eval(), x, model.layers)
         made.train()
     return made

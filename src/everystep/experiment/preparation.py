@@ -54,6 +54,7 @@ class Scaling(Fitted):
                 yield flat
 
         total = _sum(seen())
+        # Clipped, so that the mean of equal numbers is that number, whatever their sum rounds to.
         mean = np.clip(total / sum(counts), np.min(lows, axis=0), np.max(highs, axis=0))
         # Not std(), which subtracts a rounded mean: for equal values, only rounding would remain.
         squares = _sum(np.square(flat - mean) for flat in _flat(parts))

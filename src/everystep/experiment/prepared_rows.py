@@ -21,7 +21,7 @@ _PIECE = 64_000_000
 #: Bytes of mapped files that this process may hold before it gives them back: they count as its memory,
 #: and for a row the operating system may map the 2 MB around it.
 _RELEASED = 500_000_000
-#: Rows that are gathered before the next look at that.
+#: Rows that are gathered before these bytes are counted again.
 _GROUP = 128
 #: Types of numbers in a safetensors file that NumPy has, too.
 _TYPES = {
@@ -41,7 +41,7 @@ class SourceArray:
 
     The operating system reads the pages that are used, and forgets them when it needs memory.
 
-    unit: by which numbers are divided where they are taken, in float32.
+    unit: the divisor of numbers when they are taken, in float32.
     """
 
     def __init__(self, array: np.ndarray, unit: int | None = None) -> None:

@@ -45,12 +45,12 @@ __all__ = [
     "source_files",
 ]
 
-#: Files that runs may read besides those that were trained on; separated as in PATH.
+#: Files that runs may read in addition to those that were trained on; separated as in PATH.
 _ALLOWED = "EVERYSTEP_DATA"
 #: Where caches and digests are, instead of the user's cache directory.
 _PLACE = "EVERYSTEP_CACHE"
 _PIECE = 16_000_000
-#: Nanoseconds: of a file that was changed a shorter time ago, another change may have the same time.
+#: Nanoseconds: if a file was changed more recently, a second change may have the same time.
 _RECENT = 2_000_000_000
 
 #: Files that were named in this process; the state directory may not be writable.
@@ -71,7 +71,7 @@ def check_may_be_read(data: DataSpecification) -> None:
     """Check that the user has named the files that data is in.
 
     Raises:
-        DataError: they have not; gives the way.
+        DataError: they have not; describes how to do it.
     """
     given = os.environ.get(_ALLOWED, "").split(os.pathsep)
     allowed = _named | {str(Path(each).absolute()) for each in given if each}
@@ -120,6 +120,7 @@ class SourceFile(NamedTuple):
 def _status(files: Sequence[Path]) -> tuple[int, ...]:
     """Return the status of a file; of several, a digest of all, their bytes and their newest times."""
     found = [each.stat() for each in files]
+    # The last of the times, too: a program can set the time of change back, but not this one.
     each = [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in found]
     if len(each) == 1:
         return each[0]
@@ -223,7 +224,7 @@ def converted(
         progress: called with how many rows are converted, and of all.
 
     Raises:
-        DataError: the disk has not enough room for the cache, or fails.
+        DataError: the disk does not have enough room for the cache, or fails.
     """
     key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
     place = _cache() / f"{name}-{key}"
@@ -262,7 +263,7 @@ def _about(folder: Path) -> dict[str, Any]:
 
 
 def _files(folder: Path) -> list[list[Any]]:
-    """Return what tells whether the files of the cache are as they were written."""
+    """Return the sizes and times that show whether the files of the cache are as they were written."""
     found = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.suffix != ".json"]
     return [[name, status.st_size, status.st_mtime_ns] for name, status in found]
 

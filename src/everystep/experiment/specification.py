@@ -206,6 +206,7 @@ class Experiment(Iteration):
 
     def to_toml(self) -> str:
         """Write the experiment as TOML that `load` reads back to an equal one."""
+        # With the defaults: those of a later version may differ.
         return tomli_w.dumps(self.model_dump(exclude_none=True, exclude_defaults=False))
 
 
@@ -274,7 +275,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
         raise ExperimentError([Fault(text, "write a setting as path=value: optimizer.lr=1e-3")])
     try:
         return path.strip(), tomllib.loads(f"value = {value}")["value"]
-    except (ValueError, KeyError, RecursionError):
+    except (ValueError, RecursionError):
         return path.strip(), value.strip()
 
 
@@ -350,6 +351,7 @@ def _override(raw: dict[str, Any], path: str, value: Any) -> None:
 
 
 def _absolute(path: str, folder: Path) -> str:
+    # A built-in experiment that was copied still finds its data, which lies next to the original.
     found = (folder / Path(path).expanduser()).resolve()
     bundled = _BUILT_IN / path
     return str(bundled if not found.exists() and bundled.is_file() else found)

@@ -88,7 +88,7 @@ def table_frame(data: TableData, *, in_memory: bool) -> tuple[pl.LazyFrame, bool
     in_memory: whether it is read now, not when it is asked for.
 
     Raises:
-        DataError: there are no files, or one is not a sound table, or has other columns than the first.
+        DataError: there are no files, one is not a valid table, or its columns differ from the first's.
     """
     files = table_files(Path(data.path))
     found = [_frame_of(file, data.separator, in_memory=in_memory) for file in files]
@@ -100,6 +100,7 @@ def table_frame(data: TableData, *, in_memory: bool) -> tuple[pl.LazyFrame, bool
             how = ", ".join([*lacks, *has][:_COLUMNS_NAMED]) or "has them in another order"
             raise DataError(f"{file.name} does not have the columns of {files[0].name}: it {how}")
     with read_errors(data.path):
+        # Relaxed: each file has its own types, and a column may be whole numbers in one of them only.
         frame = pl.concat([frame for frame, _ in found], how="vertical_relaxed")
         return frame.collect().lazy() if in_memory else frame, files[0].suffix.lower() in _TEXT
 
@@ -165,6 +166,7 @@ def _check_text(path: Path, separator: str) -> None:
     """
     quotes, wrong, lines, begin = 0, "", 1, 0
     with open_regular(path) as file:
+        # Up to the end of a line, so that no character of several bytes is cut.
         while piece := file.read(_PIECE) + file.readline():
             quotes += piece.count(b'"')
             place = None if wrong else _first_wrong_byte(piece)
@@ -192,6 +194,7 @@ def _check_text(path: Path, separator: str) -> None:
 
 
 def _rows(path: Path, separator: str) -> Iterator[list[str]]:
+    # "sig": spreadsheets begin a file with a byte order mark, which is not of the first name.
     with open_regular(path) as file, TextIOWrapper(file, "utf-8-sig", newline="") as text:
         yield from csv.reader(text, delimiter=separator)
 
@@ -351,9 +354,9 @@ def _unfit(columns: TableColumns, name: str, *, as_numbers: bool) -> str:
 
 
 def _slip(columns: TableColumns, name: str) -> str:
-    """Return the problem of a column of numbers that became text; empty for others.
+    """Return why a column that is mostly numbers was read as text; empty for other columns.
 
-    These are a few words among them, and decimal commas or thousands separators.
+    The reasons are a few words among them, and decimal commas or thousands separators.
     """
     column = columns[name]
     if is_numeric(column):

@@ -43,7 +43,7 @@ Numbers = NDArray[Any]
 #: Indices along a dimension: one for each number, or the same for all.
 Axis = NDArray[np.int64] | int
 
-_DECORATIONS = re.compile(r"^_|(?<=[a-z0-9])_$")
+_DECORATIONS = re.compile(r"^_|(?<=[a-z0-9])_$")  # but not the last one of `__and__`
 #: In these dtypes an operator first rounds the numbers among its arguments to float32.
 _ROUNDED = {torch.float32, torch.float16, torch.bfloat16}
 
@@ -168,7 +168,7 @@ Made = Sum | Formula | Words
 
 
 def _is_loose(text: str) -> bool:
-    """Return whether a term binds less than the sum that it is in."""
+    """Return whether a term needs parentheses in a sum."""
     tree = parsed(text)
     is_added = isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add | ast.Sub)
     return is_added or isinstance(tree, ast.IfExp | ast.Compare | ast.BoolOp)
@@ -209,6 +209,7 @@ class Call:
         self.kind = kind or kind_of(operation)
         if arguments is None:
             known = {each.name: each.default for each in parameters(operation.resolved)}
+            # In a program, a string is the name of a tensor.
             defaults = {k: {"text": v} if isinstance(v, str) else v for k, v in known.items()}
             arguments = defaults | operation.given()
         self.arguments = arguments
@@ -237,6 +238,7 @@ class Call:
         if isinstance(value, float) and self.dtype in _ROUNDED:
             with np.errstate(over="ignore"):  # beyond the range, it is infinite for the operator, too
                 return float(np.float32(value))
+        # A tensor of whole numbers keeps the whole part: `fill_(1.7)` writes 1.
         is_whole = not self.dtype.is_floating_point and not self.dtype.is_complex
         return int(value) if is_whole and self.dtype != torch.bool and math.isfinite(value) else value
 

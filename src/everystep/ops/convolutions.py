@@ -136,8 +136,6 @@ def _max_pool(call: Call) -> Made:
     kernel = _repeated(call.value("kernel_size"), dims)
     keys = ("padding", "dilation")
     padding, dilation = (_repeated(call.value(key), dims) for key in keys)
-    if call.value("ceil_mode") and any(padding):
-        raise NoRuleError("with ceil_mode and padding")
     geometry = _Geometry(_repeated(call.value("stride") or kernel, dims), padding, dilation)
     sizes = [range(size) for size in call.shape("self")[-dims:]]
     found = geometry.connected(_ones(call.index[-dims:]), [range(size) for size in kernel], sizes)
@@ -211,7 +209,8 @@ def _plane(call: Call, *, has_means: bool) -> Made:
         others["self"] = torch.zeros(1, 1, *call.shape("self")[-dims:], dtype=torch.float64)
     if "input_size" in call:
         others["input_size"] = [1, 1, *call.value("input_size")[2:]]
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():  # a replay runs without gradients
+        # One channel of one image: all others have the same factors.
         plane = torch.zeros(1, 1, *call.shape(key)[-dims:], dtype=torch.float64, requires_grad=True)
         found = call.again(**{key: plane}, **others)[0]
         weights = torch.autograd.grad(found[(0, 0, *at)], plane)[0][0, 0].numpy()
@@ -224,6 +223,7 @@ def _plane(call: Call, *, has_means: bool) -> Made:
         return Sum((single(key, where(weights != 0)),))
     if not has_means:
         return Sum((Terms(f"{key} * weight", {key: where(weights != 0)}, {"weight": factors}),))
+    # Windows at the edges may have fewer numbers.
     counts = dict.fromkeys(np.round(1 / factors).tolist())
     if len(counts) == 1:
         return Sum((single(key, where(weights != 0)),), *counts)

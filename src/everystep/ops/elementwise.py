@@ -99,6 +99,7 @@ _FORMULAS: dict[str, str] = {
     "hardsigmoid": "min(max(self + 3, 0), 6) / 6",
     "hardswish": "self * min(max(self + 3, 0), 6) / 6",
     "hardshrink": "0 if -lambd <= self <= lambd else self",
+    # `* 0` keeps NaN, as torch does.
     "softshrink": "self - lambd if self > lambd else self + lambd if self < -lambd else self * 0",
     "mish": "self * tanh(log1p(exp(self)))",
     "prelu_kernel": "self if self > 0 else weight * self",
@@ -172,7 +173,7 @@ def _elu_backward(call: Call) -> Made:
 
 
 def _log_sigmoid(call: Call) -> Made:
-    """Return the rule of both results; the second is a buffer, which is empty but on a CPU."""
+    """Return the rule of both results; the second is a buffer, which is empty except on a CPU."""
     text = "exp(-abs(self))" if call.place else "min(self, 0) - log1p(exp(-abs(self)))"
     return Formula(text, {"self": call.aligned("self")})
 
@@ -229,7 +230,7 @@ def foreach(call: Call) -> Call:
     arguments: dict[str, Any] = {}
     for own, value in zip(known, call.arguments.values(), strict=False):
         arguments[own] = value[call.place] if isinstance(value, list | tuple) else value
-    if kind in ("add", "sub"):
+    if kind in ("add", "sub"):  # a list plus a number has no alpha
         arguments.setdefault("alpha", 1)
     if kind in ("addcmul", "addcdiv") and isinstance(arguments.get("value"), str):
         raise NoRuleError("the factors are in a tensor")
@@ -259,11 +260,12 @@ def each_alone(call: RowsCall) -> list[Result]:
 
 def _added(call: RowsCall) -> list[Result]:
     """clone, copy, neg, add, ...: sums of their arguments, times numbers."""
-    if not call.results[0].is_floating_point():
+    if not call.results[0].is_floating_point():  # not linear: a conversion cuts, and + of truths is `or`
         return each_alone(call)
     names = ["src"] if call.kind == "copy" else ["self", "other"]
     given = {name: call[name] for name in names}
     tensors = {name: each for name, each in given.items() if isinstance(each, Tracked)}
+    # Zeros add nothing: `torch.zeros(()) + part` belongs to the row of `part` alone.
     parts = [each for each in tensors.values() if not (call.is_term and _is_zero(each))]
     labels = broadcast(
         [e.labels for e in parts or tensors.values()], is_sum=True, is_strict=call.is_term
@@ -303,6 +305,7 @@ def _scaled(call: RowsCall) -> list[Result]:
         found = sum_of(labels, lambda row: call.again(**{name: given[name].term(row)})[0], [given[name]])
         other = call["other"]
         by_data = isinstance(other, Tracked) and not other.is_shared
+        # Divided by the number of rows: the loss of a row is then its term times this number.
         is_mean = call.kind == "div" and (by_data or (_is_number(other) and other == call.count))
         return [found._replace(is_mean=found.is_mean or is_mean)]
     labels = broadcast([each.labels for each in given.values()])

@@ -98,7 +98,7 @@ def parsed(text: str) -> ast.expr:
 def total(values: Any) -> Any:
     """Return the exact sum, rounded once to double precision."""
     values = np.asarray(values)
-    if np.iscomplexobj(values) or not np.isfinite(values).all():
+    if np.iscomplexobj(values) or not np.isfinite(values).all():  # which fsum refuses
         return np.sum(values)
     return math.fsum(values.ravel())
 
@@ -148,6 +148,7 @@ def _mean(x: Any) -> Any:
 
 def _logsumexp(x: Any) -> Any:
     highest = np.max(x)
+    # The difference of two infinities would be NaN.
     return highest + np.log(total(np.exp(x - highest))) if np.isfinite(highest) else highest
 
 
@@ -155,16 +156,14 @@ def _row_sums(x: Any, count: Any) -> Any:
     return np.reshape(x, (-1, int(count))).sum(1)
 
 
-_erf, _erfc = (
-    np.vectorize(lambda x, of=of: of(x) if x == x else x, otypes=[float]) for of in (math.erf, math.erfc)
-)
+_erf, _erfc = (np.vectorize(of, otypes=[float]) for of in (math.erf, math.erfc))
 _CONSTANTS = {"pi": math.pi, "inf": math.inf, "nan": math.nan}
 _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: np.add,
     ast.Sub: np.subtract,
     ast.Mult: np.multiply,
     ast.Div: np.divide,
-    ast.Pow: lambda a, b: np.power(np.asarray(a) * 1.0, b),
+    ast.Pow: lambda a, b: np.power(np.asarray(a) * 1.0, b),  # NumPy refuses 2 ^ -1 of whole numbers
     ast.MatMult: _times,
 }
 _COMPARISONS: dict[type, Callable[[Any, Any], Any]] = {

@@ -43,6 +43,7 @@ def _put(call: Call) -> Made:
 
 def _put_there(call: Call) -> tuple[Any, ...]:
     """Return the places of `indices` that name the wanted one."""
+    # torch itself resolves indices, which may be masks, slices, or broadcast to each other.
     shape = call.shape("self")
     positions = torch.arange(call.tensor("self").numel()).reshape(shape)
     indices = decode(call.arguments["indices"], lambda name: call.inputs[name].cpu())

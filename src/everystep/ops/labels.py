@@ -35,6 +35,7 @@ MIXED = -2
 #: A sum with a known term for each row, and one of no row.
 SUM = -3
 
+#: Above all labels, which are int32.
 _ABOVE = 2**31 - 1
 
 
@@ -126,7 +127,7 @@ def reduced(
     is_sum: whether they are added up; is_strict: whether numbers of no row are then a separate term.
     """
     axes = [axis % labels.dim() for axis in axes] if labels.dim() else []
-    if not axes:
+    if not axes:  # `broadcast` makes MIXED of SUM: what is made from a sum has no terms
         return labels if is_sum else broadcast([labels])
     core = labels
     for axis in axes:

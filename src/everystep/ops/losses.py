@@ -15,7 +15,8 @@ __all__ = ["LOSSES"]
 
 _MEAN = 1
 _ERROR = "abs(self - target)"
-#: One term of each loss.
+#: One term of each loss. torch bounds the logarithms of binary cross entropy at -100, so that a wrong
+#: prediction of exactly 0 or 1 costs a finite number; its derivative divides by at least 1e-12.
 _TERMS = {
     "mse_loss": "(self - target) ^ 2",
     "smooth_l1_loss": f"0.5 * (self - target) ^ 2 / beta if {_ERROR} < beta else {_ERROR} - 0.5 * beta",
@@ -282,7 +283,7 @@ def _squared_error_backward_line(call: Call) -> str:
 
 
 def _nll_line(call: Call) -> str:
-    """Return the line where all rows count alike."""
+    """Return the line if all rows have the same weight."""
     if "weight" in call or call.tensor("self").dim() > 2:
         return ""
     if bool((call.tensor("target") == call.value("ignore_index")).any()):

@@ -55,6 +55,7 @@ def _moved(call: Call, keys: tuple[str, ...]) -> Made:
 
 
 def _filling(call: Call | RowsCall) -> dict[str, int]:
+    # Any other value could be taken for a position, or for a label.
     return {"value": 0} if call.kind == "constant_pad_nd" else {}
 
 

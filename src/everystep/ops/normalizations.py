@@ -50,6 +50,7 @@ def _softmax(call: Call) -> Made:
         given["row"] = call.along("self", dim, np.arange(call.shape("self")[dim]))
     if "log" in call.kind:
         return Formula("self - logsumexp(row)", given)
+    # "safe": a row that a mask hides as a whole has 0, not NaN.
     text = "exp(self - logsumexp(row))"
     return Formula(f"0 if max(row) == -inf else {text}" if "safe" in call.kind else text, given)
 
@@ -81,7 +82,7 @@ def _statistics_at(call: Call, index: Sequence[Any]) -> tuple[Any, ...]:
     if "group" in call.kind:
         return index[0], index[1] // _group_size(call)
     outer = _outer(call)
-    return (*index[:outer], *[0] * (len(index) - outer))
+    return (*index[:outer], *[0] * (len(index) - outer))  # torch keeps these axes, with size 1
 
 
 def _weight_at(call: Call, index: Sequence[Any]) -> tuple[Any, ...]:
@@ -105,7 +106,7 @@ def _together(call: Call, at: Sequence[int]) -> tuple[Any, ...]:
 
 def _norm(call: Call) -> Made:
     """Return the rule of a normalization; its other results are the means and inverse deviations."""
-    if call.written not in call.operation.results:
+    if call.written not in call.operation.results:  # it also writes these statistics in place
         return _running(call)
     if "batch" in call.kind and ("no_training" in call.kind or not call.arguments.get("training", True)):
         return _without_statistics(call)
@@ -148,6 +149,7 @@ def _running(call: Call) -> Made:
     if not call.arguments.get("training", True):
         return Formula(key, given, note="which it leaves as it is")
     piece = call.piece("input", *_together(call, call.index))
+    # torch normalizes by the biased variance of the batch, but keeps the unbiased one.
     new = "mean(input)" if key == "running_mean" else "sum((input - mean(input)) ^ 2) / others"
     settings = {"momentum": call.scalar("momentum"), "others": max(piece.size - 1, 0)}
     text = f"(1 - momentum) * {key} + momentum * {new}"
@@ -178,7 +180,7 @@ def _norm_backward(call: Call) -> Made:
     }
     mean, scale = keys
     gradient, every, factor = "grad_out", "gradients", scale
-    if weights and is_batch:
+    if weights and is_batch:  # all numbers with one mean have the same weight
         factor = f"weight * {scale}"
     elif weights:
         given["weights"] = call.piece("weight", *_weight_at(call, places))
@@ -208,8 +210,10 @@ def _of_parameter(call: Call, keys: tuple[str, ...], scaled: str, settings: dict
 
 def _attention(call: Call) -> Made:
     """Return the rule of attention: out = softmax(query · keyᵀ * scale + mask) · value."""
-    if call.value("dropout_p") or call.place > 1:
+    if call.value("dropout_p"):
         raise NoRuleError("with dropout")
+    if call.place > 1:
+        raise NoRuleError("only the output and logsumexp have a rule")
     *_, size = call.shape("query")
     m = call.shape("key")[-2]
     leading, row = call.index[:2], call.index[2]
@@ -271,6 +275,7 @@ def _attention_backward(call: Call) -> Made:
         given[mask] = call.aligned(mask, (row, *grid(heads, queries, keys)))
     of_column = ("key", "query", "grad_out")[call.place]
     given["column"] = (by_key if is_query else by_query)(of_column, [call.index[3]])
+    # From the output, as the kernel does (Dao et al., 2022, arXiv:2205.14135): it keeps no weights.
     slope = (
         "scale * weights * (value · grad_out - sum(grad_out * out))",
         "scale * weights * (grad_out · value - row_sums(grad_out * out, size))",

@@ -12,7 +12,7 @@ __all__ = ["LineRule", "MadeRule", "OperatorRecord"]
 
 #: Returns which numbers a number was made from; raises NoRuleError.
 MadeRule = Callable[[Call], Made]
-#: Returns a line as `OperatorRecord` has it, for some arguments; empty for those not foreseen.
+#: Returns the line of an `OperatorRecord` for the arguments of a call; empty if it does not cover them.
 LineRule = Callable[[Call], str]
 
 

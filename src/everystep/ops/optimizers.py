@@ -192,7 +192,7 @@ UPDATES: dict[str, Callable[[str, str, Settings, bool], _Formulas]] = {
     "Rprop": _rprop,
     "SGD": _sgd,
 }
-#: The lists of each kernel that it writes, as the optimizer calls their tensors.
+#: For each kernel, the lists that it writes, with the optimizer's names of their tensors.
 _ADAM = {
     "self": "param",
     "grads": "grad",
@@ -229,7 +229,7 @@ def _fused(call: Call) -> Made:
     for key, value in call.arguments.items():
         if isinstance(value, str) and key in ("lr", "grad_scale", "found_inf"):
             tensors[key] = value
-            settings[key] = None
+            settings[key] = None  # `update` asks only whether it is given
         elif isinstance(value, int | float):
             settings[key] = value
     if own in ("grad", "step"):

@@ -68,6 +68,7 @@ def _product_rows(call: RowsCall) -> list[Result]:
     vectors = {n: axis for n, axis in zip(names, (0, -1), strict=True) if call[n].value.dim() == 1}
     factors = {n: _matrix(call[n], vectors[n]) if n in vectors else call[n] for n in names}
     a, b = factors.values()
+    # A product with a weight adds up features; one of two other tensors may add up rows.
     if call.is_backward and a.is_shared and b.is_shared and not any(map(call.is_state, names)):
         raise MixesError("adds up numbers that are the same for all rows")
     labels = broadcast([reduced(a.labels, [-1], keepdim=True), reduced(b.labels, [-2], keepdim=True)])
@@ -119,7 +120,7 @@ def _sum_of_products(
 def _product_terms(
     names: tuple[str, ...], a: Tracked, b: Tracked, keys: Tensor, run: Callable[..., Tensor]
 ) -> Callable[[int], Tensor]:
-    if keys.dim() == 2:
+    if keys.dim() == 2:  # within a batch of matrices, a row may be at different places in each
         rows = rows_in(keys.flatten())
         nowhere = next(iter(rows.values()))[:0]
 

@@ -33,6 +33,7 @@ __all__ = ["REDUCTIONS"]
 def _dimensions(dim: Any, count: int) -> list[int]:
     """Return the dimensions that a reduction of a tensor with so many removes. dim: its argument."""
     listed = [dim] if isinstance(dim, int) else dim
+    # torch also takes dim 0 and -1 of a tensor without dimensions.
     return [each % max(count, 1) for each in listed or range(count)]
 
 
@@ -133,6 +134,7 @@ def _total_rows(call: RowsCall) -> list[Result]:
         return [Result(labels)]
     sizes = zip(whole.labels.shape, whole.labels.stride(), strict=True)
     varying = [axis for axis, (size, stride) in enumerate(sizes) if size > 1 and stride]
+    # Adding only the numbers of the row is quicker than adding zeros for all others.
     if call.kind == "sum" and len(varying) == 1 and not whole.has(SUM):
         (key,) = varying
         keys = reduced(whole.labels, [a for a in range(whole.labels.dim()) if a != key])

@@ -119,6 +119,7 @@ class RowsCall:
         Raises:
             MixesError: all are the same for all rows.
         """
+        # They may still be one number per row, such as the gradient of a mean: the label is lost.
         if self.is_backward and labels.numel() and all_are(labels, SHARED):
             raise MixesError("adds up numbers that are the same for all rows")
 
@@ -128,7 +129,7 @@ class RowsCall:
 
         def tensor_of(name: str) -> Tensor:
             value = self._tracked[name].value
-            return value.clone() if name in written else value
+            return value.clone() if name in written else value  # the recorded one stays as it is
 
         given = {name: decode(value, tensor_of) for name, value in self._given.items()} | replaced
         with without_autograd():

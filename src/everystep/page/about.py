@@ -64,6 +64,7 @@ def about_data(
 
 def _telling_layers(modules: Mapping[str, ModuleFacts]) -> dict[str, str | None]:
     """Return the paths of the first weight and of the first activation function, to suggest."""
+    # The page writes them within quotes.
     inner = [(path, each.class_name) for path, each in modules.items() if path and "'" not in path]
     weight = next((f"{path}.weight" for path, name in inner if name.startswith(_WITH_WEIGHTS)), None)
     active = next((path for path, name in inner if name.startswith(_ACTIVATIONS)), None)

@@ -51,7 +51,7 @@ def application(directory: Path) -> Starlette:
     app.router.redirect_slashes = False
     app.state.run_index, app.state.columns = RunIndex(directory), Columns()
     app.state.tasks = Tasks()
-    # The worker of the second one starts with the first question that takes long.
+    # The second one starts its process with the first question that takes long.
     app.state.worker, app.state.second_worker = WorkerClient(directory), WorkerClient(directory)
     return app
 

@@ -42,6 +42,7 @@ def asset(request: Request) -> Response:
         raise HTTPException(404)
     content = path.read_bytes()
     tag = f'"{hashlib.sha256(content).hexdigest()[:20]}"'
+    # Asked for again each time: after an update, modules of two versions would not fit together.
     headers = {"ETag": tag, "Cache-Control": "no-cache"}
     if tag in [each.strip() for each in request.headers.get("if-none-match", "").split(",")]:
         return Response(status_code=304, headers=headers)

@@ -129,7 +129,7 @@ class Child:
 
 
 class Speaker:
-    """How such a process answers; it sends nothing once the server has closed the pipe."""
+    """The answers of such a process; it sends nothing after the server has closed the pipe."""
 
     def __init__(self, out: BinaryIO) -> None:
         self._out: BinaryIO | None = out

@@ -70,8 +70,8 @@ def last_seen(request: Request) -> int:
 RUN_PAUSE, LIST_PAUSE = 0.125, 0.5
 #: Seconds after which the runs read so far are sent while others are still unread: first, and then.
 MOMENT, LONGER = 0.25, 1.0
-#: Seconds after which something is looked at again although no change was reported: where changes may
-#: not be (a process is killed), and where they are not expected (a finished run is continued).
+#: Seconds after which something is looked at again although no change was reported: where a change may
+#: not be reported (a process is killed), and where none is expected (a finished run is continued).
 AGAIN, SELDOM = 2.0, 10.0
 #: New losses sent at once; more are reduced.
 MOST_LOSSES = 2000
@@ -203,7 +203,7 @@ class Feed(Generic[Content]):
         self._look = look
         self._pause = pause
         self._listeners: set[asyncio.Event] = set()
-        self._seen: list[Content] = []
+        self._seen: list[Content] = []  # empty before the first look: None is a content, too
         self._changed = asyncio.Event()
         self._watches = Watches(self._changed)
         self._task: asyncio.Task[None] | None = None
@@ -320,7 +320,7 @@ class Watches(FileSystemEventHandler):
         return self._watched.keys() == directories
 
     def close(self) -> None:
-        """Watch nothing any more."""
+        """Stop watching."""
         if self._observer is not None:
             self._observer.stop()
             self._observer.join()

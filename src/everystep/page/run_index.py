@@ -133,6 +133,7 @@ class RunIndex:
             summary = summary_data(RecordedRun(directory).summary())
             summary |= {"name": name, "directory": shown_name(str(directory))}
         except (RunError, OSError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+            # It was removed meanwhile, or a stranger made it: the list shows all others.
             summary = dict.fromkeys(Summary._fields) | {"name": name, "problem": str(error)}
         with self._lock:
             self._known[name] = now, summary

@@ -85,12 +85,13 @@ def serve(
 
 
 class _Server(uvicorn.Server):
-    """Waits for its end without looking at the clock."""
+    """Waits for its end without looking at the clock: uvicorn's own loop wakes up ten times a second."""
 
     def __init__(self, app: Guard, until_end: UntilEnd) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
+                # Not "auto", which takes what else is installed: one server is what tests cover.
                 http="h11",
                 ws="none",
                 loop="asyncio",
@@ -110,7 +111,7 @@ class _Server(uvicorn.Server):
     async def main_loop(self) -> None:
         """Serve until a signal asks to end."""
         self._loop = asyncio.get_running_loop()
-        await self.on_tick(0)
+        await self.on_tick(0)  # sets the headers of all answers
         if not self.should_exit:
             await self._asked_to_end.wait()
         await self._until_end.end()
@@ -133,7 +134,7 @@ def _listen(host: str, port: int) -> socket.socket:
     for candidate in range(port, min(port + PORTS, 65536)):
         # With the protocol named, answers in two pieces do not wait for each other (TCP_NODELAY).
         listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-        if os.name == "posix":
+        if os.name == "posix":  # to have the port at once after a restart; Windows would share it
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind((place[0], candidate, *place[2:]))

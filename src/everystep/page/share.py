@@ -1,4 +1,4 @@
-"""The report with opened steps inside: the view of the page, on data that the page itself holds."""
+"""The report with opened steps inside: the view of the page, with its data in the same file."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _section(run: Run, numbers: list[int]) -> Markup:
 
 
 class _HeldNumbers:
-    """The numbers that the page holds, each run of them once, however many tensors have it."""
+    """The numbers in the page: each sequence is held once, however many tensors have it."""
 
     def __init__(self) -> None:
         self.numbers: list[str] = []

@@ -1,4 +1,4 @@
-"""The operation at which two runs part, as both have it, with the numbers that differ."""
+"""The operation at which two runs diverge, in both, with the numbers that differ."""
 
 from __future__ import annotations
 
@@ -120,6 +120,6 @@ def _window(numbers: Tensor, different: Tensor) -> Window:
 
 
 def _around(place: int, size: int) -> tuple[int, int]:
-    """Return first and one after the last of a stretch with a place in it."""
+    """Return the first, and one after the last, of a stretch that contains a place."""
     first = max(0, min(place - WINDOW // 2, size - WINDOW))
     return first, min(size, first + WINDOW)

@@ -106,7 +106,7 @@ def _column(columns: RunColumns, title: str, rows: Rows) -> pl.Series:
     if not len(steps):
         return pl.repeat(None, len(rows), dtype=pl.Float64, eager=True)
     places = np.searchsorted(steps, rows + 1, side="right") - 1
-    holds = columns.facts.is_setting(name)
+    holds = columns.facts.is_setting(name)  # such as a rate: recorded only where it changes
     is_there = (places >= 0) & (holds | (steps[places] == rows + 1))
     return pl.select(
         pl.when(pl.Series(is_there)).then(pl.Series(values[places])).otherwise(None)

@@ -39,7 +39,7 @@ __all__ = ["Voice", "do", "main"]
 
 #: Seconds between two reports of progress.
 _PAUSE = 0.1
-#: Steps that an answer lists; of more there is the number.
+#: Steps that an answer lists; further ones are only counted.
 _LISTED = 10_000
 #: Points of a curve that are sent.
 _POINTS = 20_000

@@ -153,7 +153,7 @@ def about_columns(facts: Facts) -> list[str]:
     columns = [] if table is None else table.columns
     if all(isinstance(each, CategoricalColumn) or each.fill is None for each in columns):
         return []
-    return ["columns: a missing number is shown as the mean that stands for it"]
+    return ["columns: a missing number is shown as the mean that replaces it"]
 
 
 def _table(facts: Facts) -> TablePreparation | None:

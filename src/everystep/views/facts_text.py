@@ -118,7 +118,7 @@ def closing(directory: Path) -> str:
 
 
 def engine_text(facts: Facts) -> str:
-    """Return how the steps of a run ran, and what backs that."""
+    """Return how the steps of a run ran, and what verified that."""
     loop, engine, ranks = facts.training.loop, facts.training.engine, facts.training.ranks
     which = "" if ranks is None else f"this is rank {ranks.rank} of {ranks.count} ({ranks.backend})"
     if loop is not None:

@@ -66,6 +66,7 @@ def cut(text: str, most: int) -> str:
 def measured_text(name: str, value: float) -> str:
     """Return the value of a measurement in four significant digits, of a share in percent."""
     metric = metric_of(name)
+    # A loop may log an accuracy in percent, which is above 1.
     return f"{number(100 * value)}%" if metric and metric.is_share and 0 <= value <= 1 else number(value)
 
 
@@ -101,7 +102,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def several(noun: str, things: Sequence[object], most: int = NAMED) -> str:
-    """Return things by number or name, not all of many: `row 3`, `rows 3, 5 and 2 more`."""
+    """Return things by number or name, and of many only the first: `row 3`, `rows 3, 5 and 2 more`."""
     return f"{noun}{'s' * (len(things) > 1)} {named(things, most)}"
 
 
@@ -112,7 +113,7 @@ def labelled(label: str, text: str, width: int = _WIDTH) -> str:
 
 
 def block(lines: Iterable[tuple[str, str]], verdict: str) -> str:
-    """Return an answer: lines with labels, where a text is not empty, and below them the conclusion."""
+    """Return an answer: labelled lines (those with a text), and below them the conclusion."""
     return "\n".join([*(labelled(*line) for line in lines if line[1]), "", verdict])
 
 

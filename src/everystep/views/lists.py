@@ -107,7 +107,7 @@ def runs_text(runs: Sequence[Summary], width: int | None = None) -> Text:
 
 
 def sweep_text(sweep: Sweep, width: int | None = None) -> Text:
-    """Return a sweep as a table, then why runs have not all their steps. width: of the terminal."""
+    """Return a sweep as a table, then why steps of runs are missing. width: of the terminal."""
     paths = list(sweep.cases[0].settings)
     varied = [path for path in paths if len({str(each.settings[path]) for each in sweep.cases}) > 1]
 
@@ -175,19 +175,19 @@ SPACES: tuple[Column[Space], ...] = (
 
 
 def pruning_text(pruning: Pruning) -> str:
-    """Return what a run gives up, and what still opens."""
+    """Return what is removed from a run, and what still opens."""
     lines = []
     if pruning.states:
         count = len(pruning.states) + len(pruning.kept)
         lines.append(
-            f"{len(pruning.states):,} of {counted(count, 'state')} on disk go; opening a step replays "
-            f"up to {counted(pruning.replayed, 'step')}"
+            f"{len(pruning.states):,} of {counted(count, 'state')} on disk are removed; opening a step "
+            f"replays up to {counted(pruning.replayed, 'step')}"
         )
     if pruning.files:
-        opens = "no step opens any more"
+        opens = "no step can be opened"
         if pruning.opens is not None:
-            opens = f"steps from {pruning.opens:,} on still open"
-        lines.append(f"batches of steps 1 to {pruning.lost:,} go: {opens}")
+            opens = f"steps from {pruning.opens:,} on can still be opened"
+        lines.append(f"batches of steps 1 to {pruning.lost:,} are removed: {opens}")
     return "\n".join(lines)
 
 

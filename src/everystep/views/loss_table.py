@@ -40,7 +40,7 @@ class LossTable:
 
     name: of the run; frame: the rows of the table: step, loss (unless the run logs none), and a column
     for each measurement, null if it has none; total: rows of the whole table; excerpt: which of them
-    `frame` has, None if all; damage: what is missing of the run.
+    `frame` has, None if all; damage: which data of the run is missing.
     """
 
     name: str
@@ -130,6 +130,7 @@ def loss_table(run: RecordedRun, rows: int = 100_000) -> LossTable:
     if total <= rows:
         return LossTable(run.name, frame, total, None, run.damage)
     names = frame.columns[1:]
+    # A bucket keeps its step, and at most three rows of each column; 4 leaves room for the ends.
     widths = (leading * 10**power for power in count() for leading in (1, 2, 5))
     width = next(each for each in widths if each >= total * (1 + 4 * len(names)) / rows)
     kept = [frame.filter(pl.col("step") % width == 0)["step"]]
@@ -190,4 +191,5 @@ def _datatables() -> str:
     import itables.options
 
     bundle = Path(itables.options.dt_bundle).read_bytes()
+    # Without the time, so that the same table is the same file.
     return b64encode(gzip.compress(bundle, mtime=0)).decode("ascii")

@@ -60,7 +60,7 @@ def mathematics(operations: Sequence[Observed]) -> list[Line]:
 
 
 class _Made(NamedTuple):
-    """What an operation of the forward pass has made, and of what."""
+    """A result of the forward pass: its operator, the tensors it was made from, and its size."""
 
     kind: str
     tensors: dict[str, str]
@@ -68,7 +68,7 @@ class _Made(NamedTuple):
 
 
 class _Naming:
-    """Goes through a step, and knows what each tensor is called at the operation it has come to."""
+    """The names of the tensors of a step at its current operation."""
 
     def __init__(self, operations: Sequence[Observed]) -> None:
         self._shapes = {
@@ -90,7 +90,7 @@ class _Naming:
         for place, name in enumerate(results):
             own = f"#{number}.{place + 1}" if place else f"#{number}"
             called[name] = _lasting_name(_base(name)) or own
-        if operation.phase == "backward" and operation.results[:1] == tuple(results[:1]) != ():
+        if operation.phase == "backward" and operation.results and operation.results[0]:
             source = self._differentiated(call, seen.results[results[0]].numel())
             if source and called[results[0]] == f"#{number}":
                 called[results[0]] = f"∂{source}"
@@ -120,6 +120,7 @@ class _Naming:
         if made is None or not gradient.startswith(("1", "∂")):
             return None
         source = _source(made, call)
+        # Used more than once, it has a gradient that is a sum of several.
         if source not in self._made or self._uses[source] != 1 or self._made[source].size != size:
             return None
         return source
@@ -234,10 +235,9 @@ def right_side(call: NamedCall) -> str:
 
 
 def _as_call(call: NamedCall) -> str:
-    """Return `name(arguments)`: tensors, and other arguments than the default, by name after omitted
-    ones.
+    """Return `name(arguments)`: tensors and non-default arguments, by name after an omitted one.
 
-    The settings of a backward operation are those of the operation that it is of.
+    A backward operation has the settings of its forward operation, and these are left out.
     """
     defaults = {each.name: each.default for each in parameters(call.seen.operation.resolved)}
     is_backward = "backward" in call.kind

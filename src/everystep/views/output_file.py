@@ -11,7 +11,7 @@ from everystep.recording.files import completed
 
 __all__ = ["default_output", "write_file"]
 
-#: What pages and plots begin with that everystep has written, by which it knows them.
+#: Marks at the beginning of pages and plots, by which everystep knows that it wrote them.
 _MARKS = (b'<meta name="generator" content="everystep">', b"Software\0everystep")
 #: Bytes of a file in which its mark is.
 _BEGINNING = 1_000
@@ -33,7 +33,7 @@ def default_output(name: str) -> Path:
 
 
 def _is_own(path: Path) -> bool:
-    """Tell whether everystep wrote a file that is there."""
+    """Return whether everystep wrote an existing file."""
     if path.is_symlink() or not path.is_file():
         return False
     with path.open("rb") as file:

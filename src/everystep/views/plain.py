@@ -48,7 +48,7 @@ def plain_data(value: Any) -> Any:
         return value if math.isfinite(value) else str(value)
     if isinstance(value, dict):
         return {str(key): plain_data(item) for key, item in value.items()}
-    kind = type(value).__name__
+    kind = type(value).__name__  # importing the classes would import torch, which lists do without
     if kind == "Step":
         return value.number
     if kind == "Observed":

@@ -96,7 +96,7 @@ def sweep_plot(
     notes: list[str] = []
     lines = []
     for run, each in zip(runs, settings, strict=True):
-        losses = reduce(run.losses, max(BUCKETS // len(runs), 100))
+        losses = reduce(run.losses, max(BUCKETS // len(runs), 100))  # of all, about as many as of one
         line = _drawable(losses, run.name, "loss", log, notes)
         texts = {name: _plain(str(each.get(name, ""))) for name in (colour, panel)}
         lines.append(line.assign(colour=texts[colour], panel=f"{panel} {texts[panel]}"))

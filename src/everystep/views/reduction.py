@@ -38,6 +38,7 @@ def reduce(frame: polars.DataFrame, buckets: int, value: str = "loss") -> polars
         return frame
     steps = frame["step"].to_numpy()
     width = int(steps[-1] - steps[0]) + 1
+    # Rounded up (by `- -`), so that step s is in bucket (s - first) * buckets // width.
     return _extremes(frame, steps[0] - -np.arange(buckets) * width // buckets, value)
 
 

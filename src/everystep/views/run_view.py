@@ -319,7 +319,7 @@ def _diagnosis_text(found: Diagnosis, view: RunView | None = None) -> str:
 
 
 def _what_if_text(found: WhatIf, view: RunView) -> str:
-    """Return what became of a number at the last step, a line for each training, the smallest first."""
+    """Return the number at the last step, a line for each training, the smallest first."""
     known = found.recorded.value
     is_of_rates = any(case.lr is not None for case in found.cases)
     relabelled = next((case for case in found.cases if case.targets), None)
@@ -348,7 +348,7 @@ def _what_if_text(found: WhatIf, view: RunView) -> str:
         notes.append("what your code made of the targets outside of torch stays as recorded")
     if differs is not None:
         notes.append(
-            f"from step {differs:,} on, Python could read other numbers than it did; if your code "
+            f"from step {differs:,} on, Python could read different numbers than it did; if your code "
             "uses them, a training of your own differs"
         )
     return "\n".join([title, "", *table, *([""] if notes else []), *notes])
@@ -373,7 +373,7 @@ def _in(module: str) -> Any:
     return import_module(f"everystep.views.{module}")
 
 
-#: How each answer is written.
+#: How each answer is written, by the name of its class: importing the classes would import torch.
 _TEXTS: dict[str, Callable[..., str | Text]] = {
     "Diagnosis": _diagnosis_text,
     "Difference": lambda found, view: diff_text(found),
@@ -394,7 +394,7 @@ _TEXTS: dict[str, Callable[..., str | Text]] = {
     "Why": lambda found, view, **options: _in("why_text").why_text(found, name=view.run.name, **options),
 }
 
-#: What each answer comes to, for those that a line of text says as well.
+#: The conclusion in a line, of the answers that have one.
 _LINES: dict[str, Callable[..., str]] = {
     "Difference": diff_sentence,
     "Match": lambda found: match_text(found).splitlines()[-1],

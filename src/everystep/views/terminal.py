@@ -33,9 +33,9 @@ class Column(Generic[Row]):
     """A column of a table.
 
     header; value: the cell of a row; is_number: whether it is aligned to the right; rank: a narrow table
-    omits the columns with the largest first; 0: never; style: of cells without one; least: before other
-    columns are left out, its cells are cut to so many characters; 0: they are never cut; wraps: its
-    cells continue in the next line, and are not cut.
+    first omits the columns of the largest rank, and never those of rank 0; style: of cells without one;
+    least: cells are cut to so many characters before other columns are omitted; 0: they are never cut;
+    wraps: cells continue in the next line, and are not cut.
     """
 
     header: str

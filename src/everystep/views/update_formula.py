@@ -57,12 +57,12 @@ class _Term(NamedTuple):
     parameters: frozenset[str] = frozenset()
 
     def within(self, strength: int) -> str:
-        """Return the term as operators, in parentheses if it binds less than its surroundings."""
+        """Return the term as operators; in parentheses, if its surroundings bind more strongly."""
         return self.operators if self.strength >= strength else f"({self.operators})"
 
 
 class _Composer:
-    """Each tensor at the current operation, in terms of the tensors before the update."""
+    """Expresses each tensor, at the current operation, by the tensors before the update."""
 
     def __init__(self, optimizers: Mapping[str, OptimizerFacts]) -> None:
         alone = next(iter(optimizers.values())) if len(optimizers) == 1 else None
@@ -184,7 +184,7 @@ def _text(value: Any, notation: str) -> str:
     return str(getattr(value, notation))
 
 
-#: Settings that make another algorithm, not another number of it.
+#: Settings that choose a different algorithm, not a number in it.
 _FLAGS = ("amsgrad", "centered", "decoupled_weight_decay", "maximize", "nesterov")
 
 
@@ -197,7 +197,7 @@ def _documented(optimizer: OptimizerFacts) -> tuple[str, ...] | None:
         return None
     # A number that is 0 in one param group only is in the formula of all.
     used = {key: value for group in optimizer.groups for key, value in group.items() if value}
-    if used.get("dampening"):  # its first step is another one
+    if used.get("dampening"):  # its first step has a different formula
         return None
     return _lines(optimizer.class_name, used)
 

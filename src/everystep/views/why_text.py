@@ -26,7 +26,7 @@ __all__ = ["spot_of", "why_text"]
 _INDEX = re.compile(r"\d{1,18}(,\d{1,18})*", re.ASCII)
 
 _INDENT = 2
-#: Lines of the way of a NaN that are shown at each end.
+#: Lines that are shown at each end of the path of a NaN.
 _ENDS = 5
 
 
@@ -90,7 +90,7 @@ class _Writer:
         self.page.line(*parts, (self._made(each), "dim"), place, indent=_INDENT)
 
     def _where(self, number: Number) -> str:
-        """Return where a number is, if not in the step and the rank that were asked about."""
+        """Return the step and the rank of a number, if they are not those of the question."""
         rank = "" if number.rank is None else f"rank {number.rank}  "
         return rank + (f"step {number.step:,}  " if number.step != self.step else "")
 
@@ -113,7 +113,7 @@ class _Writer:
             self.page.table(_columns(each), list(_rows(each)), indent=2 * _INDENT)
         if each.unknown:
             known = ", ".join(each.unknown)
-            text = f"which numbers it used is not known; it was given all of: {known}"
+            text = f"which numbers it used is unknown; its inputs were all of: {known}"
             self.page.wrapped(text, "dim", indent=_INDENT)
         if each.formula and each.groups and each.origin == "operation":
             self.page.line(*_check_text(each), indent=_INDENT)

@@ -26,9 +26,9 @@ from everystep.replay.shown import Shown
 
 __all__ = ["Group", "Kind", "Number", "Session", "Term", "Why"]
 
-#: Steps to open together on the way back.
+#: Steps to open together on the way back: one replay opens them all, but each holds its tensors.
 MOST_TOGETHER = 8
-#: Answers to keep at each end of the way of a NaN; each holds its step.
+#: Answers to keep at each end of the path of a NaN; each holds its step.
 LONGEST = 8
 #: Collectives that add up numbers of all ranks.
 _ADDING = {"everystep.all_reduce_.default", "everystep.all_reduce_coalesced_.default"}

@@ -6,7 +6,7 @@ __all__ = ["RunNameConvertor"]
 
 
 class RunNameConvertor(StringConvertor):
-    """The name of a run in a path; that of a run of a sweep has two parts: `sweep-1/lr=0.1,seed=3`."""
+    """The name of a run in a path; in a sweep, it has two parts: `sweep-1/lr=0.1,seed=3`."""
 
     regex = "[^/]+(?:/[^/]*=[^/]*)?"
 

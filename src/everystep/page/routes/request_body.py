@@ -85,7 +85,7 @@ def line(value: Any, name: str) -> str:
 
 
 def flag(value: Any, name: str) -> bool:
-    """Return true or false, false where it is missing."""
+    """Return true or false; false if it is missing."""
     value = False if value is None else value
     if not isinstance(value, bool):
         raise UsageError(f"{name} is {value!r:.80}; write true or false")
@@ -112,4 +112,5 @@ def settings(value: Any, name: str) -> dict[str, str]:
 
 
 def _is_whole(value: Any, least: int = 0) -> bool:
+    # Not a bool; and above 2**53, a number of JavaScript is not exact.
     return type(value) is int and least <= value < 2**53

@@ -1,4 +1,4 @@
-"""Runs and their numbers by step, and what happens to them."""
+"""Runs, their numbers by step, and their changes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ POINTS, MOST_POINTS = 2000, 100_000
 
 
 def all_runs(request: Request) -> Response:
-    """Answer with every run in one line; with `soon` only with those that are read in a moment."""
+    """Answer with a line about every run; with `soon`, only about those that are read in a moment."""
     run_index: RunIndex = request.app.state.run_index
     summaries = run_index.summaries(MOMENT if "soon" in request.query_params else math.inf)
     runs = list(summaries.runs.values())
@@ -36,7 +36,7 @@ def all_runs(request: Request) -> Response:
 
 
 def about(request: Request) -> Response:
-    """Answer with everything about a run besides its numbers by step."""
+    """Answer with everything about a run except its numbers by step."""
     run_index: RunIndex = request.app.state.run_index
     name = request.path_params["name"]
     forks, unread = run_index.forks(name, MOMENT)
@@ -93,18 +93,18 @@ async def note(request: Request) -> Response:
 
 
 async def run_events(request: Request) -> Response:
-    """Answer with what happens to a run, as it happens."""
+    """Answer with the changes of a run, as they happen."""
     live: Live = request.app.state.live
     return _stream(request, live.run_events(request.path_params["name"], last_seen(request)))
 
 
 async def list_events(request: Request) -> Response:
-    """Answer with what happens to all runs, as it happens."""
+    """Answer with the changes of all runs, as they happen."""
     return _stream(request, request.app.state.live.list_events())
 
 
 def _stream(request: Request, events: AsyncIterator[str]) -> Response:
-    is_asked_for_headers = request.method == "HEAD"
+    is_asked_for_headers = request.method == "HEAD"  # a stream would never end
     return Response(media_type=EventStream.media_type) if is_asked_for_headers else EventStream(events)
 
 

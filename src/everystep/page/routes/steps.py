@@ -55,7 +55,7 @@ def _asking(kind: str) -> Callable[[Request], Awaitable[Response]]:
         step = _whole("step", request.path_params["step"])
         asked = QUESTIONS[kind][1](request.query_params)
         state = request.app.state
-        # Ranking rows may take seconds, and who goes from step to step does not wait for it.
+        # Ranking rows may take seconds, and stepping must not wait for it.
         worker = state.second_worker if kind == "rows" else state.worker
         return await _answered(request, worker, kind, step=step, **asked)
 
@@ -66,7 +66,7 @@ async def report(request: Request) -> Response:
     """Answer with a page to keep that needs no server, with the chosen steps inside."""
     texts = [text for text in request.query_params.get("steps", "").split(",") if text.strip()]
     steps = [_whole("steps", text.strip()) for text in texts]
-    # Its own: who goes from step to step need not wait for it.
+    # A separate worker, so that stepping need not wait for it.
     worker = WorkerClient(request.app.state.run_index.directory)
     try:
         return await _answered(request, worker, "report", steps=steps)
@@ -75,7 +75,7 @@ async def report(request: Request) -> Response:
 
 
 async def _answered(request: Request, worker: WorkerClient, kind: str, **asked: Any) -> Response:
-    """Ask a worker, and give its answer on."""
+    """Ask a worker, and pass on its answer."""
     directory = request.app.state.run_index.place(request.path_params["name"])
 
     async def gone() -> None:

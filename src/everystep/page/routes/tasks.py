@@ -1,4 +1,4 @@
-"""Long questions and forks: the answer is the id of a task, and its events are the rest."""
+"""Long questions and forks: a request is answered by the id of a task, and the task sends events."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _unknown() -> Response:
 
 
 def _check_new(name: str, request: Request) -> None:
-    """Check that a name is that of a new run in the directory that is shown, and no path."""
+    """Check that a name can be that of a new run in the served directory, and is not a path."""
     is_plain = (
         name.isprintable() and not name.startswith((".", "-", "~")) and not set(name) & set("/\\:")
     )
