@@ -20,6 +20,7 @@ import everystep
 from everystep.page.about import about_data
 from everystep.page.columns import Columns
 from everystep.page.run_index import RunIndex
+from everystep.page.table_rows import Wanted, frame_of, rows_of
 from everystep.step.collective_calls import shows_reductions
 
 pytestmark = [
@@ -194,8 +195,11 @@ def test_views_show_the_losses_of_all_ranks(trained, tmp_path):
     run = everystep.open(trained[0] / "uneven")
     one, two = (rank.losses["loss"].to_list() for rank in run.ranks)
     assert run.table_frame()["loss (rank 1)"].to_list() == two[: len(one)]
+    assert run.table().frame.equals(run.table_frame())
     assert set(run.plot().data["run"]) == {"uneven", "uneven/ranks/1"}
     index = RunIndex(trained[0])
+    columns = Columns().of(index.run("uneven"))
+    assert frame_of(columns, rows_of(columns, Wanted())).equals(run.table_frame())
     for rank, name in enumerate(["uneven", "uneven rank 1"]):
         shown = index.run(name)
         about = about_data(name, shown, Columns().of(shown), [])

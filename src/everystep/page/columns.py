@@ -22,8 +22,8 @@ from everystep.recording.connection import fingerprint
 from everystep.recording.database import MeasurementEnds
 from everystep.recording.facts import Facts
 from everystep.recording.recorded_run import RecordedRun
+from everystep.recording.step_columns import StepColumn, numbers_at, step_columns
 from everystep.recording.summary import Numbers, read_numbers
-from everystep.recording.texts import column_title
 from everystep.views.facts_text import landmarks
 from everystep.views.loss_table import shortest_texts
 from everystep.views.reduction import Sparkline, reduce, sparkline
@@ -61,10 +61,24 @@ class RunColumns:
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     @cached_property
-    def titles(self) -> dict[str, str | None]:
-        """The columns of the table except the step, with the measurement of each; None: the loss."""
-        found: dict[str, str | None] = {"loss": None} if self.facts.has_loss else {}
-        return found | {column_title(ends.name): ends.name for ends in self.ends[:MOST_COLUMNS]}
+    def of_ranks(self) -> list[Series]:
+        """The steps and losses of each other rank of a run of several processes."""
+        ranks = RecordedRun(self.directory).shown_ranks[1:]
+        return [rank.losses_as_rank(1, self.steps) for rank in ranks]
+
+    @cached_property
+    def table(self) -> dict[str, StepColumn]:
+        """The columns of the table except the step, by title."""
+        names = [ends.name for ends in self.ends[:MOST_COLUMNS]]
+        columns = step_columns(self.facts, names, 1 + len(self.of_ranks))
+        return {column.title: column for column in columns}
+
+    def numbers(self, title: str, steps: NDArray[np.int64]) -> Any:
+        """Return the numbers of a column at some steps, masked where there are none."""
+        column = self.table[title]
+        ranks = self.of_ranks
+        series = ranks[column.rank - 1] if column.rank else self.curve(column.measurement)
+        return numbers_at(series, steps, holds=column.holds)
 
     @cached_property
     def landmarks(self) -> dict[str, Any]:

@@ -60,8 +60,8 @@ def rows_of(columns: RunColumns, wanted: Wanted) -> Rows:
     Raises:
         UsageError: there is no column of that name.
     """
-    if wanted.sort != "step" and wanted.sort not in columns.titles:
-        known = ", ".join(["step", *columns.titles])
+    if wanted.sort != "step" and wanted.sort not in columns.table:
+        known = ", ".join(["step", *columns.table])
         raise UsageError(f"no column {wanted.sort!r} to sort by; the columns are {known}")
     found: Rows = columns.remembered(wanted, lambda: _filtered(columns, wanted))
     return found
@@ -94,23 +94,8 @@ def page_of(
 
 def frame_of(columns: RunColumns, rows: Rows) -> pl.DataFrame:
     """Return rows as a table: step, loss if it is logged, and measurements; missing values are null."""
-    found = {"step": pl.Series(rows + 1, dtype=pl.Int64)}
-    return pl.DataFrame(found | {title: _column(columns, title, rows) for title in columns.titles})
-
-
-def _column(columns: RunColumns, title: str, rows: Rows) -> pl.Series:
-    name = columns.titles[title]
-    if name is None:
-        return pl.Series(columns.losses[rows])
-    steps, values = columns.series(name)
-    if not len(steps):
-        return pl.repeat(None, len(rows), dtype=pl.Float64, eager=True)
-    places = np.searchsorted(steps, rows + 1, side="right") - 1
-    holds = columns.facts.is_setting(name)
-    is_there = (places >= 0) & (holds | (steps[places] == rows + 1))
-    return pl.select(
-        pl.when(pl.Series(is_there)).then(pl.Series(values[places])).otherwise(None)
-    ).to_series()
+    steps = rows + 1
+    return pl.DataFrame({"step": steps} | {each: columns.numbers(each, steps) for each in columns.table})
 
 
 def _filtered(columns: RunColumns, wanted: Wanted) -> Rows:
@@ -137,7 +122,7 @@ def _order(columns: RunColumns, sort: str, descending: bool) -> Rows:
     every = np.arange(columns.steps)
     if sort == "step":
         return every[::-1] if descending else every
-    frame = pl.DataFrame({"row": every, "value": _column(columns, sort, every)})
+    frame = pl.DataFrame({"row": every, "value": columns.numbers(sort, every + 1)})
     order = frame.sort("value", descending=descending, nulls_last=True, maintain_order=True)
     found: Rows = order["row"].to_numpy()
     return found
