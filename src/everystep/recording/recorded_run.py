@@ -280,41 +280,33 @@ class RecordedRun:
         """Return the table of all or the last steps, if any: its columns by title, as arrays (steps).
 
         `step`, `loss` (unless the run logs none), in the run of rank 0 the losses of each other rank,
-        and each measurement; masked where there is no number. Of the last steps only, a measurement
-        without a number among them has no column.
+        and each measurement; masked where there is no number.
         """
         found = self._last_numbers(last)
         steps, ranks = found[LOSS][0], self.shown_ranks
-        ends = (int(steps[0]), int(steps[-1])) if len(steps) else (1, 0)
+        first = int(steps[0]) if len(steps) else 1
         columns: dict[str, Any] = {"step": steps}
         for title, measured, rank, holds in step_columns(self.facts, self.measurement_names, len(ranks)):
             name = LOSS if measured is None else series_of(measured)
             if rank:
-                series = ranks[rank].losses_as_rank(*ends)
-            elif holds and last is not None:
+                series = ranks[rank].losses_as_rank(first, first + len(steps) - 1)
+            elif name not in found or (holds and last is not None):
                 series = self._checked_series(name)  # it may have changed long before
-            elif name in found:
-                series = found[name]
             else:
-                continue
-            column = numbers_at(series, steps, holds=holds)
-            if last is None or name == LOSS or column.count():
-                columns[title] = column
+                series = found[name]
+            columns[title] = numbers_at(series, steps, holds=holds)
         return columns
 
     def losses_as_rank(self, first: int, last: int) -> Series:
         """Return the losses of those of steps `first` to `last` that it took as the rank that it is."""
         import numpy as np
 
-        facts = self.facts
-        assert facts.trained is not None and facts.trained.ranks is not None
-        rank = facts.trained.ranks.rank
-        earlier = [(each.last, each.training.ranks) for each in facts.earlier]
-        # Before the last of these, there was no such rank.
-        others = [last for last, ranks in earlier if ranks is None or ranks.rank != rank]
-        first = max([first, *(each + 1 for each in others)])
+        own = self.known_ranks
+        for _, end, trained in self.stretches[:-1]:
+            if trained.ranks is None or own is None or trained.ranks.rank != own.rank:
+                first = max(first, (end or 0) + 1)  # until then, there was no such rank
         losses = self._read(lambda database: database.losses(first, last))
-        return np.arange(first, first + len(losses)), in_own_precision(losses, facts)
+        return np.arange(first, first + len(losses)), in_own_precision(losses, self.facts)
 
     @property
     def snapshots(self) -> list[int]:
