@@ -63,7 +63,7 @@ def test_a_training_is_followed_and_every_loss_arrives(server):
     assert len(sizes) > 1
     assert (state["planned"], state["ending"], state["measurements"]) == (500, None, [])
     assert state["seconds"] > 0
-    assert np.float32(state["last_loss"]) == recorded[-1]
+    assert np.float32(state["landmarks"][1]["full"]) == recorded[-1]
 
 
 def test_a_run_that_is_killed_is_told_although_no_file_changes(server):

@@ -9,7 +9,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +119,8 @@ class Columns:
     """Keeps the numbers of recently used runs."""
 
     def __init__(self) -> None:
-        self._runs: OrderedDict[Path, _CachedRun] = OrderedDict()
+        self._of = lru_cache(KEPT)(_CachedRun)
         self._sparklines: dict[Path, tuple[tuple[int, ...], Sparkline]] = {}
-        self._lock = threading.Lock()
 
     def of(self, run: RecordedRun) -> RunColumns:
         """Return a run's numbers as they are now.
@@ -129,12 +128,7 @@ class Columns:
         Raises:
             RunError: it no longer exists, or cannot be read.
         """
-        with self._lock:
-            kept = self._runs.setdefault(run.directory, _CachedRun(run.directory))
-            self._runs.move_to_end(run.directory)
-            while len(self._runs) > KEPT:
-                self._runs.popitem(last=False)
-        return kept.look()
+        return self._of(run.directory).look()
 
     def sparkline(self, run: RecordedRun) -> Sparkline:
         """Return a small picture of a run's losses.
