@@ -18,12 +18,13 @@ import polars as pl
 from numpy.typing import NDArray
 
 from everystep.errors import UsageError, did_you_mean
+from everystep.recording.blocks import series_of
 from everystep.recording.connection import fingerprint
-from everystep.recording.database import MeasurementEnds
+from everystep.recording.database import FILE_NAME, Database, MeasurementEnds, reading
 from everystep.recording.facts import Facts
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.step_columns import StepColumn, numbers_at, step_columns
-from everystep.recording.summary import Numbers, read_numbers
+from everystep.recording.summary import in_own_precision
 from everystep.views.facts_text import landmarks
 from everystep.views.loss_table import shortest_texts
 from everystep.views.reduction import Sparkline, reduce, sparkline
@@ -96,8 +97,8 @@ class RunColumns:
             raise UsageError(f"no measurement {name!r} in this run; {did_you_mean(name, names)}")
         with self.lock:
             if name not in self.known:
-                found = read_numbers(self.directory, 2**62, {name: -1})
-                self.known[name] = found.series[name]
+                with reading(self.directory / FILE_NAME) as database:
+                    self.known[name] = database.series(series_of(name))
             return self.known[name]
 
     def curve(self, name: str | None) -> Series:
@@ -164,28 +165,21 @@ class _CachedRun:
             return self._columns
 
     def _read(self, old: RunColumns | None) -> RunColumns:
-        if old is not None:
-            start = max(0, old.steps - OVERLAP)
-            starts = {
-                name: int(steps[-OVERLAP]) - 1 if len(steps) > OVERLAP else -1
-                for name, (steps, _) in dict(old.known).items()
-            }
-            found = read_numbers(self._directory, start, starts)
-            if _goes_on(old, found, start):
-                losses = np.concatenate([old.losses[:start], found.losses])
-                return self._columns_of(found, losses, old.edition, _extended(old, found))
-        found = read_numbers(self._directory)
-        losses = found.losses
-        edition = 0
-        if old is not None:
-            is_longer = _is_same(old.losses, losses[: old.steps])
-            edition = old.edition if is_longer else old.edition + 1
-        return self._columns_of(found, losses, edition, {})
-
-    def _columns_of(
-        self, found: Numbers, losses: NDArray[Any], edition: int, known: dict[str, Series]
-    ) -> RunColumns:
-        return RunColumns(found.facts, found.steps, losses, found.ends, edition, self._directory, known)
+        with reading(self._directory / FILE_NAME) as database:
+            facts, ends = database.facts(), database.measurement_ends()
+            losses, edition, known = None, 0, dict[str, Series]()
+            if old is not None:
+                start = max(0, old.steps - OVERLAP)
+                newest = in_own_precision(database.losses(start + 1), facts)
+                edition = old.edition
+                if _goes_on(old, facts, newest, start):
+                    losses = np.concatenate([old.losses[:start], newest])
+                    known = _extended(old, database, facts, ends)
+            if losses is None:
+                losses = in_own_precision(database.losses(1), facts)
+                edition += old is not None and not _is_same(old.losses, losses[: old.steps])
+            steps = database.newest_step()
+        return RunColumns(facts, steps, losses, ends, edition, self._directory, known)
 
 
 def reduced(steps: NDArray[np.int64], values: NDArray[Any], points: int) -> dict[str, list[Any]]:
@@ -205,29 +199,31 @@ def _is_same(one: NDArray[Any], other: NDArray[Any]) -> bool:
     return one.dtype == other.dtype and np.array_equal(one, other, equal_nan=True)
 
 
-def _goes_on(old: RunColumns, found: Numbers, start: int) -> bool:
-    """Return whether the numbers read from `start` on continue those in memory.
+def _goes_on(old: RunColumns, facts: Facts, losses: NDArray[Any], start: int) -> bool:
+    """Return whether losses after step `start` continue those in memory.
 
     A training may discard steps and repeat them (then its newest losses differ), and a run may be
     replaced under the same name. When a training ends, everything is read once more.
     """
-    pair = ((facts.started, facts.status) for facts in (old.facts, found.facts))
-    return next(pair) == next(pair) and _is_same(old.losses[start:], found.losses[: old.steps - start])
+    pair = ((each.started, each.status) for each in (old.facts, facts))
+    return next(pair) == next(pair) and _is_same(old.losses[start:], losses[: old.steps - start])
 
 
-def _extended(old: RunColumns, found: Numbers) -> dict[str, Series]:
+def _extended(
+    old: RunColumns, database: Database, facts: Facts, ends: list[MeasurementEnds]
+) -> dict[str, Series]:
     """Return the measurements in memory with new values; changed ones are left out."""
-    counts = {ends.name: ends.values for ends in found.ends}
-    meanings = [facts.measured for facts in (old.facts, found.facts)]
+    counts = {each.name: each.values for each in ends}
     extended = {}
     # New ones may have appeared in the meantime; they are read on request.
-    for name, (new_steps, new_values) in found.series.items():
-        steps, values = old.known[name]
+    for name, (steps, values) in dict(old.known).items():
         kept = max(0, len(steps) - OVERLAP)
+        first = int(steps[kept]) if kept else None
+        new_steps, new_values = database.series(series_of(name), first)
         overlapping = len(steps) - kept
         if (
             kept + len(new_steps) == counts.get(name)
-            and meanings[0].get(name) == meanings[1].get(name)
+            and old.facts.measured.get(name) == facts.measured.get(name)
             and np.array_equal(new_steps[:overlapping], steps[kept:])
             and np.array_equal(new_values[:overlapping], values[kept:], equal_nan=True)
         ):
