@@ -14,7 +14,7 @@ from everystep.recording.directories import Space
 from everystep.recording.prune import Pruning
 from everystep.recording.summary import Summary
 from everystep.recording.texts import shortest
-from everystep.views.formatting import counted, cut, number, one_line, time_text
+from everystep.views.formatting import counted, cut, measured_text, number, one_line, time_text
 from everystep.views.plain import as_json, metric_data, plain_data, plain_number
 from everystep.views.terminal import Cell, Column, Page, Row, Styled, keyed, table_text
 
@@ -112,8 +112,7 @@ def sweep_text(sweep: Sweep, width: int | None = None) -> Text:
         return Column(path, lambda each: str(each.settings[path]), is_number=is_number)
 
     def best(each: SweepRun) -> str:
-        is_share = each.best is not None and metric_data(sweep.metric or "")["is_share"]
-        return f"{each.best:.2%}" if is_share else number(each.best)
+        return "" if each.best is None else measured_text(sweep.metric or "", each.best)
 
     def status(each: SweepRun) -> Cell:
         is_known = each.summary is not None and each.summary.status == each.status
