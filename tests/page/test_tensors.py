@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import everystep
 from everystep.errors import UsageError
-from everystep.page.regions import histogram, matrix, region, regions
+from everystep.page.regions import histogram, matrix, region
 from everystep.recording.facts import Facts
 from everystep.views.step_data import tensor_of
 
@@ -178,9 +178,9 @@ def test_ids_that_are_none(step, id):
 
 def test_several_slices_come_one_after_the_other():
     tensor = torch.arange(60.0).reshape(5, 3, 4)
-    about, numbers = regions(tensor, index=1, count=3)
+    about, numbers = region(tensor, index=1, count=3)
     assert (about["count"], about["index"], about["slices"]) == (3, 1, 5)
     assert torch.frombuffer(bytearray(numbers), dtype=torch.float32).reshape(3, 3, 4).equal(tensor[1:4])
     for index, count in ((0, 0), (0, 6), (4, 2), (0, 10**9)):
         with pytest.raises(UsageError):
-            regions(tensor, index, count)
+            region(tensor, index, count=count)
