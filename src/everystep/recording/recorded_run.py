@@ -158,7 +158,7 @@ class RecordedRun:
         """The runs with the losses to show for this one: of rank 0, all ranks that can be read."""
         if self.known_ranks is not None and not self.known_ranks.rank:
             with suppress(RunError):
-                return self.ranks
+                return [each for each in self.ranks if each.facts]  # raises if it is unreadable
         return [self]
 
     @cached_property
