@@ -76,10 +76,11 @@ class RunColumns:
 
     def numbers(self, title: str, steps: NDArray[np.int64]) -> Any:
         """Return the numbers of a column at some steps, masked where there are none."""
-        column = self.table[title]
-        ranks = self.of_ranks
-        series = ranks[column.rank - 1] if column.rank else self.curve(column.measurement)
-        return numbers_at(series, steps, holds=column.holds)
+        _, measurement, rank, holds = self.table[title]
+        if measurement is None and not rank:
+            return self.losses[steps - 1]
+        series = self.of_ranks[rank - 1] if rank else self.curve(measurement)
+        return numbers_at(series, steps, holds=holds)
 
     @cached_property
     def landmarks(self) -> dict[str, Any]:
