@@ -141,16 +141,6 @@ def step(tmp_path_factory):
     return run[3]
 
 
-def test_ids(step):
-    assert tensor_of(step, "batch.x", Facts()).equal(step.batch.x)
-    assert tensor_of(step, "parameters/0.weight", Facts()).equal(step.parameters["0.weight"])
-    assert tensor_of(step, "updates/0.weight/change", Facts()).equal(step.updates["0.weight"].change)
-    assert tensor_of(step, "activations/1", Facts()).equal(step.activations["1"])
-    assert tensor_of(step, "dropped/2.bias", Facts()).equal(step.dropped["2.bias"])
-    given = step.operations[0].inputs["parameter/0.weight~1"]
-    assert tensor_of(step, "operations/0/inputs/parameter/0.weight~1", Facts()).equal(given)
-
-
 @pytest.mark.parametrize(
     "id",
     [
