@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import polars as pl
@@ -21,6 +21,7 @@ __all__ = ["Wanted", "frame_of", "page_of", "rows_of", "wanted_of", "whole"]
 LONGEST_PAGE = 10_000
 
 Rows = NDArray[np.intp]
+Absent = TypeVar("Absent", int, None)
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def wanted_of(query: Mapping[str, str]) -> Wanted:
     if direction not in ("asc", "desc"):
         raise UsageError(f"direction must be asc or desc, not {direction!r}")
     low, high = (_bound(word, query.get(name, "")) for name, word in (("low", "from"), ("high", "to")))
-    first, last = (whole(name, query.get(name, "")) for name in ("first", "last"))
+    first, last = (whole(query, name, None) for name in ("first", "last"))
     return Wanted(query.get("sort") or "step", direction == "desc", first, last, low, high)
 
 
@@ -128,15 +129,15 @@ def _order(columns: RunColumns, sort: str, descending: bool) -> Rows:
     return found
 
 
-def whole(name: str, text: str) -> int | None:
-    """Return a text as an integer, None if it is blank.
+def whole(query: Mapping[str, str], name: str, absent: Absent) -> int | Absent:
+    """Return an integer of a query. absent: what a blank one stands for.
 
     Raises:
         UsageError: it is not an integer.
     """
-    plain = text.strip()
+    plain = query.get(name, "").strip()
     if not plain:
-        return None
+        return absent
     if re.fullmatch(r"-?\d{1,18}", plain, re.ASCII) is None:
         raise UsageError(f"{name} {plain[:80]!r} is not a whole number")
     return int(plain)
