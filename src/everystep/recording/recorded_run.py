@@ -290,10 +290,10 @@ class RecordedRun:
             name = LOSS if measured is None else series_of(measured)
             if rank:
                 series = ranks[rank].losses_as_rank(first, first + len(steps) - 1)
-            elif name not in found or (holds and last is not None):
+            elif holds and last is not None:
                 series = self._checked_series(name)  # it may have changed long before
             else:
-                series = found[name]
+                series = found.get(name, (steps[:0], steps[:0].astype("float64")))
             columns[title] = numbers_at(series, steps, holds=holds)
         return columns
 
