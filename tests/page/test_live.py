@@ -63,7 +63,7 @@ def test_a_training_is_followed_and_every_loss_arrives(server):
     assert len(sizes) > 1
     assert (state["planned"], state["ending"], state["measurements"]) == (500, None, [])
     assert state["seconds"] > 0
-    assert np.float32(state["last_loss"]) == recorded[-1]
+    assert np.float32(state["landmarks"][1]["full"]) == recorded[-1]
 
 
 def test_a_run_that_is_killed_is_told_although_no_file_changes(server):
@@ -152,51 +152,51 @@ def test_a_training_whose_database_is_still_empty_is_running(server):
     assert sights["begun"] == "running"
 
 
+def listen(shelf, is_enough):
+    """Listen to the list of runs, until it is enough of what comes."""
+    sights = Live(RunIndex(shelf), Columns())
+
+    async def listening():
+        async for each in sights.list_events():
+            if "data: " in each and is_enough(json.loads(each.partition("data: ")[2])):
+                return
+
+    try:
+        asyncio.run(asyncio.wait_for(listening(), PATIENCE))
+    finally:
+        sights.close()
+
+
 def test_a_killed_run_that_is_continued_is_running_in_the_list(shelf, monkeypatch):
     run = written(shelf / "continued", [1.0], status="running")
     monkeypatch.setattr(live, "SELDOM", 0.1)
-    sights = Live(RunIndex(shelf), Columns())
-
     statuses = []
 
-    async def listen():
-        with contextlib.ExitStack() as writing:
-            async for each in sights.list_events():
-                if "data: " in each:
-                    [listed] = json.loads(each.partition("data: ")[2])["runs"]
-                    statuses.append(listed["status"])
-                    if len(statuses) == 2:
-                        return
-                    writing.enter_context(FileLock(run / "run.lock"))
-                    change(run, 2, [2.0])
+    def heard(content):
+        statuses.append(content["runs"][0]["status"])
+        if len(statuses) == 1:
+            writing.enter_context(FileLock(run / "run.lock"))
+            change(run, 2, [2.0])
+        return len(statuses) == 2
 
-    try:
-        asyncio.run(asyncio.wait_for(listen(), PATIENCE))
-    finally:
-        sights.close()
+    with contextlib.ExitStack() as writing:
+        listen(shelf, heard)
     assert statuses == ["killed", "running"]
 
 
 def test_a_page_that_is_opened_before_the_first_run_shows_it_as_it_starts(tmp_path):
-    shelf, heard = tmp_path / "runs", []
-    sights = Live(RunIndex(shelf), Columns())
+    shelf, said = tmp_path / "runs", []
 
-    async def listen():
-        async for each in sights.list_events():
-            if "data: " in each:
-                heard.append(json.loads(each.partition("data: ")[2]))
-                if heard[-1]["runs"]:
-                    return
-                assert not shelf.exists()
-                shelf.mkdir()
-                written(shelf / "first", [1.0])
+    def heard(content):
+        said.append(content)
+        if not content["runs"]:
+            shelf.mkdir()
+            written(shelf / "first", [1.0])
+        return content["runs"]
 
-    try:
-        asyncio.run(asyncio.wait_for(listen(), PATIENCE))
-    finally:
-        sights.close()
-    assert heard[0] == {"runs": [], "gone": [], "begins": True, "unread": 0}
-    assert [run["name"] for run in heard[-1]["runs"]] == ["first"]
+    listen(shelf, heard)
+    assert said[0] == {"runs": [], "gone": [], "begins": True, "unread": 0}
+    assert [run["name"] for run in said[-1]["runs"]] == ["first"]
 
 
 def test_a_name_from_outside_is_followed_nowhere(server):
@@ -268,37 +268,17 @@ def test_whoever_leaves_is_forgotten(server):
 
 def test_a_look_that_fails_ends_the_stream(shelf, monkeypatch):
     """The browser connects again; it does not wait for ever."""
-    sights = Live(RunIndex(shelf), Columns())
     monkeypatch.setattr(RunIndex, "summaries", lambda self, seconds: 1 / 0)
-
-    async def listen():
-        try:
-            return [each async for each in sights.list_events()]
-        finally:
-            sights.close()
-
     with pytest.raises(ZeroDivisionError):
-        asyncio.run(asyncio.wait_for(listen(), PATIENCE))
+        listen(shelf, lambda content: False)
 
 
 def test_a_long_list_comes_in_parts(shelf, monkeypatch):
     for number in range(5):
         written(shelf / f"run-{number}", [1.0])
     monkeypatch.setattr(live, "LONGER", 0.0)
-    sights = Live(RunIndex(shelf), Columns())
-
-    async def listen():
-        try:
-            async for each in sights.list_events():
-                if "data: " in each:
-                    found.append(json.loads(each.partition("data: ")[2]))
-                    if not found[-1]["unread"]:
-                        return
-        finally:
-            sights.close()
-
     found = []
-    asyncio.run(asyncio.wait_for(listen(), PATIENCE))
+    listen(shelf, lambda content: found.append(content) or not content["unread"])
     assert [each["begins"] for each in found] == [True] + [False] * (len(found) - 1)
     assert [run["name"] for each in found for run in each["runs"]] == [f"run-{n}" for n in range(5)]
     assert found[0]["unread"] == 4

@@ -8,15 +8,11 @@ from types import SimpleNamespace
 import httpx
 import numpy as np
 import pytest
-from starlette.applications import Starlette
-from starlette.responses import JSONResponse
 from tests.page.serving import PATIENCE
 
 import everystep
-from everystep.errors import RunError, UsageError
 from everystep.page import task_client as tasks_module
-from everystep.page.routes import steps, tasks
-from everystep.page.run_index import RunIndex
+from everystep.page.app import application
 from everystep.page.task_client import Event, Tasks
 from everystep.page.task_process import Voice, do
 
@@ -36,10 +32,6 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def runs(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "runs")
-
-
-async def answered(request, error):
-    return JSONResponse({"error": str(error)}, 404 if isinstance(error, RunError) else 400)
 
 
 class Here(Tasks):
@@ -68,11 +60,11 @@ class Said(list):
 
 
 def asked_of(directory, use, tasks_of=Here):
-    """Use the routes of the page."""
+    """Use the application, with other tasks."""
 
     async def main():
-        app = Starlette(routes=[*steps.routes, *tasks.routes], exception_handlers={UsageError: answered})
-        app.state.run_index, app.state.tasks = RunIndex(directory), tasks_of()
+        app = application(directory)
+        app.state.tasks = tasks_of()
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://page") as client:
             try:
@@ -273,7 +265,7 @@ def test_what_is_asked_is_checked(runs, monkeypatch):
             assert (await client.post(fork, content=body)).status_code == 400
         for path in (of("no-such-run", "verify"), of("..", "verify"), of("%2e%2e%2fother", "verify")):
             assert (await client.post(path)).status_code == 404, path
-        for what in ("steps/x", "steps/-1", "steps/1/tensor", "steps/1/tensor?id=batch.x&rows=1"):
+        for what in ("steps/x", "steps/1/tensor", "steps/1/tensor?id=batch.x&rows=1"):
             assert (await client.get(of("other", what))).status_code == 400, what
         assert (await client.get("/api/tasks/none/events")).status_code == 404
         assert (await client.delete("/api/tasks/none")).status_code == 404

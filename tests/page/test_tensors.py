@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import everystep
 from everystep.errors import UsageError
-from everystep.page.regions import histogram, matrix, region, regions
+from everystep.page.regions import histogram, matrix, region
 from everystep.recording.facts import Facts
 from everystep.views.step_data import tensor_of
 
@@ -141,16 +141,6 @@ def step(tmp_path_factory):
     return run[3]
 
 
-def test_ids(step):
-    assert tensor_of(step, "batch.x", Facts()).equal(step.batch.x)
-    assert tensor_of(step, "parameters/0.weight", Facts()).equal(step.parameters["0.weight"])
-    assert tensor_of(step, "updates/0.weight/change", Facts()).equal(step.updates["0.weight"].change)
-    assert tensor_of(step, "activations/1", Facts()).equal(step.activations["1"])
-    assert tensor_of(step, "dropped/2.bias", Facts()).equal(step.dropped["2.bias"])
-    given = step.operations[0].inputs["parameter/0.weight~1"]
-    assert tensor_of(step, "operations/0/inputs/parameter/0.weight~1", Facts()).equal(given)
-
-
 @pytest.mark.parametrize(
     "id",
     [
@@ -178,9 +168,9 @@ def test_ids_that_are_none(step, id):
 
 def test_several_slices_come_one_after_the_other():
     tensor = torch.arange(60.0).reshape(5, 3, 4)
-    about, numbers = regions(tensor, index=1, count=3)
+    about, numbers = region(tensor, index=1, count=3)
     assert (about["count"], about["index"], about["slices"]) == (3, 1, 5)
     assert torch.frombuffer(bytearray(numbers), dtype=torch.float32).reshape(3, 3, 4).equal(tensor[1:4])
     for index, count in ((0, 0), (0, 6), (4, 2), (0, 10**9)):
         with pytest.raises(UsageError):
-            regions(tensor, index, count)
+            region(tensor, index, count=count)

@@ -7,8 +7,10 @@ import pytest
 
 import everystep
 from everystep.errors import RunError
+from everystep.page import columns
 from everystep.page.run_index import RunIndex
-from everystep.recording import connection, recorded_run, summary
+from everystep.recording import connection, recorded_run
+from everystep.recording.recorded_run import RecordedRun
 
 #: Functions by which a list reads a run, in the order of their calls.
 LOOKS = [
@@ -71,6 +73,6 @@ def test_a_file_that_another_rank_removes_meanwhile_does_not_end_a_training(reco
 
 
 def test_a_run_removed_before_its_newest_losses_are_read_is_refused(recorded, monkeypatch):
-    before(monkeypatch, summary, "reading", lambda: shutil.rmtree(recorded))
+    before(monkeypatch, columns, "reading", lambda: shutil.rmtree(recorded))
     with pytest.raises(RunError, match="is not a run"):
-        summary.read_numbers(recorded)
+        columns.Columns().of(RecordedRun(recorded))

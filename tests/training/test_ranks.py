@@ -20,6 +20,8 @@ import everystep
 from everystep.page.about import about_data
 from everystep.page.columns import Columns
 from everystep.page.run_index import RunIndex
+from everystep.page.table_rows import Wanted, frame_of, rows_of
+from everystep.recording.recorded_run import RecordedRun
 from everystep.step.collective_calls import shows_reductions
 
 pytestmark = [
@@ -194,12 +196,20 @@ def test_views_show_the_losses_of_all_ranks(trained, tmp_path):
     run = everystep.open(trained[0] / "uneven")
     one, two = (rank.losses["loss"].to_list() for rank in run.ranks)
     assert run.table_frame()["loss (rank 1)"].to_list() == two[: len(one)]
+    assert run.table().frame.equals(run.table_frame())
     assert set(run.plot().data["run"]) == {"uneven", "uneven/ranks/1"}
     index = RunIndex(trained[0])
+    columns = Columns().of(index.run("uneven"))
+    assert frame_of(columns, rows_of(columns, Wanted())).equals(run.table_frame())
     for rank, name in enumerate(["uneven", "uneven rank 1"]):
         shown = index.run(name)
         about = about_data(name, shown, Columns().of(shown), [])
         assert (about["ranks"], about["steps"]) == (["uneven", "uneven rank 1"], len(run.ranks[rank]))
+    damaged = RecordedRun(shutil.copytree(trained[0] / "uneven", tmp_path / "damaged"))
+    (damaged.directory / "ranks/1/run.sqlite").write_bytes(b"no database" * 100)
+    columns = Columns().of(damaged)
+    own = frame_of(columns, rows_of(columns, Wanted()))
+    assert own.equals(damaged.table_frame()) and own.equals(run.table_frame().drop("loss (rank 1)"))
     (tmp_path / "uneven/ranks").mkdir(parents=True)
     (tmp_path / "uneven/ranks/1").symlink_to(trained[0] / "uneven/ranks/1")
     for place, name in ((RunIndex(tmp_path), "uneven rank 1"), (index, "uneven rank 2")):

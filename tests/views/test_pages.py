@@ -130,16 +130,16 @@ def test_what_is_embedded_as_json_is_json(run_of, page_of):
 
 
 def test_a_measurement_is_a_column_blank_where_there_is_none(run_of):
-    measured = [("accuracy", 0, 0.25), ("accuracy", 2, None), ("loss", 1, 0.1), ("step", 3, 7.0)]
+    measured = [("accuracy", 1, 0.25), ("accuracy", 2, None), ("loss", 1, 0.1), ("step", 3, 7.0)]
     run = run_of([3.0, 2.0, 1.0], measured)
     assert embedded(loss_table(run).html()) == embedded(report_html(run)) == {
-        "step": [0, 1, 2, 3],
-        "loss": ["", "3.0", "2.0", "1.0"],
-        "accuracy": ["0.25", "", "nan", ""],
-        "loss (measured)": ["", "0.1", "", ""],
-        "step (measured)": ["", "", "", "7.0"],
+        "step": [1, 2, 3],
+        "loss": ["3.0", "2.0", "1.0"],
+        "accuracy": ["0.25", "nan", ""],
+        "loss (measured)": ["0.1", "", ""],
+        "step (measured)": ["", "", "7.0"],
     }  # fmt: skip
-    assert loss_table(run).frame["accuracy"].null_count() == 2
+    assert loss_table(run).frame["accuracy"].null_count() == 1
 
 
 def test_a_long_table_is_an_excerpt_that_says_so_and_loses_no_spike(run_of):

@@ -32,12 +32,8 @@ from everystep.replay.processes import Opener
 from everystep.replay.run_replay import Replay
 from everystep.step.state import State, same_bits
 
-__all__ = ["ANOTHER_OPERATION", "COMPUTED_OTHERWISE", "Evidence", "causes_of"]
+__all__ = ["Evidence", "causes_of"]
 
-#: All inputs of the operation are identical.
-COMPUTED_OTHERWISE = "the same inputs give different results"
-#: No setting explains why only one run has an operation.
-ANOTHER_OPERATION = "another operation"
 #: The numbers by which torch's kernels know a reduction.
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _NAMES_OF_REDUCTIONS = {number: name for name, number in _REDUCTIONS.items()}
@@ -153,9 +149,10 @@ def causes_of(found: OperationDifference, evidence: Evidence) -> list[str]:
         causes += _of_layout(found, evidence)
     if causes or found.inputs:
         return list(dict.fromkeys(causes))
+    why = "; all recorded numerics are the same"
     if evidence.numerics:
-        return [f"{COMPUTED_OTHERWISE}, under different numerics: {', '.join(evidence.numerics)}"]
-    return [f"{COMPUTED_OTHERWISE}; all recorded numerics are the same"]
+        why = f", under different numerics: {', '.join(evidence.numerics)}"
+    return [f"the same inputs give different results{why}"]
 
 
 def _others_text(others: tuple[list[str], ...], evidence: Evidence) -> str:
@@ -180,7 +177,7 @@ def _perhaps(settings: Sequence[Setting | str]) -> str:
 
 
 def _of_another_operation(
-    found: OperationDifference, evidence: Evidence, default: str = ANOTHER_OPERATION
+    found: OperationDifference, evidence: Evidence, default: str = "another operation"
 ) -> list[str]:
     """Return the settings that explain, or may explain, why the operations differ; if none, `default`.
 

@@ -27,7 +27,6 @@ _ACTIVATIONS = ("ReLU", "LeakyReLU", "GELU")
 def live_data(run: RecordedRun, columns: RunColumns, status: str) -> dict[str, Any]:
     """Return the data of a run that changes during training."""
     return state_data(run, columns.facts, status, columns.steps) | {
-        "last_loss": plain_number(float(columns.losses[-1])) if columns.steps else None,
         "measurements": [_measurement(ends, columns.facts) for ends in columns.ends],
         **columns.landmarks,
     }

@@ -10,12 +10,12 @@ from pathlib import Path
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from everystep.errors import EverystepError
-from everystep.page.assets import asset, index, problem_page
+from everystep.page.assets import asset, index, problem
 from everystep.page.child_process import status_of
 from everystep.page.columns import Columns
 from everystep.page.live import Live
@@ -108,11 +108,10 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     is_missing = error.status_code == 404
     text = f"there is no page at {request.url.path}" if is_missing else error.detail
-    if request.url.path.startswith("/api/"):
-        return JSONResponse({"error": text}, error.status_code, headers=error.headers)
     title = "Nothing here" if is_missing else "The request failed"
-    page = problem_page(title, text, has_link=True)
-    return HTMLResponse(page, error.status_code, headers=error.headers)
+    answer = problem(request.url.path, error.status_code, title, text, has_link=True)
+    answer.headers.update(error.headers or {})
+    return answer
 
 
 async def _failed(request: Request, error: Exception) -> Response:

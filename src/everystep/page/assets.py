@@ -14,9 +14,9 @@ from pathlib import Path
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 
-__all__ = ["STYLE_SOURCE", "asset", "index", "problem_page"]
+__all__ = ["STYLE_SOURCE", "asset", "index", "problem"]
 
 _HERE = Path(__file__).parent / "static"
 _VIEWS = Path(__file__).parent.parent / "views"
@@ -65,29 +65,20 @@ def _table() -> dict[str, Path]:
     }
 
 
-_STYLE = """
-:root {
-  color-scheme: light dark;
-  --paper: #ffffff; --ink: #1c1d20; --muted: #676b73; --accent: #2a5db0;
-}
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #17181b; --ink: #e4e5e9; --muted: #9a9ea8; --accent: #86aef0; }
-}
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
-main { max-width: 40rem; margin: 0 auto; padding: 15vh 1.25rem 3rem; }
-.brand { margin: 0 0 0.5rem; color: var(--muted); font-weight: 600; }
-h1 { margin: 0 0 0.75rem; font-size: 1.5rem; line-height: 1.2; }
-p { margin: 0 0 1rem; overflow-wrap: anywhere; }
-a { color: var(--accent); }
-"""
+_STYLE = (_VIEWS / "templates" / "page.css").read_text(encoding="utf-8")
 #: What a Content-Security-Policy has among the sources of styles, so that the page may have its own.
 STYLE_SOURCE = f"'sha256-{base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()}'"
 
 
-def problem_page(title: str, text: str, *, has_link: bool = False) -> str:
-    """Return the page. has_link: whether it leads to all runs."""
+def problem(path: str, status: int, title: str, text: str, *, has_link: bool = False) -> Response:
+    """Return an answer that reports a problem: JSON for the page itself, else a page of its own.
+
+    path: of the request; has_link: whether the page leads to all runs.
+    """
+    if path.startswith("/api/"):
+        return JSONResponse({"error": text}, status)
     link = '<p><a href="/">All runs</a></p>' if has_link else ""
-    return f"""<!doctype html>
+    page = f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -97,11 +88,12 @@ def problem_page(title: str, text: str, *, has_link: bool = False) -> str:
 </head>
 <body>
 <main>
-<p class="brand">everystep</p>
 <h1>{html.escape(title)}</h1>
+<p class="lead">everystep</p>
 <p>{html.escape(text[:1].upper() + text[1:])}.</p>
 {link}
 </main>
 </body>
 </html>
 """
+    return HTMLResponse(page, status)

@@ -9,7 +9,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ import polars as pl
 from numpy.typing import NDArray
 
 from everystep.errors import UsageError, did_you_mean
+from everystep.recording.blocks import series_of
 from everystep.recording.connection import fingerprint
-from everystep.recording.database import MeasurementEnds
+from everystep.recording.database import FILE_NAME, Database, MeasurementEnds, reading
 from everystep.recording.facts import Facts
 from everystep.recording.recorded_run import RecordedRun
-from everystep.recording.summary import Numbers, read_numbers
-from everystep.recording.texts import column_title
+from everystep.recording.step_columns import StepColumn, numbers_at, step_columns
+from everystep.recording.summary import in_own_precision
 from everystep.views.facts_text import landmarks
 from everystep.views.loss_table import shortest_texts
 from everystep.views.reduction import Sparkline, reduce, sparkline
@@ -61,10 +62,25 @@ class RunColumns:
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     @cached_property
-    def titles(self) -> dict[str, str | None]:
-        """The columns of the table except the step, with the measurement of each; None: the loss."""
-        found: dict[str, str | None] = {"loss": None} if self.facts.has_loss else {}
-        return found | {column_title(ends.name): ends.name for ends in self.ends[:MOST_COLUMNS]}
+    def of_ranks(self) -> list[Series]:
+        """The steps and losses of each other rank of a run of several processes."""
+        ranks = RecordedRun(self.directory).shown_ranks[1:]
+        return [rank.losses_as_rank(1, self.steps) for rank in ranks]
+
+    @cached_property
+    def table(self) -> dict[str, StepColumn]:
+        """The columns of the table except the step, by title."""
+        names = [ends.name for ends in self.ends[:MOST_COLUMNS]]
+        columns = step_columns(self.facts, names, 1 + len(self.of_ranks))
+        return {column.title: column for column in columns}
+
+    def numbers(self, title: str, steps: NDArray[np.int64]) -> Any:
+        """Return the numbers of a column at some steps, masked where there are none."""
+        _, measurement, rank, holds = self.table[title]
+        if measurement is None and not rank:
+            return self.losses[steps - 1]
+        series = self.of_ranks[rank - 1] if rank else self.curve(measurement)
+        return numbers_at(series, steps, holds=holds)
 
     @cached_property
     def landmarks(self) -> dict[str, Any]:
@@ -82,8 +98,8 @@ class RunColumns:
             raise UsageError(f"no measurement {name!r} in this run; {did_you_mean(name, names)}")
         with self.lock:
             if name not in self.known:
-                found = read_numbers(self.directory, 2**62, {name: -1})  # no losses: beyond all steps
-                self.known[name] = found.series[name]
+                with reading(self.directory / FILE_NAME) as database:
+                    self.known[name] = database.series(series_of(name))
             return self.known[name]
 
     def curve(self, name: str | None) -> Series:
@@ -105,9 +121,8 @@ class Columns:
     """Keeps the numbers of recently used runs."""
 
     def __init__(self) -> None:
-        self._runs: OrderedDict[Path, _CachedRun] = OrderedDict()
+        self._of = lru_cache(KEPT)(_CachedRun)
         self._sparklines: dict[Path, tuple[tuple[int, ...], Sparkline]] = {}
-        self._lock = threading.Lock()
 
     def of(self, run: RecordedRun) -> RunColumns:
         """Return a run's numbers as they are now.
@@ -115,12 +130,7 @@ class Columns:
         Raises:
             RunError: it no longer exists, or cannot be read.
         """
-        with self._lock:
-            kept = self._runs.setdefault(run.directory, _CachedRun(run.directory))
-            self._runs.move_to_end(run.directory)
-            while len(self._runs) > KEPT:
-                self._runs.popitem(last=False)
-        return kept.look()
+        return self._of(run.directory).look()
 
     def sparkline(self, run: RecordedRun) -> Sparkline:
         """Return a small picture of a run's losses.
@@ -156,28 +166,21 @@ class _CachedRun:
             return self._columns
 
     def _read(self, old: RunColumns | None) -> RunColumns:
-        if old is not None:
-            start = max(0, old.steps - OVERLAP)
-            starts = {
-                name: int(steps[-OVERLAP]) - 1 if len(steps) > OVERLAP else -1
-                for name, (steps, _) in dict(old.known).items()
-            }
-            found = read_numbers(self._directory, start, starts)
-            if _goes_on(old, found, start):
-                losses = np.concatenate([old.losses[:start], found.losses])
-                return self._columns_of(found, losses, old.edition, _extended(old, found))
-        found = read_numbers(self._directory)
-        losses = found.losses
-        edition = 0
-        if old is not None:
-            is_longer = _is_same(old.losses, losses[: old.steps])
-            edition = old.edition if is_longer else old.edition + 1
-        return self._columns_of(found, losses, edition, {})
-
-    def _columns_of(
-        self, found: Numbers, losses: NDArray[Any], edition: int, known: dict[str, Series]
-    ) -> RunColumns:
-        return RunColumns(found.facts, found.steps, losses, found.ends, edition, self._directory, known)
+        with reading(self._directory / FILE_NAME) as database:
+            facts, ends = database.facts(), database.measurement_ends()
+            losses, edition, known = None, 0, dict[str, Series]()
+            if old is not None:
+                start = max(0, old.steps - OVERLAP)
+                newest = in_own_precision(database.losses(start + 1), facts)
+                edition = old.edition
+                if _goes_on(old, facts, newest, start):
+                    losses = np.concatenate([old.losses[:start], newest])
+                    known = _extended(old, database, facts, ends)
+            if losses is None:
+                losses = in_own_precision(database.losses(1), facts)
+                edition += old is not None and not _is_same(old.losses, losses[: old.steps])
+            steps = database.newest_step()
+        return RunColumns(facts, steps, losses, ends, edition, self._directory, known)
 
 
 def reduced(steps: NDArray[np.int64], values: NDArray[Any], points: int) -> dict[str, list[Any]]:
@@ -197,29 +200,31 @@ def _is_same(one: NDArray[Any], other: NDArray[Any]) -> bool:
     return one.dtype == other.dtype and np.array_equal(one, other, equal_nan=True)
 
 
-def _goes_on(old: RunColumns, found: Numbers, start: int) -> bool:
-    """Return whether the numbers read from `start` on continue those in memory.
+def _goes_on(old: RunColumns, facts: Facts, losses: NDArray[Any], start: int) -> bool:
+    """Return whether losses after step `start` continue those in memory.
 
     A training may discard steps and repeat them (then its newest losses differ), and a run may be
     replaced under the same name. When a training ends, everything is read once more.
     """
-    pair = ((facts.started, facts.status) for facts in (old.facts, found.facts))
-    return next(pair) == next(pair) and _is_same(old.losses[start:], found.losses[: old.steps - start])
+    pair = ((each.started, each.status) for each in (old.facts, facts))
+    return next(pair) == next(pair) and _is_same(old.losses[start:], losses[: old.steps - start])
 
 
-def _extended(old: RunColumns, found: Numbers) -> dict[str, Series]:
+def _extended(
+    old: RunColumns, database: Database, facts: Facts, ends: list[MeasurementEnds]
+) -> dict[str, Series]:
     """Return the measurements in memory with new values; changed ones are left out."""
-    counts = {ends.name: ends.values for ends in found.ends}
-    meanings = [facts.measured for facts in (old.facts, found.facts)]
+    counts = {each.name: each.values for each in ends}
     extended = {}
     # New ones may have appeared in the meantime; they are read on request.
-    for name, (new_steps, new_values) in found.series.items():
-        steps, values = old.known[name]
+    for name, (steps, values) in dict(old.known).items():
         kept = max(0, len(steps) - OVERLAP)
+        first = int(steps[kept]) if kept else None
+        new_steps, new_values = database.series(series_of(name), first)
         overlapping = len(steps) - kept
         if (
             kept + len(new_steps) == counts.get(name)
-            and meanings[0].get(name) == meanings[1].get(name)
+            and old.facts.measured.get(name) == facts.measured.get(name)
             and np.array_equal(new_steps[:overlapping], steps[kept:])
             and np.array_equal(new_values[:overlapping], values[kept:], equal_nan=True)
         ):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
-import json
 import os
 import re
 import secrets
@@ -21,12 +20,11 @@ from urllib.parse import parse_qs
 import platformdirs
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import cookie_parser
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from everystep.bounded import open_regular
 from everystep.errors import UsageError
-from everystep.page.assets import STYLE_SOURCE, problem_page
+from everystep.page.assets import STYLE_SOURCE, problem
 
 __all__ = ["Guard", "cookie_of", "host_without_port", "is_loopback", "token_of"]
 
@@ -105,7 +103,8 @@ class Guard:
         if reason is None:
             await self._app(scope, receive, send_guarded)
         else:
-            await _refusal(scope, reason)(scope, receive, send_guarded)
+            refusal = problem(scope["path"], 403, "This page does not open at this address", reason)
+            await refusal(scope, receive, send_guarded)
 
     def _foreign(self, headers: Headers, opens_page: bool) -> str | None:
         """Return why a request does not come from the page itself, or None.
@@ -169,17 +168,6 @@ def _is_address(host: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _refusal(scope: Scope, reason: str) -> Response:
-    if scope["path"].startswith("/api/"):
-        content, media_type = json.dumps({"error": reason}, ensure_ascii=False), "application/json"
-    else:
-        content, media_type = (
-            problem_page("This page does not open at this address", reason),
-            "text/html",
-        )
-    return Response(content, 403, media_type=media_type)
 
 
 _BYTES = 32

@@ -14,7 +14,7 @@ from torch import Tensor
 from everystep.errors import UsageError
 from everystep.views.formatting import dtype_text
 
-__all__ = ["MOST", "Region", "histogram", "matrix", "npy", "region", "regions"]
+__all__ = ["MOST", "Region", "histogram", "matrix", "npy", "region"]
 
 #: Rows and columns that a region has at most.
 MOST = 2048
@@ -67,24 +67,39 @@ def region(
     rows: tuple[int, int] | None = None,
     columns: tuple[int, int] | None = None,
     most: int = 512,
+    count: int = 1,
 ) -> Region:
-    """Return the numbers of a region, at most `most` by `most` of them.
+    """Return the numbers of a region of one or more slices, at most `most` by `most` of each.
 
     In a larger region, each number represents a block: the one with the largest absolute value, with its
     sign; NaN has precedence, so that no non-finite number is lost.
 
     Args:
         tensor: the tensor that has the numbers.
-        index: of the 2-d slice.
+        index: of the first 2-d slice.
         rows: the first, and one past the last; absent: all.
         columns: the same.
         most: numbers along a side.
+        count: of slices, which come one after the other; `about` describes the first.
 
     Raises:
         UsageError: there is no such slice or region.
     """
     if not 1 <= most <= MOST:
         raise UsageError(f"most is {most}; it must be from 1 to {MOST}")
+    if not 1 <= count <= MOST_SLICES:
+        raise UsageError(f"count is {count}; it must be from 1 to {MOST_SLICES}")
+    first, *others = (_slice(tensor, each, rows, columns, most) for each in range(index, index + count))
+    return Region(first.about | {"count": count}, b"".join(each.numbers for each in (first, *others)))
+
+
+def _slice(
+    tensor: Tensor,
+    index: int,
+    rows: tuple[int, int] | None,
+    columns: tuple[int, int] | None,
+    most: int,
+) -> Region:
     whole, slices = matrix(tensor, index)
     (top, bottom), (left, right) = (
         _range(label, asked, size)
@@ -110,25 +125,6 @@ def region(
     }
     form = "<f8" if drawn.dtype == torch.float64 else "<f4"
     return Region(about, drawn.numpy().astype(form, order="C", copy=False).tobytes())
-
-
-def regions(
-    tensor: Tensor,
-    index: int = 0,
-    count: int = 1,
-    rows: tuple[int, int] | None = None,
-    columns: tuple[int, int] | None = None,
-    most: int = 512,
-) -> Region:
-    """Return the same region of `count` slices, one after the other; `about` also has `count`.
-
-    Raises:
-        UsageError: there is no such slice or region.
-    """
-    if not 1 <= count <= MOST_SLICES:
-        raise UsageError(f"count is {count}; it must be from 1 to {MOST_SLICES}")
-    found = [region(tensor, each, rows, columns, most) for each in range(index, index + count)]
-    return Region(found[0].about | {"count": count}, b"".join(each.numbers for each in found))
 
 
 def histogram(tensor: Tensor) -> dict[str, Any]:

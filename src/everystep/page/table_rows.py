@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import polars as pl
@@ -21,6 +21,7 @@ __all__ = ["Wanted", "frame_of", "page_of", "rows_of", "wanted_of", "whole"]
 LONGEST_PAGE = 10_000
 
 Rows = NDArray[np.intp]
+Absent = TypeVar("Absent", int, None)
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def wanted_of(query: Mapping[str, str]) -> Wanted:
     if direction not in ("asc", "desc"):
         raise UsageError(f"direction must be asc or desc, not {direction!r}")
     low, high = (_bound(word, query.get(name, "")) for name, word in (("low", "from"), ("high", "to")))
-    first, last = (whole(name, query.get(name, "")) for name in ("first", "last"))
+    first, last = (whole(query, name, None) for name in ("first", "last"))
     return Wanted(query.get("sort") or "step", direction == "desc", first, last, low, high)
 
 
@@ -60,8 +61,8 @@ def rows_of(columns: RunColumns, wanted: Wanted) -> Rows:
     Raises:
         UsageError: there is no column of that name.
     """
-    if wanted.sort != "step" and wanted.sort not in columns.titles:
-        known = ", ".join(["step", *columns.titles])
+    if wanted.sort != "step" and wanted.sort not in columns.table:
+        known = ", ".join(["step", *columns.table])
         raise UsageError(f"no column {wanted.sort!r} to sort by; the columns are {known}")
     found: Rows = columns.remembered(wanted, lambda: _filtered(columns, wanted))
     return found
@@ -94,23 +95,8 @@ def page_of(
 
 def frame_of(columns: RunColumns, rows: Rows) -> pl.DataFrame:
     """Return rows as a table: step, loss if it is logged, and measurements; missing values are null."""
-    found = {"step": pl.Series(rows + 1, dtype=pl.Int64)}
-    return pl.DataFrame(found | {title: _column(columns, title, rows) for title in columns.titles})
-
-
-def _column(columns: RunColumns, title: str, rows: Rows) -> pl.Series:
-    name = columns.titles[title]
-    if name is None:
-        return pl.Series(columns.losses[rows])
-    steps, values = columns.series(name)
-    if not len(steps):
-        return pl.repeat(None, len(rows), dtype=pl.Float64, eager=True)
-    places = np.searchsorted(steps, rows + 1, side="right") - 1
-    holds = columns.facts.is_setting(name)  # such as a rate: recorded only where it changes
-    is_there = (places >= 0) & (holds | (steps[places] == rows + 1))
-    return pl.select(
-        pl.when(pl.Series(is_there)).then(pl.Series(values[places])).otherwise(None)
-    ).to_series()
+    steps = rows + 1
+    return pl.DataFrame({"step": steps} | {each: columns.numbers(each, steps) for each in columns.table})
 
 
 def _filtered(columns: RunColumns, wanted: Wanted) -> Rows:
@@ -137,21 +123,21 @@ def _order(columns: RunColumns, sort: str, descending: bool) -> Rows:
     every = np.arange(columns.steps)
     if sort == "step":
         return every[::-1] if descending else every
-    frame = pl.DataFrame({"row": every, "value": _column(columns, sort, every)})
+    frame = pl.DataFrame({"row": every, "value": columns.numbers(sort, every + 1)})
     order = frame.sort("value", descending=descending, nulls_last=True, maintain_order=True)
     found: Rows = order["row"].to_numpy()
     return found
 
 
-def whole(name: str, text: str) -> int | None:
-    """Return a text as an integer, None if it is blank.
+def whole(query: Mapping[str, str], name: str, absent: Absent) -> int | Absent:
+    """Return an integer of a query. absent: what a blank one stands for.
 
     Raises:
         UsageError: it is not an integer.
     """
-    plain = text.strip()
+    plain = query.get(name, "").strip()
     if not plain:
-        return None
+        return absent
     if re.fullmatch(r"-?\d{1,18}", plain, re.ASCII) is None:
         raise UsageError(f"{name} {plain[:80]!r} is not a whole number")
     return int(plain)

@@ -22,7 +22,7 @@ from torch import Tensor
 from everystep import numerics
 from everystep.errors import DamageWarning, EverystepError, RunError
 from everystep.page.child_process import Message, Speaker, limit_memory, memory_message, status_of
-from everystep.page.regions import histogram, npy, regions
+from everystep.page.regions import histogram, npy, region
 from everystep.recording.database import FILE_NAME
 from everystep.replay.opened_step import Step
 from everystep.replay.processes import end_with_stdin
@@ -160,8 +160,8 @@ def _tensor(step: Step, run: Run, asked: dict[str, Any]) -> Tensor:
 
 
 def _numbers(step: Step, run: Run, asked: dict[str, Any]) -> Found:
-    wanted = (asked[key] for key in ("index", "count", "rows", "columns", "most"))
-    return regions(_tensor(step, run, asked), *wanted)
+    wanted = (asked[key] for key in ("index", "rows", "columns", "most", "count"))
+    return region(_tensor(step, run, asked), *wanted)
 
 
 def _why(step: Step, run: Run, asked: dict[str, Any]) -> dict[str, Any]:

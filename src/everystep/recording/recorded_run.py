@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
@@ -38,11 +37,12 @@ from everystep.recording.health import (
 )
 from everystep.recording.lock import is_locked
 from everystep.recording.snapshots import SnapshotRow, read_snapshot
+from everystep.recording.step_columns import numbers_at, step_columns
 from everystep.recording.summary import Summary, in_own_precision, summary_of
-from everystep.recording.texts import column_title
 
 if TYPE_CHECKING:
     import polars
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from everystep.recording.blocks import Series
@@ -158,7 +158,7 @@ class RecordedRun:
         """The runs with the losses to show for this one: of rank 0, all ranks that can be read."""
         if self.known_ranks is not None and not self.known_ranks.rank:
             with suppress(RunError):
-                return self.ranks
+                return [each for each in self.ranks if each.facts]  # raises if it is unreadable
         return [self]
 
     @cached_property
@@ -260,68 +260,53 @@ class RecordedRun:
 
     def measured(self, name: str) -> dict[int, float]:
         """Return the values of one measurement by step, in order."""
-        series = series_of(name)
-        with reading(self._database_path) as database:
-            steps, values = database.series(series)
-            found = number_findings(database, {series: (steps, values)}, only=series)
-        self._warn_of(found)
+        steps, values = self._checked_series(series_of(name))
         return dict(zip(steps.tolist(), values.tolist(), strict=True))
 
+    def _checked_series(self, name: str) -> Series:
+        with reading(self._database_path) as database:
+            series = database.series(name)
+            found = number_findings(database, {name: series}, only=name)
+        self._warn_of(found)
+        return series
+
     def table_frame(self, last: int | None = None) -> polars.DataFrame:
-        """Return the losses of all or the last steps, if any, with a column for each measurement.
-
-        The run of rank 0 has a column for the losses of each other rank: `loss (rank 1)`.
-
-        A step without a measurement has null there; a learning rate, recorded where it changes, is that
-        of each step. Measurements of state 0, before the first step, have no row.
-        """
+        """Return `table_columns` as a frame, null where there is no number."""
         import polars as pl
 
-        columns = self.table_columns(last)
-        loss = pl.Series(columns.get("loss", [0.0])).dtype
-        measured = {
-            name: loss if name.startswith("loss (rank ") else pl.Float64
-            for name in columns
-            if name not in ("step", "loss")
-        }
-        return pl.DataFrame(columns, schema_overrides=measured)
+        return pl.DataFrame(self.table_columns(last))
 
-    def table_columns(self, last: int | None = None) -> dict[str, Any]:
-        """Return the columns of `table_frame`: `step` and `loss` as arrays (steps), each measurement as
-        a list of numbers, None if there is none; and so the losses of other ranks. A run without losses
-        has no `loss`.
+    def table_columns(self, last: int | None = None) -> dict[str, NDArray[Any]]:
+        """Return the table of all or the last steps, if any: its columns by title, as arrays (steps).
+
+        `step`, `loss` (unless the run logs none), in the run of rank 0 the losses of each other rank,
+        and each measurement; masked where there is no number.
         """
         found = self._last_numbers(last)
-        steps, losses = found.pop(LOSS)
-        columns: dict[str, Any] = {"step": steps}
+        steps, ranks = found[LOSS][0], self.shown_ranks
         first = int(steps[0]) if len(steps) else 1
-        if self.facts.has_loss:
-            columns["loss"] = losses
-            for rank, run in enumerate(self.shown_ranks[1:], start=1):
-                own = run.losses_between(first, first + len(steps) - 1)
-                taken = [(each.last, each.training.ranks) for each in run.facts.earlier]
-                # Before the last of these, there was no such rank.
-                others = [last for last, of in taken if of is None or of.rank != rank]
-                missing = max(0, max(others, default=0) - first + 1)
-                shown = [None] * min(missing, len(own)) + own[missing:]
-                columns[f"loss (rank {rank})"] = [*shown, *[None] * (len(steps) - len(own))]
-        measured = {
-            series.partition("/")[2]: dict(zip(at.tolist(), values.tolist(), strict=True))
-            for series, (at, values) in found.items()
-        }
-        settings = {*filter(self.facts.is_setting, self.measurement_names)}
-        if last is not None:  # one may hold that changed long before
-            measured |= {name: self.measured(name) for name in settings}
-        for name, of_steps in measured.items():
-            column = [*map(of_steps.get, range(first, first + len(steps)))]
-            if name in settings:
-                before = [value for step, value in of_steps.items() if step < first][-1:]
-                values = [*before, *column]
-                held: Iterable[Any] = accumulate(values, lambda old, now: old if now is None else now)
-                column = [*held][len(before) :]
-            if last is None or any(value is not None for value in column):
-                columns[column_title(name)] = column
+        columns: dict[str, Any] = {"step": steps}
+        for title, measured, rank, holds in step_columns(self.facts, self.measurement_names, len(ranks)):
+            name = LOSS if measured is None else series_of(measured)
+            if rank:
+                series = ranks[rank].losses_as_rank(first, first + len(steps) - 1)
+            elif holds and last is not None:
+                series = self._checked_series(name)  # it may have changed long before
+            else:
+                series = found.get(name, (steps[:0], steps[:0].astype("float64")))
+            columns[title] = numbers_at(series, steps, holds=holds)
         return columns
+
+    def losses_as_rank(self, first: int, last: int) -> Series:
+        """Return the losses of those of steps `first` to `last` that it took as the rank that it is."""
+        import numpy as np
+
+        own = self.known_ranks
+        for _, end, trained in self.stretches[:-1]:
+            if trained.ranks is None or own is None or trained.ranks.rank != own.rank:
+                first = max(first, (end or 0) + 1)  # until then, there was no such rank
+        losses = self._read(lambda database: database.losses(first, last))
+        return np.arange(first, first + len(losses)), in_own_precision(losses, self.facts)
 
     @property
     def snapshots(self) -> list[int]:

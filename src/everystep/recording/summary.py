@@ -1,4 +1,4 @@
-"""A run in one line, as lists of runs show it, and its numbers as arrays, read incrementally."""
+"""A run in one line, as lists of runs show it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from everystep.experiment.metrics import METRICS, VALIDATION
-from everystep.recording.blocks import LOSS, series_of
-from everystep.recording.database import FILE_NAME, Database, MeasurementEnds, reading
+from everystep.recording.blocks import LOSS
+from everystep.recording.database import Database
 from everystep.recording.facts import Facts, TrainingFacts
 
-__all__ = ["Numbers", "Summary", "in_own_precision", "read_numbers", "summary_of"]
+__all__ = ["Summary", "in_own_precision", "summary_of"]
 
 
 class Summary(NamedTuple):
@@ -104,37 +104,3 @@ def in_own_precision(losses: NDArray[np.float64], facts: Facts) -> NDArray[Any]:
         return losses
     with np.errstate(over="ignore"):
         return losses.astype(np.float32)
-
-
-class Numbers(NamedTuple):
-    """The numbers of a run by step, at one moment.
-
-    steps: the number of steps; losses: those requested, in their own precision; ends: of each
-    measurement; series: steps and values of the requested measurements.
-    """
-
-    facts: Facts
-    steps: int
-    losses: NDArray[Any]
-    ends: list[MeasurementEnds]
-    series: dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]]
-
-
-def read_numbers(directory: Path, after: int = 0, series: Mapping[str, int] | None = None) -> Numbers:
-    """Read the losses after a step, and the values after a step each of the measurements in `series`.
-
-    Raises:
-        RunError: the run is unreadable, or another program changed its database.
-    """
-    with reading(directory / FILE_NAME) as database:
-        losses, newest = database.losses(after + 1), database.newest_step()
-        facts = database.facts()
-        return Numbers(
-            facts=facts,
-            steps=newest,
-            losses=in_own_precision(losses, facts),
-            ends=database.measurement_ends(),
-            series={
-                name: database.series(series_of(name), step + 1) for name, step in (series or {}).items()
-            },
-        )

@@ -8,7 +8,6 @@ from typing import Any
 from everystep.recording.facts import Described, LossFacts, ModuleFacts, OptimizerFacts, SchedulerFacts
 
 __all__ = [
-    "column_title",
     "loss_text",
     "model_text",
     "number_text",
@@ -29,11 +28,6 @@ _Line = tuple[int, str]
 def processes_text(count: int) -> str:
     """Return how many processes train together."""
     return "one process" if count == 1 else f"{count} processes"
-
-
-def column_title(measurement: str) -> str:
-    """Return the title of a measurement's column; the columns of the losses keep their own."""
-    return f"{measurement} (measured)" if measurement in ("step", "loss") else measurement
 
 
 def model_text(modules: Mapping[str, ModuleFacts]) -> str:

@@ -14,7 +14,7 @@ from everystep.recording.directories import Space
 from everystep.recording.prune import Pruning
 from everystep.recording.summary import Summary
 from everystep.recording.texts import shortest
-from everystep.views.formatting import counted, cut, number, one_line, time_text
+from everystep.views.formatting import counted, cut, measured_text, number, one_line, time_text
 from everystep.views.plain import as_json, metric_data, plain_data, plain_number
 from everystep.views.terminal import Cell, Column, Page, Row, Styled, keyed, table_text
 
@@ -55,20 +55,16 @@ def losses_text(table: Mapping[str, Any], style: Literal["plain", "json"]) -> st
 
     table: `RecordedRun.table_columns`.
     """
-    values = {name: c if isinstance(c, list) else c.tolist() for name, c in table.items()}
-    count = len(next(iter(values.values()), []))
+
+    def text(value: float | None) -> str:
+        return "-" if value is None else shortest(value) if isinstance(value, float) else str(value)
+
+    shown = plain_data if style == "json" else text
+    columns = ([shown(value) for value in column.tolist()] for column in table.values())
+    rows = [dict(zip(table, row, strict=True)) for row in zip(*columns, strict=True)]
     if style == "json":
-        plain = {name: plain_data(column) for name, column in values.items()}
-        rows = [{name: column[place] for name, column in plain.items()} for place in range(count)]
         return as_json(rows) + "\n"
-    texts = {
-        name: [
-            str(each) if name == "step" else "-" if each is None else shortest(each) for each in column
-        ]
-        for name, column in values.items()
-    }
-    rows = [dict(zip(texts, row, strict=True)) for row in zip(*texts.values(), strict=True)]
-    return "\n".join([*table_text([keyed(name, is_number=True) for name in texts], rows), ""])
+    return "\n".join([*table_text([keyed(name, is_number=True) for name in table], rows), ""])
 
 
 def _status(run: Summary) -> Styled:
@@ -116,8 +112,7 @@ def sweep_text(sweep: Sweep, width: int | None = None) -> Text:
         return Column(path, lambda each: str(each.settings[path]), is_number=is_number)
 
     def best(each: SweepRun) -> str:
-        is_share = each.best is not None and metric_data(sweep.metric or "")["is_share"]
-        return f"{each.best:.2%}" if is_share else number(each.best)
+        return "" if each.best is None else measured_text(sweep.metric or "", each.best)
 
     def status(each: SweepRun) -> Cell:
         is_known = each.summary is not None and each.summary.status == each.status

@@ -22,7 +22,6 @@ from markupsafe import Markup
 
 from everystep.errors import UsageError
 from everystep.recording.recorded_run import RecordedRun
-from everystep.recording.texts import column_title
 from everystep.views.output_file import write_file
 from everystep.views.reduction import extremes
 
@@ -118,14 +117,7 @@ def loss_table(run: RecordedRun, rows: int = 100_000) -> LossTable:
     """
     if rows < FEWEST_ROWS:
         raise UsageError(f"rows must be at least {FEWEST_ROWS}, not {rows}")
-    losses, titles = run.losses, {name: column_title(name) for name in ("step", "loss")}
-    measured = run.measurements.with_columns(pl.col("name").replace(titles))
-    measured = measured.pivot("name", index="step", values="value")
-    frame = losses.join(measured, on="step", how="full", coalesce=True).sort("step")
-    settings = [*filter(run.facts.is_setting, measured.columns)]
-    frame = frame.with_columns(pl.col(settings).forward_fill())
-    if not run.facts.has_loss:
-        frame = frame.drop("loss")
+    frame = run.table_frame()
     total = len(frame)
     if total <= rows:
         return LossTable(run.name, frame, total, None, run.damage)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-import polars as pl
 from markupsafe import Markup
 
 from everystep.errors import size_text
@@ -72,14 +71,12 @@ def report_html(run: RecordedRun, opened: Markup | None = None, modules: Sequenc
     """
     table = loss_table(run, rows=ROWS)
     facts = run.facts
-    steps = table.frame.filter(pl.col("step") > 0)["step"]
-    count = int(steps[-1]) if len(steps) else 0
-    losses = table.frame.select("step", "loss").drop_nulls() if facts.has_loss else table.frame[:0]
+    losses = table.frame.select("step", "loss") if facts.has_loss else table.frame[:0]
     columns = [losses["step"].to_numpy(), losses[losses.columns[-1]].to_numpy()]
     return rendered(
         "report.html",
         name=run.name,
-        **state_data(run, facts, run.status, count),
+        **state_data(run, facts, run.status, table.total),
         **facts_data(facts),
         **landmarks(*columns),
         opened=opened,

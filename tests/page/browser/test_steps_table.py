@@ -305,6 +305,16 @@ def test_measurements_have_buttons_and_axes_of_their_own_which_everybody_can_rea
     expect_axe_finds_nothing_serious(page)
 
 
+def test_the_losses_of_other_ranks_share_the_axis_of_the_loss(copied, saved):
+    run = copied("chapter")
+    with changed(run) as database:
+        database.write_measurements([("loss (rank 1)", step, 2.0) for step in (1, 500)])
+    page = saved(run.name)
+    button = page.get_by_role("button", name="loss (rank 1)", exact=True)
+    expect(button).to_have_attribute("aria-pressed", "true")
+    expect(page.locator(".saved-plot .u-axis")).to_have_count(2)
+
+
 def test_on_paper_there_are_rows_without_controls(saved):
     page = saved("chapter")
     page.emulate_media(media="print")

@@ -56,20 +56,20 @@ def curve(request: Request) -> Response:
     columns = _columns(request)
     query = request.query_params
     steps, values = columns.curve(query.get("measurement") or None)
-    first = _whole(request, "first", int(steps[0]) if len(steps) else 1)
-    last = _whole(request, "last", int(steps[-1]) if len(steps) else columns.steps)
+    first = whole(query, "first", int(steps[0]) if len(steps) else 1)
+    last = whole(query, "last", int(steps[-1]) if len(steps) else columns.steps)
     shown = slice(*steps.searchsorted([first, last + 1]))
-    points = min(max(_whole(request, "points", POINTS), 2), MOST_POINTS)
+    points = min(max(whole(query, "points", POINTS), 2), MOST_POINTS)
     found = reduced(steps[shown], values[shown], points)
     return JSONResponse({"first": first, "last": last, "total": len(steps[shown]), **found})
 
 
 def table(request: Request) -> Response:
     """Answer with a page of the table of losses."""
-    start, length = _whole(request, "start", 0), _whole(request, "length", 10)
-    around = _whole(request, "around", 0) or None
-    wanted = wanted_of(request.query_params)
-    return JSONResponse(page_of(_columns(request), wanted, start, length, around))
+    query = request.query_params
+    start, length = whole(query, "start", 0), whole(query, "length", 10)
+    around = whole(query, "around", 0) or None
+    return JSONResponse(page_of(_columns(request), wanted_of(query), start, length, around))
 
 
 def csv(request: Request) -> Response:
@@ -112,11 +112,6 @@ def _columns(request: Request) -> RunColumns:
     state = request.app.state
     columns: RunColumns = state.columns.of(state.run_index.run(request.path_params["name"]))
     return columns
-
-
-def _whole(request: Request, name: str, default: int) -> int:
-    found = whole(name, request.query_params.get(name, ""))
-    return default if found is None else found
 
 
 routes = [

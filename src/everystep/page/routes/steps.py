@@ -12,11 +12,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from everystep.errors import UsageError
+from everystep.page.table_rows import whole
 from everystep.page.worker_client import Answer, Gone, NoAnswer, WorkerClient
 
 __all__ = ["routes"]
 
-_WHOLE = re.compile(r"\d{1,18}", re.ASCII)
 _RANGE = re.compile(r"(\d{1,18}):(\d{1,18})", re.ASCII)
 
 
@@ -27,11 +27,11 @@ QUESTIONS: dict[str, tuple[str, Callable[[Mapping[str, str]], dict[str, Any]]]] 
         "/tensor",
         lambda query: {
             "id": _id(query),
-            "index": _whole("index", query.get("index", "0")),
-            "count": _whole("count", query.get("count", "1")),
+            "index": whole(query, "index", 0),
+            "count": whole(query, "count", 1),
             "rows": _range("rows", query.get("rows")),
             "columns": _range("columns", query.get("columns")),
-            "most": _whole("most", query.get("most", "512")),
+            "most": whole(query, "most", 512),
         },
     ),
     "histogram": ("/histogram", lambda query: {"id": _id(query)}),
@@ -52,7 +52,7 @@ def _asking(kind: str) -> Callable[[Request], Awaitable[Response]]:
     """Return what answers a question about a step."""
 
     async def ask(request: Request) -> Response:
-        step = _whole("step", request.path_params["step"])
+        step = whole(request.path_params, "step", 0)
         asked = QUESTIONS[kind][1](request.query_params)
         state = request.app.state
         # Ranking rows may take seconds, and stepping must not wait for it.
@@ -65,7 +65,7 @@ def _asking(kind: str) -> Callable[[Request], Awaitable[Response]]:
 async def report(request: Request) -> Response:
     """Answer with a page to keep that needs no server, with the chosen steps inside."""
     texts = [text for text in request.query_params.get("steps", "").split(",") if text.strip()]
-    steps = [_whole("steps", text.strip()) for text in texts]
+    steps = [whole({"steps": text}, "steps", 0) for text in texts]
     # A separate worker, so that stepping need not wait for it.
     worker = WorkerClient(request.app.state.run_index.directory)
     try:
@@ -111,12 +111,6 @@ def _id(query: Mapping[str, str]) -> str:
     if not (id := query.get("id")):
         raise UsageError("no tensor given: add ?id=batch.x; the step's content lists its tensors")
     return id
-
-
-def _whole(label: str, text: str) -> int:
-    if not _WHOLE.fullmatch(text):
-        raise UsageError(f"{label} is {text!r:.80}; write a whole number from 0 on")
-    return int(text)
 
 
 def _range(label: str, text: str | None) -> tuple[int, int] | None:

@@ -15,7 +15,7 @@ export function lossLine(name, index, isAlone, source) {
 /** Return the line of a measurement that comes after other lines. */
 export function measuredLine(run, name, isRate, lines, source) {
   // Losses share the axis of the loss; each other measurement has its own, on the right.
-  const isLoss = name.endsWith("loss");
+  const isLoss = /loss(?: \(rank \d+\))?$/u.test(name);
   const isAlone = lines.filter(({ curve }) => curve.measurement === null).length === 1;
   const isNarrow = window.matchMedia("(max-width: 30rem)").matches;
   const isFirst = !lines.some((line) => line.isShown && line.scale !== "loss");

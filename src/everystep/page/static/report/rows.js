@@ -10,8 +10,7 @@ import { compared, numberOf } from "../shared/format.js";
 export function savedRows({ name, titles, columns }) {
   const [steps, ...texts] = columns;
   const numbers = [steps, ...texts.map((column) => column.map((text) => (text === "" ? null : numberOf(text))))];
-  // State 0 may have measurements, but no step comes before it.
-  const every = [...steps.keys()].filter((row) => steps[row] > 0);
+  const every = [...steps.keys()];
   const losses = numbers[titles.indexOf("loss")] ?? [];
   const rowOf = (row) => columns.map((column) => column[row]);
   const found = remembered((wanted) => sorted(filtered(every, steps, losses, wanted), numbers, titles, wanted));
