@@ -128,6 +128,40 @@ def test_dropped_sizes_are_reported(tmp_path):
     assert run[600].is_exact
 
 
+class Wandering(nn.Module):
+    """Layers in another order at each step."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(6, 6) for _ in range(9)])
+
+    def loss(self, given):
+        x, order = given
+        for place in order:
+            x = self.layers[place](x).tanh()
+        return x.square().mean()
+
+
+def _orders():
+    generator = np.random.default_rng(1)
+    return [
+        (torch.randn(3, 6), [int(n) for n in generator.permutation(9)[: generator.integers(4, 9)]])
+        for _ in range(100)
+    ]
+
+
+def test_steps_of_which_no_two_are_alike_are_within_the_budget_of_batches(tmp_path):
+    run = _recorded(Wandering, _orders, tmp_path / "run")
+    assert run.losses["loss"].to_list() == _by_hand(Wandering, _orders, [0.05] * 100)
+    assert len([*(run.directory / "programs").iterdir()]) == 64
+    opened = everystep.open(run.directory)
+    assert opened.verify(progress=False, processes=1).is_exact
+    assert all(opened[step].is_exact for step in (1, 64, 65, 100)) and opened.damage is None
+    fork = run.fork(70, lr=0.01, progress=False)
+    assert fork.losses["loss"].to_list() == _by_hand(Wandering, _orders, [0.05] * 70 + [0.01] * 30)
+    assert everystep.open(fork.directory)[90].is_exact
+
+
 def _program():
     run = _recorded(Passing, _graphs)
     return Program.from_json((run.directory / "programs" / "2.json").read_text())

@@ -19,6 +19,7 @@ from everystep.errors import ProgramError
 from everystep.program.number_slots import slot_names
 from everystep.program.operation import DIMENSIONS, Operation, Storage, TensorSpec
 from everystep.program.operators import parameters
+from everystep.program.soundness import check_soundness, is_known_sound, note_sound
 from everystep.program.step_program import Program
 
 __all__ = ["packed_sizes", "resized", "sizes_of"]
@@ -46,10 +47,13 @@ def packed_sizes(sizes: Sequence[int], of: Sequence[int]) -> bytes:
     return zlib.compress(difference.tobytes(), 1)
 
 
-def resized(program: Program, packed: bytes) -> Program:
+def resized(program: Program, packed: bytes, key: bytes = b"") -> Program:
     """Return a program with the sizes of a step.
 
-    packed: as `packed_sizes` returns them; a stranger may have written them.
+    Args:
+        program: with its own sizes.
+        packed: as `packed_sizes` returns them; a stranger may have written them.
+        key: stands for the program (SHA-256 of its JSON) where it is noted that the result is sound.
 
     Raises:
         ProgramError: they are not sizes of this program.
@@ -67,8 +71,13 @@ def resized(program: Program, packed: bytes) -> Program:
         }
         tensors = {name: _tensor(each, left) for name, each in program.tensors.items()}
         operations = tuple([_operation(each, left) for each in program.operations])
-        parts = {key: getattr(program, key) for key in type(program).model_fields}
-        return Program(**parts | {"storages": storages, "tensors": tensors, "operations": operations})
+        parts = {name: getattr(program, name) for name in type(program).model_fields}
+        found = Program(**parts | {"storages": storages, "tensors": tensors, "operations": operations})
+        if not key or not is_known_sound(key + packed):
+            check_soundness(found.operations, found.tensors, found.storages)
+            if key:
+                note_sound(key + packed)
+        return found
     except (ValueError, zlib.error, OverflowError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise ProgramError(f"the sizes of the step do not fit its program: {reason!s:.400}") from None

@@ -33,6 +33,7 @@ from everystep.program.soundness import check_soundness, is_known_sound, note_so
 
 __all__ = [
     "FORMAT_VERSION",
+    "MOST_BYTES",
     "MOST_ENTRIES",
     "Operation",
     "Phase",

@@ -55,8 +55,8 @@ CREATE TABLE measurements (
 -- What repeats watched steps. A row is of `count` consecutive steps that have all of it in common.
 CREATE TABLE repeats (
     step INTEGER PRIMARY KEY,              -- the first of them
-    program INTEGER,                       -- programs/N.json, with the sizes of the step if it has any
-                                           -- (an input, see program/sizes.py); NULL: nothing repeats it
+    program INTEGER,                       -- programs/N.json; 0: among the inputs, which may have its
+                                           -- sizes, too; NULL: nothing repeats the steps
     numbers BLOB,                          -- of its operators and those that Python read: JSON, zlib
     inputs BLOB,                           -- what each step was given, by content: JSON, zlib
     count INTEGER NOT NULL                 -- from 1

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DEFAULT_BATCH_BUDGET",
     "DRAW",
+    "PROGRAM",
     "SIZES",
     "Given",
     "Inputs",
@@ -50,16 +51,19 @@ __all__ = [
     "given_of",
     "inputs_of",
     "packed",
+    "packed_program",
     "read_contents",
     "unpacked",
+    "unpacked_program",
 ]
 
 #: Bytes of batches and other inputs that a run may keep, by default.
 DEFAULT_BATCH_BUDGET = 2_000_000_000
 #: Prefix of the names of random generators before a batch was drawn: a resume needs them, no replay.
 DRAW = "draw/"
-#: The name of the sizes of a step, where others have its program with other sizes.
-SIZES = "sizes"
+#: The names of the sizes of a step, where others have its program with other sizes; and of the program
+#: itself, of a run with too many for a file of each.
+SIZES, PROGRAM = "sizes", "program"
 #: The budget is divided into so many files.
 FILES = 16
 #: Rows of fewer bytes than this get no digests of their own.
@@ -93,6 +97,29 @@ def _compressed(text: str) -> bytes:
     return zlib.compress(text.encode(), 1)  # the numbers of most steps are those of the step before
 
 
+def packed_program(text: str) -> Tensor:
+    """Return the JSON of a program as an input of a step (bytes,) uint8."""
+    import torch
+
+    return torch.frombuffer(bytearray(zlib.compress(text.encode(), 1)), dtype=torch.uint8)
+
+
+def unpacked_program(content: bytes, limit: int) -> bytes:
+    """Return the JSON that `packed_program` packed. limit: the most bytes.
+
+    Raises:
+        ValueError: it is longer, or something else.
+    """
+    try:
+        machine = zlib.decompressobj()
+        text = machine.decompress(content, limit)
+        if machine.unconsumed_tail or not machine.eof:
+            raise ValueError("it is too long, or cut off")
+    except zlib.error as error:
+        raise ValueError(str(error)) from None
+    return text
+
+
 def unpacked(content: bytes | None, what: str, limit: int = 256_000_000) -> Any:
     """Return the argument of `packed`; None for None.
 
@@ -115,8 +142,8 @@ def unpacked(content: bytes | None, what: str, limit: int = 256_000_000) -> Any:
 class Inputs(NamedTuple):
     """The inputs of a step.
 
-    given: by `batch/name` and `input/name`, and `sizes`; nesting: of the batch; digests: of the state
-    after the step, by name, if it has any.
+    given: by `batch/name` and `input/name`, and `sizes` and `program`; nesting: of the batch; digests:
+    of the state after the step, by name, if it has any.
     """
 
     given: dict[str, Given]

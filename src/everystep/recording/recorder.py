@@ -44,7 +44,6 @@ from everystep.recording.texts import processes_text
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from everystep.program.step_program import Program
     from everystep.step.state import State
 
 __all__ = ["Recorder"]
@@ -176,10 +175,10 @@ class Recorder:
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         self._write_data(tensors, name)
 
-    def program(self, program: Program) -> int:
-        """Write a program; return its number in the run."""
+    def program(self, text: str) -> int:
+        """Write the JSON of a program; return its number in the run."""
         self.program_count += 1
-        self._write_program(self.program_count, program)
+        self._write_program(self.program_count, text.encode())
         return self.program_count
 
     @_in_thread
@@ -539,16 +538,12 @@ class Recorder:
             self._database.write_facts(last)
 
     @_in_thread
-    def _write_program(self, number: int, program: Program) -> None:
-        from everystep.program.soundness import note_sound
-
+    def _write_program(self, number: int, text: bytes) -> None:
         (self._home.here / PROGRAMS).mkdir(exist_ok=True)
-        text = program.to_json().encode()
         file = program_file(number)
         write_whole(self._home.here / file, text)
         with self._database.transaction():
             self._database.enter([row_of_file(file, text)])
-        note_sound(text)  # it comes from torch itself, not from a stranger
 
     @_in_thread
     def _write_data(self, tensors: dict[str, Tensor], name: str) -> None:

@@ -107,7 +107,7 @@ class ChangedSteps(RecordedSteps):
             return known._replace(step=number)
         given, tensors = self.given(row), self.stored(row)
         program = None if row.program is None else self.written(row.program)
-        tensors |= self.sizes(row)
+        tensors |= self.stored_program(row)
         size = sum(tensor.nbytes for tensor in tensors.values())
         recorded, own = self.all_numbers(row), self.numbers(row)
         numbers = [*recorded[: len(recorded) - len(own)], *own]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from hashlib import sha256
 
 import torch
 from torch import Tensor
@@ -17,8 +18,16 @@ from everystep.program.interpreter import Interpreter
 from everystep.program.memory import check_memory, copy_on_cpu
 from everystep.program.precision import Precision
 from everystep.program.sizes import resized
-from everystep.program.step_program import Program
-from everystep.recording.contents import SIZES, Given, Inputs, inputs_of, unpacked
+from everystep.program.step_program import MOST_BYTES, Program
+from everystep.recording.contents import (
+    PROGRAM,
+    SIZES,
+    Given,
+    Inputs,
+    inputs_of,
+    unpacked,
+    unpacked_program,
+)
 from everystep.recording.database import Repeat, cut
 from everystep.recording.files import bytes_of, program_file
 from everystep.recording.keep import kept_text
@@ -44,10 +53,14 @@ KEPT_BYTES = 64_000_000
 AHEAD_BYTES = 16_000_000
 #: Steps with their inputs decoded.
 KEPT_STEPS = 512
-#: Programs in memory, of a run with many.
-KEPT_PROGRAMS = 256
-#: Programs with the sizes of a step have numbers from here on.
-_FIRST_RESIZED = 2**40
+#: Programs in memory, of a run with many; and those from which others are made, by other sizes.
+KEPT_PROGRAMS, KEPT_SHARED = 256, 64
+#: Programs with the sizes of a step, or that are among its inputs, have numbers from here on.
+_FIRST_OF_STEPS = 2**40
+
+
+#: A program that steps share: its number, and where it is among the inputs of steps.
+_Shared = tuple[int, Given | None]
 
 
 class NotReplayedError(RunError):
@@ -89,9 +102,10 @@ class RecordedSteps:
         #: Those of programs with tensors that move, where they lie in the last steps.
         self._placed: dict[tuple[int, bytes | None], Interpreter] = {}
         self._recorded: dict[int, Program] = {}
-        #: The program and the sizes, of each program with the sizes of a step; and its number.
-        self._sized: list[tuple[int, Given]] = []
-        self._number_of: dict[tuple[int, Given], int] = {}
+        #: Of each such program: the one that steps share, and the sizes; and its number.
+        self._of_steps: list[tuple[_Shared, Given | None]] = []
+        self._number_of: dict[tuple[_Shared, Given | None], int] = {}
+        self._shared: dict[_Shared, tuple[Program, bytes]] = {}
         self._rows: dict[int, Repeat] = {}
         self._losses: dict[int, float] = {}
         self._given: dict[bytes | None, Inputs] = {}
@@ -111,7 +125,7 @@ class RecordedSteps:
             with _reading():
                 rows = cut(self.run.repeats(number, last), number, last)
             steps = ((row, row.step + place) for row in rows for place in range(row.count))
-            self._rows = {s: self._resized(row)._replace(step=s, count=1) for row, s in steps}
+            self._rows = {s: self._with_program(row)._replace(step=s, count=1) for row, s in steps}
         if number not in self._rows:
             check_kept(self.run, number)
             raise NotReplayedError(
@@ -119,20 +133,24 @@ class RecordedSteps:
             )
         return self._rows[number]
 
-    def _resized(self, row: Repeat) -> Repeat:
-        """Return a row that has its program with its own sizes, if it has any."""
-        given = None if row.program is None else self.given(row).given.get(SIZES)
-        if given is None or row.program is None or row.program >= _FIRST_RESIZED:
+    def _with_program(self, row: Repeat) -> Repeat:
+        """Return a row that has the program of its step: with its sizes, and from its inputs."""
+        if row.program is None:
             return row
-        key = row.program, given
+        if row.program >= _FIRST_OF_STEPS:
+            return row._replace(program=0)  # which no run has
+        given = self.given(row).given
+        key = (row.program, given.get(PROGRAM)), given.get(SIZES)
+        if key == ((row.program, None), None):
+            return row
         if key not in self._number_of:
-            self._number_of[key] = _FIRST_RESIZED + len(self._sized)
-            self._sized.append(key)
+            self._number_of[key] = _FIRST_OF_STEPS + len(self._of_steps)
+            self._of_steps.append(key)
         return row._replace(program=self._number_of[key])
 
     def written(self, number: int) -> int:
-        """Return the number that a program of a row has in the run, where steps share it."""
-        return number if number < _FIRST_RESIZED else self._sized[number - _FIRST_RESIZED][0]
+        """Return the number that the program of a row has in the run."""
+        return number if number < _FIRST_OF_STEPS else self._of_steps[number - _FIRST_OF_STEPS][0][0]
 
     def ahead(self, first: int, last: int) -> list[Repeat]:
         """Return the rows of the next steps, as far as they have been read."""
@@ -179,11 +197,30 @@ class RecordedSteps:
         return self._programs[number]
 
     def _read_program(self, number: int) -> Program:
-        program = read_program(self.run, self.written(number))
-        if number < _FIRST_RESIZED:
+        if number < _FIRST_OF_STEPS:
+            return read_program(self.run, number)
+        shared, sizes = self._of_steps[number - _FIRST_OF_STEPS]
+        if shared not in self._shared:
+            if len(self._shared) >= KEPT_SHARED:
+                self._shared.clear()
+            self._shared[shared] = self._read_shared(*shared)
+        program, key = self._shared[shared]
+        if sizes is None:
             return program
-        _, given = self._sized[number - _FIRST_RESIZED]
-        return resized(program, bytes_of(self._content(given, f"an input of {self.run.name}")))
+        packed = bytes(bytes_of(self._content(sizes, f"an input of {self.run.name}", SIZES)))
+        return resized(program, packed, key)
+
+    def _read_shared(self, number: int, given: Given | None) -> tuple[Program, bytes]:
+        """Return a program that steps share, and what stands for it."""
+        if given is None:
+            content = self.run.read_file(program_file(number))
+            return read_program(self.run, number), sha256(content).digest()
+        packed = bytes_of(self._content(given, f"an input of {self.run.name}", PROGRAM))
+        try:
+            text = unpacked_program(packed, MOST_BYTES)
+        except ValueError as error:
+            raise ProgramError(f"a program of {self.run.name} cannot be read: {error}") from None
+        return Program.from_json(text), sha256(text).digest()
 
     def numbers(self, row: Repeat) -> list[int | float]:
         """Return the numbers of the operations of a step."""
@@ -254,7 +291,8 @@ class RecordedSteps:
     def stored(self, row: Repeat) -> dict[str, Tensor]:
         """Return the inputs of a step that the run holds by content, as recorded."""
         found = {}
-        wanted = {name: each for name, each in self.given(row).opens_with.items() if name != SIZES}
+        needed = self.given(row).opens_with
+        wanted = {name: each for name, each in needed.items() if name not in (PROGRAM, SIZES)}
         with _reading():
             self._read(wanted.values())
         for name, given in wanted.items():
@@ -266,12 +304,13 @@ class RecordedSteps:
             found[name] = content.view(DTYPES[given.dtype]).reshape(shape)
         return found
 
-    def sizes(self, row: Repeat) -> dict[str, Tensor]:
-        """Return the sizes of a step as the run keeps them (bytes,) uint8, by the name of this input."""
-        given = self.given(row).given.get(SIZES)
-        return {} if given is None else {SIZES: self._content(given, described(self.run, row), SIZES)}
+    def stored_program(self, row: Repeat) -> dict[str, Tensor]:
+        """Return the program of a step and its sizes (bytes,) uint8, if they are among its inputs."""
+        given = {name: each for name, each in self.given(row).given.items() if name in (PROGRAM, SIZES)}
+        what = described(self.run, row)
+        return {name: self._content(each, what, name) for name, each in given.items()}
 
-    def _content(self, given: Given, what: str, name: str = SIZES) -> Tensor:
+    def _content(self, given: Given, what: str, name: str) -> Tensor:
         """Return the bytes of an input (bytes,) uint8. what, name: for an error."""
         with _reading():
             self._read([given])

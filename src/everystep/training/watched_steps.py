@@ -6,6 +6,7 @@ takes, torch's hooks tell which module and optimizer runs, and each step becomes
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -18,7 +19,8 @@ from everystep import clock
 from everystep.errors import say
 from everystep.program.operators import NotAllowedError
 from everystep.program.sizes import packed_sizes, sizes_of
-from everystep.recording.contents import SIZES, Taken, digest_of
+from everystep.program.soundness import note_sound
+from everystep.recording.contents import PROGRAM, SIZES, Taken, digest_of, packed_program
 from everystep.recording.recorder import Recorder
 from everystep.step.build import BuiltPath, NotCapturableError, Origins, build_path
 from everystep.step.cursor import Cursor
@@ -41,7 +43,9 @@ __all__ = ["WatchedSteps"]
 
 #: Paths with a known program, some kB each; forms of them, some ten; programs in memory, of those that
 #: somebody asks for.
-MOST_PATHS, MOST_FORMS, MOST_PROGRAMS = 10_000, 2000, 200
+MOST_PATHS, MOST_FORMS, MOST_PROGRAMS = 2000, 2000, 200
+#: Programs with a file of their own; others are inputs of their steps, within the budget of batches.
+MOST_FILES = 64
 #: Digests of the state are computed if that takes at most this share of the time so far, at so many
 #: bytes per second.
 DIGEST_SHARE = 0.01
@@ -52,34 +56,38 @@ class WrittenProgram(NamedTuple):
     """A program of the run: its number, and what the rows of its steps need of it.
 
     numbers_kept: as of `BuiltPath`; inputs: the number of each input's storage in the path, and how many
-    bytes the program has of it; gradients: those of the step before that it uses; sizes: as the run
-    keeps them (bytes,) uint8, None for those of the program itself.
+    bytes the program has of it; gradients: those of the step before that it uses; shared: the program
+    and its sizes as inputs of a step, where the run keeps them so (bytes,) uint8.
     """
 
     number: int
     numbers_kept: tuple[int, ...]
     inputs: dict[str, tuple[int, int]]
     gradients: frozenset[str]
-    sizes: Tensor | None = None
+    shared: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Form(NamedTuple):
     """What all paths of one form have in common.
 
-    program: of the first of them; origins: of its parts; sizes: those of the first path, in its order.
+    program: of the first of them; origins: of its parts; sizes: those of the first path, in its order;
+    key: stands for the program, see `resized`.
     """
 
     program: WrittenProgram
     origins: Origins
     sizes: Sequence[int]
+    key: bytes
 
     def resized(self, path: Path) -> WrittenProgram:
         """Return the program of another path of the form."""
         sizes, storages = self.origins.sizes(path), self.origins.storages
         size_of = {place: size for (place, _), size in zip(storages, sizes, strict=False)}
         inputs = {name: (place, size_of[place]) for name, (place, _) in self.program.inputs.items()}
-        packed = torch.frombuffer(bytearray(packed_sizes(sizes, self.sizes)), dtype=torch.uint8)
-        return self.program._replace(inputs=inputs, sizes=packed)
+        packed = packed_sizes(sizes, self.sizes)
+        note_sound(self.key + packed)  # it comes from torch itself, not from a stranger
+        content = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+        return self.program._replace(inputs=inputs, shared={**self.program.shared, SIZES: content})
 
 
 class WatchedSteps:
@@ -263,8 +271,7 @@ class WatchedSteps:
                 inputs[f"input/{name}"] = content if rows == 1 else content.view(rows, -1)
                 if cut is not None:
                     cuts[f"input/{name}"] = cut
-        if known.sizes is not None:
-            inputs[SIZES] = known.sizes
+        inputs |= known.shared
         for draw, generator in watch.generators.items():
             # A replay has the generator as the last draw left it, in this step or one before.
             if draw or not torch.equal(generator, self._generator):
@@ -296,14 +303,20 @@ class WatchedSteps:
         self._newest = path, built
         program, count = built.program, len(self.programs) + 1
         self.notices.of_program(step, built)
-        number = count if self._writer is None else self._writer.program(program)
-        self.programs.append(number)
+        text, shared = program.to_json(), dict[str, Tensor]()
+        note_sound(text.encode())
+        if count > MOST_FILES:
+            number, shared = 0, {PROGRAM: packed_program(text)}
+        else:
+            number = count if self._writer is None else self._writer.program(text)
+            self.programs.append(number)
         inputs = {name: (place, program.storages[name].bytes) for name, place in built.inputs.items()}
         gradients = frozenset(name for name in program.state_names if name.startswith("gradient/"))
-        written = WrittenProgram(number, built.numbers_kept, inputs, gradients)
+        written = WrittenProgram(number, built.numbers_kept, inputs, gradients, shared)
         sizes = sizes_of(program)
         if built.origins.sizes(path) == sizes:
-            self._forms[path.form] = Form(written, built.origins, sizes)
+            key = hashlib.sha256(text.encode()).digest()
+            self._forms[path.form] = Form(written, built.origins, sizes, key)
             if len(self._forms) > MOST_FORMS:
                 del self._forms[next(iter(self._forms))]
         return written
