@@ -127,7 +127,7 @@ def _print_row(name: str, source: str, run: everystep.Run, place: dict[str, Any]
     first = "none"
     if found.operation is not None and found.operation.one is not None:
         operator = found.operation.one.operation.operator
-        first = f"#{found.operation.index} of step {found.parts_at}, {operator.split('.')[1]}"
+        first = f"#{found.operation.index} of step {found.diverges_at}, {operator.split('.')[1]}"
     elif found.place.precision is not None:
         first = "-"
     what = ", ".join(f"{key} {value}" for key, value in place.items())

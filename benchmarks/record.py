@@ -38,15 +38,16 @@ WARM_UP = 10
 class Loop(NamedTuple):
     """A training as a loop has it: its model and optimizer, a batch, and the loss of it.
 
-    draws: makes the batch within the step; None: the loop has it.
+    batch: what the model takes, in a tuple if it is several, and the targets; draws: makes the batch
+    within the step; None: the loop has it.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    batch: tuple[Tensor, Tensor]
+    batch: tuple[Any, Tensor]
     loss: Callable[[Tensor, Tensor], Tensor]
     steps: int
-    draws: Callable[[], tuple[Tensor, Tensor]] | None = None
+    draws: Callable[[], tuple[Any, Tensor]] | None = None
 
 
 def chapter() -> Loop:
@@ -128,6 +129,63 @@ def _of_text(steps: int, shortest: int) -> Loop:
     return Loop(model, optimizer, draws(), loss, steps, draws)
 
 
+class _Messages(nn.Module):
+    """Two rounds of messages along the edges of a graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(16, 64), nn.Linear(64, 64)])
+        self.head = nn.Linear(64, 2)
+
+    def forward(self, nodes: Tensor, edges: Tensor) -> Tensor:
+        for layer in self.layers:
+            sent = layer(nodes)[edges[0]]
+            received = torch.zeros(len(nodes), 64, device=nodes.device)
+            nodes = received.index_add(0, edges[1], sent).relu()
+        return self.head(nodes)  # type: ignore[no-any-return]
+
+
+def graphs() -> Loop:
+    """Messages on a graph of any size, drawn within the step."""
+    model = _Messages()
+
+    def draws() -> tuple[Any, Tensor]:
+        size = int(torch.randint(200, 600, ()))
+        edges = torch.randint(size, (2, int(torch.randint(2 * size, 4 * size, ()))))
+        return (torch.randn(size, 16), edges), torch.randint(2, (size,))
+
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    return Loop(model, optimizer, draws(), functional.cross_entropy, 300, draws)
+
+
+class _Packed(nn.Module):
+    """A GRU on sequences of many lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, 32)
+        self.layer = nn.GRU(32, 64, batch_first=True)
+        self.head = nn.Linear(64, 2)
+
+    def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        given = self.embedding(ids), lengths.cpu()
+        packed = nn.utils.rnn.pack_padded_sequence(*given, batch_first=True, enforce_sorted=False)
+        _, last = self.layer(packed)
+        return self.head(last[-1])  # type: ignore[no-any-return]
+
+
+def packed() -> Loop:
+    """A GRU on 16 packed sequences of 5 to 40, drawn within the step."""
+    model = _Packed()
+
+    def draws() -> tuple[Any, Tensor]:
+        lengths = torch.randint(5, 41, (16,))
+        return (torch.randint(50, (16, int(lengths.max()))), lengths), torch.randint(2, (16,))
+
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    return Loop(model, optimizer, draws(), functional.cross_entropy, 150, draws)
+
+
 class _Block(nn.Module):
     """A block of a ResNet: two convolutions, and a way around them."""
 
@@ -167,7 +225,7 @@ def main() -> None:
     rounds = asked.rounds
     print("| | steps | plain, ms a step | recorded | ratio |")
     print("| --- | --: | --: | --: | --: |")
-    for make in (chapter, digits, text, lengths, transformer, resnet):
+    for make in (chapter, digits, text, lengths, graphs, packed, transformer, resnet):
         _print_row(make, asked.device, rounds)
     print("\n| | steps | plain, s | model and loss, s | ratio |")
     print("| --- | --: | --: | --: | --: |")
@@ -215,8 +273,8 @@ def _as_model(loop: Loop, run: Path) -> None:
     )
 
 
-def _step(loop: Loop, x: Tensor, y: Tensor) -> Tensor:
-    loss = loop.loss(loop.model(x), y)
+def _step(loop: Loop, x: Any, y: Tensor) -> Tensor:
+    loss = loop.loss(loop.model(*x) if isinstance(x, tuple) else loop.model(x), y)
     loop.optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     loop.optimizer.step()
@@ -248,13 +306,13 @@ def _seconds(
     started, count = 0.0, 0
     for x, y in batches:
         if count == WARM_UP:
-            _wait(loop.batch[0].device)
+            _wait(loop.batch[1].device)
             started = time.perf_counter()
         count += 1
         if loop.draws is not None:
             x, y = loop.draws()
         log(_step(loop, x, y))
-    _wait(loop.batch[0].device)
+    _wait(loop.batch[1].device)
     return (time.perf_counter() - started) / (count - WARM_UP)
 
 

@@ -32,7 +32,7 @@ def test_a_number_of_a_tensor_and_those_that_went_in(run, server):
     assert (len(group["terms"]), group["count"]) == (8, 64)
     first, second = group["terms"][0]["numbers"].values()
     assert second["row"] == expected.groups[0].terms[0].numbers["mat2"].row
-    assert (first["goes_on"], second["goes_on"]) == (True, False)
+    assert (first["is_linked"], second["is_linked"]) == (True, False)
     following = asked(server, first["step"], of=first["name"])
     assert following["number"] == first
 

@@ -70,14 +70,14 @@ def test_it_names_the_first_operation_with_other_bits(compatible):
     assert not compatible.has_same_bits
     assert compatible.changed["mkl_cbwr"][1] == "COMPATIBLE"
     # The first matrix product of the first step rounds differently.
-    assert compatible.parts_at == 1
+    assert compatible.diverges_at == 1
     assert compatible.operation.index == 0
     assert compatible.operation.one.operation.operator == "aten.addmm.default"
     assert not compatible.operation.inputs
     text = compatible.to_text()
     assert "first difference: operation #0 of step 1, aten.addmm.default of module 0, forward" in text
     assert text.endswith("chapter differs from step 1 on")
-    assert json.loads(json.dumps(compatible.data()))["parts_at"] == 1
+    assert json.loads(json.dumps(compatible.data()))["diverges_at"] == 1
 
 
 def test_the_same_numerics_give_the_same_bits(chapter_run, everystep_command):
@@ -220,12 +220,12 @@ def test_an_interpreter_without_everystep_is_told_how_to_get_it(chapter_run, tmp
 def test_a_sentence_says_where_a_run_parts_and_by_how_much(compatible):
     losses = compatible.recorded.copy()
     losses[6] *= 1.25
-    found = rerun_sentence(replace(compatible, losses=losses, parts_at=2))
+    found = rerun_sentence(replace(compatible, losses=losses, diverges_at=2))
     assert found.startswith("chapter differs from step 2 on; farthest apart at step 7: ")
     assert found.endswith(", 0.25 of the recorded loss")
     double = replace(compatible, losses=losses, place=Conditions(precision="float64"))
     assert rerun_sentence(double).startswith("the losses in float64 are within 0.25 of those of chapter")
-    same = replace(compatible, losses=compatible.recorded, parts_at=None)
+    same = replace(compatible, losses=compatible.recorded, diverges_at=None)
     assert rerun_sentence(same) == "chapter is bit-identical under these conditions"
 
 

@@ -49,10 +49,10 @@ class Rerun(Shown):
 
     place: its conditions; changed: what bits depend on and differs there, by name, recorded
     and there; first: the first step; recorded, losses: of all steps (steps), recorded and there;
-    has_loss: whether the run has losses; parts_at: the first step with a different loss or state, None
-    if all bits are the same, or in another precision; operation: the first with different bits, in that
-    step; compared: steps that were compared from the recorded state before each; rounding: how far apart
-    numbers are by rounding alone; beyond: the first result of these steps that is farther apart;
+    has_loss: whether the run has losses; diverges_at: the first step with a different loss or state,
+    None if all bits are the same, or in another precision; operation: the first with different bits, in
+    that step; compared: steps that were compared from the recorded state before each; rounding: how far
+    apart numbers are by rounding alone; beyond: the first result of these steps that is farther apart;
     residue: the first result that is zero but for rounding: it is not among these; farthest: the
     operations that are farthest apart; others: losses of other runs that were asked for, by name;
     problems: what could not be compared, or was taken from the recording.
@@ -65,7 +65,7 @@ class Rerun(Shown):
     recorded: NDArray[np.float64]
     losses: NDArray[np.float64]
     has_loss: bool
-    parts_at: int | None
+    diverges_at: int | None
     operation: OperationDifference | None
     compared: tuple[int, ...]
     rounding: float
@@ -83,7 +83,7 @@ class Rerun(Shown):
     @property
     def has_same_bits(self) -> bool:
         """Whether all losses, and all states that could be compared, are bit-identical."""
-        return self.place.precision is None and self.parts_at is None and not self.relative.any()
+        return self.place.precision is None and self.diverges_at is None and not self.relative.any()
 
     @property
     def curves(self) -> dict[str, polars.DataFrame]:
@@ -138,9 +138,9 @@ def rerun(
         process.call(opened, run.directory.absolute(), opener.data, threads, conditions.precision)
         replayed = _replayed(process, run, (first, last), threads, on_progress)
         differ = range(0) if conditions.precision is not None else _suspicious(replayed)
-        operation, parts_at = None, _parting_step(opener, process, differ)
-        if parts_at is not None:
-            operation = _taken_twice(opener, process, parts_at).first_difference()
+        operation, diverges_at = None, _parting_step(opener, process, differ)
+        if diverges_at is not None:
+            operation = _taken_twice(opener, process, diverges_at).first_difference()
         size = max(1, opener.step(first).bytes)
         count = min(max(2, min(COMPARED, MOST_BYTES // size)), last - first + 1)
         steps = np.linspace(first, last, count).round().astype(int).tolist()
@@ -160,7 +160,7 @@ def rerun(
         recorded=recorded,
         losses=np.array([loss for each in replayed for loss in each.losses]),
         has_loss=facts.has_loss,
-        parts_at=parts_at,
+        diverges_at=diverges_at,
         operation=operation,
         compared=tuple(steps),
         rounding=limit,

@@ -73,13 +73,13 @@ _MOST_KILLED = 3
 def _say_killed(directories: list[Path]) -> None:
     """Print when the newest killed runs were killed, and how to continue them."""
     from everystep.recording.recorded_run import RecordedRun
-    from everystep.views.facts_text import ending, going_on
+    from everystep.views.facts_text import continue_with, ending
 
     found = [RecordedRun(directory) for directory in directories]
     for run in sorted(found, key=lambda run: run.last_written)[-_MOST_KILLED:]:
         facts = run.facts
         how = ending(run, facts, "killed", run.newest_step())
-        hint(f"{run.name}: {how}; resume with {going_on(run, facts)}")
+        hint(f"{run.name}: {how}; resume with {continue_with(run, facts)}")
 
 
 def losses(

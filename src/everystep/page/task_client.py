@@ -105,7 +105,7 @@ class Task:
         asyncio.get_running_loop().call_later(_PATIENCE, self._process.kill_now)
 
     @property
-    def goes_on(self) -> bool:
+    def is_active(self) -> bool:
         """Whether it is running, and was not stopped."""
         return not self.is_over and not self._is_stopped
 
@@ -145,7 +145,7 @@ class Tasks:
         # A process takes time to start: meanwhile, another request could begin the same task.
         async with self._beginning:
             for id, (task, _) in self._tasks.items():
-                if asked["task"] in QUESTIONS and task.asked == asked and task.goes_on:
+                if asked["task"] in QUESTIONS and task.asked == asked and task.is_active:
                     return id
             running = sum(not task.is_over for task, _ in self._tasks.values())
             if running >= MOST_AT_ONCE:

@@ -22,11 +22,9 @@ __all__ = ["KnownPaths"]
 
 #: Entries that are remembered, about 2.5 kB each: a loop of steps that all differ would fill the memory.
 _MOST_ENTRIES = 100_000
-#: Steps in a row with one kind of batch, such as packed sequences, that are unlike all before them,
-#: before later ones are not remembered; where that many were unlike in all, after two of a kind.
-_MOST_UNLIKE, _MOST_UNLIKE_IN_ALL, _MOST_UNLIKE_AFTER = 8, 32, 2
-#: Kinds of batches that are known, about 100 bytes each.
-_MOST_KINDS = 100_000
+#: Steps that are not remembered once memory was filled by steps that nothing followed, such as those of
+#: graphs of which no two are alike; then it is tried again.
+_NOT_REMEMBERED = 1000
 
 
 class KnownPaths:
@@ -51,9 +49,10 @@ class KnownPaths:
         self._after: dict[int, tuple[Ending, Entry, int]] = {}
         self.has_ranks = has_ranks()
         self.partly_read: set[tuple[int, torch.dtype]] = set()
-        #: How many steps in a row were unlike all before them: with each kind of batch, and in all.
-        self._unlike: dict[int, int] = {}
-        self._unlike_in_all = 0
+        #: Whether a step has followed most of another since the paths were forgotten; and how many steps
+        #: from here on are not remembered.
+        self._is_followed = False
+        self._not_remembered = 0
         self._handles = -1
         self._without_hooks: dict[int, Any] = {}
 
@@ -119,20 +118,18 @@ class KnownPaths:
         self._handles = handles()
         return False
 
-    def may_recur(self, kind: int) -> bool:
-        """Return whether a later step may well do what one with such a batch does. kind: its hash."""
-        is_after = self._unlike_in_all >= _MOST_UNLIKE_IN_ALL
-        # A batch that is new in this epoch may come again in the next one.
-        return self._unlike.get(kind, 0) < (_MOST_UNLIKE_AFTER if is_after else _MOST_UNLIKE)
+    def remembers_next(self) -> bool:
+        """Return whether the step that begins is remembered."""
+        self._not_remembered = max(0, self._not_remembered - 1)
+        return not self._not_remembered
 
-    def note_end(self, kind: int, *, is_known: bool) -> None:
-        """Note that a step has ended that is remembered. is_known: whether most of it was known."""
-        if len(self._unlike) >= _MOST_KINDS:
-            self._unlike.clear()
-        self._unlike[kind] = 0 if is_known else self._unlike.get(kind, 0) + 1
-        self._unlike_in_all = 0 if is_known else self._unlike_in_all + 1
+    def was_followed(self) -> None:
+        """Note that a step has followed most of another one."""
+        self._is_followed = True
 
     def make_room(self) -> None:
         """Forget all paths once they take too much memory; the next steps are new ones."""
         if self.size > _MOST_ENTRIES:
             self.size, self._roots, self._after = 0, {}, {}
+            self._not_remembered = 0 if self._is_followed else _NOT_REMEMBERED
+            self._is_followed = False

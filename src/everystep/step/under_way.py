@@ -109,8 +109,6 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         #: The calls that cut data out of tensors, by the memory of their results.
         self.gathered: dict[int, tuple[Any, Sequence[Any]]] = {}
         self.written_outside: dict[int, str] = {}
-        #: Of its first batch.
-        self._kind: int | None = None
         self.ending: Ending | None = None
         self.gradient_copies: GradientCopies | None = None
         self._origins: tuple[int, ...] = ()
@@ -134,7 +132,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         left: how the step before ended, if nothing has changed the state since.
         """
         self.paths.step = self
-        self.is_remembered = True
+        self.is_remembered = self.paths.remembers_next()
         known = self.paths.beginning_after(left)
         if known is not None:
             # If nothing has changed since the last step, the tensors need not be compared again.
@@ -152,7 +150,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         self.at = root
         self.tensors.begin(state, same, root)
         self._versions = versions.counts
-        self.is_followed = bool(root.children) or root.ending is not None
+        self.is_followed = self.is_remembered and (bool(root.children) or root.ending is not None)
 
     # What happens besides calls.
 
@@ -166,10 +164,6 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
                 self.leave()
             self.tensors.catch_up(self.at)
             key, numbers, new = self.tensors.batch(plain)
-            if self._kind is None:
-                self._kind = hash(key)
-                if self.is_remembered and not self.paths.may_recur(self._kind):
-                    self.leave()
             if not self.goes_on(key, new):
                 for tensor in new:
                     self.tensors.meet(tensor, "batch", is_named=True)
@@ -498,12 +492,11 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
                 if changes != ending.changes:
                     pairs = zip(state, changes, ending.changes, strict=True)
                     self.changed_unseen = [name for name, one, two in pairs if one != two]
-                self.paths.note_end(self._kind or 0, is_known=True)
+                self.paths.was_followed()
             else:
-                if self.is_remembered:
-                    known = 0 if self.followed is None else len(self.followed.from_root())
-                    is_known = 2 * known > len(self.at.from_root())
-                    self.paths.note_end(self._kind or 0, is_known=is_known)
+                known = 0 if self.followed is None else len(self.followed.from_root())
+                if 2 * known > len(self.at.from_root()):
+                    self.paths.was_followed()
                 self.is_followed = False
                 ending = self._write(state, versions, loss)
         self._origins = ending.origins

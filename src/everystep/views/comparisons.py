@@ -307,8 +307,8 @@ def rerun_text(found: Rerun) -> str:
 
 def rerun_sentence(found: Rerun) -> str:
     """Return the conclusion in a sentence: where a run diverges, and by how much at most."""
-    far = [line for line in _losses_text(found).splitlines() if line.startswith("farthest")]
-    return "; ".join([_rerun_verdict(found), *far])
+    differ = found.has_loss and found.relative.any()
+    return "; ".join([_rerun_verdict(found), *([_farthest_loss(found)] if differ else [])])
 
 
 def _losses_text(found: Rerun) -> str:
@@ -316,17 +316,18 @@ def _losses_text(found: Rerun) -> str:
         return "not logged; only the states are compared"
     if not found.relative.any():
         return f"all {len(found.losses):,} bit-identical"
-    first, far = int(np.flatnonzero(found.relative)[0]), int(found.relative.argmax())
-    lines = []
+    first, lines = int(np.flatnonzero(found.relative)[0]), []
     if found.place.precision is None:
         before = f"bit-identical up to step {found.first + first - 1:,}; " if first else ""
         lines.append(f"{before}step {found.first + first:,}: {_pair(found, first)}")
-    lines += [
-        f"farthest apart at step {found.first + far:,}: {_pair(found, far)}, "
-        f"{number(float(found.relative[far]))} of the recorded loss",
-        f"the last: {_pair(found, len(found.losses) - 1)}",
-    ]
+    lines += [_farthest_loss(found), f"the last: {_pair(found, len(found.losses) - 1)}"]
     return "\n".join(lines)
+
+
+def _farthest_loss(found: Rerun) -> str:
+    far = int(found.relative.argmax())
+    share = f"{number(float(found.relative[far]))} of the recorded loss"
+    return f"farthest apart at step {found.first + far:,}: {_pair(found, far)}, {share}"
 
 
 def _pair(found: Rerun, place: int) -> str:
@@ -429,6 +430,6 @@ def _rerun_verdict(found: Rerun) -> str:
         return f"{there} are within {far} of those of {found.name}, relative to these"
     if found.has_same_bits:
         return f"{found.name} is bit-identical under these conditions"
-    if found.parts_at is None:
+    if found.diverges_at is None:
         return f"{found.name} differs under these conditions, but its steps from recorded states do not"
-    return f"{found.name} differs from step {found.parts_at:,} on"
+    return f"{found.name} differs from step {found.diverges_at:,} on"

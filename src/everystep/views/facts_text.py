@@ -38,11 +38,11 @@ from everystep.views.formatting import counted, labelled, measured_text, number,
 
 __all__ = [
     "closing",
+    "continue_with",
     "ending",
     "engine_text",
     "facts_data",
     "facts_in_order",
-    "going_on",
     "header",
     "landmarks",
     "shortest_name",
@@ -225,7 +225,7 @@ def ending(run: RecordedRun, facts: Facts, status: str, steps: int) -> str | Non
     return None
 
 
-def going_on(run: RecordedRun, facts: Facts) -> str:
+def continue_with(run: RecordedRun, facts: Facts) -> str:
     """Return the command, or the call, that continues a training."""
     name = shortest_name(run.directory)
     trained = facts.trained
@@ -249,7 +249,7 @@ def state_data(run: RecordedRun, facts: Facts, status: str, steps: int) -> dict[
     return {
         "status": status,
         "ending": early,
-        "going_on": early and going_on(run, facts),
+        "continue_with": early and continue_with(run, facts),
         "note": facts.note,
         "steps": steps,
         "planned": steps if facts.steps is None else facts.steps,

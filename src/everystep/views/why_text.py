@@ -239,9 +239,9 @@ def _digits_text(value: Any) -> str:
 
 
 def _of_number(value: Number) -> dict[str, Any]:
-    goes_on = value.is_made or value.name.startswith(("parameters", "buffers", "tensors"))
-    goes_on &= value.rank is None and not value.name.endswith(".bits")
-    return {"text": exact_text(value), "goes_on": goes_on}
+    is_linked = value.is_made or value.name.startswith(("parameters", "buffers", "tensors"))
+    is_linked &= value.rank is None and not value.name.endswith(".bits")
+    return {"text": exact_text(value), "is_linked": is_linked}
 
 
 def _of_answer(value: Why) -> dict[str, Any]:

@@ -20,7 +20,7 @@ export class Banner {
   }
 
   update(about) {
-    const { ending, going_on: goingOn, nonfinite, damage } = about;
+    const { ending, continue_with: continueWith, nonfinite, damage } = about;
     this.about = about;
     this.host.hidden = !ending && !nonfinite && !damage;
     this.why.hidden = !nonfinite || this.#task !== null;
@@ -28,8 +28,8 @@ export class Banner {
     if (this.known === known) return; // keep a link that is about to be clicked
     this.known = known;
     const broken = damage ? [element("b", {}, damage), ending || nonfinite ? ". " : ""] : [];
-    const copying = copyMark(() => goingOn, "copy how to continue the training");
-    const continued = [`${ending}. To continue: `, element("code", {}, goingOn), copying, nonfinite ? " " : ""];
+    const copying = copyMark(() => continueWith, "copy how to continue the training");
+    const continued = [`${ending}. To continue: `, element("code", {}, continueWith), copying, nonfinite ? " " : ""];
     this.text.replaceChildren(...broken, ...(ending ? continued : []), ...this.#nonfinite(nonfinite));
   }
 

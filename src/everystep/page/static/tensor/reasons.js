@@ -100,7 +100,7 @@ export class Reasons {
   }
 
   #name(number) {
-    if (!number.goes_on) return element("span", {}, number.name);
+    if (!number.is_linked) return element("span", {}, number.name);
     const title = "where this number comes from";
     return button(number.name, () => this.#follow(number.step, { of: number.name }), { class: "plain", title });
   }
@@ -108,7 +108,7 @@ export class Reasons {
 
 // The numbers of a term, and its factors that are in no tensor.
 function numbersOf({ numbers, weights }) {
-  const others = Object.entries(weights).map(([name, value]) => ({ name, text: fullText(numberOf(value)), row: null, goes_on: false }));
+  const others = Object.entries(weights).map(([name, value]) => ({ name, text: fullText(numberOf(value)), row: null, is_linked: false }));
   return [...Object.values(numbers), ...others];
 }
 
