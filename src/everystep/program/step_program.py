@@ -149,11 +149,13 @@ class Program(StrictModel):
         """Return the program as JSON: a line for each storage, tensor and operation."""
         always = {"format": self.format, "version": self.version, "torch": self.torch}
         dumped = self.model_dump(exclude_defaults=True)
-        tensors = {
-            name: {k: v for k, v in t.items() if v != usual_geometry(name, t["shape"]).get(k)}
-            for name, t in dumped["tensors"].items()
-        }
-        return _readable(json_floats(always | dumped | {"tensors": tensors}))
+        for name, tensor in dumped["tensors"].items():
+            for key, value in usual_geometry(name, tensor["shape"]).items():
+                if tensor[key] == value:
+                    del tensor[key]
+        # Nothing else has floats.
+        dumped["operations"] = json_floats(dumped["operations"])
+        return _readable(always | dumped)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Program:
@@ -255,7 +257,7 @@ def _readable(data: dict[str, Any]) -> str:
         if value and isinstance(value, dict):
             entries = [f"{json.dumps(name)}: {json.dumps(item)}" for name, item in value.items()]
             text = "{\n  " + ",\n  ".join(entries) + "\n }"
-        elif value and isinstance(value, list):
+        elif value and isinstance(value, list | tuple):
             text = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
         else:
             text = json.dumps(value)
