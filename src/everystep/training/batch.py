@@ -90,9 +90,11 @@ class PutTensors:
 
     def note(self, batch: Any, path: str, given: Mapping[str, Tensor]) -> None:
         """Note what a batch has at the end of a step. given: its tensors as the step began, by path."""
-        if isinstance(batch, Tensor) or (type(batch) is tuple and all(map(_is_dense, batch))):
-            return  # they do not change
-        before = {id(tensor) for tensor in given.values()}
+        before = [id(tensor) for tensor in given.values()]
+        items = batch.values() if type(batch) is dict else batch
+        is_flat = type(batch) in (dict, list, tuple)
+        if isinstance(batch, Tensor) or (is_flat and [*map(id, items)] == before):
+            return  # most batches are as they were
         for name, tensor in unnested(batch, path)[0].items():
             # One that was moved to another device is the same data.
             if id(tensor) not in before and given.get(name, tensor).device == tensor.device:
