@@ -347,7 +347,9 @@ def test_other_numbers_for_python_and_unknown_rates_are_reported(tmp_path):
     unread = everystep.open(tmp_path / "no reads").what_if(4, lr=0.5, progress=False)
     assert unread.cases[0].differs_from is None  # that states differ is what was asked for
     assert "from step 6 on, Python could read different numbers" in found.to_text()
+    assert "the batches stay as recorded, also where your code computes them" in found.to_text()
     run = trained(tmp_path / "run")
+    assert "batches stay" not in run.what_if(4, lr=0.5, progress=False).to_text()  # they follow a rule
     for other in ({"without_rows": [2]}, {"relabel": {2: 1}}):
         with pytest.raises(UsageError, match="pass one of these: rows to leave out"):
             run.what_if(4, lr=0.5, **other, progress=False)

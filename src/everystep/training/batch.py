@@ -1,21 +1,25 @@
-"""Batches as loops have them: tensors in dicts, lists, tuples and dataclasses, in any nesting."""
+"""Batches as loops have them: tensors in dicts, lists, tuples and objects, in any nesting."""
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Mapping
+from contextlib import suppress
+from functools import lru_cache
+from types import MemberDescriptorType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from everystep.program.memory import ALIGNMENT
 from everystep.step.guards import PLAIN_TYPES
+from everystep.step.kept_values import is_aside, is_code
 from everystep.step.state import same_bits
 
-__all__ = ["BatchCopies", "key_of", "nested_again", "tensors_of", "unnested"]
+__all__ = ["BatchCopies", "PutTensors", "key_of", "nested_again", "tensors_of", "unnested"]
 
 #: Dtypes that travel between processes, too.
 _HELD = {
@@ -25,6 +29,10 @@ _HELD = {
 #: Copies that are kept to be compared; a loader that makes new tensors has no use for them.
 MOST_COPIES = 64
 _PLAIN = (bool, int, float, str, type(None))
+#: Objects that are not part of a batch, even where it leads to them.
+_WHOLE = (type, nn.Module, torch.optim.Optimizer, Dataset)
+#: Objects within each other that are looked into, and all their values: a batch may lead to a trainer.
+_DEEPEST, _MOST_VALUES = 6, 10_000
 
 
 class BatchCopies:
@@ -70,10 +78,43 @@ class _Copy(NamedTuple):
         return is_plain and same_bits(tensor, self.copy)
 
 
+class PutTensors:
+    """The tensors that a loop has put into its batches.
+
+    A batch that comes again has them. They are not data: a loop may compute them from the parameters,
+    and one that is resumed has not put them there yet.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, weakref.ref[Tensor]] = {}
+
+    def note(self, batch: Any, path: str, given: Mapping[str, Tensor]) -> None:
+        """Note what a batch has at the end of a step. given: its tensors as the step began, by path."""
+        before = [id(tensor) for tensor in given.values()]
+        items = batch.values() if type(batch) is dict else batch
+        is_flat = type(batch) in (dict, list, tuple)
+        if isinstance(batch, Tensor) or (is_flat and [*map(id, items)] == before):
+            return  # most batches are as they were
+        for name, tensor in unnested(batch, path)[0].items():
+            # One that was moved to another device is the same data.
+            if id(tensor) not in before and given.get(name, tensor).device == tensor.device:
+                self._known[id(tensor)] = weakref.ref(tensor)
+        if len(self._known) > MOST_COPIES:
+            self._known = {key: each for key, each in self._known.items() if each() is not None}
+
+    def without(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors without those that the loop has put into its batches."""
+        known = self._known
+        if not known:
+            return tensors
+        return {n: t for n, t in tensors.items() if id(t) not in known or known[id(t)]() is not t}
+
+
 def tensors_of(batch: Any) -> dict[str, Tensor]:
     """Return the tensors in a batch by their path; those of a pair are `x` and `y`, a lone one is `x`.
 
-    NumPy's arrays count as tensors, on the same memory. Other objects are left out.
+    NumPy's arrays count as tensors, on the same memory. Of an object, they are those in its attributes;
+    nothing of its class runs, unless it is a `Mapping`.
     """
     return unnested(batch)[0]
 
@@ -87,8 +128,9 @@ def unnested(batch: Any, path: str = "") -> tuple[dict[str, Tensor], Any]:
     if type(batch) in (list, tuple) and len(batch) in (1, 2) and all(map(_is_dense, batch)):
         tensors = {_join(path, n): _as_tensor(part) for n, part in zip("xy", batch, strict=False)}
         return tensors, {type(batch).__name__: [{"tensor": name} for name in tensors]}
-    tensors = {}
-    return tensors, _text(batch, path, tensors)
+    walk = _Walk()
+    text = walk.text(batch, path)
+    return walk.tensors, text
 
 
 def key_of(batch: Any, taken: Container[int] = ()) -> Any:
@@ -147,44 +189,92 @@ def _as_tensor(part: Tensor | np.ndarray[Any, Any]) -> Tensor:
     return part if isinstance(part, Tensor) else torch.from_numpy(np.ascontiguousarray(part))
 
 
-def _items(value: Any) -> Iterator[tuple[str, Any]] | None:
-    """Return the items of a container with their names; None for other objects."""
-    if isinstance(value, Mapping):
-        return ((str(key), item) for key, item in value.items())
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return iter(zip(value._fields, value, strict=True))
-    if isinstance(value, list | tuple):
-        return ((str(place), item) for place, item in enumerate(value))
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
-    data = getattr(value, "__dict__", {}).get("data")  # Hugging Face's BatchEncoding is a UserDict
-    return _items(data) if isinstance(data, Mapping) else None
-
-
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _text(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """Return how a value is nested; add its tensors to `tensors`."""
-    if isinstance(value, Tensor | np.ndarray):
-        if not _is_dense(value):
-            return {"left": f"{type(value).__name__} of {value.dtype}"}
-        name = path or "x"
-        while name in tensors:  # {"a.b": x, "a": {"b": y}}
-            name += "_"
-        tensors[name] = _as_tensor(value)
-        return {"tensor": name}
-    if isinstance(value, _PLAIN):
-        return value
-    items = _items(value)
-    if items is None:
-        return {"left": type(value).__name__}
-    inner: dict[str, Any] = {}
-    for name, item in items:
-        while name in inner:  # {1: x, "1": y}
-            name += "_"
-        inner[name] = _text(item, _join(path, name), tensors)
-    if type(value) in (list, tuple):
-        return {type(value).__name__: [*inner.values()]}
-    return {"dict": inner}
+class _Walk:
+    """Finds the tensors in a batch. tensors: by path."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._left = _MOST_VALUES
+
+    def text(self, value: Any, path: str, within: tuple[int, ...] = ()) -> Any:
+        """Return how a value is nested; add its tensors. within: the ids of objects that lead to it."""
+        if isinstance(value, Tensor | np.ndarray):
+            if not _is_dense(value):
+                return {"left": f"{type(value).__name__} of {value.dtype}"}
+            name = path or "x"
+            while name in self.tensors:  # {"a.b": x, "a": {"b": y}}
+                name += "_"
+            self.tensors[name] = _as_tensor(value)
+            return {"tensor": name}
+        if isinstance(value, _PLAIN):
+            return value
+        items, count = _items(value), None
+        if items is None and id(value) not in within and len(within) < _DEEPEST:
+            items, count = _attributes(value), len(self.tensors)
+            within = *within, id(value)
+        if within and items is not None:
+            self._left -= len(items)
+        if items is None or self._left < 0:
+            return {"left": type(value).__name__}
+        inner: dict[str, Any] = {}
+        for name, item in items:
+            while name in inner:  # {1: x, "1": y}
+                name += "_"
+            text = self.text(item, _join(path, name), within)
+            if count is None or text != {"left": type(item).__name__}:
+                inner[name] = text
+        if len(self.tensors) == count:  # an object that has nothing to do with tensors
+            return {"left": type(value).__name__}
+        if type(value) in (list, tuple):
+            return {type(value).__name__: [*inner.values()]}
+        return {"dict": inner}
+
+
+def _items(value: Any) -> list[tuple[str, Any]] | None:
+    """Return the items of a container with their names; None for other objects."""
+    if isinstance(value, Mapping):
+        with suppress(Exception):  # that of a file which is closed by now
+            return [(_name(key), item) for key, item in value.items()]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return [*zip(value._fields, value, strict=True)]
+    if isinstance(value, list | tuple):
+        return [(str(place), item) for place, item in enumerate(value)]
+    return None
+
+
+def _name(key: Any) -> str:
+    return ".".join(map(str, key)) if type(key) is tuple else str(key)
+
+
+def _attributes(value: Any) -> list[tuple[str, Any]] | None:
+    """Return the attributes of an object by name, without running code of its class; None of code.
+
+    The items of a private dict are as attributes of the object: classes that wrap a dict show them so.
+    `data` counts as private, as in a `UserDict`.
+    """
+    if isinstance(value, _WHOLE) or is_code(value) or is_aside(value):
+        return None
+    own: dict[str, Any] = {}
+    kind: Any = type(value)
+    for name, slot in _slots(kind):
+        with suppress(AttributeError):  # it was not set
+            own[name] = slot.__get__(value)
+    own |= getattr(value, "__dict__", {})
+    private = {name: item for name, item in own.items() if name.startswith("_") or name == "data"}
+    found = {name: item for name, item in own.items() if name not in private}
+    for name, item in private.items():
+        inner = dict(_items(item) or ()) if isinstance(item, Mapping) else {name: item}
+        found |= inner if found.keys().isdisjoint(inner) else {name: item}
+    return [*found.items()]
+
+
+@lru_cache(maxsize=256)
+def _slots(kind: type) -> list[tuple[str, MemberDescriptorType]]:
+    """Return the slots of a class and of those that it is derived from, in their order."""
+    own = (item for base in reversed(kind.__mro__) for item in vars(base).items())
+    slots = [(name, slot) for name, slot in own if isinstance(slot, MemberDescriptorType)]
+    return [(name, slot) for name, slot in slots if not name.startswith("__")]

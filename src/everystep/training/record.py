@@ -22,7 +22,7 @@ from everystep.recording.facts import check_measurement_names
 from everystep.recording.recorded_run import RecordedRun
 from everystep.step.cursor import Cursor
 from everystep.step.parts import Parts, check_parts, with_inner
-from everystep.training.batch import unnested
+from everystep.training.batch import PutTensors, unnested
 from everystep.training.conditions import LoopConditions
 from everystep.training.interrupt import Interrupt
 from everystep.training.loader_position import LoaderPosition
@@ -76,6 +76,7 @@ class Recording(Generic[R]):
         self._iterator: Callable[[], LoopIterator | None] = lambda: None
         #: Where loops are written that need no further check.
         self._checked: set[Any] = set()
+        self._put = PutTensors()
         self._was_count_read = False
         self._is_writing = False
         # Ctrl-C ends a step at once, as in any loop, unless it is being written; SIGTERM waits.
@@ -488,6 +489,8 @@ class Recording(Generic[R]):
         if faults := [*path_faults(tensors)]:
             raise UsageError(faults, "the batch")
         step.nesting.append(nesting)
+        step.batches.append((batch, path, tensors))
+        tensors = self._put.without(tensors)
         with self._aside(tensors.values()):
             step.batch |= self.writer.watched.copies.of(tensors)
             step.watch.add_batch(tensors, step.batch)
@@ -497,6 +500,8 @@ class Recording(Generic[R]):
         writer = self.writer
         step = writer.watched.close()
         if step is not None:
+            for batch in step.batches:
+                self._put.note(*batch)
             numbers, after = step.logged | step.rates, self._parts.state()
             self._is_writing = True  # Ctrl-C and SIGTERM wait: a step is recorded as a whole
             try:

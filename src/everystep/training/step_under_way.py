@@ -24,7 +24,8 @@ W = TypeVar("W", bound=AnyWatch, covariant=True)
 class StepUnderWay(Generic[W]):
     """A step in progress: its watch, its batch, and logged values.
 
-    rates: the learning rates that it uses: as it began, or as an optimizer found them.
+    rates: the learning rates that it uses: as it began, or as an optimizer found them; batches: as the
+    loop has them, each with the prefix of its paths, and its tensors as the step began, by path.
     """
 
     def __init__(self, watch: W, rates: dict[str, float]) -> None:
@@ -32,6 +33,7 @@ class StepUnderWay(Generic[W]):
         self.rates = rates
         self.batch: dict[str, Tensor] = {}
         self.nesting: list[Any] = []
+        self.batches: list[tuple[Any, str, dict[str, Tensor]]] = []
         self.logged: dict[str, Any] = {}
         self.loss: Any = None
         self.started = clock.now()

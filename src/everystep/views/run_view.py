@@ -346,6 +346,10 @@ def _what_if_text(found: WhatIf, view: RunView) -> str:
     if relabelled is not None and not found.source:
         notes[0] += f" of step {found.at + 1:,}; found in step {named(relabelled.found_in, _ROWS_NAMED)}"
         notes.append("what your code made of the targets outside of torch stays as recorded")
+    if is_of_rates and not found.source:
+        notes.append(
+            "the batches stay as recorded, also where your code computes them from the parameters"
+        )
     if differs is not None:
         notes.append(
             f"from step {differs:,} on, Python could read different numbers than it did; if your code "
