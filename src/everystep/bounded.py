@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import stat
+import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +20,7 @@ __all__ = [
     "MOST_STEPS",
     "StrictModel",
     "check_steps",
+    "decompressed",
     "free_memory",
     "open_regular",
     "parse_json",
@@ -102,6 +104,24 @@ def read_regular(path: Path, limit: int, *, follows_links: bool = True) -> bytes
             reason = f"it has {size:,} bytes, more than the {limit:,} that it may have"
             raise OSError(errno.EFBIG, reason, str(path))
         return file.read(limit + 1)[:limit]
+
+
+def decompressed(content: bytes, limit: int) -> bytes:
+    """Return the bytes, at most `limit`, that zlib compressed.
+
+    A few bytes of a stranger's may unpack to more than the memory holds.
+
+    Raises:
+        ValueError: they are more, or zlib did not compress them.
+    """
+    machine = zlib.decompressobj()
+    try:
+        found = machine.decompress(content, limit + 1)
+    except zlib.error as error:
+        raise ValueError(str(error)) from None
+    if len(found) > limit or not machine.eof:
+        raise ValueError("it is too long, or cut off")
+    return found
 
 
 def parse_json(text: bytes | str, **options: Any) -> Any:

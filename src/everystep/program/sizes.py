@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
+from everystep.bounded import decompressed
 from everystep.errors import ProgramError
 from everystep.program.number_slots import slot_names
 from everystep.program.operation import DIMENSIONS, Operation, Storage, TensorSpec
@@ -60,8 +61,7 @@ def resized(program: Program, packed: bytes, key: bytes = b"") -> Program:
     """
     own = np.array(sizes_of(program), _INTEGER)
     try:
-        machine = zlib.decompressobj()
-        content = machine.decompress(packed, own.nbytes + 1)
+        content = decompressed(packed, own.nbytes)
         if len(content) != own.nbytes:
             raise ValueError("they are not as many")
         left = iter((own + np.frombuffer(content, _INTEGER)).tolist())
@@ -78,7 +78,7 @@ def resized(program: Program, packed: bytes, key: bytes = b"") -> Program:
             if key:
                 note_sound(key + packed)
         return found
-    except (ValueError, zlib.error, OverflowError) as error:
+    except (ValueError, OverflowError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise ProgramError(f"the sizes of the step do not fit its program: {reason!s:.400}") from None
 

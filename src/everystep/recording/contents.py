@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import xxhash
 
-from everystep.bounded import MEMORY, parse_json
+from everystep.bounded import MEMORY, decompressed, parse_json
 from everystep.errors import RunError
 from everystep.recording.database import Database, Place, Repeat
 from everystep.recording.facts import NotKeptFacts
@@ -54,7 +54,6 @@ __all__ = [
     "packed_program",
     "read_contents",
     "unpacked",
-    "unpacked_program",
 ]
 
 #: Bytes of batches and other inputs that a run may keep, by default.
@@ -104,22 +103,6 @@ def packed_program(text: str) -> Tensor:
     return torch.frombuffer(bytearray(zlib.compress(text.encode(), 1)), dtype=torch.uint8)
 
 
-def unpacked_program(content: bytes, limit: int) -> bytes:
-    """Return the JSON that `packed_program` packed. limit: the most bytes.
-
-    Raises:
-        ValueError: it is longer, or something else.
-    """
-    try:
-        machine = zlib.decompressobj()
-        text = machine.decompress(content, limit)
-        if machine.unconsumed_tail or not machine.eof:
-            raise ValueError("it is too long, or cut off")
-    except zlib.error as error:
-        raise ValueError(str(error)) from None
-    return text
-
-
 def unpacked(content: bytes | None, what: str, limit: int = 256_000_000) -> Any:
     """Return the argument of `packed`; None for None.
 
@@ -129,13 +112,8 @@ def unpacked(content: bytes | None, what: str, limit: int = 256_000_000) -> Any:
     if content is None:
         return None
     try:
-        machine = zlib.decompressobj()
-        # A few bytes of a stranger's may unpack to more than the memory holds.
-        text = machine.decompress(content, limit)
-        if machine.unconsumed_tail:
-            raise ValueError("too long")
-        return parse_json(text)
-    except (zlib.error, ValueError, TypeError):
+        return parse_json(decompressed(content, limit))
+    except (ValueError, TypeError):
         raise RunError(f"{what} cannot be read: the database was changed") from None
 
 

@@ -10,6 +10,7 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
+from everystep.bounded import decompressed
 from everystep.device import select
 from everystep.errors import ProgramError, RunError
 from everystep.experiment.batches import RowsOf
@@ -19,15 +20,7 @@ from everystep.program.memory import check_memory, copy_on_cpu
 from everystep.program.precision import Precision
 from everystep.program.sizes import resized
 from everystep.program.step_program import MOST_BYTES, Program
-from everystep.recording.contents import (
-    PROGRAM,
-    SIZES,
-    Given,
-    Inputs,
-    inputs_of,
-    unpacked,
-    unpacked_program,
-)
+from everystep.recording.contents import PROGRAM, SIZES, Given, Inputs, inputs_of, unpacked
 from everystep.recording.database import Repeat, cut
 from everystep.recording.files import bytes_of, program_file
 from everystep.recording.keep import kept_text
@@ -217,7 +210,7 @@ class RecordedSteps:
             return read_program(self.run, number), sha256(content).digest()
         packed = bytes_of(self._content(given, f"an input of {self.run.name}", PROGRAM))
         try:
-            text = unpacked_program(packed, MOST_BYTES)
+            text = decompressed(packed, MOST_BYTES)
         except ValueError as error:
             raise ProgramError(f"a program of {self.run.name} cannot be read: {error}") from None
         return Program.from_json(text), sha256(text).digest()
