@@ -174,6 +174,8 @@ class Live:
             run = self._run_index.run(name)
             columns = self._columns.of(run)
             status = run.status_by(columns.facts)
+            if status not in (columns.facts.status, "killed"):
+                columns = self._columns.of(run)  # it has ended since: now it has all of its steps
         except RunError:  # gone; or not there yet, or not whole
             folder = self._run_index.folder(name)
             return Sight(None, {folder_of_all} | ({folder} if folder else set()), is_moving=False)
