@@ -5,6 +5,7 @@ import math
 import re
 import threading
 import weakref
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -216,6 +217,55 @@ def test_all_is_free_once_the_recording_has_ended(made):
         assert [each() for each in known] == [None, None] and len(run) == 2
     finally:
         gc.enable()
+
+
+@pytest.fixture
+def collector():
+    """Python's garbage collector as a user has it; the tests have none."""
+    usual = gc.get_threshold()
+    gc.enable()
+    yield
+    gc.disable()
+    gc.unfreeze()
+    gc.set_threshold(*usual)
+
+
+def test_what_a_loop_does_with_the_garbage_collector_stays_so(made, collector):
+    model, optimizer, batch = made
+    usual, seen = gc.get_threshold(), []
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        for number, _ in enumerate(recording.steps([batch] * 8)):
+            take(model, optimizer, [part[number:] for part in batch])
+            seen.append(gc.isenabled())
+            if number == 1:
+                gc.freeze()
+                gc.disable()
+            if number == 3:
+                gc.enable()
+                gc.set_threshold(5000, 5, 5)
+            if number == 5:
+                gc.set_threshold(*usual)
+                gc.disable()
+    assert seen == [True, True, False, False, True, True, False, False]
+    assert not gc.isenabled() and gc.get_threshold() == usual
+
+
+@pytest.mark.parametrize("how", ["raise", "break", "leave a context"])
+def test_the_garbage_collector_is_as_before_after_a_loop(how, made, collector):
+    model, optimizer, batch = made
+    usual = gc.get_threshold()
+    with suppress(KeyError), everystep.record(model=model, optimizer=optimizer) as recording:
+        steps = recording.steps([batch] * 3)
+        for _ in () if how == "leave a context" else steps:
+            take(model, optimizer, batch)
+            if how == "raise":
+                raise KeyError
+            break
+        if how == "leave a context":
+            with recording.step(batch):
+                take(model, optimizer, batch)
+                raise KeyError
+    assert gc.isenabled() and gc.get_threshold() == usual
 
 
 def test_a_progress_bar_knows_how_many_steps_there_are(made):
