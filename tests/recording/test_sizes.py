@@ -190,3 +190,17 @@ def test_the_sizes_of_a_program_give_the_program():
     program = _program()
     sizes = sizes_of(program)
     assert resized(program, packed_sizes(sizes, sizes)) == program
+
+
+@pytest.mark.parametrize("rows", [[0, 5, 0, 3], [5, 3, 0, 0]])
+def test_empty_batches_have_the_program_of_others(rows, tmp_path):
+    def loss(model, batch):
+        # Of an empty result, the columns begin outside of its memory.
+        columns = model(batch)[torch.randperm(len(batch))].unbind(1)
+        return torch.stack([2 * column for column in columns], 1).square().sum()
+
+    torch.manual_seed(0)
+    run = looped(nn.Linear(4, 3), [torch.randn(n, 4) for n in rows], loss, run=tmp_path / "run")
+    assert run.verify(progress=False, processes=1).is_exact
+    assert all(run[step].is_exact for step in range(1, 5))
+    assert len([*(run.directory / "programs").iterdir()]) == 2

@@ -131,8 +131,9 @@ def tensor_on(storage: torch.UntypedStorage, spec: TensorSpec, start: int = 0) -
     Raises:
         ProgramError: it would exceed the memory.
     """
-    # `set_` would enlarge the storage, which is then other memory than that of the program.
-    if start + spec.end > storage.nbytes():
+    # `set_` would enlarge the storage, which is then other memory than that of the program; an empty
+    # tensor needs none of it.
+    if 0 not in spec.shape and start + spec.end > storage.nbytes():
         size = storage.nbytes() - start
         raise ProgramError(f"a tensor needs {spec.end} bytes, but the storage has {size}")
     offset = spec.offset + start // spec.torch_dtype.itemsize
