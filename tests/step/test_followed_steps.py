@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.descent import as_alone, descend
+from tests.descent import as_alone, descend, looped
 from tests.step.loops_to_mistake import LOOPS, STEPS, trained, update
 from torch import nn
 from torch.nn import functional
@@ -137,3 +137,26 @@ def test_batches_of_many_lengths_are_followed_when_they_come_again(tmp_path, fol
     assert len(followed) == len(batches) - 1  # the first step has no gradients before it
     assert len([*(tmp_path / "run" / "programs").iterdir()]) == 3
     assert everystep.open(tmp_path / "run").verify(progress=False, processes=1).is_exact
+
+
+@pytest.mark.parametrize("first", [7, 12, 40])
+def test_steps_that_become_alike_are_followed_from_then_on(first, tmp_path, followed):
+    def loss_of(model, batch):
+        length = 200 - len(lengths) if len(lengths) < first else 10
+        lengths.append(length)
+        return model(batch[:length] * 1.0).pow(2).mean()  # with one kind of batch
+
+    lengths = []
+    run = looped(torch.nn.Linear(1, 1), [torch.randn(200, 1)] * 100, loss_of, run=tmp_path / "run")
+    assert len(followed) >= 100 - 2 * max(first, 8) - 2
+    assert run.verify(progress=False, processes=1).is_exact
+
+
+def test_steps_that_nothing_follows_are_not_remembered_for_a_while(tmp_path, followed, monkeypatch):
+    monkeypatch.setattr(known_paths, "_MOST_ENTRIES", 200)
+    monkeypatch.setattr(known_paths, "_NOT_REMEMBERED", 20)
+    lengths = [*range(1, 61), *([70] * 60)]
+    batches = [torch.randn(length, 1) for length in lengths]
+    run = looped(nn.Linear(1, 1), batches, lambda model, x: model(x).pow(2).mean(), run=tmp_path / "run")
+    assert 60 - 23 <= len(followed) < 60  # none of the first, and most of the others
+    assert run.verify(progress=False, processes=1).is_exact

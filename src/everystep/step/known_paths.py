@@ -31,7 +31,7 @@ class KnownPaths:
     """The paths of a recording, as a tree.
 
     tensors: of the step in progress; views: which of them move; calls: of optimizers; size: how many
-    entries there are; pause: of the collector, while a step is written down; has_ranks: whether several
+    entries there are; pause: of the collector while a step is written down; has_ranks: whether several
     processes train; partly_read: memory from outside, by its bytes and dtype, that steps overwrite in
     part before they read all of it.
     """
