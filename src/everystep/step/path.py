@@ -118,19 +118,19 @@ class Path:
     #: The code that called each operation when a step had this path first.
     lines: tuple[Calls, ...] = ()
 
-    @cached_property
+    @property
     def digest(self) -> bytes:
         """Stands for all but the lines of code (BLAKE2, 128 bits)."""
-        form, sizes = self._form_and_sizes
-        return blake2b(repr(sizes).encode(), key=form, digest_size=16).digest()
+        return self._digests[1]
 
     @property
     def form(self) -> bytes:
         """Stands for all but the sizes of tensors and memory, and the lines (BLAKE2, 128 bits)."""
-        return self._form_and_sizes[0]
+        return self._digests[0]
 
     @cached_property
-    def _form_and_sizes(self) -> tuple[bytes, list[int]]:
+    def _digests(self) -> tuple[bytes, bytes]:
+        """Return the form and the digest."""
         sizes: list[int] = []
         operations = []
         for each in self.operations:
@@ -147,7 +147,9 @@ class Path:
         left_out = ("operations", "tensors", "storages", "lines")
         parts = [getattr(self, each.name) for each in fields(self) if each.name not in left_out]
         text = repr((operations, tensors, storages, parts))
-        return blake2b(text.encode(), digest_size=16).digest(), sizes
+        form = blake2b(text.encode(), digest_size=16).digest()
+        # The sizes themselves would take some ten kB for each path that is remembered.
+        return form, blake2b(repr(sizes).encode(), key=form, digest_size=16).digest()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Path) and self.digest == other.digest
