@@ -107,7 +107,7 @@ def _argument(operation: Operation, key: int | str) -> Any:
 
 
 def _sized(operation: Operation) -> dict[int | str, Any]:
-    """Return the arguments of an operation that are no slots for numbers of the step, by their place."""
+    """Return the arguments of an operation that are not slots for numbers of the step, by place."""
     slots = slot_names(operation.resolved)
     names = [p.name for p in parameters(operation.resolved) if p.is_positional]
     given: dict[int | str, Any] = {

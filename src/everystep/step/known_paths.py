@@ -23,7 +23,7 @@ __all__ = ["KnownPaths"]
 #: Entries that are remembered, about 2.5 kB each: a loop of steps that all differ would fill the memory.
 _MOST_ENTRIES = 100_000
 #: Steps that are not remembered once memory was filled by steps that nothing followed, such as those of
-#: graphs of which no two are alike; then it is tried again.
+#: graphs that all differ; then it is tried again.
 _NOT_REMEMBERED = 1000
 
 
