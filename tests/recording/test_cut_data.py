@@ -99,8 +99,12 @@ def test_the_text_stays_while_newer_steps_need_it(text, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "change",
     [
-        "UPDATE contents SET source = digest WHERE source IS NOT NULL",
-        "UPDATE contents SET source = x'00' WHERE source IS NOT NULL",
+        "UPDATE contents SET source = number WHERE source IS NOT NULL",
+        "UPDATE contents SET source = 1000000 WHERE source IS NOT NULL",
+        "UPDATE contents SET digests = substr(digests, 2) WHERE source IS NOT NULL",
+        "UPDATE contents SET digests = zeroblob(16) WHERE source IS NULL",
+        "UPDATE contents SET number = number + 1000000",
+        "UPDATE contents SET size = -1 WHERE source IS NOT NULL",
         "UPDATE contents SET size = size - 4 WHERE source IS NOT NULL",
         "UPDATE contents SET size = 0 WHERE source IS NOT NULL",
         "UPDATE contents SET place = place + 1 WHERE source IS NOT NULL",

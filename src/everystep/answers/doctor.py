@@ -10,7 +10,7 @@ from pathlib import Path
 
 from everystep.errors import EverystepError, RunError
 from everystep.recording.blocks import BLOCK
-from everystep.recording.contents import Given, inputs_of, read_contents
+from everystep.recording.contents import Given, inputs_of, read_pieces
 from everystep.recording.database import FILE_NAME, Database, reading
 from everystep.recording.directories import is_run, name_of
 from everystep.recording.facts import Facts
@@ -183,28 +183,27 @@ def _batch_findings(run: RecordedRun) -> Iterator[Finding]:
     cure = f"{_RESTORE}; without it, steps that need it cannot be replayed"
     with reading(run.directory / FILE_NAME) as database:
         try:
-            for given in _given(database):
-                places = database.contents(given.digests)
-                file = next((place.file for place in places.values()), 0)
-                if file not in altered and len(altered) < MOST_NAMED:
-                    problem = _problem(partial(read_contents, run.directory, places, given))
-                    if problem is not None:
+            for given, known in _given(database):
+                places = database.contents({*given.numbers()} - known)
+                for file in sorted({place.file for place in places.values()} - altered):
+                    others = {n for n, place in places.items() if place.file != file} | known
+                    problem = _problem(partial(read_pieces, run.directory, places, given, others))
+                    if problem is not None and len(altered) < MOST_NAMED:
                         altered.add(file)
                         yield Finding(batch_file(file), problem, cure)
         except RunError as error:
             yield Finding(f"{FILE_NAME}, repeats", str(error))
 
 
-def _given(database: Database) -> Iterator[Given]:
-    """Yield the inputs of steps, row by row, each once."""
-    seen: set[bytes] = set()
+def _given(database: Database) -> Iterator[tuple[Given, set[int]]]:
+    """Yield the inputs of steps, and the numbers of the pieces that earlier ones have."""
+    seen: set[int] = set()
     step = 0
     while rows := database.repeats(step + 1, most=BLOCK):
         for row in rows:
             for given in inputs_of(row.inputs, f"the input of step {row.step}").given.values():
-                new = {d: piece for d, piece in given.pieces().items() if d not in seen}
-                seen |= new.keys()
-                yield from new.values()
+                yield given, seen
+                seen.update(given.numbers())
         step = rows[-1].last
 
 

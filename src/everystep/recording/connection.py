@@ -34,7 +34,7 @@ FILE_NAME = "run.sqlite"
 LOCK_NAME = "run.lock"
 SPARE_NAME = "run.spare"
 APPLICATION_ID = 0x65767374  # "evst"
-SCHEMA_VERSION = 11
+SCHEMA_VERSION = 12
 
 SCHEMA = """
 -- One row a step that was taken. SQLite turns NaN into NULL, so NULL means NaN; infinities are kept.
@@ -62,14 +62,15 @@ CREATE TABLE repeats (
     count INTEGER NOT NULL                 -- from 1
 );
 
--- Tensors that steps were given, or rows of them, by a digest of their bytes (XXH3, 128 bits).
+-- Tensors that steps were given, or rows of them: pieces with consecutive numbers, one after the other.
 CREATE TABLE contents (
-    digest BLOB PRIMARY KEY,
+    number INTEGER PRIMARY KEY,            -- of the first piece, from 1
     file INTEGER NOT NULL,                 -- batches/N.bin
-    place INTEGER NOT NULL,                -- of its first byte
-    size INTEGER NOT NULL,                 -- bytes
-    source BLOB                            -- digest of data that it was cut out of
-) WITHOUT ROWID;
+    place INTEGER NOT NULL,                -- of the first byte
+    size INTEGER NOT NULL,                 -- bytes of each piece
+    digests BLOB NOT NULL,                 -- of each piece: XXH3, 128 bits
+    source INTEGER                         -- number of the data that they were cut out of
+);
 
 -- Files of the run besides batches, which have digests of their own. A row is entered when its file is
 -- complete; a file without a row is not of the run.

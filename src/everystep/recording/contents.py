@@ -1,9 +1,9 @@
 """Contents: data and inputs of watched steps, stored once by a digest of their bytes.
 
-A tensor with rows is stored row by row, so that an epoch that shuffles its rows costs 16 bytes per row.
-Windows of a text, and rows picked out of a table, are stored as their places in it: 4 bytes each. Files
-hold the bytes one after the other. If they exceed a budget, the oldest file is deleted, and the
-steps that need it can no longer be replayed.
+A tensor with rows is stored row by row, in numbered pieces, and a step refers to their numbers: an epoch
+that shuffles its rows costs a few bytes per row. Windows of a text, and rows picked out of a table, are
+stored as their places in it: 4 bytes each. Files hold the bytes one after the other. If they exceed a
+budget, the oldest file is deleted, and the steps that need it can no longer be replayed.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import os
 import struct
 import weakref
 import zlib
+from bisect import bisect
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import count, repeat
+from itertools import chain, count
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -28,7 +29,7 @@ import xxhash
 
 from everystep.bounded import MEMORY, decompressed, parse_json
 from everystep.errors import RunError
-from everystep.recording.database import Database, Place, Repeat
+from everystep.recording.database import Database, Pieces, Place, Repeat
 from everystep.recording.facts import NotKeptFacts
 from everystep.recording.files import BATCHES, batch_file, bytes_of, open_own
 from everystep.recording.keep import RECENT, Keep
@@ -45,14 +46,17 @@ __all__ = [
     "SIZES",
     "Given",
     "Inputs",
+    "Piece",
     "Repeats",
     "Taken",
     "digest_of",
     "given_of",
     "inputs_of",
+    "joined",
     "packed",
     "packed_program",
-    "read_contents",
+    "read_pieces",
+    "tensor_of",
     "unpacked",
 ]
 
@@ -67,6 +71,10 @@ SIZES, PROGRAM = "sizes", "program"
 FILES = 16
 #: Rows of fewer bytes than this get no digests of their own.
 _SMALLEST_ROW = 64
+#: A tensor with more rows is one piece.
+_MOST_ROWS = 2**20
+#: Pieces that a row of the database locates: a reader that needs one reads the digests of all.
+_TOGETHER = 1024
 #: A place in data: little-endian, 4 bytes.
 _PLACE = "<i4"
 #: To copy fewer bytes than this takes less time than a second call.
@@ -74,16 +82,25 @@ _SHORT = 4096
 
 
 class Given(NamedTuple):
-    """An input of a step: dtype, shape, and the digests of its bytes, or of each row's."""
+    """An input of a step: dtype, shape, a digest of its content, and the pieces that a run has of it.
+
+    runs: of consecutive numbers of pieces: the first, and how many. The pieces are its rows, or it is
+    one piece. Number 0 is that of a piece that the run does not have.
+    """
 
     dtype: str
     shape: tuple[int, ...]
-    digests: tuple[bytes, ...]
+    digest: bytes
+    runs: tuple[tuple[int, int], ...] = ()
 
-    def pieces(self) -> dict[bytes, Given]:
-        """Return each piece that a run holds of it by its digest: all of it, or a row."""
-        shape = self.shape if len(self.digests) == 1 else (1, *self.shape[1:])
-        return {digest: Given(self.dtype, shape, (digest,)) for digest in self.digests}
+    @property
+    def content(self) -> tuple[str, tuple[int, ...], bytes]:
+        """What two inputs with the same content have in common, in any run."""
+        return self[:3]
+
+    def numbers(self) -> Iterator[int]:
+        """Return the number of each piece."""
+        return chain.from_iterable(range(first, first + size) for first, size in self.runs)
 
 
 def packed(value: Any) -> bytes:
@@ -140,7 +157,8 @@ class Inputs(NamedTuple):
     def packed(self) -> bytes:
         """Return them as a run keeps them: see `inputs_of`."""
         given = {
-            n: [each.dtype, each.shape, b"".join(each.digests).hex()] for n, each in self.given.items()
+            n: [each.dtype, each.shape, each.digest.hex(), [*chain.from_iterable(each.runs)]]
+            for n, each in self.given.items()
         }
         digests = {"digests": self.digests} if self.digests else {}
         return packed({"nesting": self.nesting, "given": given} | digests)
@@ -155,12 +173,13 @@ def inputs_of(content: bytes | None, what: str) -> Inputs:
     found = unpacked(content, what) or {"given": {}}
     given = {}
     try:
-        for name, (dtype, shape, digests) in found["given"].items():
-            if not isinstance(dtype, str) or not all(type(size) is int and size >= 0 for size in shape):
-                raise ValueError("an input without dtype and shape")
-            joined = bytes.fromhex(digests)
-            pieces = (joined[i : i + 16] for i in range(0, len(joined), 16))
-            given[name] = Given(dtype, tuple(shape), tuple(pieces))
+        for name, (dtype, shape, digest, runs) in found["given"].items():
+            if not isinstance(dtype, str) or not all(type(x) is int and x >= 0 for x in (*shape, *runs)):
+                raise ValueError("an input without dtype, shape and pieces")
+            if sum(runs[1::2]) not in (1, *shape[:1]) or sum(runs[1::2]) > _MOST_ROWS:
+                raise ValueError("an input with other pieces than its rows")
+            pairs = tuple(zip(runs[::2], runs[1::2], strict=True))
+            given[name] = Given(dtype, tuple(shape), bytes.fromhex(digest), pairs)
         return Inputs(given, found.get("nesting"), dict(found.get("digests", {})))
     except (ValueError, TypeError, KeyError, AttributeError):
         raise RunError(f"{what} cannot be read: the database was changed") from None
@@ -168,7 +187,7 @@ def inputs_of(content: bytes | None, what: str) -> Inputs:
 
 def _is_by_row(shape: tuple[int, ...], size: int) -> bool:
     """Return whether to store a tensor of this many bytes row by row."""
-    return bool(shape) and shape[0] > 0 and size // shape[0] >= _SMALLEST_ROW
+    return bool(shape) and 0 < shape[0] <= _MOST_ROWS and size // shape[0] >= _SMALLEST_ROW
 
 
 def given_of(tensor: Tensor) -> Given:
@@ -176,8 +195,8 @@ def given_of(tensor: Tensor) -> Given:
     return _given_and_pieces(tensor)[0]
 
 
-def _given_and_pieces(tensor: Tensor) -> tuple[Given, Sequence[memoryview]]:
-    """Return the entry of a tensor, and the bytes of each of its digests."""
+def _given_and_pieces(tensor: Tensor) -> tuple[Given, list[bytes], list[memoryview]]:
+    """Return the entry of a tensor, without numbers; the digests of its pieces; and their bytes."""
     dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
     whole = memoryview(bytes_of(tensor))
     is_by_row = _is_by_row(shape, len(whole))
@@ -185,7 +204,13 @@ def _given_and_pieces(tensor: Tensor) -> tuple[Given, Sequence[memoryview]]:
     size = len(whole) // shape[0] if is_by_row else max(1, len(whole))
     pieces = [whole[place : place + size] for place in range(0, max(1, len(whole)), size)]
     kind = _kind(dtype, shape, is_by_row)
-    return Given(dtype, shape, tuple([_digest(kind, piece) for piece in pieces])), pieces
+    digests = [_digest(kind, piece) for piece in pieces]
+    return Given(dtype, shape, _joint_digest(digests)), digests, pieces
+
+
+def _joint_digest(digests: Sequence[bytes]) -> bytes:
+    """Return the digest of an input from those of its pieces."""
+    return digests[0] if len(digests) == 1 else xxhash.xxh3_128_digest(b"".join(digests))
 
 
 def digest_of(tensor: Tensor) -> str:
@@ -207,16 +232,21 @@ def _digest(kind: bytes, piece: memoryview | bytes) -> bytes:
     return machine.digest()
 
 
-def read_contents(directory: Path, places: Mapping[bytes, Place], given: Given) -> Tensor | None:
-    """Return an input of a step, on the CPU; None if it was dropped.
+class Piece(NamedTuple):
+    """A piece of an input: its digest, and its bytes."""
+
+    digest: bytes
+    content: memoryview
+
+
+def read_pieces(
+    directory: Path, places: Mapping[int, Place], given: Given, known: Container[int] = ()
+) -> dict[int, Piece]:
+    """Return the pieces of an input that are at `places`, by number. known: those not to read.
 
     Raises:
-        RunError: its file was changed.
+        RunError: a file was changed, or an input has an unknown dtype or another size.
     """
-    import torch
-
-    if not all(digest in places for digest in given.digests):
-        return None
     from everystep.program.arguments import DTYPES
 
     dtype = DTYPES.get(given.dtype)
@@ -225,37 +255,49 @@ def read_contents(directory: Path, places: Mapping[bytes, Place], given: Given) 
             f"{directory} has an input of unknown dtype {given.dtype!r:.40}: the database was changed"
         )
     size = math.prod(given.shape) * dtype.itemsize
-    kind = _kind(given.dtype, given.shape, _is_by_row(given.shape, size))
-    pieces = [places[digest] for digest in given.digests]
-    if len(pieces) == 1 and pieces[0].source is not None and size <= MEMORY:
-        if pieces[0].source not in places:
-            return None
-        content = _read_piece(directory, kind, pieces[0], places[pieces[0].source], size)
-    elif sum(piece.size for piece in pieces) == size <= MEMORY:
-        content = b"".join(_read_piece(directory, kind, piece) for piece in pieces)
-    else:
+    is_by_row = _is_by_row(given.shape, size)
+    each = size // given.shape[0] if is_by_row else size
+    numbers = {n for n in given.numbers() if n in places and n not in known}
+    wanted = sorted((places[number].file, places[number].place, number) for number in numbers)
+    if size > MEMORY or any(places[n].size != each and places[n].source is None for n in numbers):
         raise RunError(f"{directory / BATCHES} was changed after recording: an input has another size")
-    if not content:
-        return torch.empty(given.shape, dtype=dtype)
-    # torch warns of memory that it cannot write to, such as `bytes`.
-    return torch.frombuffer(bytearray(content), dtype=dtype).reshape(given.shape)
+    kind = _kind(given.dtype, given.shape, is_by_row)
+    found: dict[int, Piece] = {}
+    for number, content in _read_side_by_side(directory, places, wanted):
+        place = places[number]
+        if place.source is not None:
+            content = memoryview(_cut_out(directory, content, places.get(place.source), each))
+        if _digest(kind, content) != place.digest:
+            name = directory / batch_file(place.file)
+            raise RunError(f"{name} was changed after recording: the digest of an input differs")
+        found[number] = Piece(place.digest, content)
+    return found
 
 
-def _read_piece(
-    directory: Path, kind: bytes, piece: Place, source: Place | None = None, size: int = 0
-) -> bytes:
-    """Return the bytes of a piece as recorded; `size` of them, if it was cut out of `source`."""
-    content = _bytes_at(directory, piece.file, [piece.place], piece.size)
-    if source is not None:
-        begins = [begin for (begin,) in struct.iter_unpack("<i", content[: len(content) // 4 * 4])]
-        each = size // max(len(begins), 1)
-        is_within = source.source is None and all(0 <= begin <= source.size - each for begin in begins)
-        places = [source.place + begin for begin in begins] if is_within else []
-        content = _bytes_at(directory, source.file, places, each)
-    if _digest(kind, content) != piece.digest:
-        name = directory / batch_file(piece.file)
-        raise RunError(f"{name} was changed after recording: the digest of an input differs")
-    return content
+def _read_side_by_side(
+    directory: Path, places: Mapping[int, Place], wanted: Sequence[tuple[int, int, int]]
+) -> Iterator[tuple[int, memoryview]]:
+    """Yield the bytes of pieces; what lies side by side is read at once. wanted: file, place, number."""
+    begin = 0
+    for index, (file, place, number) in enumerate(wanted):
+        end = place + places[number].size
+        if index + 1 < len(wanted) and wanted[index + 1][:2] == (file, end):
+            continue
+        together, begin = wanted[begin : index + 1], index + 1
+        first = together[0][1]
+        content = memoryview(_bytes_at(directory, file, [first], end - first))
+        for _, at, each in together:
+            yield each, content[at - first : at - first + places[each].size]
+
+
+def _cut_out(directory: Path, begins: memoryview, source: Place | None, size: int) -> bytes:
+    """Return what was cut out of data: `size` bytes in pieces that begin at places in it."""
+    if source is None:
+        return b""
+    at = [begin for (begin,) in struct.iter_unpack("<i", begins[: len(begins) // 4 * 4])]
+    each = size // max(len(at), 1)
+    is_within = source.source is None and all(0 <= begin <= source.size - each for begin in at)
+    return _bytes_at(directory, source.file, [source.place + b for b in at] if is_within else [], each)
 
 
 def _bytes_at(directory: Path, file: int, places: Sequence[int], size: int) -> bytes:
@@ -269,6 +311,35 @@ def _bytes_at(directory: Path, file: int, places: Sequence[int], size: int) -> b
     except OSError as error:
         raise RunError(f"{directory / name} cannot be read: {error.strerror}") from None
     return b"".join(found)
+
+
+def joined(given: Given, pieces: Mapping[int, Piece]) -> bytearray | None:
+    """Return the bytes of an input; None if pieces are missing.
+
+    The number of a piece that was given up may be that of a later one, so the digest of all decides.
+    """
+    found = [pieces[number] for number in given.numbers() if number in pieces]
+    if not found or _joint_digest([piece.digest for piece in found]) != given.digest:
+        return None
+    return bytearray().join([piece.content for piece in found])
+
+
+def tensor_of(given: Given, content: bytearray) -> Tensor:
+    """Return an input of a step, on the CPU, from its bytes.
+
+    Raises:
+        RunError: it has an unknown dtype, or another number of bytes.
+    """
+    import torch
+
+    from everystep.program.arguments import DTYPES
+
+    dtype = DTYPES.get(given.dtype)
+    if dtype is None or len(content) != math.prod(given.shape) * dtype.itemsize:
+        raise RunError("an input of a step has another dtype or size: the database was changed")
+    if not content:
+        return torch.empty(given.shape, dtype=dtype)
+    return torch.frombuffer(content, dtype=dtype).reshape(given.shape)
 
 
 class Taken(NamedTuple):
@@ -305,6 +376,29 @@ class BatchFile:
     draws: tuple[int, int] = (0, 0)
 
 
+class _Group(NamedTuple):
+    """Pieces with the numbers from `first` up to `end`, and their file.
+
+    source: the number of the data that they were cut out of, if they were.
+    """
+
+    first: int
+    end: int
+    file: int
+    source: int | None
+
+
+def _runs_of(numbers: Iterable[int]) -> tuple[tuple[int, int], ...]:
+    """Return runs of consecutive numbers: the first, and how many."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if number and found and number == found[-1][0] + found[-1][1]:
+            found[-1][1] += 1
+        else:
+            found.append([number, 1])
+    return tuple([(first, size) for first, size in found])
+
+
 class Repeats:
     """The one writer of what repeats steps, and of the contents of their inputs.
 
@@ -336,23 +430,26 @@ class Repeats:
         #: The files that are being written: of draws, which may have to stay longer, and of the others.
         self._open: dict[bool, tuple[int, BinaryIO]] = {}
         self.files: dict[int, BatchFile] = {}
-        #: Of each content its file, and the digest of the data that it was cut out of, if it was.
-        self._known: dict[bytes, tuple[int, bytes | None]] = {}
-        self._rows: list[Place] = []
+        #: The number of each content, by its digest; and where pieces are, in order of their numbers.
+        self._known: dict[bytes, int] = {}
+        self._groups: list[_Group] = []
+        self._rows: list[Pieces] = []
         self._given: dict[int, tuple[Any, Given, set[int]]] = {}
         self._packed_key: Any = None
         self._packed = b""
-        # There may be millions of contents, and many have the same place.
-        shared: dict[tuple[int, bytes | None], tuple[int, bytes | None]] = {}
-        for digest, number, place, size, source in database.all_contents():
-            self._known[digest] = shared.setdefault((number, source), (number, source))
-            file = self.files.setdefault(number, BatchFile(newest_step=recorded if keep is None else 0))
-            file.size = max(file.size, place + size)
+        for row in database.all_contents():
+            self._known |= zip(row.digests_of_each(), count(row.number), strict=False)
+            self._groups.append(_Group(row.number, row.number + row.count, row.file, row.source))
+            file = self.files.setdefault(
+                row.file, BatchFile(newest_step=recorded if keep is None else 0)
+            )
+            file.size = max(file.size, row.place + row.size * row.count)
         self._newest = max(self.files, default=0)
-        self._forget_cut()
-        for row in () if keep is None else database.repeats(1):
-            for name, each in inputs_of(row.inputs, f"step {row.step}").given.items():
-                self._use(row.last, name, self._files_of(each.digests))
+        self._next = self._groups[-1].end if self._groups else 1
+        self._forget_lost()
+        for repeat in () if keep is None else database.repeats(1):
+            for name, each in inputs_of(repeat.inputs, f"step {repeat.step}").given.items():
+                self._use(repeat.last, name, self._files_of(each.numbers()))
 
     def write(self, rows: Sequence[Taken], compare: Callable[[list[Repeat]], list[Repeat]]) -> None:
         """Write steps. compare: compares steps that the run already has, and returns the new ones.
@@ -455,8 +552,7 @@ class Repeats:
         if files:
             for file in files:
                 del self.files[file]
-            self._known = {d: place for d, place in self._known.items() if place[0] in self.files}
-            self._forget_cut()
+            self._forget_lost()
         return [batch_file(file) for file in files]
 
     def _packed_inputs(self, inputs: Inputs) -> bytes:
@@ -485,12 +581,12 @@ class Repeats:
         if known is not None and known[0]() is tensor and self._are_fresh(known[2], step):
             self._use(step, name, known[2])
             return known[1]
-        given, pieces = _given_and_pieces(tensor)
+        given, digests, pieces = _given_and_pieces(tensor)
         is_draw = self._is_draw(name)
         may_be_old = is_draw or self._keep is None
-        new = dict(zip(given.digests, pieces, strict=True))
-        for digest in [digest for digest in new if digest in self._known]:
-            if may_be_old or self._are_fresh(self._files_of([digest]), step):
+        new = dict(zip(digests, pieces, strict=True))
+        for digest in new.keys() & self._known.keys():
+            if may_be_old or self._are_fresh(self._files_of([self._known[digest]]), step):
                 del new[digest]
         # Repeated steps are only compared: the run does not change before the first new one.
         if new and step > self._recorded:
@@ -498,15 +594,17 @@ class Repeats:
             if places is None:
                 self._write(step, is_draw, new)
             else:
-                self._write(step, is_draw, {given.digests[0]: places[0]}, places[1])
-        files = self._files_of(given.digests)
+                self._write(step, is_draw, {digests[0]: places[0]}, places[1])
+        numbers = [self._known.get(digest, 0) for digest in digests]
+        given = given._replace(runs=_runs_of(numbers))
+        files = self._files_of(filter(None, numbers))
         self._use(step, name, files)
-        if self._known.keys() >= {*given.digests}:
+        if all(numbers):
             self._given[id(tensor)] = weakref.ref(tensor), given, files
         return given
 
-    def _places(self, step: int, piece: memoryview, cut: Cut) -> tuple[memoryview, bytes] | None:
-        """Return the places of an input in data, and the digest of that; None if it has other bytes."""
+    def _places(self, step: int, piece: memoryview, cut: Cut) -> tuple[memoryview, int] | None:
+        """Return the places of an input in data, and the number of that; None if it has other bytes."""
         import numpy as np
         from numpy.lib.stride_tricks import sliding_window_view
 
@@ -519,17 +617,30 @@ class Repeats:
         # The data may have been changed since it was copied: then the bytes are not there.
         if not np.array_equal(sliding_window_view(source, size)[begins].reshape(-1), piece):
             return None
-        (digest,) = self._add_once(step, "source", cut.source).digests
+        (number,) = self._add_once(step, "source", cut.source).numbers()
         places = memoryview(begins.astype(_PLACE).tobytes())
         # Data that is kept as places itself would be places in places.
-        _, source_of_data = self._known.get(digest, (0, digest))
-        return (places, digest) if source_of_data is None else None
+        group = self._group_of(number)
+        return (places, number) if group is not None and group.source is None else None
 
-    def _files_of(self, digests: Iterable[bytes]) -> set[int]:
-        """Return the files that hold contents, and the data that these were cut out of."""
-        found = {self._known[digest] for digest in digests if digest in self._known}
-        sources = (source for _, source in found if source is not None)
-        return {file for file, _ in found} | {self._known[each][0] for each in sources}
+    def _group_of(self, number: int) -> _Group | None:
+        """Return the pieces that one is of, by its number; None if it was given up."""
+        index = bisect(self._groups, (number + 1,)) - 1
+        return self._groups[index] if index >= 0 and number < self._groups[index].end else None
+
+    def _files_of(self, numbers: Iterable[int]) -> set[int]:
+        """Return the files that hold pieces, and the data that these were cut out of."""
+        found: set[int] = set()
+        group: _Group | None = None
+        for number in numbers:
+            if group is not None and group.first <= number < group.end:
+                continue
+            group = self._group_of(number)
+            if group is not None:
+                found.add(group.file)
+                if group.source is not None:
+                    found |= self._files_of([group.source])
+        return found
 
     def _are_fresh(self, files: set[int], step: int) -> bool:
         """Return whether steps may refer to files; old ones could not be given up then."""
@@ -554,7 +665,7 @@ class Repeats:
         step: int,
         is_draw: bool,
         pieces: Mapping[bytes, memoryview],
-        source: bytes | None = None,
+        source: int | None = None,
     ) -> None:
         """Write pieces of a tensor, by their digest; with a source, places in that."""
         if is_draw not in self._open:
@@ -566,15 +677,24 @@ class Repeats:
         number, opened = self._open[is_draw]
         file = self.files[number]
         size = len(next(iter(pieces.values())))  # of each
-        places = zip(pieces, repeat(number), count(file.size, size), repeat(size))
-        self._rows += [Place(*place, source) for place in places]
+        digests = [*pieces]
+        for begin in range(0, len(digests), _TOGETHER):
+            some = digests[begin : begin + _TOGETHER]
+            at = self._next + begin, number, file.size + size * begin, size
+            self._rows.append(Pieces(*at, b"".join(some), source))
+        self._known |= zip(digests, count(self._next), strict=False)
+        self._groups.append(_Group(self._next, self._next + len(digests), number, source))
+        self._next += len(digests)
         opened.writelines(pieces.values())
-        file.size += size * len(pieces)
-        self._bytes += size * len(pieces)
-        self._known |= dict.fromkeys(pieces, (number, source))
+        file.size += size * len(digests)
+        self._bytes += size * len(digests)
 
-    def _forget_cut(self) -> None:
-        """Forget contents that were cut out of data which is gone."""
-        sources = {source for _, source in self._known.values()} - self._known.keys() - {None}
-        if sources:
-            self._known = {d: place for d, place in self._known.items() if place[1] not in sources}
+    def _forget_lost(self) -> None:
+        """Forget pieces of files that are gone, and what was cut out of data that is gone."""
+        self._groups = [group for group in self._groups if group.file in self.files]
+        self._groups = [
+            group
+            for group in self._groups
+            if group.source is None or self._group_of(group.source) is not None
+        ]
+        self._known = {d: n for d, n in self._known.items() if self._group_of(n) is not None}

@@ -107,7 +107,7 @@ class Continuation:
         if before.program is None and known == known.draws():  # the step was not kept
             return
         both = now.given.keys() & known.given.keys()
-        others = [name for name in both if now.given[name] != known.given[name]]
+        others = [name for name in both if now.given[name].content != known.given[name].content]
         if any(name.startswith("batch/") for name in others):
             raise self.differs(row.step, "the batch is not the recorded one")
         if any(name.startswith("input/") for name in others):

@@ -29,6 +29,7 @@ __all__ = [
     "FILE_NAME",
     "Database",
     "MeasurementEnds",
+    "Pieces",
     "Place",
     "Repeat",
     "cut",
@@ -67,23 +68,45 @@ class Repeat(NamedTuple):
         return self.step + self.count - 1
 
 
-class Place(NamedTuple):
-    """Where the bytes of an input, or of a row of one, are: in a file of batches, by their digest.
+class Pieces(NamedTuple):
+    """Pieces of inputs, such as rows of one, that lie one after the other in a file of batches.
 
-    source: the digest of data that they were cut out of; then these bytes are places in that.
+    number: of the first; the others have those that follow; place: of its first byte; size: bytes of
+    each; digests: of each, 16 bytes; source: the number of data that they were cut out of: then these
+    bytes are places in that.
     """
+
+    number: int
+    file: int
+    place: int
+    size: int
+    digests: bytes
+    source: int | None = None
+
+    @property
+    def count(self) -> int:  # type: ignore[override]  # the method of tuples is not needed
+        """How many there are."""
+        return len(self.digests) // 16
+
+    def digests_of_each(self) -> list[bytes]:
+        """Return the digest of each piece."""
+        return [self.digests[at : at + 16] for at in range(0, len(self.digests), 16)]
+
+
+class Place(NamedTuple):
+    """Where the bytes of one of `Pieces` are."""
 
     digest: bytes
     file: int
     place: int
     size: int
-    source: bytes | None = None
+    source: int | None
 
 
 #: Rows that are entered by one call; SQLite takes 999 values.
 _AT_ONCE = 128
 #: The tables of rows.
-_TABLES: dict[type[Any], str] = {FileRow: "files", Repeat: "repeats", Place: "contents"}
+_TABLES: dict[type[Any], str] = {FileRow: "files", Repeat: "repeats", Pieces: "contents"}
 
 
 def cut(rows: Sequence[Repeat], first: int, last: int) -> list[Repeat]:
@@ -174,7 +197,7 @@ class Database(Blocks):
             self.connection.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", rows_of(facts))
             self.change_facts_digest()
 
-    def enter(self, rows: Sequence[FileRow] | Sequence[Repeat] | Sequence[Place]) -> None:
+    def enter(self, rows: Sequence[FileRow] | Sequence[Repeat] | Sequence[Pieces]) -> None:
         """Enter rows in their table; of a file, once it is complete."""
         for begin in range(0, len(rows), _AT_ONCE):  # one call for many: another thread waits for each
             some = rows[begin : begin + _AT_ONCE]
@@ -284,16 +307,34 @@ class Database(Blocks):
             )
         return rows[1:] if rows and rows[0].last < first else rows
 
-    def all_contents(self) -> list[Place]:
-        """Return the locations of all contents."""
-        return self.rows(Place, "SELECT * FROM contents")
+    def all_contents(self) -> list[Pieces]:
+        """Return all pieces of inputs, in order of their numbers."""
+        return self._pieces("ORDER BY number")
 
-    def contents(self, digests: Iterable[bytes]) -> dict[bytes, Place]:
-        """Return the locations of contents, and of what they were cut out of, as far as known."""
-        query = "SELECT * FROM contents WHERE digest = ?"
-        found = {digest: row for digest in digests for row in self.rows(Place, query, digest)}
-        sources = {row.source for row in found.values() if row.source} - found.keys()
-        return found | {digest: row for digest in sources for row in self.rows(Place, query, digest)}
+    def contents(self, numbers: Iterable[int]) -> dict[int, Place]:
+        """Return where pieces are, and what they were cut out of, by number, as far as known."""
+        found: dict[int, Place] = {}
+        row: Pieces | None = None
+        sources: set[int] = set()
+        for number in sorted({*numbers}):
+            if row is None or number >= row.number + row.count:
+                rows = self._pieces("WHERE number <= ? ORDER BY number DESC LIMIT 1", number)
+                row = next(iter(rows), None)
+            if row is None or number >= row.number + row.count:
+                continue
+            at = number - row.number
+            digest = row.digests[16 * at : 16 * at + 16]
+            found[number] = Place(digest, row.file, row.place + at * row.size, row.size, row.source)
+            if row.source is not None:
+                sources.add(row.source)
+        others = sources - found.keys()
+        return found | (self.contents(others) if others else {})
+
+    def _pieces(self, which: str, *arguments: int) -> list[Pieces]:
+        rows = self.rows(Pieces, f"SELECT * FROM contents {which}", *arguments)
+        if any(min(row[:4]) < 0 or len(row.digests) % 16 for row in rows):
+            raise RunError(f"{self.path} has inputs at impossible places: the database was changed")
+        return rows
 
     def check_quickly(self) -> list[str]:
         """Return SQLite's own report of damage in the database."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cached_property
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 from everystep.errors import DamageWarning, ExperimentError, RunError
 from everystep.recording.blocks import LOSS, block_of, series_of
 from everystep.recording.connection import fingerprint, last_written
-from everystep.recording.contents import Given, read_contents
-from everystep.recording.database import FILE_NAME, Database, Repeat, reading
+from everystep.recording.contents import Given, Piece, joined, read_pieces, tensor_of
+from everystep.recording.database import FILE_NAME, Database, Place, Repeat, reading
 from everystep.recording.directories import RANKS, is_run, name_of, rank_directory
 from everystep.recording.facts import DataFileFacts, Facts, RanksFacts, TrainingFacts
 from everystep.recording.files import (
@@ -487,18 +487,26 @@ class RecordedRun:
         """Return the rows that repeat any of steps `first` to `last`: see `Database.repeats`."""
         return self._read(lambda database: database.repeats(first, last))
 
-    def sources(self, digests: Iterable[bytes]) -> dict[bytes, bytes]:
-        """Return the digest of the data that inputs were cut out of, of those that were."""
-        places = self._read(lambda database: database.contents(digests))
-        return {digest: each.source for digest, each in places.items() if each.source is not None}
+    def places(self, numbers: Iterable[int]) -> dict[int, Place]:
+        """Return where pieces of inputs are, and what they were cut out of: see `Database.contents`."""
+        return self._read(lambda database: database.contents(numbers))
+
+    def pieces(self, given: Collection[Given], known: Container[int] = ()) -> dict[int, Piece]:
+        """Return the pieces of inputs by number, without dropped ones. known: those not to read."""
+        numbers = {number for each in given for number in each.numbers() if number not in known}
+        if not numbers:  # opening the database takes as long as a small step
+            return {}
+        places = self.places(numbers)
+        found: dict[int, Piece] = {}
+        for each in given:
+            found |= read_pieces(self.directory, places, each, found)
+        return found
 
     def contents(self, given: Mapping[str, Given]) -> dict[str, Tensor | None]:
         """Return the inputs of a step, on the CPU; None for dropped ones."""
-        if not given:  # opening the database takes as long as a small step
-            return {}
-        digests = {digest for each in given.values() for digest in each.digests}
-        places = self._read(lambda database: database.contents(digests))
-        return {name: read_contents(self.directory, places, each) for name, each in given.items()}
+        pieces = self.pieces(given.values())
+        found = ((name, each, joined(each, pieces)) for name, each in given.items())
+        return {n: None if content is None else tensor_of(each, content) for n, each, content in found}
 
     def _read(self, read: Callable[[Database], _Found]) -> _Found:
         with reading(self._database_path) as database:

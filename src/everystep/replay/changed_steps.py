@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -200,18 +200,24 @@ class ChangedSteps(RecordedSteps):
         if not read:
             return
         before = {
-            digest
+            number
             for row in self.run.repeats(1, steps[0] - 1)
             for each in inputs_of(row.inputs, described(self.run, row)).given.values()
-            for digest in each.digests
+            for number in each.numbers()
         }
-        asked = {digest for of in read.values() for each in of for digest in each.digests}
-        sources = self.run.sources(before | asked)
-        data = before | {sources[digest] for digest in before if digest in sources}
+        asked = {number for of in read.values() for each in of for number in each.numbers()}
+        places = self.run.places(before | asked)
+
+        def contents(number: int) -> set[bytes | int]:
+            """Return the digest of a piece, and that of the data it was cut out of."""
+            numbers = (number, places[number].source) if number in places else (number,)
+            return {places[n].digest if n in places else n for n in numbers if n is not None}
+
+        data = {content for number in before for content in contents(number)}
         changing = [
             name
             for name, given in read.items()
-            if not all(d in data or sources.get(d) in data for each in given for d in each.digests)
+            if any(data.isdisjoint(contents(n)) for each in given for n in each.numbers())
         ]
         if changing:
             raise RunError(
@@ -236,14 +242,14 @@ class ChangedSteps(RecordedSteps):
                 "code may make it from the targets, as with NumPy; change the targets in a fork instead"
             )
 
-    def _read_by(self, steps: range, kind: str) -> dict[str, set[Given]]:
-        """Return the inputs of a kind that steps, and the step before them, read, by name."""
-        read: dict[str, set[Given]] = {}
+    def _read_by(self, steps: range, kind: str) -> dict[str, Collection[Given]]:
+        """Return the inputs of a kind that steps, and the step before them, read, by name: each once."""
+        read: dict[str, dict[Any, Given]] = {}
         for row in map(self.row, (max(1, steps[0] - 1), *steps)):
             for name, each in self.given(row).given.items():
                 if name.startswith(kind):
-                    read.setdefault(name.removeprefix(kind), set()).add(each)
-        return read
+                    read.setdefault(name.removeprefix(kind), {})[each.content] = each
+        return {name: found.values() for name, found in read.items()}
 
 
 class FurtherSteps(ChangedSteps):

@@ -20,9 +20,19 @@ from everystep.program.memory import check_memory, copy_on_cpu
 from everystep.program.precision import Precision
 from everystep.program.sizes import resized
 from everystep.program.step_program import MOST_BYTES, Program
-from everystep.recording.contents import PROGRAM, SIZES, Given, Inputs, inputs_of, unpacked
+from everystep.recording.contents import (
+    PROGRAM,
+    SIZES,
+    Given,
+    Inputs,
+    Piece,
+    inputs_of,
+    joined,
+    tensor_of,
+    unpacked,
+)
 from everystep.recording.database import Repeat, cut
-from everystep.recording.files import bytes_of, program_file
+from everystep.recording.files import program_file
 from everystep.recording.keep import kept_text
 from everystep.recording.recorded_run import RecordedRun, Stretch
 from everystep.replay.opened_step import of_kind
@@ -102,8 +112,8 @@ class RecordedSteps:
         self._rows: dict[int, Repeat] = {}
         self._losses: dict[int, float] = {}
         self._given: dict[bytes | None, Inputs] = {}
-        #: The bytes of an input, or of a row of one, by their digest.
-        self._pieces: dict[bytes, Tensor] = {}
+        #: Pieces of inputs, by their numbers.
+        self._pieces: dict[int, Piece] = {}
         self._bytes = 0
         #: The steps with contents read ahead.
         self._ahead = range(0)
@@ -200,7 +210,7 @@ class RecordedSteps:
         program, key = self._shared[shared]
         if sizes is None:
             return program
-        packed = bytes(bytes_of(self._content(sizes, f"an input of {self.run.name}", SIZES)))
+        packed = bytes(self._content(sizes, f"an input of {self.run.name}", SIZES))
         return resized(program, packed, key)
 
     def _read_shared(self, number: int, given: Given | None) -> tuple[Program, bytes]:
@@ -208,9 +218,9 @@ class RecordedSteps:
         if given is None:
             content = self.run.read_file(program_file(number))
             return read_program(self.run, number), sha256(content).digest()
-        packed = bytes_of(self._content(given, f"an input of {self.run.name}", PROGRAM))
+        packed = self._content(given, f"an input of {self.run.name}", PROGRAM)
         try:
-            text = decompressed(packed, MOST_BYTES)
+            text = decompressed(bytes(packed), MOST_BYTES)
         except ValueError as error:
             raise ProgramError(f"a program of {self.run.name} cannot be read: {error}") from None
         return Program.from_json(text), sha256(text).digest()
@@ -290,30 +300,29 @@ class RecordedSteps:
             self._read(wanted.values())
         for name, given in wanted.items():
             content = self._content(given, described(self.run, row), name)
-            if given.dtype not in DTYPES or content.nbytes != _size(given):
-                what = described(self.run, row)
-                raise NotReplayedError(f"{what} has another dtype or size: the database was changed")
-            shape = (-1,) if name.startswith("input/") else given.shape
-            found[name] = content.view(DTYPES[given.dtype]).reshape(shape)
+            with _reading():
+                tensor = tensor_of(given, content)
+            found[name] = tensor.flatten() if name.startswith("input/") else tensor
         return found
 
     def stored_program(self, row: Repeat) -> dict[str, Tensor]:
         """Return the program of a step and its sizes (bytes,) uint8, if they are among its inputs."""
         given = {name: each for name, each in self.given(row).given.items() if name in (PROGRAM, SIZES)}
         what = described(self.run, row)
-        return {name: self._content(each, what, name) for name, each in given.items()}
+        contents = {name: self._content(each, what, name) for name, each in given.items()}
+        return {name: torch.frombuffer(each, dtype=torch.uint8) for name, each in contents.items()}
 
-    def _content(self, given: Given, what: str, name: str) -> Tensor:
-        """Return the bytes of an input (bytes,) uint8. what, name: for an error."""
+    def _content(self, given: Given, what: str, name: str) -> bytearray:
+        """Return the bytes of an input. what, name: for an error."""
         with _reading():
             self._read([given])
-        pieces = [self._pieces[digest] for digest in given.digests if digest in self._pieces]
-        if len(pieces) < len(given.digests):
+        content = joined(given, self._pieces)
+        if content is None:
             raise NotReplayedError(
                 f"{what} was dropped ({name}), because the batches exceeded the budget (batch_budget of "
                 "everystep.record); later steps may still open"
             )
-        return torch.cat([torch.empty(0, dtype=torch.uint8), *pieces])
+        return content
 
     def read_ahead(self, number: int, last: int) -> None:
         """Read contents that the next steps need, unless that was done.
@@ -335,18 +344,12 @@ class RecordedSteps:
 
     def _read(self, wanted: Collection[Given]) -> None:
         """Read the contents that are not in memory, in one look into the database."""
-        if all(self._pieces.keys() >= {*each.digests} for each in wanted):
-            return
         if self._bytes > KEPT_BYTES:
             self._pieces.clear()
             self._bytes = 0
-        pieces = {digest: piece for each in wanted for digest, piece in each.pieces().items()}
-        asked = {digest: piece for digest, piece in pieces.items() if digest not in self._pieces}
-        found = self.run.contents({digest.hex(): piece for digest, piece in asked.items()}).values()
-        for digest, tensor in zip(asked, found, strict=True):
-            if tensor is not None:
-                self._pieces[digest] = tensor.flatten().view(torch.uint8)
-                self._bytes += tensor.nbytes
+        found = self.run.pieces(wanted, self._pieces)
+        self._pieces |= found
+        self._bytes += sum(len(piece.content) for piece in found.values())
 
 
 def check_kept(run: RecordedRun, step: int) -> None:

@@ -262,10 +262,10 @@ def _drawn(run: RecordedRun, step: int) -> Drawn:
             "with was dropped to stay within batch_budget; use a loader with a state_dict, such as "
             "torchdata's StatefulDataLoader"
         )
-    known = {name: each for name, each in inputs.given.items() if name.startswith("batch/")}
+    known = {name: each.content for name, each in inputs.given.items() if name.startswith("batch/")}
 
     def matches(batch: Any) -> bool:
-        found = {f"batch/{n}": given_of(t.detach().cpu()) for n, t in tensors_of(batch).items()}
+        found = {f"batch/{n}": given_of(t.detach().cpu()).content for n, t in tensors_of(batch).items()}
         # Without what the recorded loop had put into a batch that came again.
         both = known.keys() & found.keys()
         return bool(both or not known) and all(known[name] == found[name] for name in both)
