@@ -1,0 +1,48 @@
+"""Batches by content: rows that return, in any order, are stored once, and come back as they were."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.descent import looped
+from tests.sealing import sql
+from torch import nn
+
+import everystep
+from everystep.recording.prune import prune, pruning_of
+
+rows = st.lists(st.integers(0, 30), min_size=1, max_size=40)
+
+
+def _mean_square(model, batch):
+    return model(batch).square().mean()
+
+
+def _record(run, batches, **options):
+    torch.manual_seed(0)
+    return looped(nn.Linear(20, 1), batches, _mean_square, run=run, **options)
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.lists(rows, min_size=1, max_size=5))
+def test_each_row_is_stored_once_and_every_batch_opens(tmp_path_factory, drawn):
+    data = torch.randn(31, 20, generator=torch.Generator().manual_seed(1))
+    batches = [data[places] for places in drawn]
+    run = _record(tmp_path_factory.mktemp("pieces") / "run", batches)
+    for step, batch in enumerate(batches, 1):
+        assert torch.equal(*run[step].batch, batch)
+    of_rows = "SELECT coalesce(sum(length(digests)), 0) / 16 FROM contents WHERE size = 80"
+    assert sql(run.directory, of_rows) == [(len({place for places in drawn for place in places}),)]
+    assert run.verify(processes=1, progress=False).is_exact
+
+
+def test_the_numbers_of_lost_rows_are_not_taken_for_those_of_later_ones(tmp_path):
+    first, second, *later = torch.randn(16, 20, generator=torch.Generator().manual_seed(1)).split(4)
+    run = _record(tmp_path / "run", [first, second])
+    prune(run.directory, pruning_of(run.directory, snapshots=None, batches=0))
+    again = _record(tmp_path / "run", [first, second, *later], resume=True)
+    for step, batch in enumerate(later, 3):
+        assert torch.equal(*again[step].batch, batch)
+    for step in (1, 2):
+        with pytest.raises(everystep.RunError, match="dropped"):
+            again[step]
