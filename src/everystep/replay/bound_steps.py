@@ -22,8 +22,7 @@ from everystep.program.memory import copy_into
 from everystep.program.number_slots import READ, read_difference
 from everystep.program.steady import has_fixed_shapes
 from everystep.program.step_program import Program
-from everystep.recording.database import Repeat
-from everystep.replay.recorded_steps import RecordedSteps
+from everystep.replay.recorded_steps import ProgramKey, RecordedSteps, StepRow
 
 __all__ = ["BoundStep", "BoundSteps", "Hook"]
 
@@ -56,7 +55,7 @@ class BoundStep:
         ProgramError: the interpreter must run it.
     """
 
-    def __init__(self, row: Repeat, steps: RecordedSteps, state: dict[str, Tensor]) -> None:
+    def __init__(self, row: StepRow, steps: RecordedSteps, state: dict[str, Tensor]) -> None:
         self._interpreter = interpreter = steps.program_of(row)
         program = interpreter.program
         interpreter.lay_state(state)
@@ -84,11 +83,11 @@ class BoundStep:
         #: The operations that read a number.
         self._reading = [n for n, each in enumerate(program.operations) if each.operator == READ]
 
-    def is_loaded(self, row: Repeat) -> bool:
+    def is_loaded(self, row: StepRow) -> bool:
         """Return whether it has the inputs of a step that no rule finds."""
         return row.inputs == self._loaded
 
-    def begin(self, row: Repeat) -> bool:
+    def begin(self, row: StepRow) -> bool:
         """Put the numbers and the inputs of a step where it reads them; return whether they fit."""
         is_new = not self.is_loaded(row)
         if is_new and not self._load(row):
@@ -107,7 +106,7 @@ class BoundStep:
         self._loaded = row.inputs if fits else _NOTHING
         return fits
 
-    def _load(self, row: Repeat) -> bool:
+    def _load(self, row: StepRow) -> bool:
         self._loaded = _NOTHING
         given = self._steps.given(row)
         drawn = [name for name in given.given if name.startswith(GENERATOR)]
@@ -165,34 +164,34 @@ class BoundStep:
 
 
 class BoundSteps:
-    """The bound programs of a run, by their numbers.
+    """The bound programs of a run.
 
     state: the tensors that they run on, by name; the dictionary is shared with whoever replays.
     """
 
     def __init__(self, state: dict[str, Tensor]) -> None:
         self._state = state
-        self._bound: dict[int, BoundStep] = {}
+        self._bound: dict[ProgramKey, BoundStep] = {}
         #: How many steps of each program the interpreter ran.
-        self._interpreted: Counter[int] = Counter()
+        self._interpreted: Counter[ProgramKey] = Counter()
         #: Programs that cannot be bound.
-        self._left: set[int] = set()
+        self._left: set[ProgramKey] = set()
 
-    def begin(self, row: Repeat, last: int, steps: RecordedSteps) -> BoundStep | None:
+    def begin(self, row: StepRow, last: int, steps: RecordedSteps) -> BoundStep | None:
         """Prepare a step; return the program that runs it, None if the interpreter must.
 
         last: the last step that is about to run.
         """
-        interpreter, number = steps.program_of(row), row.program
-        assert number is not None
-        bound = self._bound.get(number)
+        interpreter, key = steps.program_of(row), row.program
+        assert key is not None
+        bound = self._bound.get(key)
         if bound is None or not bound.is_loaded(row):
             steps.read_ahead(row.step, last)
-        if bound is None and self._is_worth(number, steps.ahead(row.step, last)):
+        if bound is None and self._is_worth(key, steps.ahead(row.step, last)):
             bound = self._bind(row, steps)
         if bound is not None and self._bring(bound, interpreter) and bound.begin(row):
             return bound
-        self._interpreted[number] += 1
+        self._interpreted[key] += 1
         return None
 
     def end(self, bound: BoundStep) -> None:
@@ -201,11 +200,11 @@ class BoundSteps:
             self._state.pop(name, None)
         self._state.update(bound.live.ends)
 
-    def _is_worth(self, program: int, ahead: Sequence[Repeat]) -> bool:
+    def _is_worth(self, program: ProgramKey, ahead: Sequence[StepRow]) -> bool:
         count = sum(each.program == program for each in ahead)
         return program not in self._left and count + self._interpreted[program] >= WORTH
 
-    def _bind(self, row: Repeat, steps: RecordedSteps) -> BoundStep | None:
+    def _bind(self, row: StepRow, steps: RecordedSteps) -> BoundStep | None:
         """Bind the program of a step to the state; return None if the interpreter must run it."""
         assert row.program is not None
         try:

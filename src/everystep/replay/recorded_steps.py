@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +30,9 @@ from everystep.replay.opened_step import of_kind
 
 __all__ = [
     "NotReplayedError",
+    "ProgramKey",
     "RecordedSteps",
+    "StepRow",
     "check_kept",
     "described",
     "read_program",
@@ -48,16 +51,30 @@ AHEAD_BYTES = 16_000_000
 KEPT_STEPS = 512
 #: Programs in memory, of a run with many; and those from which others are made, by other sizes.
 KEPT_PROGRAMS, KEPT_SHARED = 256, 64
-#: Programs with the sizes of a step, or that are among its inputs, have numbers from here on.
-_FIRST_OF_STEPS = 2**40
-
-
-#: A program that steps share: its number, and where it is among the inputs of steps.
-_Shared = tuple[int, Given | None]
 
 
 class NotReplayedError(RunError):
     """A step that cannot be replayed; the message gives the reason."""
+
+
+class ProgramKey(NamedTuple):
+    """What a program is read from: its number in the run, and what the inputs of a step have of it.
+
+    content: the program itself, None if a file has it; sizes: where they are not those of the program.
+    """
+
+    number: int
+    content: Given | None = None
+    sizes: Given | None = None
+
+
+class StepRow(NamedTuple):
+    """The data that repeats a step; numbers, inputs: as the run keeps them."""
+
+    step: int
+    program: ProgramKey | None
+    numbers: bytes | None
+    inputs: bytes | None
 
 
 class RecordedSteps:
@@ -91,15 +108,13 @@ class RecordedSteps:
         self.rule = rule
         self.device = select(stretch.facts.device)
         self.conversion = conversion
-        self._programs: dict[int, Interpreter] = {}
+        self._programs: dict[ProgramKey, Interpreter] = {}
         #: Those of programs with tensors that move, where they lie in the last steps.
-        self._placed: dict[tuple[int, bytes | None], Interpreter] = {}
-        self._recorded: dict[int, Program] = {}
-        #: Of each such program: the one that steps share, and the sizes; and its number.
-        self._of_steps: list[tuple[_Shared, Given | None]] = []
-        self._number_of: dict[tuple[_Shared, Given | None], int] = {}
-        self._shared: dict[_Shared, tuple[Program, bytes]] = {}
-        self._rows: dict[int, Repeat] = {}
+        self._placed: dict[tuple[ProgramKey, bytes | None], Interpreter] = {}
+        self._recorded: dict[ProgramKey, Program] = {}
+        #: Programs that steps of other sizes share, and what stands for them.
+        self._shared: dict[tuple[int, Given | None], tuple[Program, bytes]] = {}
+        self._rows: dict[int, StepRow] = {}
         self._losses: dict[int, float] = {}
         self._given: dict[bytes | None, Inputs] = {}
         #: The bytes of an input, or of a row of one, by their digest.
@@ -111,14 +126,14 @@ class RecordedSteps:
             for number in self.facts.programs:
                 self.program(number)  # each determines what else is converted
 
-    def row(self, number: int) -> Repeat:
-        """Return the data that repeats a step, as a row of this step alone."""
+    def row(self, number: int) -> StepRow:
+        """Return the data that repeats a step."""
         if number not in self._rows:
             last = number + BLOCK - 1
             with _reading():
                 rows = cut(self.run.repeats(number, last), number, last)
-            steps = ((row, row.step + place) for row in rows for place in range(row.count))
-            self._rows = {s: self._with_program(row)._replace(step=s, count=1) for row, s in steps}
+            steps = ((row, step) for row in rows for step in range(row.step, row.last + 1))
+            self._rows = {step: self._row_of(row, step) for row, step in steps}
         if number not in self._rows:
             check_kept(self.run, number)
             raise NotReplayedError(
@@ -126,31 +141,19 @@ class RecordedSteps:
             )
         return self._rows[number]
 
-    def _with_program(self, row: Repeat) -> Repeat:
-        """Return a row that has the program of its step: with its sizes, and from its inputs."""
-        if row.program is None:
+    def _row_of(self, repeat: Repeat, step: int) -> StepRow:
+        row = StepRow(step, None, repeat.numbers, repeat.inputs)
+        if repeat.program is None:
             return row
-        if row.program >= _FIRST_OF_STEPS:
-            return row._replace(program=0)  # which no run has
         given = self.given(row).given
-        key = (row.program, given.get(PROGRAM)), given.get(SIZES)
-        if key == ((row.program, None), None):
-            return row
-        if key not in self._number_of:
-            self._number_of[key] = _FIRST_OF_STEPS + len(self._of_steps)
-            self._of_steps.append(key)
-        return row._replace(program=self._number_of[key])
+        return row._replace(program=ProgramKey(repeat.program, given.get(PROGRAM), given.get(SIZES)))
 
-    def written(self, number: int) -> int:
-        """Return the number that the program of a row has in the run."""
-        return number if number < _FIRST_OF_STEPS else self._of_steps[number - _FIRST_OF_STEPS][0][0]
-
-    def ahead(self, first: int, last: int) -> list[Repeat]:
+    def ahead(self, first: int, last: int) -> list[StepRow]:
         """Return the rows of the next steps, as far as they have been read."""
         steps = range(first, min(last, first + LOOK_AHEAD) + 1)
         return [self._rows[step] for step in steps if step in self._rows]
 
-    def program_of(self, row: Repeat) -> Interpreter:
+    def program_of(self, row: StepRow) -> Interpreter:
         """Return the program of a step."""
         if row.program is None:
             check_kept(self.run, row.step)
@@ -158,7 +161,7 @@ class RecordedSteps:
                 f"step {row.step} of {self.run.name} cannot be replayed: it did something that a "
                 "program cannot hold, as a notice reported when it was recorded"
             )
-        program = self.program(row.program)
+        program = self.program(*row.program)
         if not program.program.moves:
             return program
         key = row.program, row.numbers
@@ -169,39 +172,43 @@ class RecordedSteps:
                 self._placed[key], _ = program.at(self.all_numbers(row))
         return self._placed[key]
 
-    def program(self, number: int) -> Interpreter:
-        """Return a program by its number.
+    def program(
+        self, number: int, content: Given | None = None, sizes: Given | None = None
+    ) -> Interpreter:
+        """Return a program; see `ProgramKey`.
 
         Raises:
             ProgramError: it needs more memory than is free.
         """
-        if number not in self._programs:
+        key = ProgramKey(number, content, sizes)
+        if key not in self._programs:
             if len(self._programs) >= KEPT_PROGRAMS:
                 self._programs.clear()
                 self._recorded.clear()
             with _reading():
-                program = self._recorded[number] = self._read_program(number)
+                program = self._recorded[key] = self._read_program(key)
             if self.conversion is not None:
                 program = self.conversion.program(program)
             made = [program.storages[name].bytes for name in program.of_kind("temporary")]
             # Results are freed once nothing needs them, so only the largest is sure to be there.
             check_memory(max(made, default=0), self.device)
-            self._programs[number] = Interpreter(program, self.device)
-        return self._programs[number]
+            self._programs[key] = Interpreter(program, self.device)
+        return self._programs[key]
 
-    def _read_program(self, number: int) -> Program:
-        if number < _FIRST_OF_STEPS:
+    def _read_program(self, key: ProgramKey) -> Program:
+        number, content, sizes = key
+        if content is None and sizes is None:
             return read_program(self.run, number)
-        shared, sizes = self._of_steps[number - _FIRST_OF_STEPS]
+        shared = number, content
         if shared not in self._shared:
             if len(self._shared) >= KEPT_SHARED:
                 self._shared.clear()
-            self._shared[shared] = self._read_shared(*shared)
-        program, key = self._shared[shared]
+            self._shared[shared] = self._read_shared(number, content)
+        program, digest = self._shared[shared]
         if sizes is None:
             return program
         packed = bytes(bytes_of(self._content(sizes, f"an input of {self.run.name}", SIZES)))
-        return resized(program, packed, key)
+        return resized(program, packed, digest)
 
     def _read_shared(self, number: int, given: Given | None) -> tuple[Program, bytes]:
         """Return a program that steps share, and what stands for it."""
@@ -215,12 +222,12 @@ class RecordedSteps:
             raise ProgramError(f"a program of {self.run.name} cannot be read: {error}") from None
         return Program.from_json(text), sha256(text).digest()
 
-    def numbers(self, row: Repeat) -> list[int | float]:
+    def numbers(self, row: StepRow) -> list[int | float]:
         """Return the numbers of the operations of a step."""
-        moves = () if row.program is None else self.program(row.program).program.moves
+        moves = () if row.program is None else self.program(*row.program).program.moves
         return self.all_numbers(row)[len(moves) :]
 
-    def all_numbers(self, row: Repeat) -> list[int | float]:
+    def all_numbers(self, row: StepRow) -> list[int | float]:
         """Return where the tensors of a step lie that move, and the numbers of its operations."""
         with _reading():
             found = unpacked(row.numbers, f"step {row.step} of {self.run.name}") or []
@@ -251,10 +258,14 @@ class RecordedSteps:
     def digested_before(self, number: int) -> int:
         """Return the last step before one with digests of the state, 0 if there is none."""
         earlier = [2**power for power in range(number.bit_length()) if 2**power < number]
-        rows = ((step, row) for step in reversed(earlier) for row in self.run.repeats(step, step))
-        return next((step for step, row in rows if self.given(row).digests), 0)
+        rows = (
+            self._row_of(each, step)
+            for step in reversed(earlier)
+            for each in self.run.repeats(step, step)
+        )
+        return next((row.step for row in rows if self.given(row).digests), 0)
 
-    def given(self, row: Repeat) -> Inputs:
+    def given(self, row: StepRow) -> Inputs:
         """Return the inputs of a step without their contents."""
         if row.inputs not in self._given:
             if len(self._given) >= KEPT_STEPS:
@@ -263,25 +274,25 @@ class RecordedSteps:
                 self._given[row.inputs] = inputs_of(row.inputs, described(self.run, row))
         return self._given[row.inputs]
 
-    def inputs(self, row: Repeat) -> dict[str, Tensor]:
+    def inputs(self, row: StepRow) -> dict[str, Tensor]:
         """Return the inputs of a step by `batch/name` and `input/name`, on the CPU: the caller's own."""
         tensors = self.stored(row)
         if (rule := self.rule_for(row)) is not None:
             rows = zip("xy", rule(row.step), strict=True)
             tensors |= {f"batch/{name}": copy_on_cpu(part) for name, part in rows}
         if self.conversion is not None and row.program is not None:
-            self.program(row.program)
+            self.program(*row.program)
             bytes_of = of_kind(tensors, "input")
             cast = self.conversion.contents(self._recorded[row.program], bytes_of)
             tensors = {name: self.conversion.tensor(name, tensor) for name, tensor in tensors.items()}
             tensors |= {f"input/{name}": content for name, content in cast.items()}
         return tensors
 
-    def rule_for(self, row: Repeat) -> RowsOf | None:
+    def rule_for(self, row: StepRow) -> RowsOf | None:
         """Return the rule that finds the rows of a step, None if the run has its batch by content."""
         return None if "batch/x" in self.given(row).given else self.rule
 
-    def stored(self, row: Repeat) -> dict[str, Tensor]:
+    def stored(self, row: StepRow) -> dict[str, Tensor]:
         """Return the inputs of a step that the run holds by content, as recorded."""
         found = {}
         needed = self.given(row).opens_with
@@ -297,7 +308,7 @@ class RecordedSteps:
             found[name] = content.view(DTYPES[given.dtype]).reshape(shape)
         return found
 
-    def stored_program(self, row: Repeat) -> dict[str, Tensor]:
+    def stored_program(self, row: StepRow) -> dict[str, Tensor]:
         """Return the program of a step and its sizes (bytes,) uint8, if they are among its inputs."""
         given = {name: each for name, each in self.given(row).given.items() if name in (PROGRAM, SIZES)}
         what = described(self.run, row)
@@ -393,6 +404,6 @@ def _size(given: Given) -> int:
     return math.prod(given.shape) * DTYPES[given.dtype].itemsize if given.dtype in DTYPES else 0
 
 
-def described(run: RecordedRun, row: Repeat) -> str:
+def described(run: RecordedRun, row: StepRow) -> str:
     """Name the input of a step in a message."""
     return f"the input of step {row.step} of {run.name}"
