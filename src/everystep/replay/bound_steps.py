@@ -15,12 +15,11 @@ from torch import Tensor
 
 from everystep.errors import ProgramError
 from everystep.experiment.batches import RowsOf
-from everystep.program.bound import BoundProgram
+from everystep.program.bound import BoundProgram, has_fixed_shapes
 from everystep.program.calls import Call
 from everystep.program.interpreter import Interpreter, Looks
 from everystep.program.memory import copy_into
 from everystep.program.number_slots import READ, read_difference
-from everystep.program.steady import has_fixed_shapes
 from everystep.program.step_program import Program
 from everystep.replay.recorded_steps import ProgramKey, RecordedSteps, StepRow
 
