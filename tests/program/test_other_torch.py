@@ -6,7 +6,7 @@ from tests.descent import trained
 from torch import nn
 
 from everystep.errors import ProgramError, TrainingError
-from everystep.program import operators, allowed
+from everystep.program import allowed, operators
 from everystep.program.operators import NotAllowedError, resolve
 from everystep.program.step_program import Program
 from everystep.recording.files import program_file
