@@ -201,7 +201,7 @@ class ChangedSteps(RecordedSteps):
         before = {
             digest
             for row in self.run.repeats(1, steps[0] - 1)
-            for each in inputs_of(row.inputs, described(self.run, row)).given.values()
+            for each in inputs_of(row.inputs, described(self.run, row.step)).given.values()
             for digest in each.digests
         }
         asked = {digest for of in read.values() for each in of for digest in each.digests}

@@ -271,7 +271,7 @@ class RecordedSteps:
             if len(self._given) >= KEPT_STEPS:
                 self._given.clear()
             with _reading():
-                self._given[row.inputs] = inputs_of(row.inputs, described(self.run, row))
+                self._given[row.inputs] = inputs_of(row.inputs, described(self.run, row.step))
         return self._given[row.inputs]
 
     def inputs(self, row: StepRow) -> dict[str, Tensor]:
@@ -300,9 +300,9 @@ class RecordedSteps:
         with _reading():
             self._read(wanted.values())
         for name, given in wanted.items():
-            content = self._content(given, described(self.run, row), name)
+            content = self._content(given, described(self.run, row.step), name)
             if given.dtype not in DTYPES or content.nbytes != _size(given):
-                what = described(self.run, row)
+                what = described(self.run, row.step)
                 raise NotReplayedError(f"{what} has another dtype or size: the database was changed")
             shape = (-1,) if name.startswith("input/") else given.shape
             found[name] = content.view(DTYPES[given.dtype]).reshape(shape)
@@ -311,7 +311,7 @@ class RecordedSteps:
     def stored_program(self, row: StepRow) -> dict[str, Tensor]:
         """Return the program of a step and its sizes (bytes,) uint8, if they are among its inputs."""
         given = {name: each for name, each in self.given(row).given.items() if name in (PROGRAM, SIZES)}
-        what = described(self.run, row)
+        what = described(self.run, row.step)
         return {name: self._content(each, what, name) for name, each in given.items()}
 
     def _content(self, given: Given, what: str, name: str) -> Tensor:
@@ -404,6 +404,6 @@ def _size(given: Given) -> int:
     return math.prod(given.shape) * DTYPES[given.dtype].itemsize if given.dtype in DTYPES else 0
 
 
-def described(run: RecordedRun, row: StepRow) -> str:
+def described(run: RecordedRun, step: int) -> str:
     """Name the input of a step in a message."""
-    return f"the input of step {row.step} of {run.name}"
+    return f"the input of step {step} of {run.name}"
