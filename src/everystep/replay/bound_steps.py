@@ -7,7 +7,6 @@ faster, once it is bound, which takes some milliseconds.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from functools import partial
 from typing import Protocol
 
@@ -21,7 +20,8 @@ from everystep.program.interpreter import Interpreter, Looks
 from everystep.program.memory import copy_into
 from everystep.program.number_slots import READ, read_difference
 from everystep.program.step_program import Program
-from everystep.replay.recorded_steps import ProgramKey, RecordedSteps, StepRow
+from everystep.recording.database import Repeat
+from everystep.replay.recorded_steps import ProgramKey, RecordedSteps
 
 __all__ = ["BoundStep", "BoundSteps", "Hook"]
 
@@ -54,7 +54,7 @@ class BoundStep:
         ProgramError: the interpreter must run it.
     """
 
-    def __init__(self, row: StepRow, steps: RecordedSteps, state: dict[str, Tensor]) -> None:
+    def __init__(self, row: Repeat, steps: RecordedSteps, state: dict[str, Tensor]) -> None:
         self._interpreter = interpreter = steps.program_of(row)
         program = interpreter.program
         interpreter.lay_state(state)
@@ -82,11 +82,11 @@ class BoundStep:
         #: The operations that read a number.
         self._reading = [n for n, each in enumerate(program.operations) if each.operator == READ]
 
-    def is_loaded(self, row: StepRow) -> bool:
+    def is_loaded(self, row: Repeat) -> bool:
         """Return whether it has the inputs of a step that no rule finds."""
         return row.inputs == self._loaded
 
-    def begin(self, row: StepRow) -> bool:
+    def begin(self, row: Repeat) -> bool:
         """Put the numbers and the inputs of a step where it reads them; return whether they fit."""
         is_new = not self.is_loaded(row)
         if is_new and not self._load(row):
@@ -105,7 +105,7 @@ class BoundStep:
         self._loaded = row.inputs if fits else _NOTHING
         return fits
 
-    def _load(self, row: StepRow) -> bool:
+    def _load(self, row: Repeat) -> bool:
         self._loaded = _NOTHING
         given = self._steps.given(row)
         drawn = [name for name in given.given if name.startswith(GENERATOR)]
@@ -176,18 +176,17 @@ class BoundSteps:
         #: Programs that cannot be bound.
         self._left: set[ProgramKey] = set()
 
-    def begin(self, row: StepRow, last: int, steps: RecordedSteps) -> BoundStep | None:
+    def begin(self, row: Repeat, last: int, steps: RecordedSteps) -> BoundStep | None:
         """Prepare a step; return the program that runs it, None if the interpreter must.
 
         last: the last step that is about to run.
         """
-        interpreter, key = steps.program_of(row), row.program
-        assert key is not None
+        interpreter, key = steps.program_of(row), steps.key_of(row)
         bound = self._bound.get(key)
         if bound is None or not bound.is_loaded(row):
             steps.read_ahead(row.step, last)
-        if bound is None and self._is_worth(key, steps.ahead(row.step, last)):
-            bound = self._bind(row, steps)
+        if bound is None and self._is_worth(key, row, last, steps):
+            bound = self._bind(key, row, steps)
         if bound is not None and self._bring(bound, interpreter) and bound.begin(row):
             return bound
         self._interpreted[key] += 1
@@ -199,17 +198,18 @@ class BoundSteps:
             self._state.pop(name, None)
         self._state.update(bound.live.ends)
 
-    def _is_worth(self, program: ProgramKey, ahead: Sequence[StepRow]) -> bool:
-        count = sum(each.program == program for each in ahead)
-        return program not in self._left and count + self._interpreted[program] >= WORTH
+    def _is_worth(self, key: ProgramKey, row: Repeat, last: int, steps: RecordedSteps) -> bool:
+        if key in self._left:
+            return False
+        ahead = (each for each in steps.ahead(row.step, last) if each.program is not None)
+        return sum(steps.key_of(each) == key for each in ahead) + self._interpreted[key] >= WORTH
 
-    def _bind(self, row: StepRow, steps: RecordedSteps) -> BoundStep | None:
+    def _bind(self, key: ProgramKey, row: Repeat, steps: RecordedSteps) -> BoundStep | None:
         """Bind the program of a step to the state; return None if the interpreter must run it."""
-        assert row.program is not None
         try:
-            bound = self._bound[row.program] = BoundStep(row, steps, self._state)
+            bound = self._bound[key] = BoundStep(row, steps, self._state)
         except ProgramError:
-            self._left.add(row.program)
+            self._left.add(key)
             return None
         known = self._bound
         while len(known) > 1 and sum(each.live.temporary_bytes for each in known.values()) > MOST_BYTES:

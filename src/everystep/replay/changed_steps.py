@@ -17,10 +17,11 @@ from everystep.program.operators import draws_random_numbers
 from everystep.program.optimizer_operator import OptimizerOperator
 from everystep.program.step_program import Program
 from everystep.recording.contents import Given, Inputs, Taken, inputs_of
+from everystep.recording.database import Repeat
 from everystep.recording.recorded_run import RecordedRun, Stretch
 from everystep.replay.opened_step import of_kind
 from everystep.replay.recorded_batches import batches_of
-from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps, StepRow, described
+from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps, described
 from everystep.training.job import relabelled_rows
 
 __all__ = ["ChangedSteps", "FurtherSteps"]
@@ -90,7 +91,7 @@ class ChangedSteps(RecordedSteps):
         """Return NaN: the recorded loss is not that of the step."""
         return math.nan
 
-    def given(self, row: StepRow) -> Inputs:
+    def given(self, row: Repeat) -> Inputs:
         """Return the inputs of a step without their contents, and without digests of the state."""
         return super().given(row)._replace(digests={})
 
@@ -105,17 +106,16 @@ class ChangedSteps(RecordedSteps):
         if (known := self._taken.get(row[1:4])) is not None:
             return known._replace(step=number)
         given, tensors = self.given(row), self.stored(row)
-        program = None if row.program is None else row.program.number
         tensors |= self.stored_program(row)
         size = sum(tensor.nbytes for tensor in tensors.values())
         recorded, own = self.all_numbers(row), self.numbers(row)
         numbers = [*recorded[: len(recorded) - len(own)], *own]
-        found = Taken(number, program, numbers, tensors, given.nesting, size, {})
+        found = Taken(number, row.program, numbers, tensors, given.nesting, size, {})
         if not tensors:
             self._taken[row[1:4]] = found
         return found
 
-    def numbers(self, row: StepRow) -> list[int | float]:
+    def numbers(self, row: Repeat) -> list[int | float]:
         """Return the numbers of a step, with the learning rate in them.
 
         Raises:
@@ -143,7 +143,7 @@ class ChangedSteps(RecordedSteps):
         """Return those of some steps that have run and have a relabelled row in their batch."""
         return tuple(step for step in steps if self._has.get(self.row(step).inputs))
 
-    def stored(self, row: StepRow) -> dict[str, Tensor]:
+    def stored(self, row: Repeat) -> dict[str, Tensor]:
         """Return the inputs of a step that the run holds by content, with the other targets.
 
         Raises:
@@ -262,13 +262,13 @@ class FurtherSteps(ChangedSteps):
         super().__init__(run, stretch, rule, lr=lr)
         self._batches = batches_of(self.facts)
         #: The newest step by its number of rows.
-        self._alike: dict[int, StepRow] = {}
+        self._alike: dict[int, Repeat] = {}
 
-    def row(self, number: int) -> StepRow:
+    def row(self, number: int) -> Repeat:
         """Return what repeats a step: its operations are those of a recorded one."""
         return self._like(number)._replace(step=number)
 
-    def given(self, row: StepRow) -> Inputs:
+    def given(self, row: Repeat) -> Inputs:
         """Return the inputs of a step, which draws from where the step before left the generator."""
         found = super().given(row)
         given = {name: each for name, each in found.given.items() if not name.startswith("generator/")}
@@ -302,7 +302,7 @@ class FurtherSteps(ChangedSteps):
             return False
         return all(name.startswith("gradient/") for name in ends)
 
-    def _like(self, number: int) -> StepRow:
+    def _like(self, number: int) -> Repeat:
         """Return the step itself if the run has it, else the newest one with as many rows."""
         if number <= self.last:
             return super().row(number)

@@ -32,7 +32,6 @@ __all__ = [
     "NotReplayedError",
     "ProgramKey",
     "RecordedSteps",
-    "StepRow",
     "check_kept",
     "described",
     "read_program",
@@ -66,15 +65,6 @@ class ProgramKey(NamedTuple):
     number: int
     content: Given | None = None
     sizes: Given | None = None
-
-
-class StepRow(NamedTuple):
-    """The data that repeats a step; numbers, inputs: as the run keeps them."""
-
-    step: int
-    program: ProgramKey | None
-    numbers: bytes | None
-    inputs: bytes | None
 
 
 class RecordedSteps:
@@ -114,7 +104,7 @@ class RecordedSteps:
         self._recorded: dict[ProgramKey, Program] = {}
         #: Programs that steps of other sizes share, and what stands for them.
         self._shared: dict[tuple[int, Given | None], tuple[Program, bytes]] = {}
-        self._rows: dict[int, StepRow] = {}
+        self._rows: dict[int, Repeat] = {}
         self._losses: dict[int, float] = {}
         self._given: dict[bytes | None, Inputs] = {}
         #: The bytes of an input, or of a row of one, by their digest.
@@ -126,14 +116,14 @@ class RecordedSteps:
             for number in self.facts.programs:
                 self.program(number)  # each determines what else is converted
 
-    def row(self, number: int) -> StepRow:
+    def row(self, number: int) -> Repeat:
         """Return the data that repeats a step."""
         if number not in self._rows:
             last = number + BLOCK - 1
             with _reading():
                 rows = cut(self.run.repeats(number, last), number, last)
             steps = ((row, step) for row in rows for step in range(row.step, row.last + 1))
-            self._rows = {step: self._row_of(row, step) for row, step in steps}
+            self._rows = {step: row._replace(step=step, count=1) for row, step in steps}
         if number not in self._rows:
             check_kept(self.run, number)
             raise NotReplayedError(
@@ -141,30 +131,33 @@ class RecordedSteps:
             )
         return self._rows[number]
 
-    def _row_of(self, repeat: Repeat, step: int) -> StepRow:
-        row = StepRow(step, None, repeat.numbers, repeat.inputs)
-        if repeat.program is None:
-            return row
-        given = self.given(row).given
-        return row._replace(program=ProgramKey(repeat.program, given.get(PROGRAM), given.get(SIZES)))
+    def key_of(self, row: Repeat) -> ProgramKey:
+        """Return what the program of a step is read from.
 
-    def ahead(self, first: int, last: int) -> list[StepRow]:
-        """Return the rows of the next steps, as far as they have been read."""
-        steps = range(first, min(last, first + LOOK_AHEAD) + 1)
-        return [self._rows[step] for step in steps if step in self._rows]
-
-    def program_of(self, row: StepRow) -> Interpreter:
-        """Return the program of a step."""
+        Raises:
+            NotReplayedError: it has none.
+        """
         if row.program is None:
             check_kept(self.run, row.step)
             raise NotReplayedError(
                 f"step {row.step} of {self.run.name} cannot be replayed: it did something that a "
                 "program cannot hold, as a notice reported when it was recorded"
             )
-        program = self.program(*row.program)
+        given = self.given(row).given
+        return ProgramKey(row.program, given.get(PROGRAM), given.get(SIZES))
+
+    def ahead(self, first: int, last: int) -> list[Repeat]:
+        """Return the rows of the next steps, as far as they have been read."""
+        steps = range(first, min(last, first + LOOK_AHEAD) + 1)
+        return [self._rows[step] for step in steps if step in self._rows]
+
+    def program_of(self, row: Repeat) -> Interpreter:
+        """Return the program of a step."""
+        known = self.key_of(row)
+        program = self.program(*known)
         if not program.program.moves:
             return program
-        key = row.program, row.numbers
+        key = known, row.numbers
         if key not in self._placed:
             if len(self._placed) >= KEPT_STEPS:
                 self._placed.clear()
@@ -222,12 +215,12 @@ class RecordedSteps:
             raise ProgramError(f"a program of {self.run.name} cannot be read: {error}") from None
         return Program.from_json(text), sha256(text).digest()
 
-    def numbers(self, row: StepRow) -> list[int | float]:
+    def numbers(self, row: Repeat) -> list[int | float]:
         """Return the numbers of the operations of a step."""
-        moves = () if row.program is None else self.program(*row.program).program.moves
+        moves = () if row.program is None else self.program(*self.key_of(row)).program.moves
         return self.all_numbers(row)[len(moves) :]
 
-    def all_numbers(self, row: StepRow) -> list[int | float]:
+    def all_numbers(self, row: Repeat) -> list[int | float]:
         """Return where the tensors of a step lie that move, and the numbers of its operations."""
         with _reading():
             found = unpacked(row.numbers, f"step {row.step} of {self.run.name}") or []
@@ -258,14 +251,10 @@ class RecordedSteps:
     def digested_before(self, number: int) -> int:
         """Return the last step before one with digests of the state, 0 if there is none."""
         earlier = [2**power for power in range(number.bit_length()) if 2**power < number]
-        rows = (
-            self._row_of(each, step)
-            for step in reversed(earlier)
-            for each in self.run.repeats(step, step)
-        )
-        return next((row.step for row in rows if self.given(row).digests), 0)
+        rows = ((step, row) for step in reversed(earlier) for row in self.run.repeats(step, step))
+        return next((step for step, row in rows if self.given(row).digests), 0)
 
-    def given(self, row: StepRow) -> Inputs:
+    def given(self, row: Repeat) -> Inputs:
         """Return the inputs of a step without their contents."""
         if row.inputs not in self._given:
             if len(self._given) >= KEPT_STEPS:
@@ -274,25 +263,25 @@ class RecordedSteps:
                 self._given[row.inputs] = inputs_of(row.inputs, described(self.run, row.step))
         return self._given[row.inputs]
 
-    def inputs(self, row: StepRow) -> dict[str, Tensor]:
+    def inputs(self, row: Repeat) -> dict[str, Tensor]:
         """Return the inputs of a step by `batch/name` and `input/name`, on the CPU: the caller's own."""
         tensors = self.stored(row)
         if (rule := self.rule_for(row)) is not None:
             rows = zip("xy", rule(row.step), strict=True)
             tensors |= {f"batch/{name}": copy_on_cpu(part) for name, part in rows}
         if self.conversion is not None and row.program is not None:
-            self.program(*row.program)
+            self.program(*self.key_of(row))
             bytes_of = of_kind(tensors, "input")
-            cast = self.conversion.contents(self._recorded[row.program], bytes_of)
+            cast = self.conversion.contents(self._recorded[self.key_of(row)], bytes_of)
             tensors = {name: self.conversion.tensor(name, tensor) for name, tensor in tensors.items()}
             tensors |= {f"input/{name}": content for name, content in cast.items()}
         return tensors
 
-    def rule_for(self, row: StepRow) -> RowsOf | None:
+    def rule_for(self, row: Repeat) -> RowsOf | None:
         """Return the rule that finds the rows of a step, None if the run has its batch by content."""
         return None if "batch/x" in self.given(row).given else self.rule
 
-    def stored(self, row: StepRow) -> dict[str, Tensor]:
+    def stored(self, row: Repeat) -> dict[str, Tensor]:
         """Return the inputs of a step that the run holds by content, as recorded."""
         found = {}
         needed = self.given(row).opens_with
@@ -308,7 +297,7 @@ class RecordedSteps:
             found[name] = content.view(DTYPES[given.dtype]).reshape(shape)
         return found
 
-    def stored_program(self, row: StepRow) -> dict[str, Tensor]:
+    def stored_program(self, row: Repeat) -> dict[str, Tensor]:
         """Return the program of a step and its sizes (bytes,) uint8, if they are among its inputs."""
         given = {name: each for name, each in self.given(row).given.items() if name in (PROGRAM, SIZES)}
         what = described(self.run, row.step)

@@ -19,11 +19,12 @@ from everystep.program.interpreter import Interpreter, Looks
 from everystep.program.memory import copied_together
 from everystep.program.operators import REFUSALS
 from everystep.recording.contents import digest_of
+from everystep.recording.database import Repeat
 from everystep.replay.bound_steps import BoundStep, BoundSteps, Hook
 from everystep.replay.opened_step import Batch, Step, observed_step, of_kind
 from everystep.replay.recorded_batches import batches_of
 from everystep.replay.recorded_columns import settings_of
-from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps, StepRow
+from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps
 from everystep.step.build import NotCapturableError
 from everystep.step.expanded import Expanded, Expander
 from everystep.step.generators import Generators
@@ -305,7 +306,7 @@ class ReplayStepper:
         has_unseen = bool(self.steps.facts.unseen)
         return found._replace(places=found.places._replace(has_unseen=has_unseen))
 
-    def _before(self, row: StepRow, index: int, names: Sequence[str]) -> dict[str, Tensor]:
+    def _before(self, row: Repeat, index: int, names: Sequence[str]) -> dict[str, Tensor]:
         """Return copies of tensors of a step's program, by name, before an operation."""
         found: dict[str, Tensor] = {}
 
@@ -337,7 +338,7 @@ class ReplayStepper:
         self._compare(number, bound.different_read() if live.reads else None, bound.digests)
         return live.loss.item()
 
-    def _interpret(self, row: StepRow, looks: Looks, expansion: Expanded | None = None) -> float:
+    def _interpret(self, row: Repeat, looks: Looks, expansion: Expanded | None = None) -> float:
         """Run a step, or its expansion, by the interpreter; return its loss."""
         inputs = self.steps.inputs(row)
         known = Expanded(self.steps.program_of(row), self.steps.numbers(row), {})
