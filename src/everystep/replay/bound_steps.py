@@ -16,7 +16,7 @@ from everystep.errors import ProgramError
 from everystep.experiment.batches import RowsOf
 from everystep.program.bound import BoundProgram, has_fixed_shapes
 from everystep.program.calls import Call
-from everystep.program.interpreter import Interpreter, Looks
+from everystep.program.interpreter import Looks
 from everystep.program.memory import copy_into
 from everystep.program.number_slots import READ, read_difference
 from everystep.program.step_program import Program
@@ -55,7 +55,7 @@ class BoundStep:
     """
 
     def __init__(self, row: Repeat, steps: RecordedSteps, state: dict[str, Tensor]) -> None:
-        self._interpreter = interpreter = steps.program_of(row)
+        self.interpreter = interpreter = steps.program_of(row)
         program = interpreter.program
         interpreter.lay_state(state)
         laid = interpreter.lay_inputs(steps.inputs(row))
@@ -116,7 +116,7 @@ class BoundStep:
         if given.given:
             found = self._steps.inputs(row)
             try:
-                laid = self._interpreter.lay_inputs(found)
+                laid = self.interpreter.lay_inputs(found)
             except ProgramError:
                 return False
             for name, content in self._contents.items():
@@ -129,7 +129,7 @@ class BoundStep:
 
     def _load_rows(self, step: int, rule: RowsOf) -> bool:
         """Put the rows of a step where it reads them; return whether they fit."""
-        inputs = self._interpreter.inputs
+        inputs = self.interpreter.inputs
         targets = {name: self.live.tensor(name) for name in "xy" if name in inputs}
         count = rule.batches.rows_of(step)
         if len(targets) == 2 and all(t.is_contiguous() and len(t) == count for t in targets.values()):
@@ -181,13 +181,13 @@ class BoundSteps:
 
         last: the last step that is about to run.
         """
-        interpreter, key = steps.program_of(row), steps.key_of(row)
+        key = steps.key_of(row)
         bound = self._bound.get(key)
         if bound is None or not bound.is_loaded(row):
             steps.read_ahead(row.step, last)
         if bound is None and self._is_worth(key, row, last, steps):
             bound = self._bind(key, row, steps)
-        if bound is not None and self._bring(bound, interpreter) and bound.begin(row):
+        if bound is not None and self._bring(bound) and bound.begin(row):
             return bound
         self._interpreted[key] += 1
         return None
@@ -216,12 +216,12 @@ class BoundSteps:
             del known[next(iter(known))]
         return bound
 
-    def _bring(self, bound: BoundStep, interpreter: Interpreter) -> bool:
+    def _bring(self, bound: BoundStep) -> bool:
         """Bring the state to the memory that a program is bound to; return whether it fits."""
         if all(self._state.get(name) is mine for name, mine in bound.own.items()):
             return True
         try:
-            interpreter.lay_state(self._state)
+            bound.interpreter.lay_state(self._state)
         except ProgramError:
             return False
         moved = {name: mine for name, mine in bound.own.items() if self._state[name] is not mine}
