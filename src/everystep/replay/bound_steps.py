@@ -82,13 +82,9 @@ class BoundStep:
         #: The operations that read a number.
         self._reading = [n for n, each in enumerate(program.operations) if each.operator == READ]
 
-    def is_loaded(self, row: Repeat) -> bool:
-        """Return whether it has the inputs of a step that no rule finds."""
-        return row.inputs == self._loaded
-
     def begin(self, row: Repeat) -> bool:
         """Put the numbers and the inputs of a step where it reads them; return whether they fit."""
-        is_new = not self.is_loaded(row)
+        is_new = row.inputs != self._loaded
         if is_new and not self._load(row):
             return False
         if row.numbers != self._put:
@@ -176,16 +172,11 @@ class BoundSteps:
         #: Programs that cannot be bound.
         self._left: set[ProgramKey] = set()
 
-    def begin(self, row: Repeat, last: int, steps: RecordedSteps) -> BoundStep | None:
-        """Prepare a step; return the program that runs it, None if the interpreter must.
-
-        last: the last step that is about to run.
-        """
+    def begin(self, row: Repeat, steps: RecordedSteps) -> BoundStep | None:
+        """Prepare a step; return the program that runs it, None if the interpreter must."""
         key = steps.key_of(row)
         bound = self._bound.get(key)
-        if bound is None or not bound.is_loaded(row):
-            steps.read_ahead(row.step, last)
-        if bound is None and self._is_worth(key, row, last, steps):
+        if bound is None and self._is_worth(key, row, steps):
             bound = self._bind(key, row, steps)
         if bound is not None and self._bring(bound) and bound.begin(row):
             return bound
@@ -198,10 +189,10 @@ class BoundSteps:
             self._state.pop(name, None)
         self._state.update(bound.live.ends)
 
-    def _is_worth(self, key: ProgramKey, row: Repeat, last: int, steps: RecordedSteps) -> bool:
+    def _is_worth(self, key: ProgramKey, row: Repeat, steps: RecordedSteps) -> bool:
         if key in self._left:
             return False
-        ahead = (each for each in steps.ahead(row.step, last) if each.program is not None)
+        ahead = (each for each in steps.ahead(row.step) if each.program is not None)
         return sum(steps.key_of(each) == key for each in ahead) + self._interpreted[key] >= WORTH
 
     def _bind(self, key: ProgramKey, row: Repeat, steps: RecordedSteps) -> BoundStep | None:

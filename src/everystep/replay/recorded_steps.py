@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from typing import NamedTuple
@@ -83,6 +83,8 @@ class RecordedSteps:
     #: Whether something differs from the recording, and a learning rate other than the recorded ones.
     is_changed = False
     lr: float | None = None
+    #: The last step that is about to run.
+    until = 0
 
     def __init__(
         self,
@@ -110,8 +112,6 @@ class RecordedSteps:
         #: The bytes of an input, or of a row of one, by their digest.
         self._pieces: dict[bytes, Tensor] = {}
         self._bytes = 0
-        #: The steps with contents read ahead.
-        self._ahead = range(0)
         if conversion is not None:
             for number in self.facts.programs:
                 self.program(number)  # each determines what else is converted
@@ -146,9 +146,9 @@ class RecordedSteps:
         given = self.given(row).given
         return ProgramKey(row.program, given.get(PROGRAM), given.get(SIZES))
 
-    def ahead(self, first: int, last: int) -> list[Repeat]:
-        """Return the rows of the next steps, as far as they have been read."""
-        steps = range(first, min(last, first + LOOK_AHEAD) + 1)
+    def ahead(self, first: int) -> list[Repeat]:
+        """Return the rows of the steps from `first` that are about to run, as far as they were read."""
+        steps = range(first, min(self.until, first + LOOK_AHEAD) + 1)
         return [self._rows[step] for step in steps if step in self._rows]
 
     def program_of(self, row: Repeat) -> Interpreter:
@@ -287,7 +287,7 @@ class RecordedSteps:
         needed = self.given(row).opens_with
         wanted = {name: each for name, each in needed.items() if name not in (PROGRAM, SIZES)}
         with _reading():
-            self._read(wanted.values())
+            self._read(wanted.values(), row.step)
         for name, given in wanted.items():
             content = self._content(given, described(self.run, row.step), name)
             if given.dtype not in DTYPES or content.nbytes != _size(given):
@@ -315,28 +315,23 @@ class RecordedSteps:
             )
         return torch.cat([torch.empty(0, dtype=torch.uint8), *pieces])
 
-    def read_ahead(self, number: int, last: int) -> None:
-        """Read contents that the next steps need, unless that was done.
+    def _read(self, given: Iterable[Given], step: int | None = None) -> None:
+        """Read the contents that are not in memory, in one look into the database.
 
-        What cannot be read is reported by the step itself.
+        step: which needs them; then those of the steps that are about to run after it are read, too.
         """
-        if number in self._ahead:
-            return
-        self.row(number)
-        rows = self.ahead(number, last)
-        self._ahead = range(number, number + len(rows))
-        given: list[Given] = []
-        with suppress(RunError):
-            for row in rows:
-                if sum(map(_size, given)) > AHEAD_BYTES:
-                    break
-                given += self.given(row).opens_with.values()
-            self._read(given)
-
-    def _read(self, wanted: Collection[Given]) -> None:
-        """Read the contents that are not in memory, in one look into the database."""
+        wanted = [*given]
         if all(self._pieces.keys() >= {*each.digests} for each in wanted):
             return
+        if step is not None:
+            with suppress(RunError):  # of a later step, which reports it itself
+                more = wanted.copy()
+                for row in self.ahead(step + 1):
+                    if sum(map(_size, more)) > AHEAD_BYTES:
+                        break
+                    more += self.given(row).opens_with.values()
+                self._read(more)
+                return
         if self._bytes > KEPT_BYTES:
             self._pieces.clear()
             self._bytes = 0
