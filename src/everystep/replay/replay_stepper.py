@@ -280,7 +280,6 @@ class ReplayStepper:
     def open(self) -> Step:
         """Run the next step, and return everything in it; its loss is not compared."""
         assert self.state is not None
-        self.settle()
         number = self.state + 1
         batch = self.batch(number)
         step = observed_step(number, self.observe(), batch)
