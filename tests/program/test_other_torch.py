@@ -6,13 +6,13 @@ from tests.descent import trained
 from torch import nn
 
 from everystep.errors import ProgramError, TrainingError
-from everystep.program import operators, trusting
+from everystep.program import allowed, operators
 from everystep.program.operators import NotAllowedError, resolve
 from everystep.program.step_program import Program
 from everystep.recording.files import program_file
 from everystep.step.known_operators import known_operator
 
-CACHES = (operators.resolve, trusting.known_names, known_operator)
+CACHES = (operators.resolve, allowed.known_names, known_operator)
 
 
 @pytest.fixture
@@ -37,15 +37,15 @@ def train(model, x, y, engine="auto"):
     return trained(model, (x, y), steps=4, engine=engine)
 
 
-@pytest.mark.parametrize("name", [*trusting._ARGUMENTS, *trusting.FORWARD])
+@pytest.mark.parametrize("name", [*allowed._ARGUMENTS, *allowed.FORWARD])
 def test_the_arguments_of_kernels_that_trust_are_those_of_this_torch(name):
     packet = getattr(torch.ops.aten, name)
-    found = [trusting.what_is_unknown(getattr(packet, each)) for each in packet.overloads()]
+    found = [allowed.what_is_unknown(getattr(packet, each)) for each in packet.overloads()]
     assert not any(found)
 
 
 def test_the_arguments_are_known_by_position_under_any_name():
-    names = trusting.known_names(torch.ops.aten._cdist_backward.default)
+    names = allowed.known_names(torch.ops.aten._cdist_backward.default)
     assert list(names.values()) == ["grad", "x1", "x2", "p", "cdist"]
 
 
@@ -69,7 +69,7 @@ def test_a_kernel_with_other_arguments_is_not_used_and_the_step_says_so(small, m
     assert "_cdist_backward" in text
 
     changed = {"_cdist_backward": ["Tensor grad, Tensor x1, Tensor x2, Tensor cdist, float p"]}
-    monkeypatch.setattr(trusting, "_ARGUMENTS", trusting._ARGUMENTS | changed)
+    monkeypatch.setattr(allowed, "_ARGUMENTS", allowed._ARGUMENTS | changed)
     for each in CACHES:
         each.cache_clear()
     with pytest.raises(ProgramError, match=r"_cdist_backward\.default has another signature in torch"):
@@ -82,7 +82,7 @@ def test_a_kernel_with_other_arguments_is_not_used_and_the_step_says_so(small, m
 
 @pytest.mark.usefixtures("without_caches")
 def test_an_argument_of_the_backward_pass_of_which_nothing_is_known_is_refused(monkeypatch):
-    monkeypatch.setattr(trusting, "OF_BACKWARD_ALONE", {"output_mask"})
+    monkeypatch.setattr(allowed, "OF_BACKWARD_ALONE", {"output_mask"})
     with pytest.raises(NotAllowedError, match=r"takes bias_sizes in torch .* convolution has no such"):
         resolve("aten.convolution_backward.default")
 

@@ -68,13 +68,8 @@ class Slot(NamedTuple):
 
 def slots_of(operation: Operation) -> list[Slot]:
     """Return where an operation has the numbers of a step, in their order."""
-    operator = operation.resolved
-    names = (p.name for p in parameters(operator) if p.is_positional)
-    given: list[tuple[str, int | str, Any]] = [
-        *zip(names, range(len(operation.arguments)), operation.arguments, strict=False),
-        *((name, name, value) for name, value in operation.keywords.items()),
-    ]
-    wanted = slot_names(operator)
+    wanted = slot_names(operation.resolved)
+    given = operation.by_place()
     return [s for name, place, value in given if name in wanted for s in _within(value, name, (place,))]
 
 

@@ -173,10 +173,15 @@ class Operation(StrictModel):
         """The operator's name, without its overload."""
         return self.operator.split(".")[1]
 
+    def by_place(self) -> list[tuple[str, int | str, Any]]:
+        """Return all arguments: the name of the parameter, its position or keyword, and the value."""
+        names = (p.name for p in parameters(self.resolved) if p.is_positional)
+        positional = zip(names, range(len(self.arguments)), self.arguments, strict=False)
+        return [*positional, *((name, name, value) for name, value in self.keywords.items())]
+
     def given(self) -> dict[str, Any]:
         """Return all arguments by the name of their parameter."""
-        names = (p.name for p in parameters(self.resolved) if p.is_positional)
-        return dict(zip(names, self.arguments, strict=False)) | self.keywords
+        return {name: value for name, _, value in self.by_place()}
 
     def reads(self) -> Iterator[str]:
         """Yield the names of the tensors among its arguments."""

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from everystep.program.allowed import is_allowed
+from everystep.program.allowed import is_allowed, what_is_unknown
 from everystep.program.collectives import COLLECTIVES
 from everystep.program.optimizer_operator import OPTIMIZERS
-from everystep.program.trusting import what_is_unknown
 
 __all__ = [
     "ALLOCATING",

@@ -19,7 +19,6 @@ from everystep.bounded import decompressed
 from everystep.errors import ProgramError
 from everystep.program.number_slots import slot_names
 from everystep.program.operation import DIMENSIONS, Operation, Storage, TensorSpec
-from everystep.program.operators import parameters
 from everystep.program.soundness import check_soundness, is_known_sound, note_sound
 from everystep.program.step_program import Program
 
@@ -94,28 +93,19 @@ def _tensor(tensor: TensorSpec, sizes: Iterator[int]) -> TensorSpec:
 
 
 def _operation(operation: Operation, sizes: Iterator[int]) -> Operation:
-    changed = {key: _replaced(value, sizes) for key, value in _sized(operation).items()}
-    if all(value == _argument(operation, key) for key, value in changed.items()):
+    known = _sized(operation)
+    changed = {place: _replaced(value, sizes) for place, value in known.items()}
+    if changed == known:
         return operation
     arguments = [changed.get(place, value) for place, value in enumerate(operation.arguments)]
     keywords = {key: changed.get(key, value) for key, value in operation.keywords.items()}
     return operation.model_copy(update={"arguments": tuple(arguments), "keywords": keywords})
 
 
-def _argument(operation: Operation, key: int | str) -> Any:
-    return operation.arguments[key] if isinstance(key, int) else operation.keywords[key]
-
-
 def _sized(operation: Operation) -> dict[int | str, Any]:
     """Return the arguments of an operation that are not slots for numbers of the step, by place."""
     slots = slot_names(operation.resolved)
-    names = [p.name for p in parameters(operation.resolved) if p.is_positional]
-    given: dict[int | str, Any] = {
-        place: value
-        for place, (name, value) in enumerate(zip(names, operation.arguments, strict=False))
-        if name not in slots
-    }
-    return given | {name: value for name, value in operation.keywords.items() if name not in slots}
+    return {place: value for name, place, value in operation.by_place() if name not in slots}
 
 
 def _integers(value: Any) -> Iterator[int]:

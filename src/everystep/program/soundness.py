@@ -31,18 +31,18 @@ import torch
 from platformdirs import user_cache_path
 from torch import Tensor
 
-from everystep.program import trusting
-from everystep.program.arguments import decode, references
-from everystep.program.operation import Operation, Storage, TensorSpec
-from everystep.program.operators import BY_VALUES, flattened, parameters
-from everystep.program.optimizer_operator import OPTIMIZERS, OptimizerOperator
-from everystep.program.trusting import (
+from everystep.program import allowed
+from everystep.program.allowed import (
     FORWARD,
     KEPT_OF_ATTENTION,
     OF_BACKWARD_ALONE,
     RENAMED,
     known_names,
 )
+from everystep.program.arguments import decode, references
+from everystep.program.operation import Operation, Storage, TensorSpec
+from everystep.program.operators import BY_VALUES, flattened, parameters
+from everystep.program.optimizer_operator import OPTIMIZERS, OptimizerOperator
 
 __all__ = ["WITH_STATISTICS", "check_soundness", "is_known_sound", "note_sound", "results_on_meta"]
 
@@ -453,6 +453,6 @@ def _mark(text: bytes) -> Path:
 
 @cache
 def _checker() -> bytes:
-    files = (__file__, trusting.__file__)
+    files = (__file__, allowed.__file__)
     source = b"".join(Path(file).read_bytes() for file in files)
     return f"{version('everystep')} {torch.__version__} ".encode() + hashlib.sha256(source).digest()

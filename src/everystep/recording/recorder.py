@@ -253,9 +253,8 @@ class Recorder:
 
     def written(self) -> Iterator[tuple[int, Sequence[float]]]:
         """Yield the losses written since the last call, and the first step of each group."""
-        with suppress(queue.Empty):
-            while True:
-                yield self._written.get_nowait()
+        while not self._written.empty():  # no other thread takes them
+            yield self._written.get()
 
     def differs(self, step: int, problem: str) -> RunError:
         """Return the error of a resumed training in which a step is not as recorded."""

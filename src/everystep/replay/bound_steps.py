@@ -7,7 +7,6 @@ faster, once it is bound, which takes some milliseconds.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from functools import partial
 from typing import Protocol
 
@@ -15,15 +14,14 @@ from torch import Tensor
 
 from everystep.errors import ProgramError
 from everystep.experiment.batches import RowsOf
-from everystep.program.bound import BoundProgram
+from everystep.program.bound import BoundProgram, has_fixed_shapes
 from everystep.program.calls import Call
-from everystep.program.interpreter import Interpreter, Looks
+from everystep.program.interpreter import Looks
 from everystep.program.memory import copy_into
 from everystep.program.number_slots import READ, read_difference
-from everystep.program.steady import has_fixed_shapes
 from everystep.program.step_program import Program
 from everystep.recording.database import Repeat
-from everystep.replay.recorded_steps import RecordedSteps
+from everystep.replay.recorded_steps import ProgramKey, RecordedSteps
 
 __all__ = ["BoundStep", "BoundSteps", "Hook"]
 
@@ -57,7 +55,7 @@ class BoundStep:
     """
 
     def __init__(self, row: Repeat, steps: RecordedSteps, state: dict[str, Tensor]) -> None:
-        self._interpreter = interpreter = steps.program_of(row)
+        self.interpreter = interpreter = steps.program_of(row)
         program = interpreter.program
         interpreter.lay_state(state)
         laid = interpreter.lay_inputs(steps.inputs(row))
@@ -84,13 +82,9 @@ class BoundStep:
         #: The operations that read a number.
         self._reading = [n for n, each in enumerate(program.operations) if each.operator == READ]
 
-    def is_loaded(self, row: Repeat) -> bool:
-        """Return whether it has the inputs of a step that no rule finds."""
-        return row.inputs == self._loaded
-
     def begin(self, row: Repeat) -> bool:
         """Put the numbers and the inputs of a step where it reads them; return whether they fit."""
-        is_new = not self.is_loaded(row)
+        is_new = row.inputs != self._loaded
         if is_new and not self._load(row):
             return False
         if row.numbers != self._put:
@@ -118,7 +112,7 @@ class BoundStep:
         if given.given:
             found = self._steps.inputs(row)
             try:
-                laid = self._interpreter.lay_inputs(found)
+                laid = self.interpreter.lay_inputs(found)
             except ProgramError:
                 return False
             for name, content in self._contents.items():
@@ -131,7 +125,7 @@ class BoundStep:
 
     def _load_rows(self, step: int, rule: RowsOf) -> bool:
         """Put the rows of a step where it reads them; return whether they fit."""
-        inputs = self._interpreter.inputs
+        inputs = self.interpreter.inputs
         targets = {name: self.live.tensor(name) for name in "xy" if name in inputs}
         count = rule.batches.rows_of(step)
         if len(targets) == 2 and all(t.is_contiguous() and len(t) == count for t in targets.values()):
@@ -165,34 +159,28 @@ class BoundStep:
 
 
 class BoundSteps:
-    """The bound programs of a run, by their numbers.
+    """The bound programs of a run.
 
     state: the tensors that they run on, by name; the dictionary is shared with whoever replays.
     """
 
     def __init__(self, state: dict[str, Tensor]) -> None:
         self._state = state
-        self._bound: dict[int, BoundStep] = {}
+        self._bound: dict[ProgramKey, BoundStep] = {}
         #: How many steps of each program the interpreter ran.
-        self._interpreted: Counter[int] = Counter()
+        self._interpreted: Counter[ProgramKey] = Counter()
         #: Programs that cannot be bound.
-        self._left: set[int] = set()
+        self._left: set[ProgramKey] = set()
 
-    def begin(self, row: Repeat, last: int, steps: RecordedSteps) -> BoundStep | None:
-        """Prepare a step; return the program that runs it, None if the interpreter must.
-
-        last: the last step that is about to run.
-        """
-        interpreter, number = steps.program_of(row), row.program
-        assert number is not None
-        bound = self._bound.get(number)
-        if bound is None or not bound.is_loaded(row):
-            steps.read_ahead(row.step, last)
-        if bound is None and self._is_worth(number, steps.ahead(row.step, last)):
-            bound = self._bind(row, steps)
-        if bound is not None and self._bring(bound, interpreter) and bound.begin(row):
+    def begin(self, row: Repeat, steps: RecordedSteps) -> BoundStep | None:
+        """Prepare a step; return the program that runs it, None if the interpreter must."""
+        key = steps.key_of(row)
+        bound = self._bound.get(key)
+        if bound is None and self._is_worth(key, row, steps):
+            bound = self._bind(key, row, steps)
+        if bound is not None and self._bring(bound) and bound.begin(row):
             return bound
-        self._interpreted[number] += 1
+        self._interpreted[key] += 1
         return None
 
     def end(self, bound: BoundStep) -> None:
@@ -201,29 +189,30 @@ class BoundSteps:
             self._state.pop(name, None)
         self._state.update(bound.live.ends)
 
-    def _is_worth(self, program: int, ahead: Sequence[Repeat]) -> bool:
-        count = sum(each.program == program for each in ahead)
-        return program not in self._left and count + self._interpreted[program] >= WORTH
+    def _is_worth(self, key: ProgramKey, row: Repeat, steps: RecordedSteps) -> bool:
+        if key in self._left:
+            return False
+        ahead = (each for each in steps.ahead(row.step) if each.program is not None)
+        return sum(steps.key_of(each) == key for each in ahead) + self._interpreted[key] >= WORTH
 
-    def _bind(self, row: Repeat, steps: RecordedSteps) -> BoundStep | None:
+    def _bind(self, key: ProgramKey, row: Repeat, steps: RecordedSteps) -> BoundStep | None:
         """Bind the program of a step to the state; return None if the interpreter must run it."""
-        assert row.program is not None
         try:
-            bound = self._bound[row.program] = BoundStep(row, steps, self._state)
+            bound = self._bound[key] = BoundStep(row, steps, self._state)
         except ProgramError:
-            self._left.add(row.program)
+            self._left.add(key)
             return None
         known = self._bound
         while len(known) > 1 and sum(each.live.temporary_bytes for each in known.values()) > MOST_BYTES:
             del known[next(iter(known))]
         return bound
 
-    def _bring(self, bound: BoundStep, interpreter: Interpreter) -> bool:
+    def _bring(self, bound: BoundStep) -> bool:
         """Bring the state to the memory that a program is bound to; return whether it fits."""
         if all(self._state.get(name) is mine for name, mine in bound.own.items()):
             return True
         try:
-            interpreter.lay_state(self._state)
+            bound.interpreter.lay_state(self._state)
         except ProgramError:
             return False
         moved = {name: mine for name, mine in bound.own.items() if self._state[name] is not mine}

@@ -106,12 +106,11 @@ class ChangedSteps(RecordedSteps):
         if (known := self._taken.get(row[1:4])) is not None:
             return known._replace(step=number)
         given, tensors = self.given(row), self.stored(row)
-        program = None if row.program is None else self.written(row.program)
         tensors |= self.stored_program(row)
         size = sum(tensor.nbytes for tensor in tensors.values())
         recorded, own = self.all_numbers(row), self.numbers(row)
         numbers = [*recorded[: len(recorded) - len(own)], *own]
-        found = Taken(number, program, numbers, tensors, given.nesting, size, {})
+        found = Taken(number, row.program, numbers, tensors, given.nesting, size, {})
         if not tensors:
             self._taken[row[1:4]] = found
         return found
@@ -202,7 +201,7 @@ class ChangedSteps(RecordedSteps):
         before = {
             number
             for row in self.run.repeats(1, steps[0] - 1)
-            for each in inputs_of(row.inputs, described(self.run, row)).given.values()
+            for each in inputs_of(row.inputs, described(self.run, row.step)).given.values()
             for number in each.numbers()
         }
         asked = {number for of in read.values() for each in of for number in each.numbers()}

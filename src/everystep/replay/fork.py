@@ -30,10 +30,9 @@ from everystep.replay.recorded_columns import settings_of
 from everystep.replay.run_replay import no_such_step
 from everystep.replay.trained_objects import (
     iteration_of,
+    job_to_continue,
     objects_from,
-    prepared,
     state_to_continue,
-    with_data,
 )
 from everystep.replay.without_objects import (
     by_own_code,
@@ -47,7 +46,6 @@ from everystep.step.own_state import optimizer_settings
 from everystep.step.state import State, same_bits
 from everystep.training.description import optimizer_facts
 from everystep.training.from_experiment import experiment_job, of_torch_alone
-from everystep.training.from_objects import objects_job
 from everystep.training.job import Job, Outcome, Progress, StartingPoint
 from everystep.training.loop import run_job
 from everystep.training.model_step import Training
@@ -366,12 +364,8 @@ def _fork_objects(
     iteration = check_iteration(**(iteration_of(facts, asked.run.facts.steps) | settings))
     state = asked.state(opener, objects)
     own = objects.copied() if is_own else objects
-    trained = with_data(own, asked.run, facts, "fork(..., ")
-    device = select(facts.device)
-    with prepared(iteration.threads, device):
-        trained.model.to(device)
-        torch.manual_seed(settings.get("seed", facts.batches.seed))
-        job = objects_job(trained, iteration, device, progress)
+    seed = settings.get("seed", facts.batches.seed)
+    with job_to_continue(own, asked.run, facts, iteration, "fork(..., ", seed, progress) as job:
         is_known = not has_new_scheduler or job.facts.schedulers == facts.schedulers
         known = {each.class_name for each in facts.schedulers.values()} if is_known else set()
         goes_on = type(own.scheduler).__name__ in known

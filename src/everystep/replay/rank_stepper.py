@@ -105,8 +105,8 @@ class RankStepper(ReplayStepper):
                 found.append(other.capture(is_live=is_live))
         return found
 
-    def _take(self, last: int, hook: Hook | None) -> float:
-        return self._together(partial(super()._take, last, hook))
+    def _take(self, hook: Hook | None) -> float:
+        return self._together(partial(super()._take, hook))
 
     def observe(self) -> Observation:
         """Run the next step of all ranks, and return everything in that of this one."""
@@ -121,7 +121,7 @@ class RankStepper(ReplayStepper):
             if self._rank in calls:
                 results.append([tensor.clone() for tensor in calls[self._rank][1][0]])
 
-        self._together(partial(super()._take, number + 1, None), keep)
+        self._together(partial(super()._take, None), keep)
         self._begin(number, own)
         drawn.restore(device)
         known = cycle(results)  # a part of the step may run again

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ from everystep.replay.opened_step import of_kind
 
 __all__ = [
     "NotReplayedError",
+    "ProgramKey",
     "RecordedSteps",
     "check_kept",
     "described",
@@ -58,16 +60,21 @@ AHEAD_BYTES = 16_000_000
 KEPT_STEPS = 512
 #: Programs in memory, of a run with many; and those from which others are made, by other sizes.
 KEPT_PROGRAMS, KEPT_SHARED = 256, 64
-#: Programs with the sizes of a step, or that are among its inputs, have numbers from here on.
-_FIRST_OF_STEPS = 2**40
-
-
-#: A program that steps share: its number, and where it is among the inputs of steps.
-_Shared = tuple[int, Given | None]
 
 
 class NotReplayedError(RunError):
     """A step that cannot be replayed; the message gives the reason."""
+
+
+class ProgramKey(NamedTuple):
+    """What a program is read from: its number in the run, and what the inputs of a step have of it.
+
+    content: the program itself, None if a file has it; sizes: where they are not those of the program.
+    """
+
+    number: int
+    content: Given | None = None
+    sizes: Given | None = None
 
 
 class RecordedSteps:
@@ -86,6 +93,8 @@ class RecordedSteps:
     #: Whether something differs from the recording, and a learning rate other than the recorded ones.
     is_changed = False
     lr: float | None = None
+    #: The last step that is about to run.
+    until = 0
 
     def __init__(
         self,
@@ -101,34 +110,30 @@ class RecordedSteps:
         self.rule = rule
         self.device = select(stretch.facts.device)
         self.conversion = conversion
-        self._programs: dict[int, Interpreter] = {}
+        self._programs: dict[ProgramKey, Interpreter] = {}
         #: Those of programs with tensors that move, where they lie in the last steps.
-        self._placed: dict[tuple[int, bytes | None], Interpreter] = {}
-        self._recorded: dict[int, Program] = {}
-        #: Of each such program: the one that steps share, and the sizes; and its number.
-        self._of_steps: list[tuple[_Shared, Given | None]] = []
-        self._number_of: dict[tuple[_Shared, Given | None], int] = {}
-        self._shared: dict[_Shared, tuple[Program, bytes]] = {}
+        self._placed: dict[tuple[ProgramKey, bytes | None], Interpreter] = {}
+        self._recorded: dict[ProgramKey, Program] = {}
+        #: Programs that steps of other sizes share, and what stands for them.
+        self._shared: dict[tuple[int, Given | None], tuple[Program, bytes]] = {}
         self._rows: dict[int, Repeat] = {}
         self._losses: dict[int, float] = {}
         self._given: dict[bytes | None, Inputs] = {}
         #: Pieces of inputs, by their numbers.
         self._pieces: dict[int, Piece] = {}
         self._bytes = 0
-        #: The steps with contents read ahead.
-        self._ahead = range(0)
         if conversion is not None:
             for number in self.facts.programs:
                 self.program(number)  # each determines what else is converted
 
     def row(self, number: int) -> Repeat:
-        """Return the data that repeats a step, as a row of this step alone."""
+        """Return the data that repeats a step."""
         if number not in self._rows:
             last = number + BLOCK - 1
             with _reading():
                 rows = cut(self.run.repeats(number, last), number, last)
-            steps = ((row, row.step + place) for row in rows for place in range(row.count))
-            self._rows = {s: self._with_program(row)._replace(step=s, count=1) for row, s in steps}
+            steps = ((row, step) for row in rows for step in range(row.step, row.last + 1))
+            self._rows = {step: row._replace(step=step, count=1) for row, step in steps}
         if number not in self._rows:
             check_kept(self.run, number)
             raise NotReplayedError(
@@ -136,42 +141,33 @@ class RecordedSteps:
             )
         return self._rows[number]
 
-    def _with_program(self, row: Repeat) -> Repeat:
-        """Return a row that has the program of its step: with its sizes, and from its inputs."""
-        if row.program is None:
-            return row
-        if row.program >= _FIRST_OF_STEPS:
-            return row._replace(program=0)  # which no run has
-        given = self.given(row).given
-        key = (row.program, given.get(PROGRAM)), given.get(SIZES)
-        if key == ((row.program, None), None):
-            return row
-        if key not in self._number_of:
-            self._number_of[key] = _FIRST_OF_STEPS + len(self._of_steps)
-            self._of_steps.append(key)
-        return row._replace(program=self._number_of[key])
+    def key_of(self, row: Repeat) -> ProgramKey:
+        """Return what the program of a step is read from.
 
-    def written(self, number: int) -> int:
-        """Return the number that the program of a row has in the run."""
-        return number if number < _FIRST_OF_STEPS else self._of_steps[number - _FIRST_OF_STEPS][0][0]
-
-    def ahead(self, first: int, last: int) -> list[Repeat]:
-        """Return the rows of the next steps, as far as they have been read."""
-        steps = range(first, min(last, first + LOOK_AHEAD) + 1)
-        return [self._rows[step] for step in steps if step in self._rows]
-
-    def program_of(self, row: Repeat) -> Interpreter:
-        """Return the program of a step."""
+        Raises:
+            NotReplayedError: it has none.
+        """
         if row.program is None:
             check_kept(self.run, row.step)
             raise NotReplayedError(
                 f"step {row.step} of {self.run.name} cannot be replayed: it did something that a "
                 "program cannot hold, as a notice reported when it was recorded"
             )
-        program = self.program(row.program)
+        given = self.given(row).given
+        return ProgramKey(row.program, given.get(PROGRAM), given.get(SIZES))
+
+    def ahead(self, first: int) -> list[Repeat]:
+        """Return the rows of the steps from `first` that are about to run, as far as they were read."""
+        steps = range(first, min(self.until, first + LOOK_AHEAD) + 1)
+        return [self._rows[step] for step in steps if step in self._rows]
+
+    def program_of(self, row: Repeat) -> Interpreter:
+        """Return the program of a step."""
+        known = self.key_of(row)
+        program = self.program(*known)
         if not program.program.moves:
             return program
-        key = row.program, row.numbers
+        key = known, row.numbers
         if key not in self._placed:
             if len(self._placed) >= KEPT_STEPS:
                 self._placed.clear()
@@ -179,39 +175,43 @@ class RecordedSteps:
                 self._placed[key], _ = program.at(self.all_numbers(row))
         return self._placed[key]
 
-    def program(self, number: int) -> Interpreter:
-        """Return a program by its number.
+    def program(
+        self, number: int, content: Given | None = None, sizes: Given | None = None
+    ) -> Interpreter:
+        """Return a program; see `ProgramKey`.
 
         Raises:
             ProgramError: it needs more memory than is free.
         """
-        if number not in self._programs:
+        key = ProgramKey(number, content, sizes)
+        if key not in self._programs:
             if len(self._programs) >= KEPT_PROGRAMS:
                 self._programs.clear()
                 self._recorded.clear()
             with _reading():
-                program = self._recorded[number] = self._read_program(number)
+                program = self._recorded[key] = self._read_program(key)
             if self.conversion is not None:
                 program = self.conversion.program(program)
             made = [program.storages[name].bytes for name in program.of_kind("temporary")]
             # Results are freed once nothing needs them, so only the largest is sure to be there.
             check_memory(max(made, default=0), self.device)
-            self._programs[number] = Interpreter(program, self.device)
-        return self._programs[number]
+            self._programs[key] = Interpreter(program, self.device)
+        return self._programs[key]
 
-    def _read_program(self, number: int) -> Program:
-        if number < _FIRST_OF_STEPS:
+    def _read_program(self, key: ProgramKey) -> Program:
+        number, content, sizes = key
+        if content is None and sizes is None:
             return read_program(self.run, number)
-        shared, sizes = self._of_steps[number - _FIRST_OF_STEPS]
+        shared = number, content
         if shared not in self._shared:
             if len(self._shared) >= KEPT_SHARED:
                 self._shared.clear()
-            self._shared[shared] = self._read_shared(*shared)
-        program, key = self._shared[shared]
+            self._shared[shared] = self._read_shared(number, content)
+        program, digest = self._shared[shared]
         if sizes is None:
             return program
         packed = bytes(self._content(sizes, f"an input of {self.run.name}", SIZES))
-        return resized(program, packed, key)
+        return resized(program, packed, digest)
 
     def _read_shared(self, number: int, given: Given | None) -> tuple[Program, bytes]:
         """Return a program that steps share, and what stands for it."""
@@ -227,7 +227,7 @@ class RecordedSteps:
 
     def numbers(self, row: Repeat) -> list[int | float]:
         """Return the numbers of the operations of a step."""
-        moves = () if row.program is None else self.program(row.program).program.moves
+        moves = () if row.program is None else self.program(*self.key_of(row)).program.moves
         return self.all_numbers(row)[len(moves) :]
 
     def all_numbers(self, row: Repeat) -> list[int | float]:
@@ -270,7 +270,7 @@ class RecordedSteps:
             if len(self._given) >= KEPT_STEPS:
                 self._given.clear()
             with _reading():
-                self._given[row.inputs] = inputs_of(row.inputs, described(self.run, row))
+                self._given[row.inputs] = inputs_of(row.inputs, described(self.run, row.step))
         return self._given[row.inputs]
 
     def inputs(self, row: Repeat) -> dict[str, Tensor]:
@@ -280,9 +280,9 @@ class RecordedSteps:
             rows = zip("xy", rule(row.step), strict=True)
             tensors |= {f"batch/{name}": copy_on_cpu(part) for name, part in rows}
         if self.conversion is not None and row.program is not None:
-            self.program(row.program)
+            self.program(*self.key_of(row))
             bytes_of = of_kind(tensors, "input")
-            cast = self.conversion.contents(self._recorded[row.program], bytes_of)
+            cast = self.conversion.contents(self._recorded[self.key_of(row)], bytes_of)
             tensors = {name: self.conversion.tensor(name, tensor) for name, tensor in tensors.items()}
             tensors |= {f"input/{name}": content for name, content in cast.items()}
         return tensors
@@ -297,9 +297,9 @@ class RecordedSteps:
         needed = self.given(row).opens_with
         wanted = {name: each for name, each in needed.items() if name not in (PROGRAM, SIZES)}
         with _reading():
-            self._read(wanted.values())
+            self._read(wanted.values(), row.step)
         for name, given in wanted.items():
-            content = self._content(given, described(self.run, row), name)
+            content = self._content(given, described(self.run, row.step), name)
             with _reading():
                 tensor = tensor_of(given, content)
             found[name] = tensor.flatten() if name.startswith("input/") else tensor
@@ -308,7 +308,7 @@ class RecordedSteps:
     def stored_program(self, row: Repeat) -> dict[str, Tensor]:
         """Return the program of a step and its sizes (bytes,) uint8, if they are among its inputs."""
         given = {name: each for name, each in self.given(row).given.items() if name in (PROGRAM, SIZES)}
-        what = described(self.run, row)
+        what = described(self.run, row.step)
         contents = {name: self._content(each, what, name) for name, each in given.items()}
         return {name: torch.frombuffer(each, dtype=torch.uint8) for name, each in contents.items()}
 
@@ -324,26 +324,23 @@ class RecordedSteps:
             )
         return content
 
-    def read_ahead(self, number: int, last: int) -> None:
-        """Read contents that the next steps need, unless that was done.
+    def _read(self, given: Iterable[Given], step: int | None = None) -> None:
+        """Read the contents that are not in memory, in one look into the database.
 
-        What cannot be read is reported by the step itself.
+        step: which needs them; then those of the steps that are about to run after it are read, too.
         """
-        if number in self._ahead:
+        wanted = [*given]
+        if all(number in self._pieces for each in wanted for number in each.numbers()):
             return
-        self.row(number)
-        rows = self.ahead(number, last)
-        self._ahead = range(number, number + len(rows))
-        given: list[Given] = []
-        with suppress(RunError):
-            for row in rows:
-                if sum(map(_size, given)) > AHEAD_BYTES:
-                    break
-                given += self.given(row).opens_with.values()
-            self._read(given)
-
-    def _read(self, wanted: Collection[Given]) -> None:
-        """Read the contents that are not in memory, in one look into the database."""
+        if step is not None:
+            with suppress(RunError):  # of a later step, which reports it itself
+                more = wanted.copy()
+                for row in self.ahead(step + 1):
+                    if sum(map(_size, more)) > AHEAD_BYTES:
+                        break
+                    more += self.given(row).opens_with.values()
+                self._read(more)
+                return
         if self._bytes > KEPT_BYTES:
             self._pieces.clear()
             self._bytes = 0
@@ -396,6 +393,6 @@ def _size(given: Given) -> int:
     return math.prod(given.shape) * DTYPES[given.dtype].itemsize if given.dtype in DTYPES else 0
 
 
-def described(run: RecordedRun, row: Repeat) -> str:
+def described(run: RecordedRun, step: int) -> str:
     """Name the input of a step in a message."""
-    return f"the input of step {row.step} of {run.name}"
+    return f"the input of step {step} of {run.name}"

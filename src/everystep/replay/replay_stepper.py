@@ -254,10 +254,11 @@ class ReplayStepper:
         """
         losses: list[float] = []
         assert self.state is not None
+        self.steps.until = last
         try:
             with without_autograd():
                 while self.state < last:
-                    losses.append(self._take(last, hook))
+                    losses.append(self._take(hook))
                     if hook is not None and not hook.after(self.state, losses[-1]):
                         break
         except NotReplayedError:
@@ -265,12 +266,12 @@ class ReplayStepper:
                 raise
         return losses
 
-    def _take(self, last: int, hook: Hook | None) -> float:
-        """Take the next step, of those up to `last`; return its loss."""
+    def _take(self, hook: Hook | None) -> float:
+        """Take the next step; return its loss."""
         assert self.state is not None
         self.settle()
         row = self.steps.row(self.state + 1)
-        bound = self._bound.begin(row, last, self.steps)
+        bound = self._bound.begin(row, self.steps)
         if bound is not None:
             return self._run_bound(row.step, bound, hook)
         program = self.steps.program_of(row).program
@@ -279,7 +280,6 @@ class ReplayStepper:
     def open(self) -> Step:
         """Run the next step, and return everything in it; its loss is not compared."""
         assert self.state is not None
-        self.settle()
         number = self.state + 1
         batch = self.batch(number)
         step = observed_step(number, self.observe(), batch)
@@ -290,6 +290,7 @@ class ReplayStepper:
         """Run the next step, and return everything in it."""
         assert self.state is not None
         self.settle()
+        self.steps.until = self.state + 1
         row = self.steps.row(self.state + 1)
         interpreter = self.steps.program_of(row)
         if interpreter not in self._expanders:

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
 from everystep.bounded import check_steps
 from everystep.device import select
 from everystep.errors import RunError, UsageError
@@ -22,19 +20,13 @@ from everystep.recording.snapshots import DEFAULT_BUDGET
 from everystep.replay.changed_steps import FurtherSteps
 from everystep.replay.recorded_batches import stored_data
 from everystep.replay.recorded_columns import settings_of
-from everystep.replay.trained_objects import (
-    iteration_of,
-    objects_from,
-    prepared,
-    with_data,
-)
+from everystep.replay.trained_objects import iteration_of, job_to_continue, objects_from
 from everystep.replay.without_objects import check_alone, continue_alone, facts_alone
 from everystep.step.generators import generators_preserved
 from everystep.step.parts_state import PartsState
 from everystep.step.state import State
 from everystep.training.agreement import Agreement, run_to_continue
 from everystep.training.from_experiment import experiment_job, of_torch_alone
-from everystep.training.from_objects import objects_job
 from everystep.training.job import Job, Outcome, Progress, StartingPoint
 from everystep.training.loop import run_job
 from everystep.training.model_step import training_parts
@@ -278,14 +270,10 @@ def resume_objects(
     is_stored = objects.data is None
     # Its validation rows are no longer among the stored data.
     objects = replace(objects, validation=None) if is_stored else objects
-    trained = with_data(objects, run, facts, "resume(..., ")
-    device = select(facts.device)
-    with prepared(iteration.threads, device):
-        trained.model.to(device)
-        if facts.seed is not None:  # else it began with the caller's generator, as it does again
-            torch.manual_seed(facts.seed)
-        in_order = iteration.model_copy(update={"seed": facts.batches.seed})
-        job = objects_job(trained, in_order, device, progress).with_facts(seed=facts.seed)
+    in_order = iteration.model_copy(update={"seed": facts.batches.seed})
+    # Without a seed, it began with the caller's generator, as it does again.
+    with job_to_continue(objects, run, facts, in_order, "resume(..., ", facts.seed, progress) as job:
+        job = job.with_facts(seed=facts.seed)
         if is_stored:
             job = job.with_facts(data=facts.data)
         else:

@@ -3,35 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Shown", "View"]
+if TYPE_CHECKING:
+    from everystep.views.run_view import RunView
 
-
-class View(Protocol):
-    """How answers and steps are shown."""
-
-    def shown(self, answer: Any, **options: Any) -> Any:
-        """Return an answer as the terminal prints it: a text, some with styles."""
-
-    def line(self, answer: Any) -> str:
-        """Return the conclusion of an answer in a line."""
-
-    def data(self, answer: Any, **options: Any) -> dict[str, Any]:
-        """Return an answer as plain data."""
-
-    def html(self, answer: Any) -> str:
-        """Return an answer as a notebook shows it."""
-
-    def plot(self, answer: Any, **options: Any) -> Any:
-        """Return the plot of an answer that has one."""
+__all__ = ["Shown"]
 
 
 @dataclass(frozen=True)
 class Shown:
     """An answer of a run. view: how it is shown; None: only by `repr`."""
 
-    view: View | None = field(default=None, repr=False, compare=False, kw_only=True)
+    view: RunView | None = field(default=None, repr=False, compare=False, kw_only=True)
 
     def __repr__(self) -> str:
         conclusion = "" if self.view is None else f": {self.view.line(self)}"

@@ -18,7 +18,7 @@ from everystep.bounded import MOST_STEPS
 from everystep.device import select
 from everystep.errors import EverystepError, ExperimentError, RunError
 from everystep.experiment.batches import Batches, RowsOf
-from everystep.experiment.specification import load
+from everystep.experiment.specification import Iteration, load
 from everystep.program.calls import without_autograd
 from everystep.program.interpreter import Interpreter
 from everystep.program.memory import copy_into, copy_on_cpu
@@ -34,6 +34,8 @@ from everystep.step.observe import StepObserver
 from everystep.step.state import State
 from everystep.training.dataset import DEFAULT_DATASET_LIMIT
 from everystep.training.from_experiment import experiment_job
+from everystep.training.from_objects import objects_job
+from everystep.training.job import Job, Progress
 from everystep.training.model_step import Training
 from everystep.training.objects import Objects
 from everystep.training.stepper import Engine, Stepper
@@ -41,10 +43,9 @@ from everystep.training.stepper import Engine, Stepper
 __all__ = [
     "Living",
     "iteration_of",
+    "job_to_continue",
     "objects_from",
-    "prepared",
     "state_to_continue",
-    "with_data",
 ]
 
 
@@ -88,7 +89,7 @@ def state_to_continue(replay: Replay, number: int, objects: Objects | None) -> S
         return stepper.capture()
 
 
-def with_data(objects: Objects, run: RecordedRun, facts: TrainingFacts, call: str) -> Objects:
+def _with_data(objects: Objects, run: RecordedRun, facts: TrainingFacts, call: str) -> Objects:
     """Return objects with the run's data, if they have none; checked.
 
     Raises:
@@ -107,11 +108,29 @@ def with_data(objects: Objects, run: RecordedRun, facts: TrainingFacts, call: st
 
 
 @contextmanager
-def prepared(threads: int | None, device: torch.device) -> Iterator[None]:
-    """Compute as a training does, and restore the process afterwards."""
+def job_to_continue(
+    objects: Objects,
+    run: RecordedRun,
+    facts: TrainingFacts,
+    iteration: Iteration,
+    call: str,
+    seed: int | None,
+    progress: Progress,
+) -> Iterator[Job]:
+    """Yield the job of objects with the run's data, and compute as a training does meanwhile.
+
+    call: the beginning of the user's call; seed: of torch's generator, None to leave it as it is.
+
+    Raises:
+        RunError, ExperimentError: as `_with_data`.
+    """
+    trained, device = _with_data(objects, run, facts, call), select(facts.device)
     numerics.prepare()
-    with numerics.in_force(threads), generators_preserved(device):
-        yield
+    with numerics.in_force(iteration.threads), generators_preserved(device):
+        trained.model.to(device)
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield objects_job(trained, iteration, device, progress)
 
 
 def iteration_of(facts: TrainingFacts, steps: int | None) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from everystep.experiment.batches import RowsOf
 from everystep.program.interpreter import Looks
 from everystep.program.step_program import Program
 from everystep.recording.facts import EAGERLY, Facts, TrainingFacts
-from everystep.recording.recorded_run import RecordedRun, Stretch, stretch_at
+from everystep.recording.recorded_run import RecordedRun, Stretch
 from everystep.recording.recorder import Recorder
 from everystep.replay.changed_steps import ChangedSteps, FurtherSteps
 from everystep.replay.processes import needs_worker, recorded_numerics
@@ -221,8 +221,7 @@ def continue_alone(
 
 def facts_alone(run: RecordedRun, at: int, lr: float | None = None) -> TrainingFacts:
     """Return the facts of the steps that programs alone take after a step. lr: if it is another one."""
-    stretches = run.stretches
-    facts = stretches[stretch_at(stretches, at + 1)].facts
+    facts = run.facts.training_of(at + 1)
     engine = facts.engine or EAGERLY.model_copy(update={"eager_from": None})
     alone = {"stands_behind": "alone", "by_program": 0, "checks": 0, "verified_to": 0}
     optimizers = {
