@@ -46,7 +46,7 @@ from everystep.step.known_operators import (
 from everystep.step.known_paths import KnownPaths
 from everystep.step.met_tensors import MET, NEW, UnseenError, held, is_plain, leaf_tokens
 from everystep.step.mode_formulas import of_mode
-from everystep.step.moving_views import check_of_views
+from everystep.step.moving_views import check_of_views, loose_tokens
 from everystep.step.optimizer_steps import OptimizerSteps
 from everystep.step.outside_tensors import OutsideTensors
 from everystep.step.path import READ_UNSEEN, Entry, SeenOperation
@@ -394,7 +394,7 @@ class Cursor(UnderWay):
         if not views:
             return None
         if known.how == "pass" and len(views) == len(made):
-            return self.paths.views.tokens(self.at, func, tokens, made)
+            return loose_tokens((func, tokens, made), self.at, met, self.paths.moved_views)
         if any(met[number].moves is not None for number in given):
             self.leave()  # the place of a result is not compared
         return None

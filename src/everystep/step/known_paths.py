@@ -13,7 +13,6 @@ from everystep.program.memory import geometry
 from everystep.step.collective_calls import has_ranks
 from everystep.step.collector import CollectorPause
 from everystep.step.met_tensors import MetTensors
-from everystep.step.moving_views import MovingViews
 from everystep.step.optimizer_call import OptimizerCalls
 from everystep.step.path import Ending, Entry, Mark, MetTensor
 from everystep.step.torchs_own import handles, has_hooks_on_node
@@ -30,16 +29,16 @@ _NOT_REMEMBERED = 1000
 class KnownPaths:
     """The paths of a recording, as a tree.
 
-    tensors: of the step in progress; views: which of them move; calls: of optimizers; size: how many
-    entries there are; pause: of the collector while a step is written down; has_ranks: whether several
-    processes train; partly_read: memory from outside, by its bytes and dtype, that steps overwrite in
-    part before they read all of it.
+    tensors: of the step in progress; moved_views: as `loose_tokens` has them; calls: of optimizers;
+    size: how many entries there are; pause: of the collector while a step is written down; has_ranks:
+    whether several processes train; partly_read: memory from outside, by its bytes and dtype, that steps
+    overwrite in part before they read all of it.
     """
 
     def __init__(self) -> None:
         self.tensors = MetTensors()
         self.pause = CollectorPause()
-        self.views = MovingViews(self.tensors)
+        self.moved_views: set[tuple[Any, ...]] = set()
         self.calls = OptimizerCalls()
         self.step: Any = None
         self._roots: dict[Any, Entry] = {}

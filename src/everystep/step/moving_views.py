@@ -15,52 +15,41 @@ from everystep.program.operation import extent_of
 from everystep.program.operators import flattened, leaves
 from everystep.step.call_checks import MISS
 from everystep.step.met_tensors import MET, MetTensors, leaf_tokens
-from everystep.step.path import Entry
+from everystep.step.path import Entry, MetTensor
 
-__all__ = ["MovingViews", "check_of_views"]
+__all__ = ["check_of_views", "loose_tokens"]
 
 #: Operators with integers that only place their result, and which of the arguments these are.
 _PLACING = {"as_strided": (3,), "select": (2,), "slice": (2, 3)}
 
 
-class MovingViews:
-    """Finds the views that move, in all steps of a recording.
+def loose_tokens(
+    call: tuple[Any, ...], at: Entry, known: Sequence[MetTensor], moved: set[tuple[Any, ...]]
+) -> tuple[Any, ...] | None:
+    """Return the tokens of a call that returns views which move, None if they do not.
 
-    tensors: of the step in progress.
+    Args:
+        call: the operator, its tokens, and the places of the views among its results, and their numbers.
+        at: the point at which it was made.
+        known: of the tensors that the step has met.
+        moved: the operators, and their dimensions, of views that have moved: more of them often follow.
     """
-
-    def __init__(self, tensors: MetTensors) -> None:
-        self._tensors = tensors
-        #: The operators, and their dimensions, of views that have moved: more of them often follow.
-        self._moved: set[tuple[Any, ...]] = set()
-
-    def tokens(
-        self, at: Entry, func: Any, tokens: tuple[Any, ...], made: Sequence[tuple[int, int]]
-    ) -> tuple[Any, ...] | None:
-        """Return the tokens of a call that returns views which move, None if they do not.
-
-        Args:
-            at: the point at which it was made.
-            func, tokens: the call.
-            made: the places of the views among its results, and their numbers.
-        """
-        known = self._tensors.known
-        given = [known[token[1]] for token in leaf_tokens(tokens) if token[0] in MET]
-        loose = _loosened(func, tokens, given[0].geometry)
-        if any(tensor.moves is not None for tensor in given):
-            return loose
-        if loose == tokens:
-            return None
-        lies = [known[number].geometry[:3] for _, number in made]
-        kind = func, tokens[1]
-        if any(
-            each.func is func
-            and _loosened(func, each.key[2], given[0].geometry) == loose
-            and [view.geometry[:3] for view in each.new] == lies
-            for each in at.children.values()
-        ):
-            self._moved.add(kind)
-        return loose if kind in self._moved else None
+    func, tokens, made = call
+    given = [known[token[1]] for token in leaf_tokens(tokens) if token[0] in MET]
+    loose = _loosened(func, tokens, given[0].geometry)
+    if any(tensor.moves is not None for tensor in given):
+        return loose
+    if loose == tokens:
+        return None
+    lies = [known[number].geometry[:3] for _, number in made]
+    if any(
+        each.func is func
+        and _loosened(func, each.key[2], given[0].geometry) == loose
+        and [view.geometry[:3] for view in each.new] == lies
+        for each in at.children.values()
+    ):
+        moved.add((func, tokens[1]))
+    return loose if (func, tokens[1]) in moved else None
 
 
 def _loosened(func: Any, tokens: tuple[Any, ...], geometry: tuple[Any, ...]) -> tuple[Any, ...]:
