@@ -101,25 +101,24 @@ def restore_optimizer(
         raise ValueError("the optimizer has different param groups")
     for group, known in zip(optimizer.param_groups, settings["groups"], strict=True):
         _update_plain(group, {key: value for key, value in known.items() if key != "params"})
+    tensors = {n.removeprefix(prefix): t for n, t in saved.items() if n.startswith(prefix)}
+    kept: dict[str, dict[str, Any]] = {}
+    for place, each in (*settings["values"].items(), *tensors.items()):
+        name, _, key = place.rpartition("/")
+        kept.setdefault(name, {})[key] = each
     for parameter, name in names.items():
-        begins = f"{prefix}{name}/"
-        tensors = {n.removeprefix(begins): t for n, t in saved.items() if n.startswith(begins)}
-        values = {
-            key.removeprefix(f"{name}/"): value
-            for key, value in settings["values"].items()
-            if key.rpartition("/")[0] == name
-        }
-        if not tensors and not values:
+        if name not in kept:
             optimizer.state.pop(parameter, None)
             continue
         entries = optimizer.state[parameter]
-        for key in entries.keys() - tensors.keys() - values.keys():
+        for key in entries.keys() - kept[name].keys():
             del entries[key]
-        entries.update(values)
-        for key, tensor in tensors.items():
+        for key, each in kept[name].items():
             there = entries.get(key)
-            if not isinstance(there, Tensor) or there.shape != tensor.shape:
-                entries[key] = _made(optimizer, parameter, tensor)
+            if not isinstance(each, Tensor):
+                entries[key] = each
+            elif not isinstance(there, Tensor) or there.shape != each.shape:
+                entries[key] = _made(optimizer, parameter, each)
 
 
 def _made(optimizer: torch.optim.Optimizer, parameter: Tensor, tensor: Tensor) -> Tensor:
