@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from operator import attrgetter
@@ -120,6 +121,7 @@ _READERS = {
     _CUDA + "preferred_linalg_library": _CUDA + "preferred_linalg_library",
 }
 
+_SWITCH = re.compile(r"_get_\w*(enabled|deterministic|allow|tf32|benchmark|precision|uninitialized)\w*")
 #: What `ATEN_CPU_CAPABILITY` takes, by what torch calls the capability.
 _CAPABILITIES = {"AVX512": "avx512", "AVX2": "avx2", "DEFAULT": "default", "NO AVX": "default"}
 
@@ -242,40 +244,40 @@ def warning() -> str | None:
     return None
 
 
-def in_effect() -> tuple[Any, ...]:
-    """Return settings of this process that bits depend on, as far as they are read in microseconds.
+def in_effect() -> dict[str, Any]:
+    """Return settings of this process that bits depend on, by name, read in microseconds.
 
     Two different results mean that a setting changed in between; `Numerics` shows which.
     """
     import torch
 
-    return (
-        torch.get_num_threads(),
-        torch.get_default_dtype(),
-        torch.get_float32_matmul_precision(),
-        *[read() for read in _switches()],
-    )
+    found: dict[str, Any] = {
+        "the number of threads": torch.get_num_threads(),
+        "the default dtype": torch.get_default_dtype(),
+    }
+    for name in _switches():
+        try:
+            found[name] = getattr(torch._C, name)()
+        except RuntimeError as error:  # a precision that was set in the new way has none in the old one
+            found[name] = str(error)
+    return found
 
 
 @cache
-def _switches() -> tuple[Callable[[], bool], ...]:
-    """Return torch's functions that report which kernels may be used, and how."""
+def _switches() -> tuple[str, ...]:
+    """Return the names of this torch's functions that report how kernels are chosen."""
     import torch
 
-    names = [
-        "_get_deterministic_algorithms",
-        "_get_deterministic_algorithms_warn_only",
-        "_get_mkldnn_enabled",
-        "_get_mkldnn_deterministic",
-        "_get_nnpack_enabled",
-        "_get_cudnn_enabled",
-        "_get_cudnn_benchmark",
-        "_get_flash_sdp_enabled",
-        "_get_mem_efficient_sdp_enabled",
-        "_get_math_sdp_enabled",
-        "_get_cudnn_sdp_enabled",
-    ]
-    return tuple(getattr(torch._C, name) for name in names if hasattr(torch._C, name))
+    found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.9 warns, once, of a function that it calls old
+        for name in filter(_SWITCH.fullmatch, dir(torch._C)):
+            try:
+                getattr(torch._C, name)()
+            except (TypeError, RuntimeError):  # it wants arguments, or another build
+                continue
+            found.append(name)
+    return tuple(found)
 
 
 @contextmanager

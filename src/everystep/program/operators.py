@@ -27,6 +27,7 @@ __all__ = [
     "flattened",
     "has_effect",
     "has_shape_of_values",
+    "is_composite",
     "leaves",
     "may_have_shape_of_values",
     "out_variant",
@@ -65,7 +66,8 @@ _TEXT_ARGUMENTS = {"approximate", "rounding_mode", "reduce", "side", "mode", "dr
 
 #: The internals of torch that programs need to be captured, checked and run.
 _NEEDED = (
-    *("_C._AutoDispatchBelowAutograd", "_C._dispatch_has_kernel_for_dispatch_key"),
+    *("_C._AutoDispatchBelowAutograd", "_C._dispatch_has_kernel"),
+    "_C._dispatch_has_kernel_for_dispatch_key",
     *("_C._set_grad_enabled", "Tag.data_dependent_output", "Tag.dynamic_output_shape"),
     *("Tag.inplace_view", "Tag.nondeterministic_seeded", "Tag.view_copy"),
 )
@@ -147,7 +149,7 @@ def _reason_against(name: str, operator: Any) -> str | None:
         is_text = "str" in kind and argument.name not in _TEXT_ARGUMENTS
         if is_text or not _ARGUMENT_TYPES.fullmatch(kind):
             return f"takes {argument.name}, a {kind}, so it is not an operation on tensors only"
-    if not is_allowed(name) or torch.Tag.view_copy in tags or _is_taken_apart(operator):
+    if not is_allowed(name) or torch.Tag.view_copy in tags or not _is_run(operator):
         return "is not on the list of allowed operators"
     unsaid = set(_UNDECLARED_WRITES.get(name, ())) - {argument.name for argument in schema.arguments}
     if unsaid:
@@ -162,13 +164,22 @@ def may_have_shape_of_values(packet: Any) -> bool:
     return any(torch.Tag.dynamic_output_shape in overload.tags for overload in overloads)
 
 
-def _is_taken_apart(operator: Any) -> bool:
-    """Return whether torch decomposes this operator before it runs, so that no step contains it.
+def _is_run(operator: Any) -> bool:
+    """Return whether torch runs an operator as it is, so that a step may contain it.
 
-    Operators with a known derivative are not decomposed: some device has a kernel for them.
+    Composites with a known derivative are not decomposed: some device has a kernel for them. TorchScript
+    has operators of its own, which nothing can call.
     """
     name, has_kernel = operator.name(), torch._C._dispatch_has_kernel_for_dispatch_key
-    return has_kernel(name, "CompositeImplicitAutograd") and not has_kernel(name, "Autograd")
+    is_own = not is_composite(operator) or has_kernel(name, "Autograd")
+    return torch._C._dispatch_has_kernel(name) and is_own
+
+
+def is_composite(operator: Any) -> bool:
+    """Return whether torch decomposes an operator before it runs."""
+    name, has_kernel = operator.name(), torch._C._dispatch_has_kernel_for_dispatch_key
+    # Of an operator that only Python has, torch would raise.
+    return torch._C._dispatch_has_kernel(name) and has_kernel(name, "CompositeImplicitAutograd")
 
 
 @cache

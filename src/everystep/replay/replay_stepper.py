@@ -29,9 +29,8 @@ from everystep.step.build import NotCapturableError
 from everystep.step.expanded import Expanded, Expander
 from everystep.step.generators import Generators
 from everystep.step.hyperparameters import set_hyperparameter
-from everystep.step.kept_values import PREFIX
 from everystep.step.observe import Observation, StepObserver
-from everystep.step.state import State, copy_of, same_bits
+from everystep.step.state import OWN, State, copy_of, same_bits
 from everystep.training.batch import nested_again
 
 __all__ = ["ReplayStepper"]
@@ -81,7 +80,7 @@ class ReplayStepper:
         names = state.settings.get("names")
         if not isinstance(names, list):
             raise RunError(f"state {state.step} of {self._run.name} is not a state of watched steps")
-        named = state.named() | {n: t for n, t in state.rest.items() if n.startswith(PREFIX)}
+        named = state.named() | {n: t for n, t in state.rest.items() if n.startswith(OWN)}
         # An error on the way leaves no state, not a part of one.
         self.state = None
         self._tensors.clear()  # those of a large model take much memory

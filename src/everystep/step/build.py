@@ -18,7 +18,7 @@ from everystep.program.operation import extent_of
 from everystep.program.operators import has_effect, has_shape_of_values
 from everystep.program.step_program import MOST_ENTRIES, Operation, Program, Storage, TensorSpec
 from everystep.step.calling_code import LineTable
-from everystep.step.path import Path
+from everystep.step.path import Path, sizeless
 
 __all__ = ["BuiltPath", "NotCapturableError", "Origins", "build_path"]
 
@@ -40,7 +40,7 @@ class Origins(NamedTuple):
 
     def sizes(self, path: Path) -> list[int]:
         """Return what `sizes_of` does of the program of a path with the same form."""
-        found = []
+        found: list[int] = []
         for place, ends in self.storages:
             cut = [extent_of(path.tensors[number].geometry)[1] for number in ends]
             found.append(max(cut) if cut else path.storages[place].bytes)
@@ -49,8 +49,7 @@ class Origins(NamedTuple):
             found += (*tensor.shape, *tensor.stride, tensor.offset if tensor.moves is None else 0)
         for place in self.operations:
             operation = path.operations[place]
-            _add_integers(operation.arguments, found)
-            _add_integers(tuple([value for _, value in operation.keywords]), found)
+            sizeless((operation.arguments, operation.keywords), found)
         return found
 
 
@@ -346,15 +345,6 @@ class _Builder:
             elif place not in kept:
                 left_out |= self._writes(operation)
         return found
-
-
-def _add_integers(value: Any, found: list[int]) -> None:
-    """Add the whole numbers in an argument of an observed operation."""
-    if type(value) is int:
-        found.append(value)
-    elif type(value) is tuple and value[:1] != ("text",):
-        for item in value:
-            _add_integers(item, found)
 
 
 @lru_cache(10_000)

@@ -30,7 +30,7 @@ from everystep.program.operators import (
     writes,
 )
 from everystep.step.backward import BackwardPasses
-from everystep.step.call_checks import MISS, check_of
+from everystep.step.call_checks import MISS, check_of, check_of_views, loose_tokens
 from everystep.step.calling_code import named_here
 from everystep.step.collective_calls import CollectiveCall, finished, how_collective
 from everystep.step.follow import Follower
@@ -38,15 +38,12 @@ from everystep.step.known_operators import (
     JOINING,
     PICKING,
     KnownOperator,
-    gathers_data,
-    is_shaped_by_numbers,
     known_operator,
     run_counted,
 )
 from everystep.step.known_paths import KnownPaths
 from everystep.step.met_tensors import MET, NEW, UnseenError, held, is_plain, leaf_tokens
 from everystep.step.mode_formulas import of_mode
-from everystep.step.moving_views import check_of_views
 from everystep.step.optimizer_steps import OptimizerSteps
 from everystep.step.outside_tensors import OutsideTensors
 from everystep.step.path import READ_UNSEEN, Entry, SeenOperation
@@ -140,19 +137,17 @@ class Cursor(UnderWay):
         if known.how == "pass" and not self.is_remembered:
             return func(*args, **keywords)
         self.tensors.catch_up(at)
-        copies = known.name == "copy_"
-        # A write into data that the step has partly read changes an input, so it must be noted.
-        is_met = self._is_met_or_read if copies else self._is_met
         given = leaves([*args, *keywords.values()]) if known.may_gather or known.draws else []
-        if known.may_gather and gathers_data(known, given, is_met, self._is_drawn):
+        if known.may_gather and self._gathers_data(known, given):
             result = func(*args, **keywords)
-            if copies:  # a write through `tensor.data` is not counted
+            if known.name == "copy_":  # a write through `tensor.data` is not counted
                 self.outside.forget(given[0].untyped_storage()._cdata)
             # If the result is read, the run may keep the places of the pieces, not their bytes.
             if known.name in PICKING | JOINING:
                 self.gathered[result.untyped_storage()._cdata] = func, args
             return result
-        if known.draws and not any(map(self._is_met, given)) and _has_generator(args, keywords):
+        has_generator = any(isinstance(each, torch.Generator) for each in (*args, *keywords.values()))
+        if known.draws and has_generator and not any(map(self._is_met, given)):
             # Its result is from outside, as what Python or NumPy has drawn: later steps may follow.
             text = f"{func} takes a Generator"
             self.unseen[text] = self.unseen.get(text, 0) + 1
@@ -182,10 +177,32 @@ class Cursor(UnderWay):
         place = self.tensors.place(tensor.untyped_storage())
         return place is not None and not self._is_data(place)
 
-    def _is_met_or_read(self, tensor: Tensor) -> bool:
-        """Return whether a tensor is on memory that the step knows, or has read a part of."""
-        storage = tensor.untyped_storage()
-        return storage._cdata in self.tensors.parts or self.tensors.place(storage) is not None
+    def _gathers_data(self, known: KnownOperator, tensors: Sequence[Tensor]) -> bool:
+        """Return whether a call cuts numbers out of data from outside, or writes into a part of it.
+
+        A loop without a loader cuts its batches out of one long tensor, at other places in each step.
+        The result is an input of the step, kept by content as a batch is, and the operation is left out:
+        so steps that read different places have one path, and the long tensor itself is not kept.
+
+        A read counts if its places may change: numbers picked by an index; or tensors that are joined,
+        most of them from outside, as samples out of a memory are. A view does not: what reads it has a
+        part of the data.
+        """
+        copies = known.name == "copy_"
+        read = tensors[:1] if copies else tensors
+        if any(not is_plain(tensor) or tensor.requires_grad for tensor in read):
+            return False
+        if copies:
+            # A write into data that the step has partly read changes an input, so it must be noted.
+            storage = read[0].untyped_storage()
+            is_known = storage._cdata in self.tensors.parts or self.tensors.place(storage) is not None
+            return not is_known and storage.nbytes() > read[0].numel() * read[0].itemsize
+        met = [tensor for tensor in read if self._is_met(tensor)]
+        if known.name in JOINING:
+            return 2 * len(met) < len(read) and all(map(self._is_drawn, met))
+        indices = [each for each in met if not (each.is_floating_point() or each.is_complex())]
+        are_drawn = known.name in PICKING and len(indices) == len(met) and all(map(self._is_drawn, met))
+        return len(met) < len(read) and (are_drawn or not met)
 
     def _is_data(self, place: int) -> bool:
         """Return whether memory is from outside, and the step has not changed it."""
@@ -315,7 +332,7 @@ class Cursor(UnderWay):
         made, numbers = flattened(result), list[int | None]()
         # A result without a given dtype has the process's default, which no token shows.
         is_shaped = self.is_remembered and (
-            (known.may_be_shaped and is_shaped_by_numbers(func, args))
+            (known.may_be_shaped and has_shape_of_values(func, (t.dtype for t in leaves(args[1:2]))))
             or (known.makes_dtype and keywords.get("dtype") is None)
         )
         before, kind = len(tensors.known), "temporary" if is_seen else "allocated"
@@ -394,7 +411,7 @@ class Cursor(UnderWay):
         if not views:
             return None
         if known.how == "pass" and len(views) == len(made):
-            return self.paths.views.tokens(self.at, func, tokens, made)
+            return loose_tokens((func, tokens, made), self.at, met, self.paths.moved_views)
         if any(met[number].moves is not None for number in given):
             self.leave()  # the place of a result is not compared
         return None
@@ -532,7 +549,8 @@ class Cursor(UnderWay):
         changed = _written(func, known.writes or writes(func), args, keywords)
         changed += [tensor for tensor, version in versions if version_of(tensor) != version] + others
         # A tensor made of others may write into them below autograd, where torch does not count.
-        inner = [t for each in changed for t in _made_of(each)]
+        made: list[Any] = [each for each in changed if hasattr(type(each), "__tensor_flatten__")]
+        inner = [getattr(each, name) for each in made for name in each.__tensor_flatten__()[0]]
         # Python sees the shapes of results.
         is_read = func.namespace != "aten" or has_shape_of_values(func, (t.dtype for t in before[1:]))
         storages = [t.untyped_storage()._cdata for t in inner]
@@ -608,16 +626,6 @@ def _written(func: Any, names: Collection[str], args: Any, keywords: Any) -> lis
     """Return the tensors that a call was given by the names of arguments that it writes into."""
     given = {p.name: v for p, v in zip(parameters(func), args, strict=False)} | keywords
     return [tensor for name in names for tensor in leaves(given.get(name))]
-
-
-def _made_of(tensor: Any) -> list[Tensor]:
-    names = tensor.__tensor_flatten__()[0] if hasattr(type(tensor), "__tensor_flatten__") else ()
-    return [getattr(tensor, name) for name in names]
-
-
-def _has_generator(args: Any, keywords: dict[str, Any]) -> bool:
-    """Return whether a call draws from a generator that it was given."""
-    return any(isinstance(value, torch.Generator) for value in (*args, *keywords.values()))
 
 
 def _keep_from_compiler() -> None:

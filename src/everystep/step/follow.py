@@ -121,7 +121,7 @@ class Follower:
         is_torchs: returns whether the step of an optimizer runs only torch's code, and a closure first.
     """
 
-    _listener: Listener
+    listener: Listener
 
     def __init__(
         self,
@@ -146,7 +146,7 @@ class Follower:
 
     def begin(self, listener: Listener) -> None:
         """Begin to follow, and to report to a listener, which is not held after `finish`."""
-        self._listener = listener
+        self.listener = listener
         with _lock:
             _followers[self._thread] = (*_followers.get(self._thread, ()), self)
             if not _hooks:
@@ -161,11 +161,7 @@ class Follower:
             if not _followers:
                 while _hooks:
                     _hooks.pop().remove()
-        del self._listener
-
-    def exposes(self, tensor: Tensor) -> None:
-        """Report that code is about to take the `data` of a tensor."""
-        self._listener.exposes(tensor)
+        del self.listener
 
     def step_begins(self) -> None:
         """Begin another step: nothing runs."""
@@ -255,14 +251,14 @@ class Follower:
         file = getattr(getattr(step, "__code__", None), "co_filename", None)
         self._updating.append((self._optimizers.get(id(optimizer)), file))
         self._moved()
-        self._listener.optimizer_begins(optimizer, has_arguments)
+        self.listener.optimizer_begins(optimizer, has_arguments)
 
     def update_ends(self, optimizer: torch.optim.Optimizer, *given: Any) -> None:
         """Note that an optimizer is done with its step."""
         if self._updating:
             self._updating.pop()
             self._moved()
-            self._listener.optimizer_ends(optimizer)
+            self.listener.optimizer_ends(optimizer)
 
 
 def _registered() -> list[Any]:
@@ -364,7 +360,7 @@ def _run(outputs: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _expose(tensor: Tensor) -> None:
     for follower in _followers.get(get_ident(), ()):
-        follower.exposes(tensor)
+        follower.listener.exposes(tensor)
 
 
 def _get_data(tensor: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -112,46 +112,34 @@ def generators_preserved(device: torch.device) -> Iterator[None]:
         before.restore(device)
 
 
-#: Python's generator: the memory of its state, and the state that was read from it.
-_python: tuple[bytes, Any] = b"", None
-
-
 def _python_state() -> Any:
-    """Return the state of Python's generator.
-
-    Python makes a number of each of its 624 words, so it is asked only if they have changed, or if it
-    keeps the second of two normal numbers, which is not among them.
-    """
-    global _python
     if not _PYTHON_PLACE:
         return random.getstate()
-    words = ctypes.string_at(_PYTHON_PLACE, _STATE_BYTES)
-    known, state = _python
-    if words != known or state[2] is not None:
-        state = random.getstate()
-        _python = words, state
-    return state
-
-
-#: NumPy's generator: the memory of its state, and the state that was read from it.
-_numpy: tuple[bytes, Any] = b"", None
+    return _read_again(_PYTHON_PLACE, random.getstate, lambda state: state[2] is not None)
 
 
 def _numpy_state() -> Any:
-    """Return the state of NumPy's generator, as a tuple that must not be changed.
-
-    NumPy copies its 624 words one by one, so it is asked only if they have changed, or if it keeps the
-    second of two normal numbers, which is not among them.
-    """
-    global _numpy
     generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
     if type(generator) is not np.random.MT19937:
         return np.random.get_state()
-    words = ctypes.string_at(generator.ctypes.state_address, _STATE_BYTES)
-    known, state = _numpy
-    if words != known or state[3]:
-        state = np.random.get_state()
-        _numpy = words, state
+    return _read_again(generator.ctypes.state_address, np.random.get_state, lambda state: state[3])
+
+
+#: Of a generator, by the place of its words: these, and the state that was read from it.
+_known: dict[int, tuple[bytes, Any]] = {}
+
+
+def _read_again(place: int, read: Callable[[], Any], has_second: Callable[[Any], bool]) -> Any:
+    """Return the state of a generator, as a tuple that must not be changed.
+
+    Python makes a number of each of its 624 words, and NumPy copies them one by one, so it is read only
+    if they have changed, or if it keeps the second of two normal numbers, which is not among them.
+    """
+    words = ctypes.string_at(place, _STATE_BYTES)
+    known, state = _known.get(place, (b"", None))
+    if words != known or has_second(state):
+        state = read()
+        _known[place] = words, state
     return state
 
 

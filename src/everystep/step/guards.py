@@ -64,7 +64,7 @@ class Guards:
         self._note(key, where, partial(again, *given), _value_changes)
 
     def contents(self, container: Any, where: str) -> None:
-        """Note the contents of a dict or a list: which objects, in which order."""
+        """Note the contents of a dict or a list, or of one that `container` returns each time."""
         self._note(
             (id(container), "*contents"), where, partial(_contents_of, container), _contents_change
         )
@@ -107,6 +107,7 @@ def _value_changes(guard: _Guard, now: Any) -> str | None:
 
 def _contents_of(container: Any) -> tuple[list[Any], list[Any]]:
     """Return the keys and the values of a dict, or the items of a list."""
+    container = container() if callable(container) else container
     if isinstance(container, dict):
         return [*container], [*container.values()]
     return [], [*container]

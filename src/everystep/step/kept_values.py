@@ -8,6 +8,7 @@ its content and details.
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 import sys
 from collections import OrderedDict, defaultdict, deque
@@ -18,30 +19,28 @@ from enum import Enum
 from fractions import Fraction
 from pathlib import PurePath
 from types import MappingProxyType, ModuleType
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from everystep.step.state import OWN, copy_of, same_bits
+
 __all__ = [
     "GENERATORS",
-    "PREFIX",
-    "Lost",
+    "Encoded",
     "decoded",
     "encoded",
-    "encoded_small",
-    "encoded_whole",
     "has_graph",
     "is_aside",
     "is_code",
     "is_dense",
     "is_plain_value",
+    "is_written_alike",
 ]
 
-#: Prefix of the names of tensors that only this module knows.
-PREFIX = "own/"
 #: Random generators that parts may hold, or be.
 GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 #: Values that consist of others; one of a class derived from these is written with its class.
@@ -81,34 +80,47 @@ _SHOWING = ("everystep", "logging", "rich", "tensorboard", "tqdm")
 _WITH_CODE = ("builtins", "functools", "torch", "types")
 
 
-class Lost:
-    """The values of a part that could not be restored: those that cannot be written, and later objects.
+class Encoded(NamedTuple):
+    """A value as it is written.
 
-    A resumed loop makes the objects that there were at first, and only its code makes the others.
+    data: as JSON can hold it; tensors: those in it, live, by name; objects: the paths of the classes of
+    objects that only the user's code makes, by place; unkept: the classes of what cannot be written;
+    is_whole: whether nothing was left out.
     """
 
-    def __init__(self) -> None:
-        self._first: dict[str, str] | None = None
-        #: Their classes.
-        self.kinds: set[str] = set()
+    data: Any
+    tensors: Mapping[str, Tensor] = MappingProxyType({})
+    objects: Mapping[str, str] = MappingProxyType({})
+    unkept: frozenset[str] = frozenset()
+    is_whole: bool = True
 
-    def note(self, unkept: set[str], objects: dict[str, str]) -> None:
-        """Note the values of a state. objects: the paths of their classes, by place."""
-        if self._first is None:
-            self._first = objects
-        later = {path for place, path in objects.items() if self._first.get(place) != path}
-        self.kinds |= unkept | {path.rpartition(":")[2] for path in later}
+    def copy(self) -> Encoded:
+        """Return it with copies of its tensors."""
+        return self._replace(tensors={name: copy_of(each) for name, each in self.tensors.items()})
+
+    def is_same(self, other: Encoded) -> bool:
+        """Return whether another value is equal."""
+        if self.data is not other.data and not is_written_alike(self.data, other.data):
+            return False
+        are_named_alike = self.tensors.keys() == other.tensors.keys()
+        return are_named_alike and all(same_bits(t, other.tensors[n]) for n, t in self.tensors.items())
+
+
+def is_written_alike(one: Any, two: Any) -> bool:
+    """Return whether two values are equal, as JSON can hold them."""
+    # As texts, NaN equals NaN, and 1 differs from True.
+    return json.dumps(one, sort_keys=True) == json.dumps(two, sort_keys=True)
 
 
 def encoded(
     value: Any,
     place: str,
-    known: Mapping[str, Tensor],
+    known: Mapping[str, Tensor] = MappingProxyType({}),
     names: Mapping[Tensor, str] = MappingProxyType({}),
     left_alone: Container[int] = (),
-    lost: Lost | None = None,
-) -> tuple[dict[str, Tensor], Any]:
-    """Return the state of an object: live tensors by name, and the rest as JSON can hold it.
+    limit: Literal["attribute", "source"] | None = None,
+) -> Encoded:
+    """Return the state of an object.
 
     Args:
         value: the object.
@@ -116,41 +128,13 @@ def encoded(
         known: tensors that already have a name.
         names: of parameters, which are not among its tensors.
         left_alone: ids of objects inside it that are written separately.
-        lost: gets the classes of values that could not be restored.
+        limit: what is left out: of an attribute of a module, what is large and has objects; of a source
+            of batches, all that is large, so that data, and what was read of it, are not written. Then
+            the classes of what was left are among `objects`.
     """
-    walk = _Capturing(names, known, left_alone)
+    walk = _Capturing(names, known, left_alone, limit)
     data = walk.encoded(value, place)
-    if lost is not None:
-        lost.note(walk.unkept, walk.objects)
-    return walk.tensors, data
-
-
-def encoded_whole(
-    value: Any,
-    place: str,
-    known: Mapping[str, Tensor],
-    names: Mapping[Tensor, str],
-    left_alone: Container[int],
-) -> tuple[dict[str, Tensor], Any, dict[str, str]] | None:
-    """Do the same for a value that can be written whole, and that is not large if it has objects.
-
-    Returns also the paths of the classes of these, by place, dataclasses apart. None for other values.
-    """
-    walk = _Capturing(names, known, left_alone, is_limited=True)
-    data = walk.encoded(value, place)
-    return None if walk.has_left else (walk.tensors, data, walk.objects)
-
-
-def encoded_small(
-    value: Any, place: str, left_alone: Container[int]
-) -> tuple[dict[str, Tensor], Any, dict[str, str]]:
-    """Do the same without what is large.
-
-    Returns also the classes of what only the user's code makes: objects, and what was left, by place.
-    """
-    walk = _CapturingSmall({}, {}, left_alone, is_limited=True)
-    data = walk.encoded(value, place)
-    return walk.tensors, data, walk.objects
+    return Encoded(data, walk.tensors, walk.objects, frozenset(walk.unkept), not walk.has_left)
 
 
 def decoded(
@@ -175,11 +159,10 @@ class _Capturing:
         names: Mapping[Tensor, str],
         known: Mapping[str, Tensor],
         left_alone: Container[int],
-        *,
-        is_limited: bool = False,
+        limit: str | None,
     ) -> None:
         self._left_alone = left_alone
-        self._is_limited = is_limited
+        self._limit = limit
         self._count = self._bytes = 0
         self.unkept: set[str] = set()
         #: The paths of the classes of objects that only the user's code makes, by place.
@@ -205,7 +188,7 @@ class _Capturing:
             return {"left": type(value).__name__}
         # It holds the value, since a new object may get the id of one that is gone.
         self._places[id(value)] = place, value
-        is_too_much = self._is_limited and self._is_much(value)
+        is_too_much = self._limit is not None and self._is_much(value)
         if is_too_much or place.count(".") > _DEEPEST:
             return self._left(value)
         if isinstance(value, Tensor):
@@ -232,16 +215,29 @@ class _Capturing:
         return {"object": self.attributes(value, f"{place}."), "class": _path_of(type(value))}
 
     def _is_much(self, value: Any) -> bool:
-        """Return whether this is too much to be in an object, which may lead to anything."""
-        self._count += 1
+        """Return whether this is more than the limit."""
         has_bytes = is_dense(value) if isinstance(value, Tensor) else isinstance(value, np.ndarray)
         self._bytes += value.nbytes if has_bytes else 0
-        is_large = self._count > MOST_VALUES or self._bytes > MOST_BYTES
-        return self.has_left or len(self.objects) > MOST_OBJECTS or (bool(self.objects) and is_large)
+        if self._limit == "attribute":  # an object in it may lead to anything
+            self._count += 1
+            is_large = self._count > MOST_VALUES or self._bytes > MOST_BYTES
+            return self.has_left or len(self.objects) > MOST_OBJECTS or (bool(self.objects) and is_large)
+        if isinstance(value, Tensor | np.ndarray):
+            return self._bytes > _MOST_SMALL_BYTES
+        kind, items = _kind_of(value), [None]
+        if kind is not None:
+            if _COLLECTIONS[kind].__len__(value) > _MOST_SMALL:
+                return True
+            items = [*dict.values(value)] if kind == "dict" else _items(kind, value)
+        # To look at numbers is fast, and at all else a hundred times slower.
+        self._count += sum(not is_plain_value(each) for each in items) or 1
+        return self._count > MOST_VALUES or isinstance(value, torch.optim.Optimizer)
 
     def _left(self, value: Any) -> dict[str, Any]:
         """Leave a value unchanged; note it if it may hold numbers."""
         self.has_left, kind = True, type(value)
+        if self._limit == "source":
+            self.objects[self._places[id(value)][0]] = kind.__name__
         if isinstance(value, _WITH_TEXTS):
             return {"left": kind.__name__, "text": repr(value)}
         if isinstance(value, nn.Module):
@@ -298,8 +294,8 @@ class _Capturing:
         return {n: self.encoded(each, f"{prefix}{n}") for n, each in own}
 
     def _kept(self, tensor: Tensor, place: str) -> str:
-        self.tensors[f"{PREFIX}{place}"] = tensor
-        return f"{PREFIX}{place}"
+        self.tensors[f"{OWN}{place}"] = tensor
+        return f"{OWN}{place}"
 
     def _array(self, value: Any, place: str) -> dict[str, Any]:
         kind = "scalar" if isinstance(value, np.generic) else "array"
@@ -322,28 +318,6 @@ class _Capturing:
         if type(key) is tuple:
             return {"tuple": list(key)}
         return {"id": self._ids[key]} if type(key) is int and key in self._ids else key
-
-
-class _CapturingSmall(_Capturing):
-    """Leaves large values, so that data, and what was read of it, are not written."""
-
-    def _is_much(self, value: Any) -> bool:
-        if isinstance(value, Tensor | np.ndarray):
-            size = value.nbytes if isinstance(value, np.ndarray) or is_dense(value) else 0
-            self._bytes += size
-            return self._bytes > _MOST_SMALL_BYTES
-        kind, items = _kind_of(value), [None]
-        if kind is not None:
-            if _COLLECTIONS[kind].__len__(value) > _MOST_SMALL:
-                return True
-            items = [*dict.values(value)] if kind == "dict" else _items(kind, value)
-        # To look at numbers is fast, and at all else a hundred times slower.
-        self._count += sum(not is_plain_value(each) for each in items) or 1
-        return self._count > MOST_VALUES or isinstance(value, torch.optim.Optimizer)
-
-    def _left(self, value: Any) -> dict[str, Any]:
-        self.objects[self._places[id(value)][0]] = type(value).__name__
-        return super()._left(value)
 
 
 def _of_constant(value: Any) -> dict[str, Any] | None:

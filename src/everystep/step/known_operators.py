@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from everystep.program.number_slots import READ, slot_names
 from everystep.program.observed import uses_only_shape
@@ -17,21 +15,18 @@ from everystep.program.operators import (
     computes,
     draws_random_numbers,
     has_shape_of_values,
-    leaves,
+    is_composite,
     may_have_shape_of_values,
     parameters,
     resolve,
     writes,
 )
-from everystep.step.met_tensors import is_plain
 from everystep.step.mode_formulas import is_decomposed
 
 __all__ = [
     "JOINING",
     "PICKING",
     "KnownOperator",
-    "gathers_data",
-    "is_shaped_by_numbers",
     "known_operator",
     "run_counted",
 ]
@@ -53,24 +48,24 @@ class KnownOperator(NamedTuple):
     how: `pass` (it computes nothing), `make` (it only allocates memory), `see`, `decompose` (its
     component operations are seen), or why it is not seen; places: its parameters, and whether each is a
     slot for numbers; resizes: whether it gives its `out` a shape that depends on numbers; may_gather:
-    whether `gathers_data` must be asked, and may_be_shaped: `is_shaped_by_numbers`; reads_only_shape: of
-    its first argument.
+    whether it may cut numbers out of data; may_be_shaped: whether numbers may determine the shapes of
+    its results; reads_only_shape: of its first argument.
     """
 
     how: str
     name: str
-    writes: tuple[str, ...] = ()
-    places: Mapping[str, bool] = MappingProxyType({})
-    gives: bool = True
-    draws: bool = False
-    makes_dtype: bool = False
-    has_out: bool = False
-    resizes: bool = False
-    is_read: bool = False
-    writes_list: bool = False
-    may_gather: bool = True
-    may_be_shaped: bool = False
-    reads_only_shape: bool = False
+    writes: tuple[str, ...]
+    places: Mapping[str, bool]
+    gives: bool
+    draws: bool
+    makes_dtype: bool
+    has_out: bool
+    resizes: bool
+    is_read: bool
+    writes_list: bool
+    may_gather: bool
+    may_be_shaped: bool
+    reads_only_shape: bool
 
 
 @cache
@@ -87,32 +82,29 @@ def known_operator(func: Any) -> KnownOperator:
             resolve(text)
         except NotAllowedError as error:
             how = str(error).removeprefix(f"{text} ")
-            if _is_composite(func):  # it arrives whole in inference mode alone
+            if is_composite(func):  # it arrives whole in inference mode alone
                 how = "decompose"
         else:
             if not computes(func):
                 is_view = any(r.alias_info for r in func._schema.returns) or "unsafe" in name
                 how = "pass" if is_view else "make"
-    try:
-        has_out = any(argument.is_out for argument in func._schema.arguments)
-        return KnownOperator(
-            how,
-            name,
-            writes(func),
-            {p.name: p.name in slot_names(func) for p in parameters(func)},
-            bool(func._schema.returns) and text != READ,
-            draws_random_numbers(func),
-            _makes_dtype(func),
-            has_out,
-            has_out and may_have_shape_of_values(func.overloadpacket),
-            text == READ,
-            "foreach" in name and bool(writes(func)),
-            how == "pass" or name == "copy_" or name in PICKING | JOINING,
-            has_shape_of_values(func, [torch.bool]),
-            uses_only_shape(text),
-        )
-    except (AttributeError, RuntimeError):  # an operator without a schema that can be read
-        return KnownOperator("has no schema" if how == "see" else how, name)
+    has_out = any(argument.is_out for argument in func._schema.arguments)
+    return KnownOperator(
+        how,
+        name,
+        writes(func),
+        {p.name: p.name in slot_names(func) for p in parameters(func)},
+        bool(func._schema.returns) and text != READ,
+        draws_random_numbers(func),
+        _makes_dtype(func),
+        has_out,
+        has_out and may_have_shape_of_values(func.overloadpacket),
+        text == READ,
+        "foreach" in name and bool(writes(func)),
+        how == "pass" or name == "copy_" or name in PICKING | JOINING,
+        has_shape_of_values(func, [torch.bool]),
+        uses_only_shape(text),
+    )
 
 
 def _asks(func: Any) -> bool:
@@ -128,56 +120,6 @@ def _makes_dtype(func: Any) -> bool:
     """Return whether an operator creates a tensor without inputs, by default in the process's dtype."""
     kinds = {p.name: p.kind for p in parameters(func)}
     return "dtype" in kinds and not any("Tensor" in kind for kind in kinds.values())
-
-
-def _is_composite(func: Any) -> bool:
-    """Return whether torch decomposes an operator before it runs."""
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    try:
-        return bool(has_kernel(func.name(), "CompositeImplicitAutograd"))
-    except RuntimeError:  # only Python has it; where torch asks from C++, an error ends the process
-        return False
-
-
-def gathers_data(
-    known: KnownOperator,
-    tensors: Iterable[Tensor],
-    is_met: Callable[[Tensor], bool],
-    is_drawn: Callable[[Tensor], bool],
-) -> bool:
-    """Return whether an operation cuts numbers out of data from outside, or writes into a part of it.
-
-    A loop without a loader cuts its batches out of one long tensor, at different places at each step.
-    The result is an input of the step, kept by content as a batch is, and the operation is left out: so
-    steps that read different places have the same path, and the long tensor itself is not kept.
-
-    A read counts if its places may change: numbers picked by an index; or tensors that are joined, most
-    of them from outside, as samples out of a memory are. A view is left out: what reads it has a part of
-    the data.
-
-    Args:
-        known: its operator.
-        tensors: its inputs.
-        is_met: whether a tensor is on memory that the step knows.
-        is_drawn: whether the step has drawn a tensor at random, without other inputs.
-    """
-    copies = known.name == "copy_"
-    read = [*tensors][: 1 if copies else None]
-    if any(not is_plain(tensor) or tensor.requires_grad for tensor in read):
-        return False
-    met = [tensor for tensor in read if is_met(tensor)]
-    if known.name in JOINING:
-        return 2 * len(met) < len(read) and all(map(is_drawn, met))
-    if copies and not met:
-        return read[0].untyped_storage().nbytes() > read[0].numel() * read[0].itemsize
-    indices = [each for each in met if not (each.is_floating_point() or each.is_complex())]
-    are_drawn = known.name in PICKING and len(indices) == len(met) and all(map(is_drawn, indices))
-    return len(met) < len(read) and (are_drawn or not met)
-
-
-def is_shaped_by_numbers(func: Any, args: Any) -> bool:
-    """Return whether the shapes of an operation's results depend on numbers."""
-    return has_shape_of_values(func, (each.dtype for each in leaves(args[1:2])))
 
 
 def run_counted(func: Any, *args: Any, **keywords: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Mapping
 from typing import Any
 from weakref import ref
@@ -11,9 +12,7 @@ from torch import Tensor
 
 from everystep.program.memory import geometry
 from everystep.step.collective_calls import has_ranks
-from everystep.step.collector import CollectorPause
 from everystep.step.met_tensors import MetTensors
-from everystep.step.moving_views import MovingViews
 from everystep.step.optimizer_call import OptimizerCalls
 from everystep.step.path import Ending, Entry, Mark, MetTensor
 from everystep.step.torchs_own import handles, has_hooks_on_node
@@ -25,21 +24,24 @@ _MOST_ENTRIES = 100_000
 #: Steps that are not remembered once memory was filled by steps that nothing followed, such as those of
 #: graphs that all differ; then it is tried again.
 _NOT_REMEMBERED = 1000
+#: New objects between two collections. It is not disabled: a long step of the user's may leave much to
+#: collect, the user may disable it in the step, and a process that is forked there lives longer.
+_OBJECTS = 100_000
 
 
 class KnownPaths:
     """The paths of a recording, as a tree.
 
-    tensors: of the step in progress; views: which of them move; calls: of optimizers; size: how many
-    entries there are; pause: of the collector while a step is written down; has_ranks: whether several
-    processes train; partly_read: memory from outside, by its bytes and dtype, that steps overwrite in
-    part before they read all of it.
+    tensors: of the step in progress; moved_views: as `loose_tokens` has them; calls: of optimizers;
+    size: how many entries there are; pause: of the collector while a step is written down; has_ranks:
+    whether several processes train; partly_read: memory from outside, by its bytes and dtype, that steps
+    overwrite in part before they read all of it.
     """
 
     def __init__(self) -> None:
         self.tensors = MetTensors()
         self.pause = CollectorPause()
-        self.views = MovingViews(self.tensors)
+        self.moved_views: set[tuple[Any, ...]] = set()
         self.calls = OptimizerCalls()
         self.step: Any = None
         self._roots: dict[Any, Entry] = {}
@@ -133,3 +135,27 @@ class KnownPaths:
             self.size, self._roots, self._after = 0, {}, {}
             self._not_remembered = 0 if self._is_followed else _NOT_REMEMBERED
             self._is_followed = False
+
+
+class CollectorPause:
+    """A pause of Python's garbage collector, which changes its threshold alone.
+
+    While a step is written down, each call makes some twenty objects that stay until the step ends, so
+    the collector would go through all objects of the process again and again: with packed sequences, a
+    fifth of the time.
+    """
+
+    _usual: tuple[int, int, int] | None = None
+
+    def begin(self) -> None:
+        """Pause, unless that is so already."""
+        usual = gc.get_threshold()
+        if 0 < usual[0] < _OBJECTS:  # 0: it does not run by itself
+            self._usual = usual
+            gc.set_threshold(_OBJECTS, *usual[1:])
+
+    def end(self) -> None:
+        """Run as before, if this has paused; the user may have set other thresholds since."""
+        usual, self._usual = self._usual, None
+        if usual is not None and gc.get_threshold() == (_OBJECTS, *usual[1:]):
+            gc.set_threshold(*usual)

@@ -26,35 +26,25 @@ __all__ = [
 _NUMPY = "numpy"
 
 
-def registered(
-    module: nn.Module, kind: str, prefix: str = "", around: tuple[int, ...] = ()
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters or buffers of a module and all within it, each under every name.
+def registered(module: nn.Module, kind: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield the `_parameters` or `_buffers` of a module and all within it, each under every name.
 
     As torch's `named_parameters` does, which a user may have overridden.
     """
-    for name, tensor in vars(module)[kind].items():
-        if tensor is not None:
-            yield f"{prefix}{name}", tensor
-    for name, inner in vars(module)["_modules"].items():
-        # A module may lie within itself.
-        if inner is not None and id(inner) not in around:
-            yield from registered(inner, kind, f"{prefix}{name}.", (*around, id(module)))
+    for path, inner in module.named_modules(remove_duplicate=False):
+        for name, tensor in vars(inner)[kind].items():
+            if tensor is not None:
+                yield f"{path}.{name}" if path else name, tensor
 
 
-def state_dict_of(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+def state_dict_of(module: nn.Module) -> dict[str, Tensor]:
     """Return what torch's `state_dict` does, in its order, without the hooks of the user's."""
-    own = vars(module)
-    left_out = own["_non_persistent_buffers_set"]
-    found = {f"{prefix}{n}": t for n, t in own["_parameters"].items() if t is not None}
-    found |= {
-        f"{prefix}{name}": tensor
-        for name, tensor in own["_buffers"].items()
-        if tensor is not None and name not in left_out
-    }
-    for name, inner in own["_modules"].items():
-        if inner is not None:
-            found |= state_dict_of(inner, f"{prefix}{name}.")
+    found: dict[str, Tensor] = {}
+    for path, inner in module.named_modules(remove_duplicate=False):
+        own = vars(inner)
+        for name, tensor in (*own["_parameters"].items(), *own["_buffers"].items()):
+            if tensor is not None and name not in own["_non_persistent_buffers_set"]:
+                found[f"{path}.{name}" if path else name] = tensor
     return found
 
 
@@ -111,25 +101,24 @@ def restore_optimizer(
         raise ValueError("the optimizer has different param groups")
     for group, known in zip(optimizer.param_groups, settings["groups"], strict=True):
         _update_plain(group, {key: value for key, value in known.items() if key != "params"})
+    tensors = {n.removeprefix(prefix): t for n, t in saved.items() if n.startswith(prefix)}
+    kept: dict[str, dict[str, Any]] = {}
+    for place, each in (*settings["values"].items(), *tensors.items()):
+        name, _, key = place.rpartition("/")
+        kept.setdefault(name, {})[key] = each
     for parameter, name in names.items():
-        begins = f"{prefix}{name}/"
-        tensors = {n.removeprefix(begins): t for n, t in saved.items() if n.startswith(begins)}
-        values = {
-            key.removeprefix(f"{name}/"): value
-            for key, value in settings["values"].items()
-            if key.rpartition("/")[0] == name
-        }
-        if not tensors and not values:
+        if name not in kept:
             optimizer.state.pop(parameter, None)
             continue
         entries = optimizer.state[parameter]
-        for key in entries.keys() - tensors.keys() - values.keys():
+        for key in entries.keys() - kept[name].keys():
             del entries[key]
-        entries.update(values)
-        for key, tensor in tensors.items():
+        for key, each in kept[name].items():
             there = entries.get(key)
-            if not isinstance(there, Tensor) or there.shape != tensor.shape:
-                entries[key] = _made(optimizer, parameter, tensor)
+            if not isinstance(each, Tensor):
+                entries[key] = each
+            elif not isinstance(there, Tensor) or there.shape != each.shape:
+                entries[key] = _made(optimizer, parameter, each)
 
 
 def _made(optimizer: torch.optim.Optimizer, parameter: Tensor, tensor: Tensor) -> Tensor:

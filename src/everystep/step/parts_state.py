@@ -7,11 +7,9 @@ is read again, and must be the same: what only the user's code could make again 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from itertools import chain
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -22,13 +20,12 @@ from everystep.program.memory import copy_into
 from everystep.program.operation import extent_of
 from everystep.step.generators import Generators
 from everystep.step.kept_values import (
-    PREFIX,
-    Lost,
+    Encoded,
     decoded,
     encoded,
-    encoded_whole,
     has_graph,
     is_plain_value,
+    is_written_alike,
 )
 from everystep.step.own_state import (
     entries_of,
@@ -38,7 +35,7 @@ from everystep.step.own_state import (
     state_dict_of,
 )
 from everystep.step.parts import Parts
-from everystep.step.state import State, copy_of, same_bits
+from everystep.step.state import OWN, State, copy_of, same_bits
 
 __all__ = ["PartsState", "Rest"]
 
@@ -72,8 +69,9 @@ class PartsState:
             for name in parts.modules
         }
         self._buffers_at_first = _buffers(live)
-        #: What no state holds, by part.
-        self.lost = {name: Lost() for name in parts.named}
+        #: The classes of what no state holds, by part; and of the objects that there were at first.
+        self.lost: dict[str, set[str]] = {name: set() for name in parts.named}
+        self._objects_at_first: dict[str, Mapping[str, str]] = {}
 
     def rest(self, live: Mapping[str, Tensor] | None = None) -> Rest:
         """Return what the parts hold besides the tensors of a state, and the random generators.
@@ -97,14 +95,17 @@ class PartsState:
                         tensors |= now.tensors
                 held[name] = {"attributes": attributes}
             elif isinstance(part, torch.optim.Optimizer):
-                found, held[name] = self._of_optimizer(name, part, live)
-                tensors |= found
+                held[name] = {"optimizer": optimizer_settings(part, names)}
+                if _keeps_more(part):
+                    found = self._noted(name, encoded(part, name, live, names))
+                    tensors |= found.tensors
+                    held[name]["own"] = found.data["object"]
             else:
                 # Parts that lie within this one are written under their own names.
                 alone = others - {id(part)}
-                found, data = encoded(part, name, live, names, alone, self.lost[name])
-                tensors |= found
-                held[name] = {"object": data}
+                found = self._noted(name, encoded(part, name, live, names, alone))
+                tensors |= found.tensors
+                held[name] = {"object": found.data}
         tensors |= _other_gradients(live)
         generators = Generators.capture(parts.device).tensors()
         tensors |= {f"generator/{name}": value for name, value in generators.items()}
@@ -154,7 +155,9 @@ class PartsState:
         now, then = (each.settings for each in (self.snapshot(state.step), state))
         held = then.get("held", {})
         pairs = {name: (each, held.get(name)) for name, each in now["held"].items()}
-        other = [name for name, pair in pairs.items() if not _is_equal(*map(_without_draws, pair))]
+        other = [
+            name for name, pair in pairs.items() if not is_written_alike(*map(_without_draws, pair))
+        ]
         if now["frozen"] != then.get("frozen"):
             other.append("which parameters are trained")
         if other:
@@ -162,17 +165,15 @@ class PartsState:
                 f"{', '.join(other)}: other settings than those that the recording began with; {cure}"
             )
 
-    def _of_optimizer(
-        self, part: str, optimizer: torch.optim.Optimizer, live: Mapping[str, Tensor]
-    ) -> tuple[dict[str, Tensor], Any]:
-        names = self.parts.parameter_names()
-        settings = {"optimizer": optimizer_settings(optimizer, names)}
-        entries = (value for _, each in entries_of(optimizer) for value in each.values())
-        is_usual = all(isinstance(value, Tensor | bool | int | float | str | None) for value in entries)
-        if is_usual and not keeps_own_state(optimizer):
-            return {}, settings
-        tensors, data = encoded(optimizer, part, live, names, lost=self.lost[part])
-        return tensors, settings | {"own": data["object"]}
+    def _noted(self, part: str, found: Encoded) -> Encoded:
+        """Note what could not be restored: what cannot be written, and objects that came later.
+
+        A resumed loop makes the objects that there were at first, and only its code makes the others.
+        """
+        first = self._objects_at_first.setdefault(part, found.objects)
+        later = {path for place, path in found.objects.items() if first.get(place) != path}
+        self.lost[part] |= found.unkept | {path.rpartition(":")[2] for path in later}
+        return found
 
     def restore(self, state: State, only: Collection[str] | None = None) -> None:
         """Bring the parts to a state that was written in this or another process.
@@ -209,7 +210,7 @@ class PartsState:
         try:
             # Before `_fill`, which would write a tensor into memory that another one no longer shares.
             with torch.no_grad():
-                _share(parts.state(), state.settings.get("shared"))
+                _share(parts.state(), state.settings["shared"])
         except RunError:
             raise
         except (ValueError, TypeError, AttributeError, RuntimeError) as error:
@@ -284,7 +285,7 @@ class PartsState:
         """Set the attributes of a module; those that are not in a snapshot are as at first."""
         modules, names = dict(self.parts.modules[part].named_modules()), self.parts.parameter_names()
         now, first = self._attributes(part, saved), self._at_first[part]
-        wanted = {(path, n): _Attribute(data, {}) for path in later for n, data in later[path].items()}
+        wanted = {(path, n): Encoded(data) for path in later for n, data in later[path].items()}
         for (path, attribute), each in (first | wanted).items():
             known = now.get((path, attribute))
             if each.objects and (known is None or known.objects != each.objects):
@@ -294,7 +295,7 @@ class PartsState:
                 value = decoded(there, place, {**saved, **each.tensors}, each.data, names, shared)
                 object.__setattr__(modules[path], attribute, value)
 
-    def _attributes(self, part: str, live: Mapping[str, Tensor]) -> dict[tuple[str, str], _Attribute]:
+    def _attributes(self, part: str, live: Mapping[str, Tensor]) -> dict[tuple[str, str], Encoded]:
         """Return the attributes of a module and of all within it, by path and name.
 
         Of torch's modules, plain ones. Others may also be collections, tensors, arrays and generators,
@@ -306,13 +307,13 @@ class PartsState:
             is_torchs = type(inner).__module__.startswith("torch.")
             for name, value in vars(inner).items():
                 if is_plain_value(value):
-                    found[path, name] = _Attribute(value, {})
+                    found[path, name] = Encoded(value)
                 elif not is_torchs and name not in _OF_MODULES and id(value) not in seen:
-                    whole = encoded_whole(value, _place(part, path, name), live, names, parts)
-                    if whole is not None:
-                        tensors, data, objects = whole
-                        found[path, name] = _Attribute(data, tensors, objects)
-                        seen |= {id(value)} if objects else set()
+                    place = _place(part, path, name)
+                    each = encoded(value, place, live, names, parts, "attribute")
+                    if each.is_whole:
+                        found[path, name] = each
+                        seen |= {id(value)} if each.objects else set()
         return found
 
     def _check_restored(self, state: State) -> None:
@@ -325,9 +326,9 @@ class PartsState:
         other = {
             name
             for name, tensor in now.tensors.items()
-            if name.startswith(PREFIX) and name in state.rest and not same_bits(tensor, state.rest[name])
+            if name.startswith(OWN) and name in state.rest and not same_bits(tensor, state.rest[name])
         }
-        faults = {name.removeprefix(PREFIX) for name in other}
+        faults = {name.removeprefix(OWN) for name in other}
         for name in self.parts.named:
             if name not in self.parts.modules:
                 here, there = (each[name].get("object", each[name]) for each in (now.held, held))
@@ -347,27 +348,11 @@ class PartsState:
             )
 
 
-class _Attribute(NamedTuple):
-    """An attribute of a module: as JSON can hold it, and its tensors by name.
-
-    objects: the paths of the classes of objects in it, by place.
-    """
-
-    data: Any
-    tensors: dict[str, Tensor]
-    objects: Mapping[str, str] = MappingProxyType({})
-
-    def copy(self) -> _Attribute:
-        """Return it with copies of its tensors."""
-        return self._replace(tensors={name: copy_of(each) for name, each in self.tensors.items()})
-
-    def is_same(self, other: _Attribute) -> bool:
-        """Return whether it has the value of another one."""
-        one, two = self.data, other.data
-        if not isinstance(one, dict):
-            return type(one) is type(two) and (one == two or (one != one and two != two))
-        is_alike = _is_equal(one, two) and self.tensors.keys() == other.tensors.keys()
-        return is_alike and all(same_bits(each, other.tensors[n]) for n, each in self.tensors.items())
+def _keeps_more(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether an optimizer may keep more than settings, and tensors and numbers by parameter."""
+    entries = (value for _, each in entries_of(optimizer) for value in each.values())
+    is_usual = all(isinstance(value, Tensor | bool | int | float | str | None) for value in entries)
+    return not is_usual or keeps_own_state(optimizer)
 
 
 def _place(part: str, path: str, attribute: str) -> str:
@@ -375,10 +360,8 @@ def _place(part: str, path: str, attribute: str) -> str:
 
 
 def _differing(now: Any, saved: Any, place: str) -> Iterator[str]:
-    """Yield where values differ that are written as JSON can hold them; earlier versions wrote less."""
+    """Yield where values differ, as JSON can hold them."""
     if isinstance(now, dict) and isinstance(saved, dict):
-        if "same" in saved and "tuple" in now:
-            return  # earlier versions compared where a tuple of numbers is held
         for key, value in saved.items():
             here, there = (_by_name(key, each) for each in (now.get(key), value))
             if here is None or there is None or (key == "dict" and [*here] != [*there]):
@@ -389,7 +372,7 @@ def _differing(now: Any, saved: Any, place: str) -> Iterator[str]:
     elif isinstance(now, list) and isinstance(saved, list) and len(now) == len(saved):
         for one, two in zip(now, saved, strict=True):
             yield from _differing(one, two, place)
-    elif not _is_equal(now, saved):
+    elif not is_written_alike(now, saved):
         yield place
 
 
@@ -476,14 +459,12 @@ def _overlapping(live: Mapping[str, Tensor], names: list[str]) -> list[list[str]
     return found
 
 
-def _share(live: Mapping[str, Tensor], shared: Mapping[str, Any] | None) -> None:
+def _share(live: Mapping[str, Tensor], shared: Mapping[str, Any]) -> None:
     """Let tensors share memory as `_shared` has found it; the loop may have made them on its way.
 
     Raises:
         RunError: the tensor that held the memory of another one is too small for it.
     """
-    if shared is None:  # of an earlier version
-        return
     # First apart, then together: a tensor may have moved from one memory to another.
     for name, place in _shared(live).items():
         if shared.get(name) != place:
@@ -513,7 +494,7 @@ def _other_gradients(live: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, tensor in live.items():
         gradient = None if has_graph(tensor) or id(tensor) in held else tensor.grad
-        place = f"{PREFIX}gradient/{name}"
+        place = f"{OWN}gradient/{name}"
         if gradient is None or id(gradient) in held:
             continue
         if gradient.layout is torch.sparse_coo:
@@ -527,7 +508,7 @@ def _other_gradients(live: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _other_gradient(name: str, tensor: Tensor, saved: Mapping[str, Tensor]) -> Tensor | None:
     """Return the gradient that `_other_gradients` has found of a tensor, None if there was none."""
-    place = f"{PREFIX}gradient/{name}"
+    place = f"{OWN}gradient/{name}"
     indices, values = saved.get(f"{place} at"), saved.get(place)
     if indices is None or values is None:
         return values
@@ -559,12 +540,6 @@ def _restore_groups(
     for live, group in zip(optimizer.param_groups, groups, strict=False):
         if [names.get(p) for p in live["params"]] != group["params"]:
             live["params"] = [by_name[name] for name in group["params"]]
-
-
-def _is_equal(one: Any, two: Any) -> bool:
-    """Return whether two settings are written alike."""
-    # As texts, NaN equals NaN, and 1 differs from True.
-    return json.dumps(one, sort_keys=True) == json.dumps(two, sort_keys=True)
 
 
 def _without_draws(node: Any) -> Any:

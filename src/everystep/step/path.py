@@ -40,6 +40,7 @@ __all__ = [
     "SeenOperation",
     "SeenTensor",
     "places_of_reads",
+    "sizeless",
 ]
 
 #: How the key of an entry begins where Python has got numbers, from an operation that no program can
@@ -134,7 +135,7 @@ class Path:
         sizes: list[int] = []
         operations = []
         for each in self.operations:
-            arguments, keywords = _sizeless(each.arguments, sizes), _sizeless(each.keywords, sizes)
+            arguments, keywords = sizeless(each.arguments, sizes), sizeless(each.keywords, sizes)
             operations.append((*each[:3], arguments, keywords, *each[5:]))
         tensors = []
         for storage, dtype, shape, stride, offset, moves in self.tensors:
@@ -174,14 +175,14 @@ class Path:
         }
 
 
-def _sizeless(value: Any, sizes: list[int]) -> Any:
+def sizeless(value: Any, sizes: list[int]) -> Any:
     """Return an argument with a mark in place of whole numbers, which are added to `sizes`."""
     kind = type(value)
     if kind is int:
         sizes.append(value)
         return "#"  # references to tensors begin with `%`
     if kind is tuple and value[:1] != ("text",):
-        return tuple([_sizeless(item, sizes) for item in value])
+        return tuple([sizeless(item, sizes) for item in value])
     return value
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from everystep.step.generators import Generators
-from everystep.step.kept_values import PREFIX
 
 __all__ = [
+    "OWN",
     "READABLE",
     "Size",
     "State",
@@ -29,6 +29,9 @@ __all__ = [
     "size_of_difference",
     "state_differences",
 ]
+
+#: Prefix of the names of tensors in the values of objects, which only `kept_values` knows.
+OWN = "own/"
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class State:
         """Return the tensors by the names of `Parts.state`; those of a state_dict under both kinds."""
         kinds = ("parameter", "buffer")
         found = {f"{kind}/{name}": t for name, t in self.parameters.items() for kind in kinds}
-        others = ("generator/", PREFIX)
+        others = ("generator/", OWN)
         return found | {name: t for name, t in self.rest.items() if not name.startswith(others)}
 
 
@@ -249,7 +252,7 @@ def state_differences(
 def _compared(state: State, *, only_seen: bool) -> dict[str, Tensor]:
     """Return the tensors of a state that are compared, by name."""
     # Draws of Python between steps are not repeated; steps get the recorded generators.
-    left_out = (PREFIX, *(["generator/"] if only_seen else ["generator/python", "generator/numpy"]))
+    left_out = (OWN, *(["generator/"] if only_seen else ["generator/python", "generator/numpy"]))
     own = {n: tensor for n, tensor in state.rest.items() if not n.startswith(left_out)}
     # The tensors of a state_dict may change meanwhile, as layers are added and removed.
     found = own | {f"parameter/{name}": tensor for name, tensor in state.parameters.items()}

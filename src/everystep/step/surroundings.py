@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 import types
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from everystep import numerics
 from everystep.step.follow import OF_WATCHES
 from everystep.step.guards import Guards, is_a
 from everystep.step.optimizer_call import HOOKS_OF_ALL, OptimizerCalls, is_ours
@@ -29,7 +28,6 @@ from everystep.step.torchs_own import (
 __all__ = ["Surroundings"]
 
 _OPTIMIZER_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-_FLAG = re.compile(r"_get_\w*(enabled|deterministic|allow|tf32|benchmark|precision|uninitialized)\w*")
 _PLACES = (torch, torch.nn.functional, torch.autograd, torch.Tensor)
 
 
@@ -87,8 +85,7 @@ class Surroundings:
         """Note everything again, before capturing a program that depends on it."""
         guards = self._guards = Guards()
         guards.read("functions", "a function of torch", _functions_of_torch)
-        for name, read in _process_settings(self._parts.device).items():
-            guards.read(name, name, read)
+        guards.contents(partial(_process_settings, self._parts.device), "this process")
         for where, module in self._modules():
             # The contents of the user's own modules, who vouches for them, may change.
             note = guard_module if is_torchs_module(module) else _guard_registered
@@ -160,51 +157,24 @@ def _guard_arguments(loss: partial[Any], guards: Guards) -> None:
 # Settings of the process.
 
 
-def _process_settings(device: torch.device) -> dict[str, Callable[[], Any]]:
-    """Return what reads each setting, by name."""
-    found: dict[str, Callable[[], Any]] = {
-        "the default dtype": torch.get_default_dtype,
-        "the default device": lambda: str(torch.get_default_device()),
-        "the number of threads": torch.get_num_threads,
-        "grad mode": torch.is_grad_enabled,
-        "inference mode": torch.is_inference_mode_enabled,
-        "anomaly detection": torch.is_anomaly_enabled,
-        "the fast path of attention": torch.backends.mha.get_fastpath_enabled,
-        "the number of active function modes": torch._C._len_torch_function_stack,
-        "the number of active dispatch modes": torch._C._len_torch_dispatch_stack,
-        "hooks on all modules": _hooks_on_all,
-        "hooks on saved tensors": _has_tensor_hooks,
-        "the number of methods of Tensor": lambda: len(vars(torch.Tensor).keys() - OF_WATCHES),
+def _process_settings(device: torch.device) -> dict[str, Any]:
+    """Return what belongs to the process, by name."""
+    found = {
+        "the default device": str(torch.get_default_device()),
+        "grad mode": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "anomaly detection": torch.is_anomaly_enabled(),
+        "the fast path of attention": torch.backends.mha.get_fastpath_enabled(),
+        "the number of active function modes": torch._C._len_torch_function_stack(),
+        "the number of active dispatch modes": torch._C._len_torch_dispatch_stack(),
+        "hooks on all modules": _hooks_on_all(),
+        "hooks on saved tensors": _has_tensor_hooks(),
+        "the number of methods of Tensor": len(vars(torch.Tensor).keys() - OF_WATCHES),
     }
     for kind in {"cpu", device.type}:
-        found[f"autocast on {kind}"] = partial(_autocast, kind)
-    return found | {name: partial(_flag, name) for name in _flags()}
-
-
-def _autocast(kind: str) -> Any:
-    return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-
-
-def _flag(name: str) -> Any:
-    try:
-        return getattr(torch._C, name)()
-    except RuntimeError as error:  # a precision that was set in the new way has no name in the old one
-        return str(error)
-
-
-@cache
-def _flags() -> tuple[str, ...]:
-    """Return the names of this torch's functions that report how kernels are chosen."""
-    found = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch 2.9 warns, once, of a function that it calls old
-        for name in filter(_FLAG.fullmatch, dir(torch._C)):
-            try:
-                getattr(torch._C, name)()
-            except (TypeError, RuntimeError):  # it wants arguments, or another build
-                continue
-            found.append(name)
-    return tuple(found)
+        dtype = torch.get_autocast_dtype(kind)
+        found[f"autocast on {kind}"] = torch.is_autocast_enabled(kind), dtype
+    return found | numerics.in_effect()
 
 
 def _functions_of_torch() -> list[Any]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from everystep.recording.contents import given_of
-from everystep.step.kept_values import decoded, encoded_small, is_aside, is_plain_value
+from everystep.step.kept_values import Encoded, decoded, encoded, is_aside, is_plain_value
 
 __all__ = ["BatchSources", "Changed", "samplers_of", "sources_of"]
 
@@ -47,11 +47,10 @@ class _AttributeThen(NamedTuple):
     """An attribute at one time: a digest, and the classes of what only the user's code makes."""
 
     digest: str
-    fixed: dict[str, str]
+    fixed: Mapping[str, str]
 
 
-_Encoded = tuple[dict[str, Tensor], Any]
-_Found = tuple[_Encoded, _AttributeThen]
+_Found = tuple[Encoded, _AttributeThen]
 
 
 class BatchSources:
@@ -81,11 +80,11 @@ class BatchSources:
             reference, first = self._first.get(id(source), (None, {}))
             if reference is None or reference() is not source:
                 continue
-            for key, (found, data), now in self._attributes(name, source, batches):
+            for key, found, now in self._attributes(name, source, batches):
                 then = first.get(key, _AttributeThen("", {}))
                 if now.digest != then.digest and now.fixed == then.fixed:
-                    tensors |= {place: tensor.detach().clone() for place, tensor in found.items()}
-                    held.setdefault(name, {})[key] = {"value": data, "digest": now.digest}
+                    tensors |= {place: each.detach().clone() for place, each in found.tensors.items()}
+                    held.setdefault(name, {})[key] = {"value": found.data, "digest": now.digest}
         return Changed(tensors, held)
 
     def restore(self, batches: Any, changed: Changed) -> None:
@@ -101,7 +100,7 @@ class BatchSources:
 
     def _attributes(
         self, name: str, source: Any, batches: Any
-    ) -> Iterator[tuple[str, _Encoded, _AttributeThen]]:
+    ) -> Iterator[tuple[str, Encoded, _AttributeThen]]:
         """Yield the attributes of an object: live tensors, the rest, and how they are now."""
         others = {id(each) for each in sources_of(batches).values()}
         for key, value in list(vars(source).items()):
@@ -121,12 +120,12 @@ class BatchSources:
             and all(map(is_, value, items))
         ):
             return found
-        tensors, data, fixed = encoded_small(value, place, others)
-        digest = xxhash.xxh3_128(json.dumps(data, sort_keys=True).encode())
-        for tensor in tensors.values():
+        now = encoded(value, place, left_alone=others, limit="source")
+        digest = xxhash.xxh3_128(json.dumps(now.data, sort_keys=True).encode())
+        for tensor in now.tensors.values():
             digest.update(repr(given_of(tensor.detach().cpu())).encode())
-        found = (tensors, data), _AttributeThen(digest.hexdigest(), fixed)
-        if type(value) is list and not fixed and all(map(is_plain_value, value)):
+        found = now, _AttributeThen(digest.hexdigest(), now.objects)
+        if type(value) is list and not now.objects and all(map(is_plain_value, value)):
             self._lists[place] = [*value], found
         return found
 

@@ -172,7 +172,8 @@ class LoaderPosition:
             place["size"] = size
         if _has_state(self._loader):
             if not self._is_between:
-                tensors, place["loader"] = encoded(self._loader.state_dict(), LOADER, {})
+                found = encoded(self._loader.state_dict(), LOADER)
+                tensors, place["loader"] = dict(found.tensors), found.data
             return tensors, {"place": place}
         now = self._sources.changed(self._loader)
         begun = now if self._is_between else self._begun

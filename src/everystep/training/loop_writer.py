@@ -165,8 +165,8 @@ class LoopWriter(RunWriter):
 
     def _note_unkept(self) -> None:
         for part, lost in self._whole.lost.items():
-            if lost.kinds:
-                self.watched.notices.unkept(part, sorted(lost.kinds))
+            if lost:
+                self.watched.notices.unkept(part, sorted(lost))
 
     def _snapshot(self, at_rest: _Here | None = None) -> State:
         """Return the current state, with the place in the batches. at_rest: of the same step."""
