@@ -265,11 +265,7 @@ class Acceleration:
             self._give_up(reason, number)
 
     def _difference(
-        self,
-        stand_in: StandIn,
-        numbers: Sequence[Number],
-        before: PartsCopy,
-        logged: Mapping[str, Any],
+        self, stand_in: StandIn, numbers: Sequence[Number], before: PartsCopy, logged: Mapping[str, Any]
     ) -> str | None:
         """Compare a program with the last step, which Python ran; describe the difference.
 

@@ -35,15 +35,7 @@ from everystep.step.kept_values import decoded, encoded
 from everystep.step.state import same_bits
 from everystep.training.batch_sources import BatchSources, Changed, samplers_of, sources_of
 
-__all__ = [
-    "Drawn",
-    "Epoch",
-    "LoaderPosition",
-    "Recorded",
-    "different",
-    "generator_states",
-    "is_quiet",
-]
+__all__ = ["Drawn", "Epoch", "LoaderPosition", "Recorded", "different", "generator_states", "is_quiet"]
 
 #: Prefix of the names of a loader's own state.
 LOADER = "own/loader"

@@ -121,10 +121,7 @@ def train_step(
 
 
 def _batches(
-    batches: Iterable[Any] | None,
-    iteration: Iteration,
-    recording: Recording[Any],
-    progress: Progress,
+    batches: Iterable[Any] | None, iteration: Iteration, recording: Recording[Any], progress: Progress
 ) -> Iterator[Any]:
     """Yield the batches of as many steps or epochs as asked for, except those of recorded steps."""
     count, epoch = recording.step_count, 0

@@ -26,11 +26,7 @@ from everystep.step.replaceable import NotReplaceableError
 from everystep.step.stand_in import StandIn
 from everystep.step.state import State, copy_of, same_bits
 from everystep.step.surroundings import Surroundings
-from everystep.step.torchs_own import (
-    is_torchs_scheduler,
-    reason_against_loss,
-    reason_against_module,
-)
+from everystep.step.torchs_own import is_torchs_scheduler, reason_against_loss, reason_against_module
 from everystep.training.acceleration import Acceleration
 from everystep.training.batch import unnested
 from everystep.training.dataset import DatasetBatches
@@ -64,13 +60,7 @@ class Stepper(Acceleration):
         TrainingError: `engine="program"`, and no program can run a step.
     """
 
-    def __init__(
-        self,
-        training: Training,
-        new: Unwritten,
-        steps: int,
-        engine: Engine = "auto",
-    ) -> None:
+    def __init__(self, training: Training, new: Unwritten, steps: int, engine: Engine = "auto") -> None:
         surroundings, start = Surroundings(training.parts, training.loss), new.step
         watched = WatchedSteps(training.parts, new.recorder)
         super().__init__(watched, surroundings, start, steps, is_known=True, is_quiet=True)
