@@ -185,7 +185,7 @@ class _ModelWriter(RunWriter):
     def flush(self) -> None:
         """Fetch the losses from the device, which waits for it once; write them and the measurements."""
         self.recorder.wait()
-        if self._stepper is not None:
+        if self._stepper is not None:  # before, there are only rates, which belong to the first step
             super().flush()
 
     def _collected(self) -> tuple[Sequence[float | None], dict[str, Any]]:

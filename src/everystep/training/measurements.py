@@ -61,7 +61,7 @@ class Evaluation:
     @property
     def has_foreign_code(self) -> bool:
         """Whether it calls code that is neither torch's nor everystep's, which may change anything."""
-        loss = self.standard.get(f"{VALIDATION}loss")
+        loss = self.standard.get(f"{VALIDATION}loss")  # not measured on the training's own rows
         of_loss = loss is not None and reason_against_loss(loss)
         return bool(self.metrics or reason_against_module(self.model) or of_loss)
 
