@@ -45,6 +45,7 @@ from everystep.experiment.batches import Batches  # noqa: E402
 from everystep.step import check_plan  # noqa: E402
 from everystep.training.model_step import Training  # noqa: E402
 from everystep.training.stepper import Stepper  # noqa: E402
+from everystep.training.writer import Unwritten  # noqa: E402
 
 # Its assertions report what they compared, whichever test imports it first.
 pytest.register_assert_rewrite("tests.training.by_hand")
@@ -183,7 +184,7 @@ def program_of():
     """Take the first step of a training in Python, and return its program."""
 
     def program_of(training):
-        stepper = Stepper(training, None, 1, "eager")
+        stepper = Stepper(training, Unwritten(), 1, "eager")
         stepper.watch(1, *training.batch(1))
         stepper.watched.finish()
         return stepper.watched.last_program().program
@@ -195,7 +196,7 @@ def program_of():
 def stepper_of():
     """Return what runs the steps of a training, and writes nothing."""
 
-    return lambda training, steps, engine="auto": Stepper(training, None, steps, engine)
+    return lambda training, steps, engine="auto": Stepper(training, Unwritten(), steps, engine)
 
 
 @pytest.fixture

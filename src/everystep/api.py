@@ -207,7 +207,6 @@ def train(
     """
     from everystep.experiment.specification import check_iteration
     from everystep.training.dataset import DEFAULT_DATASET_LIMIT
-    from everystep.training.description import facts_from
     from everystep.training.from_objects import train_objects
     from everystep.training.objects import Objects
 
@@ -224,8 +223,7 @@ def train(
         stop_on_nan=stop_on_nan,
         engine=engine,
     )
-    place, resumed, config = _start(run, resume, config)
-    user_facts = facts_from(config, tags)
+    place, resumed, user_facts = _start(run, resume, config, tags)
     watcher = progress_of(progress)
     if parts is not None:
         others = {
@@ -235,6 +233,7 @@ def train(
             **{"dataset_limit": dataset_limit},
         }
         from everystep.recording.keep import keep_of
+        from everystep.training.conditions import LoopConditions
         from everystep.training.loop_start import LoopStart
         from everystep.training.record import Recording
         from everystep.training.step_function import check_step, train_step
@@ -244,7 +243,7 @@ def train(
         forked = _forked(fork, at, resumed)
         start = LoopStart(place, *budgets, watcher.advance, resumed, forked, force, user_facts)
         batches: Any = data
-        recording = Recording(dict(parts), start, Run)
+        recording = Recording(dict(parts), start, Run, LoopConditions((), ()))
         return run_of(train_step(model, batches, iteration, recording, watcher))
     if fork is not None or at is not None:
         raise UsageError("a training of a model is forked by its run: everystep.open(run).fork(at, ...)")
@@ -256,7 +255,7 @@ def train(
     limit = DEFAULT_DATASET_LIMIT if dataset_limit is None else dataset_limit
     # Checked later, where all faults are reported at once.
     trained = model, loss, optimizer, data, scheduler, scheduler_every
-    objects = Objects(*trained, validation, metrics or (), limit)
+    objects = Objects(*trained, validation, metrics, limit)
     if resumed is not None:
         from everystep.replay.resume import Resume, resume_objects
 
@@ -265,7 +264,7 @@ def train(
         outcome = resume_objects(asked, objects, False, watcher, iteration)
     else:
         outcome = train_objects(objects, iteration, place, snapshot_budget, watcher, user_facts)
-    return run_from_objects(outcome, replace(objects, metrics=copy(metrics or ())))
+    return run_from_objects(outcome, replace(objects, metrics=copy(metrics)))
 
 
 def record(
@@ -339,7 +338,6 @@ def record(
     """
     from everystep.recording.keep import keep_of
     from everystep.training.conditions import LoopConditions
-    from everystep.training.description import facts_from
     from everystep.training.loop_start import LoopStart
     from everystep.training.record import Recording
 
@@ -349,12 +347,10 @@ def record(
             f"record got {kinds} without a name; name each part: everystep.record(model=model, "
             "optimizer=optimizer)"
         )
-    place, resumed, config = _start(run, resume, config)
-    user_facts = facts_from(config, tags)
+    place, resumed, user_facts = _start(run, resume, config, tags)
     budgets = snapshot_budget, batch_budget, keep_of(keep)
     start = LoopStart(place, *budgets, None, resumed, _forked(fork, at, resumed), force, user_facts)
-    conditions = LoopConditions(stop_when, mark_when) if stop_when or mark_when else None
-    return Recording(parts, start, Run, conditions)
+    return Recording(parts, start, Run, LoopConditions(stop_when or (), mark_when or ()))
 
 
 def _forked(
@@ -381,27 +377,30 @@ def _forked(
 
 
 def _start(
-    run: str | Path | None, resume: bool | str | Path, config: Any = None
-) -> tuple[Path | None, Run | None, Any]:
-    """Return where a run goes, the run to continue (None: begin one), and the config.
+    run: str | Path | None, resume: bool | str | Path, config: Any, tags: Iterable[str]
+) -> tuple[Path | None, Run | None, dict[str, Any]]:
+    """Return where a run goes, the run to continue (None: begin one), and the facts that the user gives.
 
     In a function that a sweep calls, the first run without a name goes to the sweep, and continues there
     if it was begun; its config is the settings, unless it has one.
     """
+    from everystep.training.description import facts_from
+
     place = AWAITED.pop("place", None) if run is None and resume is False else None
     if place is None:
         place = place_of(run)
     else:
         resume, config = True, AWAITED["settings"] if config is None else config
+    user_facts = facts_from(config, tags)
     if resume is False:
-        return place, None, config
+        return place, None, user_facts
     if resume is True:
         if place is None:
             raise UsageError("resume=True needs the run: run=...; or pass resume=RUN")
-        return place, None if remove_unbegun(place) else Run(place), config
+        return place, None if remove_unbegun(place) else Run(place), user_facts
     if place is not None:
         raise UsageError("both run and resume name a run; pass one of them")
-    return None, Run(find_run(resume)), config
+    return None, Run(find_run(resume)), user_facts
 
 
 def train_experiment(
@@ -436,7 +435,6 @@ def train_experiment(
         KeyboardInterrupt: on Ctrl-C, after finishing the step and closing the run.
     """
     from everystep.experiment.specification import Experiment, load
-    from everystep.training.description import facts_from
     from everystep.training.from_experiment import train_experiment as train_loaded
 
     name = Path(experiment).stem if isinstance(experiment, str | Path) else "experiment"
@@ -444,8 +442,8 @@ def train_experiment(
         experiment.model_dump(exclude_none=True) if isinstance(experiment, Experiment) else experiment
     )
     loaded = load(source, settings)
-    place, resumed, config = _start(run, resume)
-    user_facts, watcher = facts_from(config, tags), progress_of(progress)
+    place, resumed, user_facts = _start(run, resume, None, tags)
+    watcher = progress_of(progress)
     if resumed is None:
         return run_of(train_loaded(loaded, name, place, snapshot_budget, watcher, user_facts))
     from everystep.replay.resume import Resume, resume_experiment

@@ -66,11 +66,7 @@ class StrictModel(BaseModel):
 
 
 def check_steps(count: int) -> int:
-    """Return a number of steps.
-
-    Raises:
-        UsageError: no run can have as many.
-    """
+    """Return a number of steps; raise UsageError if no run can have as many."""
     if count > MOST_STEPS:
         shown = f"{count:,}" if count < 10**30 else "more than 10^30"
         raise UsageError(f"{shown} steps are too many; a run has at most {MOST_STEPS:,}")

@@ -19,7 +19,6 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from operator import attrgetter
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, field_validator
@@ -282,20 +281,14 @@ def _switches() -> tuple[str, ...]:
 
 @contextmanager
 def in_force(
-    threads: int | None = None,
-    default_dtype: str | None = None,
-    *,
-    deterministic: bool = True,
-    flush_denormal: bool = False,
-    settings: Mapping[str, bool | str] = MappingProxyType({}),
-    suspends_device: bool = False,
+    threads: int | None = None, recorded: Numerics | None = None, *, suspends_device: bool = False
 ) -> Iterator[None]:
-    """Set deterministic algorithms, unflushed denormals, `threads` and a dtype; restore them after.
+    """Set deterministic algorithms, unflushed denormals and `threads`; restore them after.
 
     All of these belong to the process: of trainings in several threads, the last to end restores them.
 
-    deterministic, flush_denormal, settings: set these only to repeat a recording with other values; a
-        setting that this torch does not have is left out.
+    recorded: of a recording to be repeated, which may have other values; a setting that this torch does
+    not have is left out, and so are its threads.
     suspends_device: make new tensors on the CPU, whatever default device the caller has set; set this
     only if none of the caller's code, which may rely on it, runs inside.
 
@@ -328,13 +321,14 @@ def in_force(
         try:
             if threads is not None:
                 torch.set_num_threads(threads)
-            if default_dtype in ("float16", "bfloat16", "float32", "float64"):
-                torch.set_default_dtype(getattr(torch, default_dtype))
-            if not deterministic:
-                torch.set_deterministic_debug_mode("default")
-            if flush_denormal:
-                torch.set_flush_denormal(True)
-            _apply(settings)
+            if recorded is not None:
+                if recorded.default_dtype in ("float16", "bfloat16", "float32", "float64"):
+                    torch.set_default_dtype(getattr(torch, recorded.default_dtype))
+                if not recorded.deterministic_algorithms:
+                    torch.set_deterministic_debug_mode("default")
+                if recorded.flush_denormal:
+                    torch.set_flush_denormal(True)
+                _apply(recorded.settings)
             yield
         finally:
             _apply(before)

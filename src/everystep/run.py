@@ -561,6 +561,7 @@ class Run(RecordedRun):
             KeyboardInterrupt: on Ctrl-C, after finishing the step and closing the fork.
         """
         from everystep.replay.fork import Fork, fork
+        from everystep.training.objects import Objects
 
         short = {"lr": lr, "steps": steps, "batch_size": batch_size, "seed": seed}
         changed = {name: value for name, value in short.items() if value is not None}
@@ -574,12 +575,10 @@ class Run(RecordedRun):
             without=tuple(sorted({operator.index(row) for row in without_rows})),
             targets=dict(relabel or {}),
         )
-        given = {
-            **{"model": model, "loss": loss, "optimizer": optimizer, "scheduler": scheduler},
-            **{"scheduler_every": scheduler_every, "data": data, "validation": validation},
-            "metrics": metrics,
-        }
-        outcome, trained = fork(asked, given, self._objects, self._opener, progress_of(progress))
+        objects = model, loss, optimizer, data, scheduler, scheduler_every, validation, metrics
+        outcome, trained = fork(
+            asked, Objects(*objects), self._objects, self._opener, progress_of(progress)
+        )
         return run_of(outcome, trained and replace(trained, validation=None))
 
     def resume(
@@ -623,14 +622,11 @@ class Run(RecordedRun):
             KeyboardInterrupt: on Ctrl-C, after finishing the step and closing the run.
         """
         from everystep.replay.resume import Resume, resume
+        from everystep.training.objects import Objects
 
         asked = Resume(self, steps, force, snapshot_budget)
-        given = {
-            **{"model": model, "loss": loss, "optimizer": optimizer, "scheduler": scheduler},
-            **{"scheduler_every": scheduler_every, "data": data, "validation": validation},
-            "metrics": metrics,
-        }
-        outcome, trained = resume(asked, given, self._objects, progress_of(progress))
+        objects = model, loss, optimizer, data, scheduler, scheduler_every, validation, metrics
+        outcome, trained = resume(asked, Objects(*objects), self._objects, progress_of(progress))
         return run_of(outcome) if trained is None else run_from_objects(outcome, trained)
 
     def _repr_html_(self) -> str:

@@ -182,7 +182,7 @@ def by_chosen_kernels(number, model, x, y):
 def test_a_precision_that_is_set_in_the_new_way_is_recorded_named_and_in_force(everystep_command):
     before = Numerics.read(torch.device("cpu"))
     train(steps=4)
-    with numerics.in_force(settings=before.settings):
+    with numerics.in_force():
         # torch refuses to give it the name that it had in the old way.
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"
         train(steps=4)
@@ -196,7 +196,7 @@ def test_a_precision_that_is_set_in_the_new_way_is_recorded_named_and_in_force(e
 def test_settings_of_torch_are_recorded_named_and_in_force_in_a_replay(everystep_command):
     before = Numerics.read(torch.device("cpu"))
     recorded_loop("runs/one", by_chosen_kernels)
-    with numerics.in_force(settings=before.settings):  # and as before afterwards
+    with numerics.in_force():  # and as before afterwards
         torch.backends.mkldnn.enabled = False
         torch.backends.nnpack.set_flags(False)
         torch.set_float32_matmul_precision("medium")

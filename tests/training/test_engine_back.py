@@ -113,7 +113,10 @@ def test_what_was_recorded_long_ago_is_taken_back(monkeypatch, failing_check):
     ],
     ids=["steps", "plateau"],
 )
-def test_a_scheduler_goes_back_too(scheduler, failing_check):
+@pytest.mark.parametrize("seconds", [0.0, 1.0], ids=["written", "not-written"])
+def test_a_scheduler_goes_back_too(scheduler, seconds, failing_check, monkeypatch):
+    monkeypatch.setattr(writer, "FLUSH_SECONDS", seconds)
+    monkeypatch.setattr(writer, "STRETCH_SECONDS", seconds)
     expected, losses, _, _ = states_by_hand(100, optimizer=descent, scheduler=scheduler)
     failing_check(64)
     made = new_training(optimizer=descent, scheduler=scheduler)

@@ -193,16 +193,12 @@ class Batches:
             raise ExperimentError([Fault("without_rows", problem)])
         return left
 
-    def of(
-        self, x: Tensor | PreparedRows, y: Tensor, *, is_read: bool = False, guards: Any = None
-    ) -> RowsOf:
+    def of(self, x: Tensor | PreparedRows, y: Tensor, *, is_read: bool = False) -> RowsOf:
         """Return the batch source for tensors (rows, ...) on any device, or for rows that stay in files.
 
-        is_read: whether the rows come from a Dataset; guards: what they then depend on.
+        is_read: whether the rows come from a Dataset.
         """
-        if isinstance(x, PreparedRows):
-            return RowsInFiles(self, x, y)
-        return RowsOf(self, x, y, is_read, guards)
+        return (RowsInFiles if isinstance(x, PreparedRows) else RowsOf)(self, x, y, is_read)
 
     def _epoch_order(self, epoch: int) -> tuple[_Order, frozenset[int]]:
         """Return all rows in the order of an epoch, and which of its batches lack some."""
@@ -236,15 +232,11 @@ class RowsOf:
     """The batches of two tensors x and y (rows, ...): their row numbers, and the rows themselves.
 
     batches: which rows each step sees; y: the targets of all rows; is_fixed: whether every step sees x
-    and y themselves; for a Dataset, each step sees new tensors, as in a loop that reads it. guards: what
-    must stay the same for the rows to be those of their Dataset.
+    and y themselves; for a Dataset, each step sees new tensors, as in a loop that reads it.
     """
 
-    def __init__(
-        self, batches: Batches, x: Any, y: Tensor, is_read: bool = False, guards: Any = None
-    ) -> None:
+    def __init__(self, batches: Batches, x: Any, y: Tensor, is_read: bool) -> None:
         self.y = y
-        self.guards = guards
         self._x = x
         self._is_read = is_read
         self.use(batches)
@@ -257,11 +249,11 @@ class RowsOf:
     def of_rank(self, rank: int, count: int) -> RowsOf:
         """Return the batches of one of several processes, of the same rows."""
         own = replace(self.batches, share=(rank, count))
-        return type(self)(own, self._x, self.y, self._is_read, self.guards)
+        return type(self)(own, self._x, self.y, self._is_read)
 
     def with_targets(self, y: Tensor) -> RowsOf:
         """Return these batches with new targets (rows, ...)."""
-        return type(self)(self.batches, self._x, y, self._is_read, self.guards)
+        return type(self)(self.batches, self._x, y, self._is_read)
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """Return x and y of a step (from 1)."""

@@ -149,7 +149,7 @@ class PreparedRows:
         source: the array (M, ...).
         rows: the numbers of the rows in it (N, int64, ascending), None for all.
         prepare: makes what is trained on of rows, each on its own.
-        device: that rows are brought to.
+        conversion: of the tensor that this makes.
     """
 
     def __init__(
@@ -157,16 +157,14 @@ class PreparedRows:
         source: SourceArray,
         rows: np.ndarray | None,
         prepare: Prepare,
-        device: torch.device | None = None,
         conversion: Callable[[Tensor], Tensor] = lambda rows: rows,
     ) -> None:
-        self.device = device or torch.device("cpu")
         self._source, self._rows = source, rows
         self._prepare, self._conversion = prepare, conversion
         first = self[:1]
         count = len(source) if rows is None else len(rows)
-        self.shape, self.dtype = torch.Size((count, *first.shape[1:])), first.dtype
-        self.ndim = first.ndim
+        self.shape = torch.Size((count, *first.shape[1:]))
+        self.ndim, self.dtype, self.device = first.ndim, first.dtype, first.device
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -183,8 +181,7 @@ class PreparedRows:
         return self._made(self._source.take(rows if self._rows is None else self._rows[rows]))
 
     def _made(self, taken: np.ndarray) -> Tensor:
-        rows = torch.from_numpy(np.ascontiguousarray(self._prepare(taken)))
-        return self._conversion(rows.to(self.device))
+        return self._conversion(torch.from_numpy(np.ascontiguousarray(self._prepare(taken))))
 
     def split(self, size: int) -> Iterator[Tensor]:
         """Yield all rows, so many at a time."""
@@ -202,8 +199,11 @@ class PreparedRows:
 
     def to(self, device: torch.device) -> PreparedRows:
         """Return the rows for a device."""
-        return PreparedRows(self._source, self._rows, self._prepare, device, self._conversion)
+        return self.converted(lambda rows: rows.to(device))
 
     def converted(self, conversion: Callable[[Tensor], Tensor]) -> PreparedRows:
-        """Return the rows with a conversion of each batch."""
-        return PreparedRows(self._source, self._rows, self._prepare, self.device, conversion)
+        """Return the rows with a further conversion of each batch."""
+        before = self._conversion
+        return PreparedRows(
+            self._source, self._rows, self._prepare, lambda rows: conversion(before(rows))
+        )

@@ -68,11 +68,7 @@ def note_named(files: Iterable[str]) -> None:
 
 
 def check_may_be_read(data: DataSpecification) -> None:
-    """Check that the user has named the files that data is in.
-
-    Raises:
-        DataError: they have not; describes how to do it.
-    """
+    """Raise DataError, with how to do it, unless the user has named the files that data is in."""
     given = os.environ.get(_ALLOWED, "").split(os.pathsep)
     allowed = _named | {str(Path(each).absolute()) for each in given if each}
     for file in data.files:
@@ -106,11 +102,7 @@ class SourceFile(NamedTuple):
     files: tuple[Path, ...]
 
     def check(self) -> None:
-        """Check that the file is still the one that was read.
-
-        Raises:
-            DataError: it has changed, or is gone.
-        """
+        """Raise DataError if the file that was read has changed, or is gone."""
         with suppress(OSError):
             if _status(self.files) == self.status:
                 return
@@ -289,11 +281,7 @@ def _write(folder: Path, conversion: Conversion, progress: Reading) -> None:
 
 
 def check_room(folder: Path, needed: int) -> None:
-    """Check that the disk has room for so many bytes of the cache.
-
-    Raises:
-        DataError: it has not.
-    """
+    """Raise DataError unless the disk has room for so many bytes of the cache."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise DataError(

@@ -211,11 +211,7 @@ class Experiment(Iteration):
 
 
 def check_iteration(**arguments: Any) -> Iteration:
-    """Check the arguments of `train` by the rules of the experiment file.
-
-    Raises:
-        ExperimentError: lists every error.
-    """
+    """Return the checked arguments of `train`; raise ExperimentError, which lists every fault."""
     try:
         return Iteration.model_validate(arguments)
     except ValidationError as error:

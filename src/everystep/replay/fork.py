@@ -212,12 +212,12 @@ class Fork:
 
 
 def fork(
-    asked: Fork, given: Mapping[str, Any], known: Objects | None, opener: Opener, progress: Progress
+    asked: Fork, given: Objects, known: Objects | None, opener: Opener, progress: Progress
 ) -> tuple[Outcome, Objects | None]:
     """Answer `Run.fork`: by the experiment, by the objects that train, or by the programs alone.
 
-    given: the objects among its arguments, None if absent; known: those that trained the run in this
-    process; opener: opens the parent's states.
+    given: the objects among its arguments; known: those that trained the run in this process; opener:
+    opens the parent's states.
 
     Returns what was trained, and the objects that trained it.
     """
@@ -231,27 +231,27 @@ def fork(
     if run.facts.training.loop:
         _check_loop(asked, given)
         return _fork_alone(asked, progress), None
-    if (run.directory / EXPERIMENT_FILE).exists() and given["model"] is None:
+    if (run.directory / EXPERIMENT_FILE).exists() and given.model is None:
         settings = {"optimizer.lr" if k == "lr" else k: v for k, v in asked.settings.items()}
         return _fork_experiment(replace(asked, settings=settings), opener, progress), None
     objects, is_own = objects_from(given, known)
     if objects is not None:
-        is_new = not is_own or given["scheduler"] is not None
+        is_new = not is_own or given.scheduler is not None
         return _fork_objects(asked, objects, is_own, is_new, opener, progress), objects
     others = set(asked.changed) - {"lr", "steps"}
     check_alone(run, asked.stretch, "fork(..., ", "only lr and steps can change" if others else None)
     return _fork_alone(asked, progress), None
 
 
-def _check_loop(asked: Fork, given: Mapping[str, Any]) -> None:
+def _check_loop(asked: Fork, given: Objects) -> None:
     """Check that the programs of a user's loop can take its recorded steps with the changes."""
     run, at = asked.run, asked.at
     if asked.without:
         check_has_rows(run, at)
     if asked.targets:
         run.check_alone("make a fork of such a run with other targets")
-    others = {*asked.settings} - {"lr", "steps"} | {name for name in given if given[name] is not None}
-    others -= {"scheduler_every"}
+    others = {name for name, each in vars(given).items() if each is not None} | {*asked.settings}
+    others -= {"lr", "steps", "scheduler_every", "dataset_limit"}
     if others or not (asked.targets or "lr" in asked.settings):
         raise RunError(
             f"{run.name} was recorded from your own code, which makes its forks: {by_own_code(run, at)}"

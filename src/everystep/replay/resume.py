@@ -161,12 +161,11 @@ class Resume:
 
 
 def resume(
-    asked: Resume, given: Mapping[str, Any], known: Objects | None, progress: Progress
+    asked: Resume, given: Objects, known: Objects | None, progress: Progress
 ) -> tuple[Outcome, Objects | None]:
     """Answer `Run.resume`: by the experiment, by the objects that train, or by the programs alone.
 
-    given: the objects among its arguments, None if absent; known: those that trained the run in this
-    process.
+    given: the objects among its arguments; known: those that trained the run in this process.
 
     Returns what was trained, and the objects that trained it.
     """
@@ -177,12 +176,12 @@ def resume(
             f"{run.name} was recorded from your own loop; resume it in the loop: "
             f"everystep.record(..., resume={str(run.directory)!r})"
         )
-    if (run.directory / EXPERIMENT_FILE).exists() and given["model"] is None:
+    if (run.directory / EXPERIMENT_FILE).exists() and given.model is None:
         return resume_experiment(asked, progress), None
     objects, is_own = objects_from(given, known)
     if objects is not None:
         file = run.facts.training.data_file
-        has_rows = given["data"] is None and file is not None and file.stored
+        has_rows = given.data is None and file is not None and file.stored
         # Steps before may need a Dataset that those that follow do not.
         is_needless = has_rows and is_dataset(objects.data)
         trained = replace(objects, data=None) if is_needless else objects

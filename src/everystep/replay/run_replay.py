@@ -202,14 +202,8 @@ class Replay:
         """Apply the numerics of a step; the caller's random generators keep their state."""
         facts = self.stretches[self.stretch_of(step)].facts
         device, known = select(facts.device), facts.numerics
-        held = numerics.in_force(
-            self._threads or known.threads,
-            known.default_dtype,
-            deterministic=known.deterministic_algorithms,
-            flush_denormal=known.flush_denormal,
-            settings=known.settings,
-            suspends_device=True,
-        )
+        threads = self._threads or known.threads
+        held = numerics.in_force(threads, known, suspends_device=True)
         with held, generators_preserved(device):
             # The replay has random generators of its own, which continue from call to call.
             if self._generators is not None:

@@ -6,7 +6,7 @@ from which Python continues.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -39,6 +39,7 @@ from everystep.training.job import Job, Progress
 from everystep.training.model_step import Training
 from everystep.training.objects import Objects
 from everystep.training.stepper import Engine, Stepper
+from everystep.training.writer import Unwritten
 
 __all__ = [
     "Living",
@@ -49,20 +50,19 @@ __all__ = [
 ]
 
 
-def objects_from(given: Mapping[str, Any], known: Objects | None) -> tuple[Objects | None, bool]:
+def objects_from(given: Objects, known: Objects | None) -> tuple[Objects | None, bool]:
     """Return the objects that continue a run, and whether they are those that trained it.
 
-    given: arguments of `fork` or `resume`, None if absent; known: the objects that trained the run in
-    this process. Without objects, None: only the run's programs can continue.
+    given: to `fork` or `resume`; known: the objects that trained the run in this process. Without
+    objects, None: only the run's programs can continue.
     """
-    is_own = all(given[name] is None for name in ("model", "loss", "optimizer"))
-    objects = known if is_own else Objects(given["model"], given["loss"], given["optimizer"])
+    is_own = given.model is None and given.loss is None and given.optimizer is None
+    objects = known if is_own else given
     if objects is None or objects.model is None:
         return None, is_own
-    names = "data", "scheduler", "validation", "metrics"
-    others = {name: given[name] for name in names if given[name] is not None}
-    if "scheduler" in others:
-        others["scheduler_every"] = given["scheduler_every"]
+    names = ["data", "validation", "metrics", "scheduler"]
+    names += ["scheduler_every"] * (given.scheduler is not None)
+    others = {name: each for name, each in vars(given).items() if name in names and each is not None}
     return replace(objects, **others), is_own
 
 
@@ -179,7 +179,8 @@ class Living:
                 "they were before training: everystep.open(run, model=..., loss=..., optimizer=...)"
             ) from None
         self._beginning = training.snapshot(state.step)
-        self._stepper = Stepper(training, None, MOST_STEPS, engine)
+        self._new = Unwritten()
+        self._stepper = Stepper(training, self._new, MOST_STEPS, engine)
         self._watched = self._stepper.watched
         self._stepper.restart(state.step)
 
@@ -210,6 +211,7 @@ class Living:
             with self._watching():
                 self._stepper.advance(number if alone else last)
             losses += self._stepper.collect().tolist()
+            self._new.clear()
             self._settle()
         return losses
 
@@ -226,7 +228,7 @@ class Living:
             batch = dict(zip("xy", self._training.batch(number), strict=True))
             inputs = {f"batch/{name}": tensor.detach().clone() for name, tensor in batch.items()}
             self._stepper.watch(number, *batch.values())
-        built, taken = watched.last_program(), self._stepper.taken[-1]
+        built, taken = watched.last_program(), self._new.taken[-1]
         if isinstance(built, str):
             raise RunError(f"step {number} cannot be observed: a program cannot hold what it does")
         inputs |= taken.inputs

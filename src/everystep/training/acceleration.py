@@ -24,7 +24,6 @@ from everystep.step.cursor import Cursor
 from everystep.step.replaceable import CreatesTensorsError, NotReplaceableError
 from everystep.step.stand_in import PartsCopy, StandIn
 from everystep.step.surroundings import Surroundings
-from everystep.training.batch import tensors_of
 from everystep.training.watched_steps import WatchedSteps
 
 __all__ = ["Acceleration"]
@@ -120,7 +119,7 @@ class Acceleration:
 
     def _tensors_of(self, number: int, batch: Any) -> dict[str, Tensor]:
         """Return the tensors of the batch of a step, by name."""
-        return tensors_of(batch[0]) if batch else {}
+        raise NotImplementedError
 
     def _advanced(self) -> tuple[Sequence[torch.optim.Optimizer], Sequence[LRScheduler]]:
         """Return the optimizers and schedulers that the last step in Python has advanced."""
@@ -265,11 +264,7 @@ class Acceleration:
             self._give_up(reason, number)
 
     def _difference(
-        self,
-        stand_in: StandIn,
-        numbers: Sequence[Number],
-        before: PartsCopy,
-        logged: Mapping[str, Any],
+        self, stand_in: StandIn, numbers: Sequence[Number], before: PartsCopy, logged: Mapping[str, Any]
     ) -> str | None:
         """Compare a program with the last step, which Python ran; describe the difference.
 

@@ -217,11 +217,7 @@ class Agreement:
 
 
 def check_stops_together(setting: str, cure: str) -> None:
-    """Check that no condition ends the training of one of several processes. setting: that would.
-
-    Raises:
-        UsageError: several processes train.
-    """
+    """Raise UsageError if several processes train, and a `setting` could end the training of one."""
     if ranks_here() is not None:
         raise UsageError(
             f"{setting}: a condition may hold on one process alone, and the others would wait for it; "

@@ -24,23 +24,13 @@ __all__ = ["BatchSources", "Changed", "samplers_of", "sources_of"]
 
 
 class Changed(NamedTuple):
-    """The attributes that have changed, by the names of their objects: tensors, and the rest.
+    """The attributes that have changed: their tensors, and the rest, by the names of their objects.
 
     held: each with its `value`, and a `digest` of both.
     """
 
     tensors: Mapping[str, Tensor] = {}
     held: Mapping[str, Mapping[str, Any]] = {}
-
-    def named(self, prefix: str) -> dict[str, Tensor]:
-        """Return its tensors by other names, for a state that has several of these."""
-        return {f"{prefix}{name}": tensor for name, tensor in self.tensors.items()}
-
-    @classmethod
-    def of_named(cls, tensors: Mapping[str, Tensor], prefix: str, held: Any) -> Changed:
-        """Return what has the tensors that `named` has returned."""
-        own = [name for name in tensors if name.startswith(prefix)]
-        return cls({name.removeprefix(prefix): tensors[name] for name in own}, held)
 
 
 class _AttributeThen(NamedTuple):
@@ -73,8 +63,8 @@ class BatchSources:
                 with suppress(TypeError):  # a class without weak references
                     self._first[id(source)] = weakref.ref(source), noted
 
-    def changed(self, batches: Any) -> Changed:
-        """Return copies of what has changed since the objects were noted."""
+    def changed(self, batches: Any, prefix: str) -> Changed:
+        """Return copies of what has changed since the objects were noted. prefix: of their names."""
         tensors, held = dict[str, Tensor](), dict[str, dict[str, Any]]()
         for name, source in _with_state(batches).items():
             reference, first = self._first.get(id(source), (None, {}))
@@ -83,20 +73,23 @@ class BatchSources:
             for key, found, now in self._attributes(name, source, batches):
                 then = first.get(key, _AttributeThen("", {}))
                 if now.digest != then.digest and now.fixed == then.fixed:
-                    tensors |= {place: each.detach().clone() for place, each in found.tensors.items()}
+                    tensors |= {
+                        f"{prefix}{n}": each.detach().clone() for n, each in found.tensors.items()
+                    }
                     held.setdefault(name, {})[key] = {"value": found.data, "digest": now.digest}
         return Changed(tensors, held)
 
-    def restore(self, batches: Any, changed: Changed) -> None:
+    def restore(self, batches: Any, prefix: str, changed: Changed) -> None:
         """Bring the objects to what `changed` returned; where it does not fit, the batches differ."""
+        named = changed.tensors.items()
+        tensors = {n.removeprefix(prefix): each for n, each in named if n.startswith(prefix)}
         for name, source in _with_state(batches).items():
             own, known = vars(source), changed.held.get(name, {})
             current = {key: now.digest for key, _, now in self._attributes(name, source, batches)}
             for key, node in known.items():
                 with suppress(LookupError, TypeError, ValueError, AttributeError):
                     if node["digest"] != current.get(key):  # an iterator may be in the middle of it
-                        place, data = _place(name, key), node["value"]
-                        own[key] = decoded(own.get(key), place, changed.tensors, data)
+                        own[key] = decoded(own.get(key), _place(name, key), tensors, node["value"])
 
     def _attributes(
         self, name: str, source: Any, batches: Any

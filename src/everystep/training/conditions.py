@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from everystep.errors import Fault, UsageError
 from everystep.expression import Expression, Reference, parse
-from everystep.program.step_program import Program
+from everystep.step.build import BuiltPath
 from everystep.step.gradient_copies import GradientCopies
 from everystep.step.parts import Parts
 from everystep.training.agreement import check_stops_together
@@ -53,6 +53,9 @@ class LoopConditions:
         self._values: dict[Reference, Any] = {}
         self._logged: set[str] = set()
         self._device = "cpu"
+
+    def __bool__(self) -> bool:
+        return bool(self._stop or self._mark)
 
     def check(self, parts: Parts) -> None:
         """Check the names in the conditions.
@@ -94,12 +97,12 @@ class LoopConditions:
         number: int,
         logged: Mapping[str, Any],
         state: Mapping[str, Tensor],
-        program: Program | None,
+        last_program: Callable[[], BuiltPath | str],
     ) -> None:
         """Note what there is of a step that is over.
 
-        logged: its numbers by name, the loss among them; state: the live tensors of the parts; program:
-        of the step, None if it has none.
+        logged: its numbers by name, the loss among them; state: the live tensors of the parts;
+        last_program: returns the program of the step, or why it has none.
 
         Raises:
             UsageError: gradients cannot be read in this loop.
@@ -109,6 +112,8 @@ class LoopConditions:
         self._values |= {Reference("step", "", before): number - before for before in (False, True)}
         self.note(logged)
         if self.gradient_copies is not None:
+            built = last_program()
+            program = None if isinstance(built, str) else built.program
             for name, copy in self.gradient_copies.end(program).items():
                 self._values[Reference("gradients", name, False)] = copy
         for each in self._references & self._values.keys():

@@ -31,6 +31,7 @@ __all__ = [
     "DatasetBatches",
     "called",
     "guards_of",
+    "is_of_tensors",
     "length_of",
     "read_rows",
     "unfit",
@@ -42,13 +43,20 @@ DEFAULT_DATASET_LIMIT = 2_000_000_000
 _ROWS_AT_ONCE = 256
 
 
-def guards_of(dataset: Dataset[Any]) -> Guards | None:
-    """Return guards of what the rows of a Dataset depend on, if it is torch's own, of tensors.
+def is_of_tensors(dataset: Any) -> bool:
+    """Return whether a Dataset is torch's own, of tensors.
 
     Reading such a Dataset has no effect, so once is enough; any other must be read at every step.
     """
-    if not _is_torchs(dataset):
-        return None
+    if type(dataset) is TensorDataset:
+        return all(type(tensor) in TENSOR_TYPES for tensor in dataset.tensors)
+    if type(dataset) is Subset:
+        return is_of_tensors(dataset.dataset) and is_plain(tuple(dataset.indices))
+    return type(dataset) is ConcatDataset and all(map(is_of_tensors, dataset.datasets))
+
+
+def guards_of(dataset: Any) -> Guards:
+    """Return guards of what the rows of such a Dataset depend on."""
     guards = Guards()
     _guard(dataset, guards)
     return guards
@@ -103,16 +111,6 @@ def length_of(dataset: Dataset[Any]) -> int:
     return count
 
 
-def _is_torchs(dataset: Any) -> bool:
-    if type(dataset) is TensorDataset:
-        return all(type(tensor) in TENSOR_TYPES for tensor in dataset.tensors)
-    if type(dataset) is Subset:
-        return _is_torchs(dataset.dataset) and is_plain(tuple(dataset.indices))
-    if type(dataset) is ConcatDataset:
-        return all(map(_is_torchs, dataset.datasets))
-    return False
-
-
 def _guard(dataset: Any, guards: Guards) -> None:
     """Note the content of one of torch's Datasets."""
     guards.contents(vars(dataset), f"a {type(dataset).__name__}")
@@ -165,8 +163,6 @@ class DatasetBatches:
     draws: whether reading drew from a global random generator; differs: whether a row changed between
     two reads.
     """
-
-    guards = None
 
     def __init__(
         self, dataset: Dataset[Any], batches: Batches, device: torch.device, limit: int = 0

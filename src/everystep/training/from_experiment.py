@@ -117,7 +117,7 @@ def experiment_job(
     _check_scheduler(experiment)
     wanted = experiment.optimizer
     optimizer = build("optimizer", wanted.name, wanted.keywords, [*model.parameters()])
-    objects = Objects(model, loss, optimizer, metrics=experiment.metrics or ())
+    objects = Objects(model, loss, optimizer, metrics=experiment.metrics)
     if (asked := experiment.scheduler) is not None:
         scheduler = build("scheduler", asked.name, asked.keywords, optimizer)
         objects = replace(objects, scheduler=scheduler, scheduler_every=asked.every)

@@ -19,9 +19,8 @@ from everystep.errors import DataError, DeviceError
 from everystep.experiment.batches import Batches, RowsOf
 from everystep.experiment.data import Data, Numbering, split_rows
 from everystep.experiment.specification import Iteration
-from everystep.step.guards import Guards
 from everystep.training.agreement import ranks_here
-from everystep.training.dataset import DatasetBatches, guards_of, length_of, read_rows
+from everystep.training.dataset import DatasetBatches, guards_of, is_of_tensors, length_of, read_rows
 from everystep.training.description import describe
 from everystep.training.job import Job, Outcome, Progress
 from everystep.training.loop import run_job
@@ -71,7 +70,7 @@ def objects_job(objects: Objects, iteration: Iteration, device: torch.device, pr
             "the model is in evaluation mode, so dropout and batch norm behave as in evaluation; to "
             "train in training mode, call model.train() first"
         )
-    data, guards = _read(objects, seed, progress)
+    data = _read(objects, seed, progress)
     rows = length_of(objects.data) if data is None else len(data.x)
     numbers = None if data is None else data.numbers
     batches = Batches(rows, iteration.batch_size, seed, iteration.drop_last, numbers=numbers)
@@ -79,7 +78,7 @@ def objects_job(objects: Objects, iteration: Iteration, device: torch.device, pr
         kind = type(objects.data).__name__
         notices.append(f"the Dataset is read at every step: {kind} is not one of torch's, of tensors")
     source = {"source": "dataset" if is_dataset(objects.data) else "tensors", "lazy": data is None}
-    job = job_of(objects, iteration, batches, data, source, device, guards)
+    job = job_of(objects, iteration, batches, data, source, device)
     job.training.parts.check()
     return replace(job, name=_snake(type(objects.model).__name__), notices=[*job.notices, *notices])
 
@@ -91,12 +90,11 @@ def job_of(
     data: Data | None,
     source: dict[str, Any],
     device: torch.device,
-    guards: Guards | None = None,
 ) -> Job:
     """Return the job of training live objects.
 
     batches: the rows that each step sees; data: None if the Dataset of the objects is read at every
-    step; source: the facts about where it comes from; guards: what data read from a Dataset depends on.
+    step; source: the facts about where it comes from.
 
     Raises:
         UsageError: there are too many steps, a metric does not fit, or not several processes.
@@ -105,6 +103,7 @@ def job_of(
         batches = batches.shared(ranks.rank, ranks.count)
         if ranks.rank and iteration.seed is not None:  # else all would draw the same, in dropout say
             torch.manual_seed(iteration.seed + ranks.rank)
+    is_read = data is not None and is_dataset(objects.data)
     if data is None:
         batch: RowsOf | DatasetBatches = DatasetBatches(
             objects.data, batches, device, objects.dataset_limit
@@ -114,10 +113,10 @@ def job_of(
     else:
         on_device = data.to(device)
         x, y, validation = on_device.x, on_device.y, on_device.validation
-        batch = batches.of(x, y, is_read=guards is not None, guards=guards)
+        batch = batches.of(x, y, is_read=is_read)
         # Without validation rows, metrics are measured on the data itself.
         measured = validation or ((x, y) if objects.metrics else None)
-    is_validation, metrics = validation is not None, objects.metrics
+    is_validation, metrics = validation is not None, objects.metrics or ()
     evaluation = measured and evaluation_of(
         objects.model, objects.loss, measured, metrics, is_validation=is_validation
     )
@@ -132,6 +131,7 @@ def job_of(
         steps_per_epoch=batches.steps_per_epoch,
         max_grad_norm=iteration.max_grad_norm,
         shares=shares_of(objects, batch, iteration) if ranks is not None else None,
+        guards=guards_of(objects.data) if is_read else None,
     )
     steps = check_steps(iteration.steps or (iteration.epochs or 0) * batches.steps_per_epoch)
     # By default an epoch, or a hundredth of all steps if each step is an epoch.
@@ -149,24 +149,24 @@ def job_of(
     )
 
 
-def _read(objects: Objects, seed: int, progress: Progress) -> tuple[Data | None, Guards | None]:
-    """Return the data, None if it is read at every step; and what data from a Dataset depends on."""
-    pair, guards = objects.data, None
+def _read(objects: Objects, seed: int, progress: Progress) -> Data | None:
+    """Return the data, None if it is read at every step."""
+    pair = objects.data
     if is_dataset(objects.data):
-        if (guards := guards_of(objects.data)) is None:
+        if not is_of_tensors(objects.data):
             _check_lazy(objects)
-            return None, None
+            return None
         pair = read_rows(objects.data, objects.dataset_limit, progress.reading)
     x, y = _tensors(pair)
     if isinstance(objects.validation, float):
         training, kept_out = split_rows(len(x), objects.validation, seed)
         held_out = x[kept_out], y[kept_out]
-        return Data(x[training], y[training], held_out, numbering=Numbering(seed)), guards
+        return Data(x[training], y[training], held_out, numbering=Numbering(seed))
     validation = _tensors(objects.validation) if objects.validation else None
     if validation and validation[0].shape[1:] != x.shape[1:]:
         shapes = f"{tuple(validation[0].shape)}, but the data's x is {tuple(x.shape)}"
         raise DataError(f"validation: x is {shapes}; the rows must have the same shape")
-    return Data(x, y, validation), guards
+    return Data(x, y, validation)
 
 
 def _check_lazy(objects: Objects) -> None:

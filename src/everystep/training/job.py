@@ -15,7 +15,7 @@ from everystep.experiment.batches import RowsOf
 from everystep.experiment.data import Data
 from everystep.recording.facts import Facts, ForkFacts, ResumeFacts, TrainingFacts
 from everystep.recording.recorded_run import RecordedRun
-from everystep.step.evaluate import Evaluation
+from everystep.training.measurements import Evaluation
 from everystep.training.model_step import Training
 from everystep.training.stepper import Engine
 
@@ -103,11 +103,10 @@ class Job:
         return self.with_facts(batches=known)
 
     def relabelled(self, targets: Mapping[int, float]) -> Job:
-        """Return the job with other targets for some rows, which have one number each.
+        """Return the job with other targets for some rows, as `relabelled_rows`.
 
         Raises:
-            ExperimentError: lists rows that do not exist, and targets that do not fit.
-            UsageError: the rows are read from a Dataset at every step.
+            UsageError: the rows stay in files, or are read from a Dataset at every step.
         """
         if not targets:
             return self

@@ -35,15 +35,7 @@ from everystep.step.kept_values import decoded, encoded
 from everystep.step.state import same_bits
 from everystep.training.batch_sources import BatchSources, Changed, samplers_of, sources_of
 
-__all__ = [
-    "Drawn",
-    "Epoch",
-    "LoaderPosition",
-    "Recorded",
-    "different",
-    "generator_states",
-    "is_quiet",
-]
+__all__ = ["Drawn", "Epoch", "LoaderPosition", "Recorded", "different", "generator_states", "is_quiet"]
 
 #: Prefix of the names of a loader's own state.
 LOADER = "own/loader"
@@ -175,12 +167,14 @@ class LoaderPosition:
                 found = encoded(self._loader.state_dict(), LOADER)
                 tensors, place["loader"] = dict(found.tensors), found.data
             return tensors, {"place": place}
-        now = self._sources.changed(self._loader)
-        begun = now if self._is_between else self._begun
-        for prefix, changed in ((_BEGUN, begun), (_DRAWN, now)):
-            if changed.held and (changed is begun or changed.held != begun.held):
-                tensors |= changed.named(prefix)
-                place[prefix.split("/")[1]] = changed.held
+        begun = self._sources.changed(self._loader, _BEGUN) if self._is_between else self._begun
+        drawn = begun if self._is_between else self._sources.changed(self._loader, _DRAWN)
+        if begun.held:
+            tensors |= begun.tensors
+            place["begun"] = begun.held
+        if drawn.held and drawn.held != begun.held:
+            tensors |= drawn.tensors
+            place["drawn"] = drawn.held
         return tensors, {"place": place}
 
     def let_go(self) -> None:
@@ -236,12 +230,12 @@ class LoaderPosition:
         # Before the iterator is made, which starts workers that stay.
         self._has_workers = getattr(batches, "_iterator", None) is not None
         if goal is not None:
-            self._sources.restore(own, Changed.of_named(goal.tensors, _BEGUN, goal.begun))
-        self._begun = self._sources.changed(own)
+            self._sources.restore(own, _BEGUN, Changed(goal.tensors, goal.begun))
+        self._begun = self._sources.changed(own, _BEGUN)
         iterator = self._skipped(batches, goal) if goal is not None and goal.taken else None
         self.has_skipped = iterator is not None
         if goal is not None and (goal.taken or goal.begun):
-            self._sources.restore(own, Changed.of_named(goal.tensors, _DRAWN, goal.drawn))
+            self._sources.restore(own, _DRAWN, Changed(goal.tensors, goal.drawn))
             self._reached()
         self.goal = None
         quiet, draws = is_quiet(batches), type(batches) not in (list, tuple)

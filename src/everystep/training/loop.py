@@ -21,13 +21,13 @@ from everystep.recording.files import DATA_FILE
 from everystep.recording.recorded_run import EXPERIMENT_FILE
 from everystep.recording.recorder import Recorder
 from everystep.recording.settings_diff import flat
-from everystep.step.evaluate import Evaluation
 from everystep.step.hyperparameters import changes_more_than_lr, expected_to_change
 from everystep.step.torchs_own import is_torchs_scheduler
 from everystep.training.agreement import Agreement
 from everystep.training.dataset import DatasetBatches
 from everystep.training.interrupt import Interrupt
 from everystep.training.job import Job, Outcome, Progress
+from everystep.training.measurements import Evaluation
 from everystep.training.resumed import facts_resumed
 from everystep.training.stepper import Stepper
 from everystep.training.writer import RunWriter, now
@@ -143,8 +143,7 @@ class _ModelWriter(RunWriter):
         """Run all steps; return None, or why it stopped before the last."""
         job, every = self.job, self.job.facts.evaluate_every
         self._keep_beginning()
-        settings = job.training, self.recorder, job.steps, job.engine, job.origin.at
-        stepper = self._stepper = Stepper(*settings)
+        stepper = self._stepper = Stepper(job.training, self, job.steps, job.engine)
         self.recorder.facts(self.engine())
         self._note_eager(stepper)
         while self.step < job.steps:
@@ -153,7 +152,7 @@ class _ModelWriter(RunWriter):
             is_due = every is not None and (self.step % every == 0 or self.step == job.steps)
             if job.evaluation is not None and is_due:
                 self._evaluate(stepper, job.evaluation)
-            if job.facts.stop_on_nan and not math.isfinite(loss := stepper.last_loss()):
+            if job.facts.stop_on_nan and not math.isfinite(loss := float(self.losses[-1])):
                 self.flush()
                 return f"the loss is {loss} at step {self.step} (stop_on_nan)"
             if self.is_snapshot_due():
@@ -167,7 +166,7 @@ class _ModelWriter(RunWriter):
 
     def _finish(self) -> None:
         """Leave the live training in its last state, and take a snapshot of it."""
-        guards = self.job.training.batch.guards
+        guards = self.job.training.guards
         if guards is not None and (changed := guards.difference()) is not None:
             raise DatasetChangedError(changed, self.step)
         if self._stepper is not None:
@@ -181,21 +180,16 @@ class _ModelWriter(RunWriter):
         """Write what there is, and close the run."""
         with suppress(Exception):  # the device or the disk may be what failed
             self.flush()
-            if self._stepper is not None and self._stepper.step < self.step:
-                self.recorder.forget_after(self._stepper.step)  # a failed check made them void
         super().close_failed(error)
 
     def flush(self) -> None:
         """Fetch the losses from the device, which waits for it once; write them and the measurements."""
         self.recorder.wait()
-        if self._stepper is not None:
+        if self._stepper is not None:  # before, there are only rates, which belong to the first step
             super().flush()
 
     def _collected(self) -> tuple[Sequence[float | None], dict[str, Any]]:
         assert self._stepper is not None
-        self.taken += self._stepper.taken
-        for step, each in self._stepper.hyperparameters:
-            self.note_rates(step, each)
         values = self._stepper.collect()
         widest = torch.promote_types(values.dtype, self._loss_dtype or values.dtype)
         facts = self.engine()
@@ -222,7 +216,6 @@ class _ModelWriter(RunWriter):
         before, started, job = self.step, clock.now(), self.job
         every, one_by_one = job.facts.evaluate_every, job.facts.stop_on_nan
         stepper.advance(self.next_stop(job.steps, one_by_one=one_by_one, every=every))
-        self.step = stepper.step
         if self.step > before:
             self.timed(started, job.training.named_state, self.step - before)
         self._note_eager(stepper)
@@ -256,20 +249,22 @@ class _ModelWriter(RunWriter):
         return {"engine": engine}
 
     def _note_eager(self, stepper: Stepper) -> None:
-        """Report that Python takes the steps from here on; discard what was recorded of later steps."""
-        first, last = stepper.eager_from, stepper.step
+        """Report that Python takes the steps from here on."""
+        first = stepper.eager_from
         if first is None or first == self._eager_from:
             return
         self._eager_from = first
         if self.job.engine != "eager":
-            self.recorder.forget_after(last)
-            self.measured = [row for row in self.measured if row[1] <= last]
-            self._snapshot_step = min(self._snapshot_step, last)
             since = f" from step {first} on" if first > self.job.origin.at + 1 else ""
             cure = '; engine="program" vouches for such code' if stepper.is_vouchable else ""
             if self.job.facts.ranks is None:  # else no program could
                 self._notice(f"Python runs the steps{since}: {stepper.reason}{cure}")
         self.recorder.facts(self.engine())
+
+    def go_back(self, step: int) -> None:
+        """Discard later steps, which a failed check made void."""
+        super().go_back(step)
+        self._snapshot_step = min(self._snapshot_step, step)
 
     def _snapshot(self) -> None:
         self.flush()  # a state on disk means that its steps are there

@@ -105,12 +105,7 @@ class LoopStart:
         return {"batch_budget": self.batch_budget, "keep": self.keep}
 
     def _forked(
-        self,
-        parent: RecordedRun,
-        at: int,
-        parts: Parts,
-        place: LoaderPosition,
-        agreement: Agreement,
+        self, parent: RecordedRun, at: int, parts: Parts, place: LoaderPosition, agreement: Agreement
     ) -> LoopWriter:
         """Make a run of a parent's steps up to `at`, and continue it.
 

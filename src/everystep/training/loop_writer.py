@@ -29,7 +29,6 @@ __all__ = ["LoopWriter"]
 class _Here(NamedTuple):
     """What a loop carries after a step besides tensors. place: in the batches."""
 
-    step: int
     rest: Rest
     place: dict[str, Any]
 
@@ -70,6 +69,7 @@ class LoopWriter(RunWriter):
         self._pending: State | None = None
         #: The last step, if it lacks a loss: an exception that left it may take it back.
         self._lacking = 0
+        #: As code after the last step began, if it has.
         self._at_rest: _Here | None = None
         self._in_effect = numerics.in_effect()
         self._numerics = numerics.Numerics.read(self.parts.device)
@@ -92,6 +92,7 @@ class LoopWriter(RunWriter):
     def add(self, step: StepUnderWay[AnyWatch], after: dict[str, Tensor]) -> None:
         """Add a step that is over. after: the live tensors of the parts."""
         self.step += 1
+        self._at_rest = None
         if self._place.goal is None:
             self.beginning = None  # that of a large model takes much memory
         inputs = {f"batch/{name}": tensor for name, tensor in step.batch.items()}
@@ -119,13 +120,8 @@ class LoopWriter(RunWriter):
 
     def take_back(self) -> None:
         """Discard the last step, which an exception left."""
-        self.step -= 1
-        self._lacking = 0
-        self.recorder.forget_after(self.step)
-        self.taken = [row for row in self.taken if row.step <= self.step]
-        # A flush may have passed the loss on, so the list may be empty.
-        self.losses = self.losses[: max(0, len(self.losses) - 1)]
-        self.measured = [row for row in self.measured if row[1] <= self.step]
+        self.go_back(self.step - 1)
+        self._lacking, self._at_rest = 0, None
         if self._pending is not None and self._pending.step > self.step:
             self._pending = None
         self.watched.forget_versions()
@@ -141,9 +137,7 @@ class LoopWriter(RunWriter):
         self._keep_pending()
         self.flush()
         if self.step and not is_pending and self.watched.is_as_after(self.parts.state()):
-            at_rest = self._at_rest
-            is_known = at_rest is not None and at_rest.step == self.step
-            self.recorder.snapshot(self._snapshot(at_rest if is_known else None))
+            self.recorder.snapshot(self._snapshot(self._at_rest))
         self.close(status, reason, self._loop_facts())
 
     def rests(self) -> None:
@@ -151,17 +145,16 @@ class LoopWriter(RunWriter):
 
         Should the recording end in that code, a resumed loop runs it again, from its beginning.
         """
-        self._at_rest = self._here()
-        self._compare_with_later(self._at_rest)
+        if self._place.goal is None:  # a resumed loop that skips steps is not there yet
+            self._at_rest = self._here()
+            self._compare_with_later(self._at_rest)
 
     def _here(self) -> _Here:
         tensors, place = self._place.settings()
         rest = self._whole.rest()
         self._note_unkept()
         # A draw that found no more batches may have used the generators, and no step did.
-        return _Here(
-            self.step, rest._replace(tensors=rest.tensors | self._place.at_end | tensors), place
-        )
+        return _Here(rest._replace(tensors=rest.tensors | self._place.at_end | tensors), place)
 
     def _note_unkept(self) -> None:
         for part, lost in self._whole.lost.items():

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from everystep.errors import EverystepError, ExperimentError, Fault, ModelError
 from everystep.experiment.batches import RowsOf
 from everystep.program.operation import Phase
+from everystep.step.guards import Guards
 from everystep.step.hyperparameters import hyperparameters
 from everystep.step.optimizer_call import has_own_zero_grad
 from everystep.step.parts import Parts
@@ -31,7 +32,8 @@ class Training:
 
     loss: a function of (prediction, target) that returns one number; max_grad_norm: the largest 2-norm
     of all gradients together; steps_per_epoch: for a scheduler that advances every epoch; shares: how
-    several processes train together, None if one trains alone.
+    several processes train together, None if one trains alone; guards: what must stay the same for the
+    rows to be those of the Dataset that they were read from, if they were.
     """
 
     model: nn.Module
@@ -44,6 +46,7 @@ class Training:
     steps_per_epoch: int = 1
     max_grad_norm: float | None = None
     shares: Shares | None = None
+    guards: Guards | None = None
 
     @cached_property
     def parts(self) -> Parts:

@@ -108,8 +108,7 @@ class Notices:
         """Report a step without a loss in a loop that logs one. is_first: those before it have none."""
         which = f"steps before {step} log" if is_first else f"step {step} logs"
         self._once(
-            "loss",
-            f"{which} no loss, and others do; the run has NaN in its place: log it in each step",
+            "loss", f"{which} no loss, and others do; the run has NaN in its place: log it in each step"
         )
 
     def set_within(self, step: int, name: str, before: Any, now: Any) -> None:

@@ -56,7 +56,7 @@ class Objects:
     scheduler: Any = None
     scheduler_every: Any = "step"
     validation: Any = None
-    metrics: Metrics = ()
+    metrics: Metrics | None = None
     dataset_limit: int = DEFAULT_DATASET_LIMIT
 
     def copied(self) -> Objects:
@@ -119,7 +119,7 @@ class Objects:
         yield from _optimizer_faults(self.optimizer, self.model)
         yield from _scheduler_faults(self.scheduler, self.scheduler_every, self.validation is not None)
         yield from _validation_faults(self.validation)
-        yield from _metrics_faults(self.metrics)
+        yield from _metrics_faults(self.metrics or ())
         if isinstance(self.dataset_limit, bool) or not isinstance(self.dataset_limit, int | float):
             yield Fault("dataset_limit", f"must be a number of bytes, not {self.dataset_limit!r}")
 

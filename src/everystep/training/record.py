@@ -54,7 +54,7 @@ class Recording(Generic[R]):
         parts: dict[str, Any],
         start: LoopStart,
         open_run: Callable[[Path], R],
-        conditions: LoopConditions | None = None,
+        conditions: LoopConditions,
     ) -> None:
         check_parts(parts)
         self._parts = Parts(with_inner(parts))
@@ -141,21 +141,17 @@ class Recording(Generic[R]):
             )
         # Before the run is created, so that a loop that is refused leaves no directory.
         self._parts.check()
-        if self._conditions is not None:
-            self._conditions.check(self._parts)
+        self._conditions.check(self._parts)
         earlier = self._start.earlier
         before = () if earlier is None else earlier.measurement_names
-        marks = () if self._conditions is None else self._conditions.mark
-        self._measured = {*before, *self._parts.rates(), *marks}
+        self._measured = {*before, *self._parts.rates(), *self._conditions.mark}
         check_measurement_names(self._measured)
-        self._writer = self._start.begin(self._parts, self._place)
-        if self._conditions is not None:
-            self._writer.watched.gradient_copies = self._conditions.gradient_copies
-            at = self._writer.step
-            # A condition may read `previous.loss` in the first step of a resumed loop.
-            for loss in earlier.losses_between(at, at) if earlier is not None else ():
-                self._conditions.note_loss(loss)
-        self._writer.watched.follow()
+        self._writer = writer = self._start.begin(self._parts, self._place)
+        # A condition may read `previous.loss` in the first step of a resumed loop.
+        for loss in earlier.losses_between(writer.step, writer.step) if earlier is not None else ():
+            self._conditions.note_loss(loss)
+        writer.watched.gradient_copies = self._conditions.gradient_copies
+        writer.watched.follow()
         self._interrupt.__enter__()
         _recording.append(self)
 
@@ -187,19 +183,17 @@ class Recording(Generic[R]):
             )
         elif not writer.has_loss and error is None and writer.function is None:
             say("no loss was recorded; record it in each step: recording.log(loss=loss)")
-        if self._conditions is not None and error is None and (names := self._conditions.never_logged):
+        if error is None and (names := self._conditions.never_logged):
             say(f"a condition reads {', '.join(names)}, but the loop never logged it")
-        is_failed = error is not None
-        was_asked = self._interrupt.reason is not None or self._stopped is not None
+        reason = self._interrupt.reason or self._stopped
         at = None if self._start.fork is None else self._start.fork[1]
-        if at is not None and not (is_failed or was_asked) and writer.step < at:
-            is_failed = True
+        if at is not None and error is None and reason is None and writer.step < at:
             error = RunError(f"the loop ends after step {writer.step}, before the fork at step {at}")
+        is_failed = error is not None
         self._is_writing = True
         try:
             # A loop that does not leave by itself is ended with an error.
             is_left = self._is_stopping and isinstance(error, UsageError)
-            reason = self._interrupt.reason or self._stopped
             writer.finish(*_status(None if is_left else error, reason))
         except (RecordingError, RunError):
             is_failed = True
@@ -211,11 +205,11 @@ class Recording(Generic[R]):
             self._place.let_go()
             directory = self._directory = writer.recorder.directory
             # What holds the recording, such as a trainer that is a part, would form a cycle with it.
-            self._writer, self._parts, self._conditions = None, Parts({}), None
+            self._writer, self._parts, self._conditions = None, Parts({}), LoopConditions((), ())
             with suppress(RunError):  # a fork without a step of its own is removed
                 if is_failed and at is not None and RecordedRun(directory).newest_step() <= at:
                     shutil.rmtree(directory, ignore_errors=True)
-        if is_failed and kind is None and error is not None:
+        if kind is None and error is not None:
             raise error
         # Ctrl-C waited until the run was written; now it ends the program.
         if error is None and self._interrupt.is_by_user:
@@ -265,8 +259,7 @@ class Recording(Generic[R]):
             self.end_step()
             if self._is_stopping:
                 break
-        if not self.is_resuming:
-            self.writer.rests()
+        self.writer.rests()
 
     def _end_at_break(self) -> None:
         """End a step that the loop leaves; Python only prints an error raised there, so note it."""
@@ -286,8 +279,7 @@ class Recording(Generic[R]):
     def _settle(self) -> None:
         """Bring the parts to the snapshot again, at the place from which the loop continues.
 
-        Raises:
-            UsageError: something around `steps` counts the batches, and begins again.
+        Raise UsageError if something around `steps` counts the batches, and begins again.
         """
         if (steps := self._iterator()) is not None:
             taken, count = self._place.taken, self.writer.step
@@ -318,13 +310,11 @@ class Recording(Generic[R]):
         if self._is_stopping:
             return
         for epoch in self._place.epochs(count):
-            if not self.is_resuming:
-                self.writer.rests()
+            self.writer.rests()
             yield epoch
             if self._is_stopping:
                 return
-        if not self.is_resuming:
-            self.writer.rests()
+        self.writer.rests()
 
     @property
     def is_resuming(self) -> bool:
@@ -390,8 +380,8 @@ class Recording(Generic[R]):
             numbers = {name: _number(name, value) for name, value in values.items()}
             if not self.is_resuming:  # the run has what was logged then
                 self.writer.log_after(numbers)
-                if self._conditions is not None and (names := self._conditions.note(numbers)):
-                    self._judge(self._conditions, names)
+                if names := self._conditions.note(numbers):
+                    self._judge(names)
             return
         with self._aside(values.values()):
             for name, value in values.items():
@@ -402,11 +392,7 @@ class Recording(Generic[R]):
             step.has_loss(values["loss"])
 
     def _check_after(self, values: Collection[str]) -> None:
-        """Check that numbers can be logged outside of a step.
-
-        Raises:
-            UsageError: they cannot.
-        """
+        """Raise UsageError if these numbers cannot be logged outside of a step."""
         if "loss" in values:
             raise UsageError(
                 "log(loss=...) is called outside of a step; call it in the body of the loop over "
@@ -462,7 +448,7 @@ class Recording(Generic[R]):
         if state is None:
             state = self._parts.state()
             writer.note_changes(state)
-        if self._conditions is not None:
+        if self._conditions:
             self._conditions.begin(state)
         writer.watched.begin(state)
         if batch is not None:
@@ -506,16 +492,18 @@ class Recording(Generic[R]):
             self._is_writing = True  # Ctrl-C and SIGTERM wait: a step is recorded as a whole
             try:
                 writer.add(step, after)
-                if self._conditions is not None:
-                    built = writer.watched.last_program()
-                    program = None if isinstance(built, str) else built.program
-                    self._conditions.end(writer.step, numbers, after, program)
-                    self._judge(self._conditions)
+                if self._conditions:
+                    self._conditions.end(writer.step, numbers, after, writer.watched.last_program)
+                    self._judge()
             finally:
                 self._is_writing = False
-            self._end_if_asked()
+            # A signal may have come in the step, or while it was recorded.
+            if self._interrupt.is_by_user:
+                raise KeyboardInterrupt
+            if self._interrupt:
+                raise SystemExit(_TERMINATED)
 
-    def _judge(self, conditions: LoopConditions, names: Collection[str] = ()) -> None:
+    def _judge(self, names: Collection[str] = ()) -> None:
         """Mark the last step, or end the loop, where conditions hold; not again as a step is repeated.
 
         names: of the numbers that were logged after it, if this is the reason to ask.
@@ -524,7 +512,7 @@ class Recording(Generic[R]):
         earlier = self._start.earlier if step <= self.writer.recorder.recorded else None
         if earlier is not None and all(step in earlier.measured(name) for name in names):
             return
-        ends, marks = conditions.holding(names)
+        ends, marks = self._conditions.holding(names)
         for text in marks:
             self.writer.log_after({text: 1.0})
             self.writer.watched.notices.marked(step, text)
@@ -553,13 +541,6 @@ class Recording(Generic[R]):
         self.writer.watched.close()
         self.writer.watched.forget_versions()
 
-    def _end_if_asked(self) -> None:
-        """End the loop if a signal has come in the step, or while it was recorded."""
-        if self._interrupt.is_by_user:
-            raise KeyboardInterrupt
-        if self._interrupt:
-            raise SystemExit(_TERMINATED)
-
     def _terminated(self) -> None:
         """On SIGTERM: end the loop after the step in progress, or at once between two steps."""
         if self._under_way is None and not self._is_writing:
@@ -587,8 +568,7 @@ def _status(error: BaseException | None, stopped: str | None) -> tuple[str, str 
 def _number(name: str, value: Any) -> float | Tensor:
     """Return a number; of a device's tensor with one element a copy, since to read it means to wait.
 
-    Raises:
-        UsageError: the value is neither.
+    Raise UsageError if the value is neither.
     """
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex():

@@ -53,11 +53,7 @@ def _shown(value: Any) -> str:
 
 
 def check_changes(run: RecordedRun, changed: tuple[str, ...], *, is_accepted: bool) -> None:
-    """Check that nothing changed, before anything runs.
-
-    Raises:
-        RunError: lists what changed.
-    """
+    """Raise RunError with what changed, if anything has, before anything runs."""
     if not changed or is_accepted:
         return
     raise RunError(
@@ -139,10 +135,9 @@ def facts_resumed(run: RecordedRun, trained: TrainingFacts, steps: int, resumed:
 
 
 def check_taken_by_loop(facts: Facts) -> None:
-    """Check that a run of a loop was not forked by its programs alone.
+    """Raise RunError if a run of a loop was forked by its programs alone.
 
-    Raises:
-        RunError: it was: no snapshot has what the loop carries besides tensors.
+    No snapshot then has what the loop carries besides tensors.
     """
     if facts.training.engine is not None and facts.fork is not None:
         parent, at = facts.fork.directory, facts.fork.at

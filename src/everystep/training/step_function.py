@@ -121,10 +121,7 @@ def train_step(
 
 
 def _batches(
-    batches: Iterable[Any] | None,
-    iteration: Iteration,
-    recording: Recording[Any],
-    progress: Progress,
+    batches: Iterable[Any] | None, iteration: Iteration, recording: Recording[Any], progress: Progress
 ) -> Iterator[Any]:
     """Yield the batches of as many steps or epochs as asked for, except those of recorded steps."""
     count, epoch = recording.step_count, 0
@@ -210,7 +207,8 @@ class _VouchedStep(Acceleration):
             self._leaves = [*self.watched.parts.leaves().values()]
         # Steps are of one kind if their batches are, and the same gradients are pending.
         pending = tuple([leaf.grad is None for leaf in self._leaves])
-        return self._take(number, number, (self._seen_batch(batch).key, pending), batch)
+        seen = self._seen_batch(batch)
+        return self._take(number, number, (seen.key, pending), seen)
 
     def _seen_batch(self, batch: tuple[Any, ...]) -> _SeenBatch:
         """Return what is known of a batch; of the last one if it is the same, in the same era."""
@@ -222,10 +220,13 @@ class _VouchedStep(Acceleration):
             seen = self._seen = _SeenBatch(batch, era, *about)
         return seen
 
-    def _by_python(self, number: int, batch: tuple[Any, ...]) -> dict[str, Any]:
+    def _tensors_of(self, number: int, batch: _SeenBatch) -> dict[str, Tensor]:
+        return batch.tensors
+
+    def _by_python(self, number: int, batch: _SeenBatch) -> dict[str, Any]:
         self._release()
         self.watched.around = Around(self.watched.parts)
-        return _run_step(self._step, self._recording, *batch)
+        return _run_step(self._step, self._recording, *batch.batch)
 
     def _by_program(
         self,
@@ -234,22 +235,21 @@ class _VouchedStep(Acceleration):
         stand_in: StandIn,
         numbers: list[Number],
         state: dict[str, Tensor],
-        batch: tuple[Any, ...],
+        batch: _SeenBatch,
     ) -> dict[str, Any]:
         started, writer = clock.now(), self._writer
         is_settled, self._is_settled = self._is_settled, False
         writer.recorder.wait()
         if not is_settled:
             writer.note_changes(state)
-        seen, rates = self._seen_batch(batch), self.watched.parts.rates()
-        copies = self.watched.copies.of(seen.tensors, self._era)
+        rates, copies = self.watched.parts.rates(), self.watched.copies.of(batch.tensors, self._era)
         try:
-            watch, logged = stand_in.take(state, numbers, seen.tensors, is_settled=is_settled)
+            watch, logged = stand_in.take(state, numbers, batch.tensors, is_settled=is_settled)
         except (RuntimeError, IndexError, ValueError, TypeError):  # the step was not taken to its end
             self.watched.forget_versions()
             raise
         step = StepUnderWay(watch, rates)
-        step.batch, step.nesting = copies, seen.nesting
+        step.batch, step.nesting = copies, batch.nesting
         step.logged = dict(logged)
         step.has_loss(logged.get("loss"))
         writer.add(step, state)

@@ -20,24 +20,19 @@ from everystep.errors import DatasetChangedError, size_text
 from everystep.experiment.batches import RowsOf
 from everystep.program.calls import without_autograd
 from everystep.program.number_slots import Number
-from everystep.recording.contents import Taken
-from everystep.recording.recorder import Recorder
 from everystep.step.generators import Generators
 from everystep.step.optimizer_call import is_torchs_optimizer
 from everystep.step.replaceable import NotReplaceableError
 from everystep.step.stand_in import StandIn
 from everystep.step.state import State, copy_of, same_bits
 from everystep.step.surroundings import Surroundings
-from everystep.step.torchs_own import (
-    is_torchs_scheduler,
-    reason_against_loss,
-    reason_against_module,
-)
+from everystep.step.torchs_own import is_torchs_scheduler, reason_against_loss, reason_against_module
 from everystep.training.acceleration import Acceleration
 from everystep.training.batch import unnested
 from everystep.training.dataset import DatasetBatches
 from everystep.training.model_step import Training
 from everystep.training.watched_steps import WatchedSteps
+from everystep.training.writer import Unwritten
 
 __all__ = ["Engine", "Stepper"]
 
@@ -48,57 +43,48 @@ MOST_STATE = 200_000_000
 
 
 class Stepper(Acceleration):
-    """Runs the steps of a training, and keeps their losses until they are collected.
+    """Runs the steps of a training.
 
     Args:
         training: the training; modified in place.
-        writer: of the run; None: nothing is written.
+        new: gets the steps; begins with the step that the training has.
         steps: the last step.
         engine: `eager`; `program`, which trusts code that is not torch's, and raises if no program can
             run a step; or `auto`.
-        start: the initial state of the training; steps are counted from there.
 
-    step: the last step that ran; reason: why Python runs steps, or None; eager_from: the first of these;
-    is_vouchable: whether the only objection to a program is code that the user may vouch for;
-    stands_behind: what justifies the programs: the code is `known`, or `vouched` for; taken: the rows of
-    the steps since the last `collect`; hyperparameters: (step, the lr and similar settings by name) of
-    each of these steps before which they may have changed.
+    reason: why Python runs steps, or None; eager_from: the first of these; is_vouchable: whether the
+    only objection to a program is code that the user may vouch for; stands_behind: what justifies the
+    programs: the code is `known`, or `vouched` for.
 
     Raises:
         TrainingError: `engine="program"`, and no program can run a step.
     """
 
-    def __init__(
-        self,
-        training: Training,
-        writer: Recorder | None,
-        steps: int,
-        engine: Engine = "auto",
-        start: int = 0,
-    ) -> None:
-        surroundings = Surroundings(training.parts, training.loss)
-        watched = WatchedSteps(training.parts, writer)
+    def __init__(self, training: Training, new: Unwritten, steps: int, engine: Engine = "auto") -> None:
+        surroundings, start = Surroundings(training.parts, training.loss), new.step
+        watched = WatchedSteps(training.parts, new.recorder)
         super().__init__(watched, surroundings, start, steps, is_known=True, is_quiet=True)
-        self.training = training
-        self.step = start
+        self.training, self.new = training, new
         self.reason: str | None = None
         self.eager_from: int | None = None
         self.is_vouchable = False
         self.stands_behind: Literal["known", "vouched"] = "known"
-        self.taken: list[Taken] = []
-        self.hyperparameters: list[tuple[int, dict[str, float]]] = []
         #: How often the rows of the data had been changed when the rule was last known to hold.
         self._data_versions: list[int | None] | None = None
         self._engine = engine
-        self._losses: list[Tensor] = []
         #: How the batch of the last step that Python took was nested.
         self._nesting: Any = None
         self._has_other_code_run = False
-        #: The last verified state, and its step; None where unknown code has run since.
-        self._way_back: tuple[int, State | None] = start, None
+        #: The last verified step, its state, None where unknown code has run since, and its rates.
+        self._way_back: tuple[int, State | None, dict[str, float]] = start, None, {}
         self._compare_guards(start)
         if self.reason is None:
             self._keep_way_back()
+
+    @property
+    def step(self) -> int:
+        """The last step that ran."""
+        return self.new.step
 
     @property
     def has_rule(self) -> bool:
@@ -106,15 +92,10 @@ class Stepper(Acceleration):
         batch = self.training.batch
         return isinstance(batch, RowsOf) and self._data_versions in (None, batch.versions())
 
-    def last_loss(self) -> float:
-        """Return the loss of the last step, not collected yet."""
-        return float(self._losses[-1])
-
     def advance(self, last: int) -> None:
         """Run steps up to `last`.
 
-        A failed check may move `step` back to the last checked step; what was collected of later steps
-        is then void.
+        A failed check may move `step` back to the last checked step.
 
         Raises:
             TrainingError: `engine="program"`, and no program can run a step; or a check failed, and
@@ -130,7 +111,7 @@ class Stepper(Acceleration):
             if changes or self._has_other_code_run:
                 # Not before now: the training may end before there is such a step.
                 self._has_other_code_run = False
-                self.hyperparameters.append((number, self.training.hyperparameters()))
+                self.new.note_rates(number, self.training.hyperparameters())
             if self.reason is not None:
                 self._by_python(number, None)
             else:
@@ -146,9 +127,9 @@ class Stepper(Acceleration):
 
     def restart(self, step: int) -> None:
         """Continue after another state, which somebody has brought the training to."""
-        self._losses = []
-        self._forget_after(step)
-        self.step, self._is_settled = step, False
+        self.new.clear()
+        self._go_back(step)
+        self._is_settled = False
         if self.reason is None:
             self._keep_way_back()
 
@@ -167,7 +148,7 @@ class Stepper(Acceleration):
         changed = [n for n, each in now.items() if n not in before or not same_bits(each, before[n])]
         drawn = {name: copy_of(now[name]) for name in changed if name.startswith("generator/")}
         self.watched.note_changes(self.step, self.watched.parts.state(), changed, drawn)
-        self._way_back = self._way_back[0], None  # it cannot be undone
+        self._way_back = self._way_back[0], None, {}  # it cannot be undone
         self._has_other_code_run = True
         self._check_dataset()
         if self.reason is None and not self.has_rule:
@@ -181,16 +162,16 @@ class Stepper(Acceleration):
 
     def _check_dataset(self) -> None:
         """Check that a Dataset read once would still return the same rows, as far as that is fast."""
-        guards = self.training.batch.guards
+        guards = self.training.guards
         changed = None if guards is None else guards.difference(is_thorough=False)
         if changed is not None:
             raise DatasetChangedError(changed, self.step)
 
     def collect(self) -> Tensor:
-        """Return the losses since the last call."""
+        """Return the losses since the last call, or the last write."""
         # One loss may be wider than others, or have a dimension.
-        losses = [loss.reshape(1) for loss in self._losses]
-        self._losses, self.taken, self.hyperparameters = [], [], []
+        losses = [loss.reshape(1) for loss in self.new.losses]
+        self.new.losses = []
         return torch.cat(losses) if losses else torch.empty(0)
 
     def finish(self) -> None:
@@ -198,7 +179,7 @@ class Stepper(Acceleration):
         is_changed = self.training.scheduler is not None or self._has_other_code_run
         if is_changed and self.training.has_tensor_settings:
             # Such settings are state, and the last state has them as the next step would.
-            self.hyperparameters.append((self.step + 1, self.training.hyperparameters()))
+            self.new.note_rates(self.step + 1, self.training.hyperparameters())
 
     # What runs the steps.
 
@@ -246,7 +227,7 @@ class Stepper(Acceleration):
 
         No program runs steps from there on.
         """
-        verified, state = self._way_back
+        verified, state, rates = self._way_back
         # Python took this step, and no program has taken one since the last check.
         if verified >= number - 1:
             self._give_up(f"{reason} at step {number}", number)
@@ -256,23 +237,17 @@ class Stepper(Acceleration):
             super()._fail(number, f"{reason}. {since}, so training cannot go back")
             return
         self.training.restore(state)
-        self._losses = self._losses[: max(0, len(self._losses) - number + verified)]
-        self.hyperparameters = [each for each in self.hyperparameters if each[0] <= verified]
-        self._forget_after(verified)
-        self.step = verified
+        self.new.rates = rates
+        self._go_back(verified)
         self._give_up(f"{reason} at step {number}", verified + 1)
 
     def _keep_way_back(self) -> None:
         """Keep a copy of the verified state."""
-        self._way_back = self.step, self.training.snapshot(self.step)
+        self._way_back = self.step, self.training.snapshot(self.step), self.new.rates
 
-    def _forget_after(self, step: int) -> None:
-        """Discard what was kept of later steps: the training goes back to the state after this one."""
-        self.taken = [
-            row._replace(count=min(row.count, step - row.step + 1))
-            for row in self.taken
-            if row.step <= step
-        ]
+    def _go_back(self, step: int) -> None:
+        """Discard later steps: the training is in the state after this one."""
+        self.new.go_back(step)
         self.watched.forget_generator()
         self.watched.note_versions()
 
@@ -286,8 +261,8 @@ class Stepper(Acceleration):
     def _by_python(self, number: int, batch: None) -> dict[str, Any]:
         self._release()
         loss = self.watch(number, *self.training.batch(number))
-        self._losses.append(loss.detach())
-        self.step = number
+        self.new.losses.append(loss.detach())
+        self.new.step = number
         return {"loss": loss}
 
     def _tensors_of(self, number: int, batch: None) -> dict[str, Tensor]:
@@ -317,7 +292,7 @@ class Stepper(Acceleration):
             if number > last or not stand_in.is_steady or self._rows.batches.rows_of(number) != size:
                 break
             if self.training.scheduler is not None:
-                self.hyperparameters.append((number, self.training.hyperparameters()))
+                self.new.note_rates(number, self.training.hyperparameters())
             try:
                 numbers = stand_in.numbers()
             except NotReplaceableError:  # it needs another program
@@ -329,7 +304,8 @@ class Stepper(Acceleration):
         self, stand_in: StandIn, numbers: list[Number], last: int, state: dict[str, Tensor]
     ) -> None:
         """Run steps with the same program and the same numbers, up to one with another batch."""
-        live, places, batches, first = stand_in.live, stand_in.places, self._rows, self.step + 1
+        live, places, batches, new = stand_in.live, stand_in.places, self._rows, self.new
+        first = new.step + 1
         assert live is not None
         size = batches.batches.rows_of(first)
         # Until the end: an error may leave the state in the middle of a step.
@@ -346,13 +322,13 @@ class Stepper(Acceleration):
                         batches.into(number, *places)
                     live.run()
                     # The next step overwrites the memory of the loss.
-                    self._losses.append(live.loss.clone())
-                    self.step = number
+                    new.losses.append(live.loss.clone())
+                    new.step = number
         finally:
             # Ctrl-C may end the stretch: the steps before it are complete, and count.
             if (count := self.step - first + 1) > 0:
                 stand_in.end(taken, state, is_settled=is_settled)
-                self.taken += self.watched.ran(first, count, taken, state, self._nesting)
+                new.taken += self.watched.ran(first, count, taken, state, self._nesting)
         self._is_settled = True
 
     def watch(self, number: int, x: Tensor, y: Tensor) -> Tensor:
@@ -371,7 +347,7 @@ class Stepper(Acceleration):
             training.advance(number)
         finally:
             watched.close()
-        self.taken.append(watched.end(number, step, watched.parts.state(), inputs))
+        self.new.taken.append(watched.end(number, step, watched.parts.state(), inputs))
         self._nesting = step.nested
         return loss
 

@@ -139,9 +139,8 @@ class WatchedSteps:
         #: The tensors of the state between two steps, by their memory.
         self._lying: dict[int, list[tuple[str, Tensor]]] = {}
         self._is_still = False
-        #: How the last step ended; and the same, once nothing has changed its state since.
+        #: How the last step ended, unless its state has changed since.
         self._ending: Ending | None = None
-        self._left: Ending | None = None
         self._optimizer_names = parts.optimizer_names()
         is_torchs = self._paths.calls.is_torchs
         self.follower = Follower(parts.module_paths(), self._optimizer_names, is_torchs)
@@ -168,10 +167,9 @@ class WatchedSteps:
         """Begin to watch a step. state: the live tensors of the parts, which `note_changes` has seen."""
         watch = Cursor(self._paths, self.parts.device, self.follower, self._outside)
         step = StepUnderWay(watch, self.parts.rates())
-        watch.begin(state, self._versions, self._ending if state is self.state else self._left)
+        watch.begin(state, self._versions, self._ending)
         self.state = None  # it would hold gradients that the step drops
         watch.gradient_copies = self.gradient_copies
-        self._left = None
         self.follower.step_begins()
         watch.__enter__()
         self.under_way = step
@@ -226,7 +224,7 @@ class WatchedSteps:
 
         after: the live tensors of the parts.
         """
-        self.state, self._left, self._ending = after, None, None
+        self.state, self._ending = after, None
         if not taken.is_still:
             self._versions = Versions.of(after)
         row = self._row(first, taken, taken.end({}, {}, None), {}, {}, nesting)
@@ -369,11 +367,8 @@ class WatchedSteps:
         known = {*known, *self._written_unseen(state)}
         self._exposed, self._lying = {}, {}
         if before == now and not known and not drawn:
-            # Nothing has changed, so the next step begins as the last one ended.
-            self._left = self._ending
-            return None
-        self._left = self._ending = None
-        self._versions = now
+            return None  # the next step begins as the last one ended
+        self._ending, self._versions = None, now
         then, here = before.by_name(), now.by_name()
         names = {name for name in here if name in known or then.get(name) != here[name]}
         # A batch normalization counts its batches, but torch does not count the changes of its averages.
@@ -426,12 +421,11 @@ class WatchedSteps:
         state = self.parts.state()
         self._versions, self._lying = Versions.of(state), {}
         self._exposed = self._uncounted(state)
-        self._left = self._ending = None
+        self._ending = None
 
     def forget_versions(self) -> None:
         """Discard an incomplete step: no snapshot may hold the current state."""
-        self._versions, self._is_still = Versions.of({}), False
-        self._left = self._ending = None
+        self._versions, self._is_still, self._ending = Versions.of({}), False, None
 
     def forget_generator(self) -> None:
         """Note the random generator again at the next draw: training continues after another state."""

@@ -18,7 +18,7 @@ from everystep.recording.facts import Facts
 from everystep.recording.recorder import Recorder
 from everystep.step.state import State
 
-__all__ = ["RunWriter", "now"]
+__all__ = ["RunWriter", "Unwritten", "now"]
 
 #: Seconds from one time that the recording is passed to the writing thread to the next.
 FLUSH_SECONDS = 0.2
@@ -34,7 +34,44 @@ def now() -> datetime:
     return time.replace(microsecond=time.microsecond // 1000 * 1000)
 
 
-class RunWriter:
+class Unwritten:
+    """What is known of the last steps, and not written yet.
+
+    step: the last one; taken: their rows; losses: numbers or tensors, None of a step without one;
+    measured: (name, step, value); rates: the numbers of the optimizers, noted when they change.
+    """
+
+    #: What is to write it, if anything.
+    recorder: Recorder | None = None
+
+    def __init__(self, step: int = 0) -> None:
+        self.step = step
+        self.rates: dict[str, float] = {}
+        self.clear()
+
+    def clear(self) -> None:
+        """Note that all was written, or is not needed."""
+        self.taken: list[Taken] = []
+        self.losses: list[Any] = []
+        self.measured: list[tuple[str, int, Any]] = []
+
+    def note_rates(self, step: int, rates: dict[str, float]) -> None:
+        """Keep the numbers of a step's optimizers that have changed."""
+        changed = ((name, step, rate) for name, rate in rates.items() if self.rates.get(name) != rate)
+        self.measured += changed
+        self.rates = rates
+
+    def go_back(self, step: int) -> None:
+        """Discard what is known of later steps: the training continues after this one."""
+        taken = (row for row in self.taken if row.step <= step)
+        self.taken = [row._replace(count=min(row.count, step - row.step + 1)) for row in taken]
+        # A flush may have passed some on, so the list may be shorter.
+        self.losses = self.losses[: max(0, len(self.losses) - self.step + step)]
+        self.measured = [row for row in self.measured if row[1] <= step]
+        self.step = step
+
+
+class RunWriter(Unwritten):
     """Collects the data of steps, passes it to the recorder, and closes the run.
 
     Args:
@@ -44,9 +81,10 @@ class RunWriter:
         advanced: called with a step that was written, and the losses from it on.
         earlier: the facts of the run that is continued, or that this one is a fork of.
 
-    step: the last step; taken, losses, measured: values of steps that are not written yet; rates: the
-    numbers of the optimizers that are recorded only when they change; step_seconds: the time of a step.
+    step_seconds: the time of a step.
     """
+
+    recorder: Recorder
 
     #: The beginning and the end of the notice of a loss that is not finite.
     advice = "", ""
@@ -60,12 +98,8 @@ class RunWriter:
         advanced: Callable[[int, Sequence[float]], None] | None,
         earlier: Facts | None = None,
     ) -> None:
-        self.recorder = recorder
-        self.step = self.start = start
-        self.taken: list[Taken] = []
-        self.losses: list[Any] = []
-        self.measured: list[tuple[str, int, Any]] = []
-        self.rates: dict[str, float] = {}
+        super().__init__(start)
+        self.recorder, self.start = recorder, start
         self.step_seconds = math.inf
         self._waited = self._chosen_for = 0.0
         self._notice = notice
@@ -84,11 +118,10 @@ class RunWriter:
         """Whether enough steps were timed to choose the snapshots' interval."""
         return self.step >= self.start + TIMED_STEPS
 
-    def note_rates(self, step: int, rates: dict[str, float]) -> None:
-        """Keep the numbers of a step's optimizers that have changed."""
-        changed = ((name, step, rate) for name, rate in rates.items() if self.rates.get(name) != rate)
-        self.measured += changed
-        self.rates = rates
+    def go_back(self, step: int) -> None:
+        """Discard later steps, also those that were written."""
+        super().go_back(step)
+        self.recorder.forget_after(step)
 
     def timed(self, began: float, state: Callable[[], dict[str, Tensor]], count: int = 1) -> None:
         """Note the time of `count` steps that just ran, and choose the snapshots' interval from it.
@@ -154,7 +187,7 @@ class RunWriter:
             self.recorder.losses(first, numbers, self.measured, facts, self.taken)
         elif self.measured:
             self.recorder.losses(self.step + 1, (), self.measured)
-        self.taken, self.losses, self.measured = [], [], []
+        self.clear()
         self.show_written()
 
     def _collected(self) -> tuple[Sequence[float | None], dict[str, Any]]:
