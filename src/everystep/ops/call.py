@@ -177,15 +177,10 @@ def _is_loose(text: str) -> bool:
 class Call:
     """An operation with one wanted number.
 
-    Args:
-        operation: the operation.
-        inputs, results: its tensors by name, before and after.
-        outputs: the names of its results in order.
-        place: which of the outputs.
-        index: the place of the number there.
-        kind: another operator that has the same result, with these arguments.
-
-    kind: the name of the operator without what distinguishes its variants: `addmm` of `addmm_`.
+    inputs, results: its tensors by name, before and after; outputs: the names of its results in order;
+    place: which of the outputs; index: the place of the number there; kind: the name of the operator
+    without what distinguishes its variants (`addmm` of `addmm_`), or another operator that has the same
+    result, with these arguments.
     """
 
     def __init__(

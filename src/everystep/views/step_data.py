@@ -141,9 +141,7 @@ def network(step: Step, modules: Mapping[str, ModuleFacts]) -> list[dict[str, An
 
     A module with submodules is included only if it ran operations of its own.
 
-    Args:
-        step: the opened step.
-        modules: of the model, by path.
+    modules: of the model, by path.
     """
     containers = {path.rpartition(".")[0] for path in modules if path}
     operations: dict[str, list[int]] = {}
@@ -414,9 +412,7 @@ def unset_ids(step: Step) -> frozenset[str]:
 def images_of(x: Tensor, facts: Facts) -> Tensor | None:
     """Return a batch as images, before scaling; None if it is not one of images.
 
-    Args:
-        x: (N, 1 or 3, H, W).
-        facts: of the run.
+    x: (N, 1 or 3, H, W); facts: of the run.
     """
     shape = x.shape
     if len(shape) != 4 or shape[1] not in (1, 3) or max(shape[2:]) > _LARGEST_IMAGE:

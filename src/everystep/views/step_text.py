@@ -91,15 +91,10 @@ def step_text(
 ) -> Text:
     """Return a step as text, to print with `soft_wrap=True`.
 
-    Args:
-        step: the step.
-        facts: of the run.
-        name: of the run.
-        phase: show only this one, in full; one of `PHASES`.
-        operation: show only this one, counted from 0 as in `Step.operations`.
-        values: show the values of the tensors, too; for more than 1,000 elements, only the edges.
-        lines: show the line of code above the operations that it called.
-        width: columns of the terminal; tables of operations omit what does not fit.
+    facts, name: of the run; phase: show only this one, in full; one of `PHASES`; operation: show only
+    this one, counted from 0 as in `Step.operations`; values: show the values of the tensors, too; for
+    more than 1,000 elements, only the edges; lines: show the line of code above the operations that it
+    called; width: columns of the terminal; tables of operations omit what does not fit.
 
     Raises:
         UsageError: the phase or the operation does not exist.
