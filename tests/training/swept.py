@@ -57,10 +57,13 @@ def trained(lr, seed=0, what="fine"):
 
 
 def stopping(lr, width=2):
-    """Record a loop that a condition stops, with a config of its own."""
+    """Record a loop that a condition stops, or its own code, with a config of its own."""
     model = nn.Linear(3, width)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     parts = {"model": model, "optimizer": optimizer}
-    with everystep.record(**parts, config={"mine": 1}, stop_when="loss < 1e9") as recording:
+    condition = "loss < 1e9" if lr < 0.2 else ()
+    with everystep.record(**parts, config={"mine": 1}, stop_when=condition) as recording:
         for _ in recording.steps(range(6)):
             recording.log(loss=descend(optimizer, model(torch.ones(8, 3)).square().sum()))
+            if not condition:
+                recording.stop("by the rate")

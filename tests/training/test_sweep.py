@@ -120,7 +120,7 @@ def test_a_call_that_a_condition_has_stopped_is_over(in_this_process):
     options = {"run": "own", "progress": False}
     for _ in range(2):
         found = everystep.sweep(stopping, {"lr": [0.1, 0.2], "width": 2}, **options)
-        assert found.is_finished and [len(run) for run in found.runs] == [1, 1], found
+        assert found.is_finished and sorted(len(run) for run in found.runs) == [1, 6], found
         options["resume"] = True
     with pytest.raises(RunError, match=r"lr=0.1: was trained with different settings: width 2 \| 3"):
         everystep.sweep(stopping, {"lr": [0.1, 0.2], "width": 3}, **options)

@@ -25,9 +25,9 @@ def test_an_update_has_its_own_parameters_and_the_last_of_several_has_them(tmp_p
             recording.log(loss=loss)
     run = everystep.open(tmp_path / "run")
     training = run.facts.training
-    segments, changed_otherwise = as_it_happened(run[2], training, training.loop)
+    segments, changed_otherwise = as_it_happened(run[2], training)
     updates = [seen for seen in segments if seen.segment.phase == "update"]
-    assert [(seen.optimizer, list(seen.formulas)) for seen in updates] == [
+    assert [(seen.optimizer, list(seen.parameters)) for seen in updates] == [
         ("optimizer_critic", []),
         ("optimizer_critic", ["critic.weight", "critic.bias"]),
         ("optimizer_actor", ["actor.weight", "actor.bias"]),

@@ -7,7 +7,7 @@ on, everystep replays both, and compares them step by step, then operation by op
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from everystep.answers.operations import (
     rows_that_differ,
     tensor_difference,
 )
+from everystep.answers.other_process import OtherProcess
 from everystep.device import on_cpu
 from everystep.errors import RunError
 from everystep.experiment.preparation import TablePreparation
@@ -43,7 +44,7 @@ from everystep.replay.shown import Shown
 from everystep.step.state import State, StateDifference, same_bits, state_differences
 from everystep.training.objects import Objects
 
-__all__ = ["BEFORE", "DataDifference", "Difference", "FirstState", "diff", "footprints"]
+__all__ = ["BEFORE", "DataDifference", "Difference", "FirstState", "diff", "in_lockstep"]
 
 #: Runs that took less time than this together are replayed whole.
 THOROUGH_SECONDS = 4.0
@@ -355,7 +356,11 @@ class _Lockstep:
 
     def first(self, first: int, last: int) -> OperationDifference | None:
         """Return the first operation, in steps `first` to `last`, with a different result."""
-        for number in self._suspicious(first, last):
+        how = {"by_operation": self._by_operation, "is_random": self._is_random}
+        for number, one, other in in_lockstep(self._openers, first, last, **how):
+            self._on_progress(1)
+            if one == other:
+                continue
             evidence = Evidence(self._openers, number, self._numerics)
             found = evidence.first_difference(has_rows=evidence.has_rows)
             if found is not None:
@@ -365,15 +370,11 @@ class _Lockstep:
 
     def first_state(self, first: int, last: int) -> FirstState:
         """Return the first of the states `first` to `last` in which the models differ."""
-        begin, count = first, 1  # mostly, the next state differs already
-        while begin <= last:
-            end = min(last, begin + count - 1)
-            for state, one, other in self._footprints(begin, end):
-                for name in one:
-                    is_of_model = name.startswith(("parameter/", "buffer/"))
-                    if is_of_model and name in other and one[name] != other[name]:
-                        return FirstState(state, name_in_words(name), last)
-            begin, count = end + 1, min(8 * count, STRIDE)
+        for state, one, other in in_lockstep(self._openers, first, last):
+            for name in one:
+                is_of_model = name.startswith(("parameter/", "buffer/"))
+                if is_of_model and name in other and one[name] != other[name]:
+                    return FirstState(state, name_in_words(name), last)
         return FirstState(None, "", last)
 
     def divergences(self) -> list[str]:
@@ -384,20 +385,6 @@ class _Lockstep:
             for opener in self._openers
             if opener.diverged_at is not None
         ]
-
-    def _suspicious(self, first: int, last: int) -> Iterator[int]:
-        """Yield steps that differ between both runs, in order."""
-        how = {"by_operation": self._by_operation, "is_random": self._is_random}
-        for begin in range(first, last + 1, STRIDE):
-            end = min(last, begin + STRIDE - 1)
-            yield from (step for step, a, b in self._footprints(begin, end, **how) if a != b)
-            self._on_progress(end - begin + 1)
-
-    def _footprints(
-        self, first: int, last: int, **how: bool
-    ) -> Iterator[tuple[int, dict[str, str], dict[str, str]]]:
-        one, other = (opener.call(footprints, first, last, **how) for opener in self._openers)
-        yield from zip(range(first, last + 1), one, other, strict=True)
 
 
 def _programs_of(run: RecordedRun) -> list[bytes]:
@@ -429,6 +416,18 @@ def _other_batch(one: Step, other: Step) -> list[str]:
         for name in dict.fromkeys((*pair[0], *pair[1]))
         if not (name in pair[0] and name in pair[1] and same_bits(pair[0][name], pair[1][name]))
     ]
+
+
+def in_lockstep(
+    sides: Sequence[Opener | OtherProcess], first: int, last: int, **how: bool
+) -> Iterator[tuple[int, dict[str, str], dict[str, str]]]:
+    """Yield each step with its footprints in two replays. how: see `footprints`."""
+    count = 1  # mostly, the first step differs already
+    while first <= last:
+        end = min(last, first + count - 1)
+        one, other = (side.call(footprints, first, end, **how) for side in sides)
+        yield from zip(range(first, end + 1), one, other, strict=True)
+        first, count = end + 1, min(8 * count, STRIDE)
 
 
 #: The name of the digest of the state before the first step.

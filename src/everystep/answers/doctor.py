@@ -87,7 +87,11 @@ def _own(directory: Path) -> Diagnosis:
         return Diagnosis(name, tuple(found), (*_states_without_database(directory),))
     checked: list[str] = []
     if run.status != "running":
-        found += _database_findings(run)
+        found += run.database_findings()
+        try:
+            found += run.findings()
+        except RunError as error:
+            found.append(Finding(FILE_NAME, str(error)))
         checked += ["losses", "measurements", "facts"]
     states: dict[SnapshotRow, str | None] = {}
     try:
@@ -121,15 +125,6 @@ def _link_findings(directory: Path) -> Iterator[Finding]:
         if path.is_symlink():
             place = str(path.relative_to(directory))
             yield Finding(place, "it is a link, which everystep did not make", "replace it by the file")
-
-
-def _database_findings(run: RecordedRun) -> Iterator[Finding]:
-    for problem in run.database_problems():
-        yield Finding(FILE_NAME, problem.partition(": ")[2])
-    try:
-        yield from run.findings()
-    except RunError as error:
-        yield Finding(FILE_NAME, str(error))
 
 
 def _state_findings(run: RecordedRun, states: dict[SnapshotRow, str | None]) -> Iterator[Finding]:

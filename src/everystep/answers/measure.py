@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from functools import partial
 from itertools import takewhile
 from typing import Any
@@ -33,6 +33,7 @@ __all__ = ["Measured", "Question", "measure", "until", "when"]
 Question = Expression | Callable[[Step], Any] | str
 
 
+@dataclass
 class Query(Visitor):
     """Runs the steps of a span, and asks a question at those that are due.
 
@@ -41,26 +42,20 @@ class Query(Visitor):
     looks_back: whether it needs tensors of the step before.
     """
 
-    def __init__(
-        self,
-        question: Question,
-        run: RecordedRun,
-        *,
-        every: int = 1,
-        as_condition: bool = False,
-        only_first: bool = False,
-        skipped: frozenset[int] = frozenset(),
-    ) -> None:
-        self._question = question
-        self._every = every
-        self._as_condition = as_condition
-        self._only_first = only_first
-        self._skipped = skipped
+    question: Question
+    run_asked: InitVar[RecordedRun]
+    every: int = 1
+    as_condition: bool = False
+    only_first: bool = False
+    skipped: frozenset[int] = frozenset()
+
+    def __post_init__(self, run_asked: RecordedRun) -> None:
         self._tensors: set[Reference] = set()
-        self.may_share = isinstance(question, Expression | str)  # a function may open steps itself
-        if isinstance(question, Expression):
-            self._evaluator = Evaluator(question, run, as_condition)
-            self._tensors = {r for r in question.references if not r.is_recorded}
+        # A function may open steps itself.
+        self.may_share = isinstance(self.question, Expression | str)
+        if isinstance(self.question, Expression):
+            self._evaluator = Evaluator(self.question, run_asked, self.as_condition)
+            self._tensors = {r for r in self.question.references if not r.is_recorded}
         self.looks_back = any(reference.is_previous for reference in self._tensors)
         #: Whether a step must be opened: for a function, and for rows.
         self._opens = not self.may_share or any(r.kind == "rows" for r in self._tensors)
@@ -72,7 +67,7 @@ class Query(Visitor):
     @property
     def is_done(self) -> bool:  # type: ignore[override]
         """Whether it needs no more steps."""
-        return self._only_first and bool(self._answers)
+        return self.only_first and bool(self._answers)
 
     def begin(self, replay: Replay, span: Span) -> int:
         """Begin with the state before the span; a step earlier if it needs tensors of that step."""
@@ -90,7 +85,7 @@ class Query(Visitor):
         assert stepper.state is not None
         number = stepper.state + 1
         if not self._is_looked_at(number):  # up to the next step to look at, without stopping
-            next_due = -(-(number + 1) // self._every) * self._every
+            next_due = -(-(number + 1) // self.every) * self.every
             until = min(last, next_due - 1 - self.looks_back)
             losses = stepper.run(max(number, until))
         elif self._opens:
@@ -125,20 +120,20 @@ class Query(Visitor):
             ExpressionError: the function does not return a number.
         """
         losses = self._previous_loss, loss
-        if isinstance(self._question, Expression):
+        if isinstance(self.question, Expression):
             if step is not None:
                 return self._evaluator.answer(number, losses, partial(opened_value, step))
             assert self._probe is not None
             return self._evaluator.answer(number, losses, self._probe.value_of)
-        if isinstance(self._question, str):
+        if isinstance(self.question, str):
             assert self._probe is not None
             return 1.0 if self._probe.stepper.ranks_differ() else None
         assert step is not None
-        answer = self._question(step)
+        answer = self.question(step)
         if answer is None:
             return None
         try:
-            if self._as_condition:
+            if self.as_condition:
                 return 1.0 if answer else None
             return float(answer)
         except (TypeError, ValueError, RuntimeError):
@@ -148,18 +143,18 @@ class Query(Visitor):
 
     def due(self, run: RecordedRun) -> list[Span]:
         """Return the spans of a run in which a step is due."""
-        every = self._every
+        every = self.every
         return [
             span
             for span in spans(run, 1, run.newest_step(), are_long=self.looks_back)
             if any(
-                number not in self._skipped
+                number not in self.skipped
                 for number in range(-(-span.first // every) * every, span.last + 1, every)
             )
         ]
 
     def _is_due(self, number: int) -> bool:
-        return number >= self._first and number % self._every == 0 and number not in self._skipped
+        return number >= self._first and number % self.every == 0 and number not in self.skipped
 
     def _is_looked_at(self, number: int) -> bool:
         return self._is_due(number) or (self.looks_back and self._is_due(number + 1))

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from everystep.answers.diff import BEFORE, footprints
+from everystep.answers.diff import BEFORE, in_lockstep
 from everystep.answers.operations import OperationDifference, StepPair
 from everystep.answers.other_process import Conditions, OtherProcess, opened, other_process
 from everystep.answers.rounding import Apart, apart, tolerance
@@ -229,13 +229,10 @@ def _taken_twice(opener: Opener, process: OtherProcess, number: int) -> StepPair
 
 def _parting_step(opener: Opener, process: OtherProcess, steps: range) -> int | None:
     """Return the first of some steps with a different result, None if it cannot be found again."""
-    for begin in steps[::STRIDE]:
-        end = min(begin + STRIDE - 1, steps[-1])
+    for step, one, other in in_lockstep((opener, process), steps.start, steps.stop - 1):
         # There, too, they begin with the recorded state: the losses before them are the same.
-        here, there = opener.call(footprints, begin, end), process.call(footprints, begin, end)
-        for step, (one, other) in enumerate(zip(here, there, strict=True), start=begin):
-            if one | {BEFORE: ""} != other | {BEFORE: ""}:
-                return step
+        if one | {BEFORE: ""} != other | {BEFORE: ""}:
+            return step
     return None
 
 

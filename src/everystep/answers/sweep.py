@@ -17,6 +17,7 @@ from everystep.recording.files import write_whole
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.summary import Summary
 from everystep.replay.shown import Shown
+from everystep.training.interrupt import REASONS
 
 if TYPE_CHECKING:
     import polars
@@ -55,7 +56,7 @@ class SweepRun:
         """Whether there is nothing to continue: it is finished, or stopped by a condition of its own."""
         if self.run is None or self.status != "stopped":
             return self.status == "finished"
-        return not (self.run.facts.reason or "").startswith("by the ")  # user, or system
+        return self.run.facts.reason not in REASONS.values()
 
 
 @dataclass(frozen=True, repr=False)

@@ -75,7 +75,7 @@ def verify(
     steps, not_kept = run.newest_step(), run.facts.not_kept
     found = parallel(opener, spans(run, 1, steps), Visitor(), processes, on_progress)
     replayed = list(found) if steps else []
-    damaged = [str(finding) for finding in run.findings()] + run.database_problems()
+    damaged = [str(finding) for finding in (*run.findings(), *run.database_findings())]
     others = [each for each in run.ranks if each.directory != run.directory]
     for rank in others:
         damaged += [f"{rank.name}: {finding}" for finding in rank.findings()]

@@ -174,45 +174,33 @@ def _is_loose(text: str) -> bool:
     return is_added or isinstance(tree, ast.IfExp | ast.Compare | ast.BoolOp)
 
 
+@dataclass(eq=False)
 class Call:
     """An operation with one wanted number.
 
-    Args:
-        operation: the operation.
-        inputs, results: its tensors by name, before and after.
-        outputs: the names of its results in order.
-        place: which of the outputs.
-        index: the place of the number there.
-        kind: another operator that has the same result, with these arguments.
-
-    kind: the name of the operator without what distinguishes its variants: `addmm` of `addmm_`.
+    inputs, results: its tensors by name, before and after; outputs: the names of its results in order;
+    place: which of the outputs; index: the place of the number there; kind: the name of the operator
+    without what distinguishes its variants (`addmm` of `addmm_`), or another operator that has the same
+    result, with these arguments.
     """
 
-    def __init__(
-        self,
-        operation: Operation,
-        inputs: Mapping[str, Tensor],
-        results: Mapping[str, Tensor],
-        outputs: Sequence[str | None],
-        place: int,
-        index: tuple[int, ...],
-        kind: str | None = None,
-        arguments: dict[str, Any] | None = None,
-    ) -> None:
-        self.operation = operation
-        self.inputs = inputs
-        self.results = results
-        self.outputs = outputs
-        self.place = place
-        self.index = index
-        self.written = outputs[place] or ""
-        self.kind = kind or kind_of(operation)
-        if arguments is None:
-            known = {each.name: each.default for each in parameters(operation.resolved)}
+    operation: Operation
+    inputs: Mapping[str, Tensor]
+    results: Mapping[str, Tensor]
+    outputs: Sequence[str | None]
+    place: int
+    index: tuple[int, ...]
+    kind: str = ""
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.written = self.outputs[self.place] or ""
+        self.kind = self.kind or kind_of(self.operation)
+        if not self.arguments:
+            known = {each.name: each.default for each in parameters(self.operation.resolved)}
             # In a program, a string is the name of a tensor.
             defaults = {k: {"text": v} if isinstance(v, str) else v for k, v in known.items()}
-            arguments = defaults | operation.given()
-        self.arguments = arguments
+            self.arguments = defaults | self.operation.given()
 
     def __contains__(self, key: str) -> bool:
         return self.arguments.get(key) is not None

@@ -142,18 +142,10 @@ def _extreme(one: Callable[[Any], Any], two: Callable[[Any, Any], Any]) -> Calla
     return lambda *given: one(*given) if len(given) == 1 else two(*given)
 
 
-def _mean(x: Any) -> Any:
-    return np.divide(total(x), np.size(x))
-
-
 def _logsumexp(x: Any) -> Any:
     highest = np.max(x)
     # The difference of two infinities would be NaN.
     return highest + np.log(total(np.exp(x - highest))) if np.isfinite(highest) else highest
-
-
-def _row_sums(x: Any, count: Any) -> Any:
-    return np.reshape(x, (-1, int(count))).sum(1)
 
 
 _erf, _erfc = (np.vectorize(of, otypes=[float]) for of in (math.erf, math.erfc))
@@ -198,8 +190,8 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "max": _extreme(np.max, np.maximum),
     "min": _extreme(np.min, np.minimum),
     "sum": total,
-    "mean": _mean,
+    "mean": lambda x: np.divide(total(x), np.size(x)),
     "logsumexp": _logsumexp,
     "softmax": lambda x: np.exp(x - _logsumexp(x)),
-    "row_sums": _row_sums,
+    "row_sums": lambda x, count: np.reshape(x, (-1, int(count))).sum(1),
 }

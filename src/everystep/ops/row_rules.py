@@ -7,6 +7,7 @@ same operator on the numbers of this row alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -50,6 +51,7 @@ class Result(NamedTuple):
     why: str | None = None
 
 
+@dataclass(eq=False)
 class RowsCall:
     """An operation, with the rows that its arguments belong to.
 
@@ -58,48 +60,41 @@ class RowsCall:
     after the loss; from_state: names of its inputs that are state.
     """
 
-    def __init__(
-        self,
-        seen: Observed,
-        tracked: Mapping[str, Tracked],
-        *,
-        count: int,
-        is_term: bool,
-        is_backward: bool,
-        from_state: frozenset[str],
-    ) -> None:
-        self.operation = seen.operation
-        self.kind = kind_of(seen.operation)
-        self.results = [*seen.results.values()]
-        self.count = count
-        self.is_term = is_term
-        self.is_backward = is_backward
-        self._from_state = from_state
-        self._tracked = tracked
-        self._given = seen.operation.given()
+    seen: Observed
+    tracked: Mapping[str, Tracked]
+    count: int
+    is_term: bool
+    is_backward: bool
+    from_state: frozenset[str]
+
+    def __post_init__(self) -> None:
+        self.operation = self.seen.operation
+        self.kind = kind_of(self.operation)
+        self.results = [*self.seen.results.values()]
+        self._given = self.operation.given()
 
     def __getitem__(self, name: str) -> Any:
         """Return an argument by its name: a `Tracked`, a list of them, or a plain value."""
         value = self._given.get(name)
         if isinstance(value, str):
-            return self._tracked[value]
+            return self.tracked[value]
         if isinstance(value, list | tuple) and any(isinstance(item, str) for item in value):
-            return [self._tracked[item] if isinstance(item, str) else item for item in value]
+            return [self.tracked[item] if isinstance(item, str) else item for item in value]
         return decode(value, lambda _: torch.empty(0))
 
     def tensors(self, *left_out: str) -> list[Tracked]:
         """Return all tensors among its arguments."""
         given = [value for name, value in self._given.items() if name not in left_out]
-        return [self._tracked[name] for name in references(given)]
+        return [self.tracked[name] for name in references(given)]
 
     def named(self, *left_out: str) -> dict[str, Tracked]:
         """Return the arguments that are tensors, by name."""
         given = {name: value for name, value in self._given.items() if isinstance(value, str)}
-        return {name: self._tracked[value] for name, value in given.items() if name not in left_out}
+        return {name: self.tracked[value] for name, value in given.items() if name not in left_out}
 
     def is_state(self, name: str) -> bool:
         """Whether an argument is a tensor of the state."""
-        return self._given.get(name) in self._from_state
+        return self._given.get(name) in self.from_state
 
     def require_shared(self, *names: str) -> None:
         """Check that arguments belong to no row.
@@ -128,7 +123,7 @@ class RowsCall:
         written = set(self.operation.written())
 
         def tensor_of(name: str) -> Tensor:
-            value = self._tracked[name].value
+            value = self.tracked[name].value
             return value.clone() if name in written else value  # the recorded one stays as it is
 
         given = {name: decode(value, tensor_of) for name, value in self._given.items()} | replaced

@@ -173,8 +173,9 @@ def limit_memory(limit: int | None = None) -> None:
 
 
 def status_of(error: Exception) -> int:
-    """Return the HTTP status that answers an error of everystep."""
-    return 404 if isinstance(error, RunError) else 400 if isinstance(error, UsageError) else 500
+    """Return the HTTP status that answers an error of everystep: its own, if it has one."""
+    known = 404 if isinstance(error, RunError) else 400 if isinstance(error, UsageError) else 500
+    return getattr(error, "status", known)
 
 
 def memory_message(error: Exception) -> str | None:

@@ -57,10 +57,8 @@ def cookie_of(token: str) -> str:
 class Guard:
     """Refuses requests that do not come from the page itself, and sets security headers.
 
-    Args:
-        app: the guarded application.
-        token: the required token.
-        host: the host it listens on; names of this machine are allowed, too.
+    app: the guarded application; token: the required token; host: the host it listens on; names of this
+    machine are allowed, too.
     """
 
     def __init__(self, app: ASGIApp, token: str, host: str = "127.0.0.1") -> None:

@@ -74,13 +74,8 @@ def region(
     In a larger region, each number represents a block: the one with the largest absolute value, with its
     sign; NaN has precedence, so that no non-finite number is lost.
 
-    Args:
-        tensor: the tensor that has the numbers.
-        index: of the first 2-d slice.
-        rows: the first, and one past the last; absent: all.
-        columns: the same.
-        most: numbers along a side.
-        count: of slices, which come one after the other; `about` describes the first.
+    index: of the first 2-d slice; rows, columns: the first, and one past the last; absent: all; most:
+    numbers along a side; count: of slices, which come one after the other; `about` describes the first.
 
     Raises:
         UsageError: there is no such slice or region.

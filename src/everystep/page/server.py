@@ -59,12 +59,9 @@ def serve(
 ) -> None:
     """Serve the page of the runs in a directory, until Ctrl-C.
 
-    Args:
-        directory: where the runs are.
-        run: the name of the one to open at.
-        host: to listen on; beyond loopback, other machines can reach the page.
-        port: to listen on; if it is taken, the next free one.
-        browser: open a browser; None: if there is a screen.
+    run: the name of the one to open at; host: to listen on; beyond loopback, other machines can reach
+    the page; port: to listen on; if it is taken, the next free one; browser: open a browser; None: if
+    there is a screen.
 
     Raises:
         UsageError: nothing can be served there.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -59,25 +60,18 @@ def _side(
         "module": own.operation.module,
         "line": None if own.line is None else str(own.line),
         "tensors": [
-            {"name": (name, its_name)[place], "called": called.get(name, name), "role": role}
-            | _tensor(tensor, its, positions.get((role, (name, its_name)[place]), []))
+            {"name": (name, its_name or name)[place], "called": called.get(name, name), "role": role}
+            | _tensor(tensor, its, positions.get((role, (name, its_name or name)[place]), []))
             for role, called, mine, others in (
                 ("input", line.given, own.read, other.read),
                 ("result", line.made, own.made, other.made),
             )
-            for name, tensor, its_name, its in _paired(mine, others)
+            # Those at the same place belong together; the other run may have fewer.
+            for (name, tensor), (its_name, its) in zip(
+                mine.items(), chain(others.items(), repeat(("", None))), strict=False
+            )
         ],
     }
-
-
-def _paired(
-    mine: dict[str, Tensor], others: dict[str, Tensor]
-) -> Iterator[tuple[str, Tensor, str, Tensor | None]]:
-    """Yield each tensor with the one at the same place in the other run, both with their names."""
-    pairs = list(others.items())
-    for place, (name, tensor) in enumerate(mine.items()):
-        its_name, its = pairs[place] if place < len(pairs) else (name, None)
-        yield name, tensor, its_name, its
 
 
 def _tensor(

@@ -39,8 +39,7 @@ class Wanted:
 def wanted_of(query: Mapping[str, str]) -> Wanted:
     """Read a query.
 
-    Args:
-        query: `sort`, `direction`, `first` and `last` (steps), `low` and `high` (losses).
+    query: `sort`, `direction`, `first` and `last` (steps), `low` and `high` (losses).
 
     Raises:
         UsageError: a part of it is invalid.

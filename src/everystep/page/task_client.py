@@ -7,6 +7,7 @@ import secrets
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
+from everystep.errors import EverystepError
 from everystep.page.child_process import Child, Ended
 
 __all__ = ["Busy", "Event", "Task", "Tasks"]
@@ -23,8 +24,10 @@ _PATIENCE = 60.0
 _LAST_PATIENCE = 5.0
 
 
-class Busy(Exception):  # noqa: N818  # nothing is wrong
+class Busy(EverystepError):  # noqa: N818  # nothing is wrong
     """There are as many tasks as there may be; the message is for the user."""
+
+    status = 409
 
 
 class Event(NamedTuple):

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from everystep.errors import RunError
+from everystep.errors import EverystepError, RunError
 from everystep.page.child_process import Child, Ended
 from everystep.recording.directories import RANKS
 
@@ -23,6 +23,8 @@ _LEAVING_PATIENCE = 1.0
 _LONGEST = 600.0
 #: Seconds that it has to import torch.
 _STARTING_PATIENCE = 10.0
+#: A stopping server treats all clients as disconnected; only those that still listen read this.
+_STOPPING = "the server is being stopped"
 
 
 class Answer(NamedTuple):
@@ -33,11 +35,13 @@ class Answer(NamedTuple):
     content: bytes
 
 
-class NoAnswer(Exception):  # noqa: N818  # the request is not at fault
+class NoAnswer(EverystepError):  # noqa: N818  # the request is not at fault
     """The worker has ended instead of answering; the message is for the user."""
 
+    status = 502
 
-class Gone(Exception):  # noqa: N818
+
+class Gone(NoAnswer):
     """Whoever asked has gone before it was their turn."""
 
 
@@ -81,14 +85,14 @@ class WorkerClient:
             async with self._turn:
                 await asyncio.sleep(0)  # a client that disconnected while it waited is noticed
                 if leaving.done():
-                    raise Gone
+                    raise Gone(_STOPPING)
                 return await self._answer({"kind": kind, "run": str(run.absolute())} | asked, leaving)
         finally:
             leaving.cancel()
 
     async def _answer(self, request: dict[str, Any], leaving: asyncio.Future[Any]) -> Answer:
         if self._is_closed:
-            raise NoAnswer("the server is being stopped")
+            raise NoAnswer(_STOPPING)
         if not self._is_alive:
             self._process = await _begin_worker()
         assert self._process is not None
@@ -101,7 +105,7 @@ class WorkerClient:
                 has_left = leaving.done()
                 await self._give_up(self._process, exchange)
                 if has_left:
-                    raise Gone
+                    raise Gone(_STOPPING)
                 raise NoAnswer(
                     f"this took more than {_LONGEST / 60:.0f} minutes and was stopped, because other "
                     "requests wait; `everystep step` in a terminal has no such limit"

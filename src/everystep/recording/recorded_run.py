@@ -413,9 +413,9 @@ class RecordedRun:
         found = structure_findings(database, database.facts())
         return [*found, *number_findings(database, known, since)]
 
-    def database_problems(self) -> list[str]:
+    def database_findings(self) -> list[Finding]:
         """Return what SQLite itself finds wrong with the whole database."""
-        return [f"{FILE_NAME}: {problem}" for problem in self._read(Database.check_quickly)]
+        return [Finding(FILE_NAME, problem) for problem in self._read(Database.check_quickly)]
 
     @property
     def damage(self) -> str | None:

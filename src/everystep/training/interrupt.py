@@ -9,10 +9,10 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, Self
 
-__all__ = ["Interrupt"]
+__all__ = ["REASONS", "Interrupt"]
 
 #: Reasons, as a run has them.
-_REASONS = {signal.SIGINT: "by the user (Ctrl-C)", signal.SIGTERM: "by the system (SIGTERM)"}
+REASONS = {signal.SIGINT: "by the user (Ctrl-C)", signal.SIGTERM: "by the system (SIGTERM)"}
 
 
 class Interrupt:
@@ -41,7 +41,7 @@ class Interrupt:
     @property
     def reason(self) -> str | None:
         """Why the training ends, None if no signal arrived."""
-        return None if self._signal is None else _REASONS[signal.Signals(self._signal)]
+        return None if self._signal is None else REASONS[signal.Signals(self._signal)]
 
     @property
     def is_by_user(self) -> bool:
@@ -51,7 +51,7 @@ class Interrupt:
     def __enter__(self) -> Self:
         if threading.current_thread() is not threading.main_thread():
             return self
-        before = {number: signal.getsignal(number) for number in _REASONS}
+        before = {number: signal.getsignal(number) for number in REASONS}
         if isinstance(getattr(before[signal.SIGINT], "__self__", None), Interrupt):
             return self
         if callable(before[signal.SIGINT]):
@@ -92,7 +92,7 @@ _forking = threading.local()
 
 def _before_fork() -> None:
     """Hold signals back: the child would lose one that comes before it has handlers of its own."""
-    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _REASONS if _in_force else ())
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, REASONS if _in_force else ())
 
 
 def _after_fork() -> None:

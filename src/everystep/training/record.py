@@ -24,7 +24,7 @@ from everystep.step.cursor import Cursor
 from everystep.step.parts import Parts, check_parts, with_inner
 from everystep.training.batch import PutTensors, unnested
 from everystep.training.conditions import LoopConditions
-from everystep.training.interrupt import Interrupt
+from everystep.training.interrupt import REASONS, Interrupt
 from everystep.training.loader_position import LoaderPosition
 from everystep.training.loop_iterator import LoopIterator
 from everystep.training.loop_start import LoopStart
@@ -559,7 +559,7 @@ _beginning = threading.RLock()
 def _status(error: BaseException | None, stopped: str | None) -> tuple[str, str | None]:
     """Return how a recording ended, and why. stopped: the argument of `stop`."""
     if isinstance(error, KeyboardInterrupt):
-        return "stopped", "by the user (Ctrl-C)"
+        return "stopped", REASONS[signal.SIGINT]
     if isinstance(error, Exception):
         return "failed", str(error).strip() or type(error).__name__
     return ("finished", None) if stopped is None else ("stopped", stopped)

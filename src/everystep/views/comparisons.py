@@ -335,8 +335,7 @@ def _pair(found: Rerun, place: int) -> str:
 
 
 def _bits_text(found: OperationDifference) -> str:
-    observed = found.one or found.other
-    assert observed is not None
+    observed = found.sides[0]
     where = f"#{found.index} of step {found.step:,}, {operation_name(observed.operation)}"
     lines = [
         f"first difference: operation {where}",

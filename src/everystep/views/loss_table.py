@@ -107,10 +107,8 @@ class LossTable:
 def loss_table(run: RecordedRun, rows: int = 100_000) -> LossTable:
     """Return the losses and measurements of a run as a table.
 
-    Args:
-        run: the run.
-        rows: maximum number of rows, at least 100. For a longer run, the table is an excerpt, with a
-            note: evenly spaced steps, the extremes of the steps between them, the first, the last.
+    rows: maximum number of rows, at least 100. For a longer run, the table is an excerpt, with a note:
+    evenly spaced steps, the extremes of the steps between them, the first, the last.
 
     Raises:
         UsageError: `rows` is too small.

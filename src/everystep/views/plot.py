@@ -125,19 +125,31 @@ def _plot(
         points.append(_drawable(curve, name, "loss", log, notes))
         marks.append(_nonfinite(curve, name, notes))
     lines = _measured(runs, names, measurements, log, notes)
-    several = len(names) > 1
-    frame = pd.concat(points)
-    plot = p9.ggplot(frame, p9.aes("step", "value")) + _layers(several, frame, pd.concat(marks), lines)
-    if several:
-        plot += p9.scale_colour_manual(COLOURS * len(names), breaks=names, limits=names)
-        if not len(lines):
-            plot += p9.guides(colour=p9.guide_legend(override_aes={"size": 3}))
+    frame, wrong, several = pd.concat(points), pd.concat(marks), len(names) > 1
+    dots = {"size": 1.4 if len(frame) <= MOST / 2 else 0.9, "stroke": 0}
+    if several:  # colour distinguishes runs, or else measurements
+        by = p9.aes(colour="run", linetype="measurement", group="run + measurement")
+        layers = [p9.geom_point(p9.aes(colour="run"), **dots)]
+    else:
+        by, layers = p9.aes(colour="measurement"), [p9.geom_point(colour=INK, **dots)]
+    if len(lines):
+        layers.append(p9.geom_line(by, data=lines, size=0.7))
+    if len(lines) and several:
+        layers.append(p9.scale_linetype_manual(LINES * lines["measurement"].nunique()))
     elif len(lines):
-        plot += p9.scale_colour_manual(COLOURS * len(measurements))
+        layers.append(p9.scale_colour_manual(COLOURS * len(measurements)))
+    elif several:
+        layers.append(p9.guides(colour=p9.guide_legend(override_aes={"size": 3})))
+    if several:
+        layers.append(p9.scale_colour_manual(COLOURS * len(names), breaks=names, limits=names))
+    if len(wrong):
+        rug = p9.geom_rug(p9.aes(x="step"), data=wrong, inherit_aes=False, sides="b", colour=ALARM)
+        layers.append(rug)
     others = [name for name in dict.fromkeys(measurements) if not name.endswith("loss")]
     log = log and any(map(len, [*points, lines]))
     y = ", ".join(["loss", *map(_plain, others)])
-    return plot + _finish(log, y, "" if several else names[0], notes)
+    layers += _finish(log, y, "" if several else names[0], notes)
+    return p9.ggplot(frame, p9.aes("step", "value")) + layers
 
 
 def save_plot(plot: p9.ggplot, path: str | Path) -> None:
@@ -222,29 +234,6 @@ def _held(frame: pl.DataFrame, last: int) -> pl.DataFrame:
 def _pandas(frame: pl.DataFrame, name: str, column: str) -> pd.DataFrame:
     values = {"step": frame["step"].to_numpy(), "value": frame[column].to_numpy().astype(np.float64)}
     return pd.DataFrame(values).assign(run=name)
-
-
-def _layers(several: bool, points: pd.DataFrame, marks: pd.DataFrame, lines: pd.DataFrame) -> list[Any]:
-    """Return points, lines and marks; color distinguishes runs, or else measurements."""
-    size = 1.4 if len(points) <= MOST / 2 else 0.9
-    if several:
-        layers = [p9.geom_point(p9.aes(colour="run"), size=size, stroke=0)]
-    else:
-        layers = [p9.geom_point(colour=INK, size=size, stroke=0)]
-    if len(lines):
-        by = (
-            p9.aes(colour="run", linetype="measurement", group="run + measurement")
-            if several
-            else p9.aes(colour="measurement")
-        )
-        layers.append(p9.geom_line(by, data=lines, size=0.7))
-        if several:
-            layers.append(p9.scale_linetype_manual(LINES * lines["measurement"].nunique()))
-    if len(marks):
-        layers.append(
-            p9.geom_rug(p9.aes(x="step"), data=marks, inherit_aes=False, sides="b", colour=ALARM)
-        )
-    return layers
 
 
 def _finish(log: bool, y: str, title: str, notes: Sequence[str]) -> list[Any]:

@@ -27,11 +27,9 @@ def reduce(frame: polars.DataFrame, buckets: int, value: str = "loss") -> polars
     with its smallest and with its largest finite value and its first row that is not finite; and the
     first and the last row of all. Rows are returned unchanged, with all their columns, in order.
 
-    Args:
-        frame: in ascending order of the column `step`; a missing value counts as NaN.
-        buckets: their number, at least 1. A frame of up to twice as many rows is returned unchanged; of
-            a longer one, at most three rows per bucket and two more are kept.
-        value: the column of the values, numbers.
+    frame: in ascending order of the column `step`; a missing value counts as NaN; buckets: their number,
+    at least 1: a frame of up to twice as many rows is returned unchanged; of a longer one, at most three
+    rows per bucket and two more are kept; value: the column of the values, numbers.
     """
     assert buckets >= 1
     if len(frame) <= 2 * buckets:
@@ -85,11 +83,7 @@ class Sparkline(NamedTuple):
 
 
 def sparkline(losses: polars.DataFrame) -> Sparkline:
-    """Return the picture of the losses, one point or two to a pixel.
-
-    Args:
-        losses: columns step and loss, in order of the steps.
-    """
+    """Return the picture of the losses (step, loss; in order), one point or two to a pixel."""
     points = reduce(losses, WIDTH // 2)
     steps = points["step"].to_numpy().astype(np.float64)
     values = points["loss"].to_numpy().astype(np.float64)

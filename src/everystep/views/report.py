@@ -65,9 +65,7 @@ def report_html(run: RecordedRun, opened: Markup | None = None, modules: Sequenc
 
     For a run of more than 50,000 steps, it holds the excerpt of `loss_table`, with a note.
 
-    Args:
-        opened: a section of opened steps.
-        modules: of the page, which the section loads first.
+    opened: a section of opened steps; modules: of the page, which the section loads first.
     """
     table = loss_table(run, rows=ROWS)
     facts = run.facts

@@ -6,15 +6,16 @@ common table, and their numbers are sent separately.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from everystep.errors import UsageError
-from everystep.recording.facts import Facts, LoopFacts, ModuleFacts, TrainingFacts
+from everystep.recording.facts import Facts, ModuleFacts, TrainingFacts
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.texts import loss_text, optimizer_parts, shortest
 from everystep.replay.opened_step import Batch, Segment, Step, norm, statistics
@@ -31,39 +32,50 @@ class SegmentSeen(NamedTuple):
     """A segment of a step.
 
     optimizer: the name of the optimizer that updates in it; None if it is not an update, or unknown.
-    settings: the optimizer's learning rates and similar settings at this step. formulas: of the
-    parameters that it changed, in the order of the step; a parameter that several segments change
-    belongs to the last of them.
+    settings: the optimizer's learning rates and similar settings at this step. parameters: those that it
+    updates, in the order of the step; one that several segments change belongs to the last of them.
+    formulas: of these, as far as operations show them.
     """
 
     segment: Segment
-    optimizer: str | None
-    settings: dict[str, float]
-    formulas: dict[str, UpdateFormula]
+    optimizer: str | None = None
+    settings: Mapping[str, float] = MappingProxyType({})
+    parameters: Sequence[str] = ()
+    formulas: Mapping[str, UpdateFormula] = MappingProxyType({})
 
 
-def as_it_happened(
-    step: Step, training: TrainingFacts, loop: LoopFacts
-) -> tuple[list[SegmentSeen], list[str]]:
-    """Return the segments of a step in order, and the parameters that no optimizer has changed."""
-    left = [n for n, u in step.updates.items() if not torch.equal(u.before, u.after)]
-    optimizers = training.optimizers
+def as_it_happened(step: Step, training: TrainingFacts) -> tuple[list[SegmentSeen], list[str]]:
+    """Return the segments of a step in order, and the parameters that no optimizer has changed.
+
+    A step of everystep's own has one update, which may leave parameters as they are; and it always drops
+    gradients, even if no operation shows it.
+    """
+    is_own, optimizers = training.loop is None, training.optimizers
+    updates = step.updates.items()
+    left = [n for n, u in updates if is_own or not torch.equal(u.before, u.after)]
     known = {name: update_formulas(step.operations, {name: o}) for name, o in optimizers.items()}
+    segments = step.segments(() if training.loop is None else training.loop.parts)
+    if is_own and all(each.phase != "zero_grad" for each in segments):
+        at = next((n for n, each in enumerate(segments) if each.phase == "backward"), len(segments))
+        first = segments[at - 1].last + 1 if at else 0
+        segments.insert(at, Segment("zero_grad", None, first, first - 1))
     found = []
-    for segment in reversed(step.segments(loop.parts)):
+    for segment in reversed(segments):
         if segment.phase != "update":
-            found.append(SegmentSeen(segment, None, {}, {}))
+            found.append(SegmentSeen(segment))
             continue
         optimizer = segment.part if segment.part in optimizers else next(iter(optimizers), None)
         formulas = known.get(optimizer or "", {})
         numbers = set(range(segment.first, segment.last + 1))
-        own = [n for n in left if n in formulas and not numbers.isdisjoint(formulas[n].numbers)]
+        changed = {n: f for n, f in formulas.items() if not numbers.isdisjoint(f.numbers)}
+        own = [name for name in left if is_own or name in changed]
         left = [name for name in left if name not in own]
         prefix = f"{segment.part}." if segment.part else ""  # of the only one, names have none
         given = step.hyperparameters.items()
         settings = {key.removeprefix(prefix): value for key, value in given if key.startswith(prefix)}
-        found.append(SegmentSeen(segment, optimizer, settings, {n: formulas[n] for n in own}))
-    return found[::-1], left
+        its = {name: changed[name] for name in own if name in changed}
+        found.append(SegmentSeen(segment, optimizer, settings, own, its))
+    return found[::-1], [] if is_own else left
 
 
 #: Images are drawn up to this many pixels along a side.
@@ -84,11 +96,8 @@ def step_data(step: Step, run: RecordedRun, *, values: bool = False) -> dict[str
     optimizer, settings = optimizer_parts(training.optimizers)
     loss = loss_text(training.loss)
     loop = training.loop
-    segments, changed_otherwise = as_it_happened(step, training, loop) if loop else (None, [])
-    if segments is None:
-        formulas = update_formulas(step.operations, training.optimizers)
-    else:
-        formulas = {name: each for seen in segments for name, each in seen.formulas.items()}
+    segments, changed_otherwise = as_it_happened(step, training)
+    formulas = {name: each for seen in segments for name, each in seen.formulas.items()}
     layers = network(step, training.modules)
     for layer in layers:
         if (output := first_of(step.activations.get(layer["path"]))) is not None:
@@ -115,7 +124,7 @@ def step_data(step: Step, run: RecordedRun, *, values: bool = False) -> dict[str
         "buffers": tensors.of("buffers", step.buffers),
         "network": layers,
         "operations": _operations(step, tensors),
-        "segments": None if segments is None else _segments(segments, training),
+        "segments": None if loop is None else _segments(segments, training),
         "changed_otherwise": changed_otherwise,
         "dropped": tensors.of("dropped", step.dropped),
         "gradients": tensors.of("gradients", _as_made(step)),
@@ -132,9 +141,7 @@ def network(step: Step, modules: Mapping[str, ModuleFacts]) -> list[dict[str, An
 
     A module with submodules is included only if it ran operations of its own.
 
-    Args:
-        step: the opened step.
-        modules: of the model, by path.
+    modules: of the model, by path.
     """
     containers = {path.rpartition(".")[0] for path in modules if path}
     operations: dict[str, list[int]] = {}
@@ -339,7 +346,7 @@ def _segments(segments: list[SegmentSeen], training: TrainingFacts) -> list[dict
         found.append(
             seen.segment._asdict()
             | {"optimizer": {"name": name, "settings": settings} if optimizer else None}
-            | {"hyperparameters": seen.settings, "parameters": list(seen.formulas)}
+            | {"hyperparameters": dict(seen.settings), "parameters": list(seen.parameters)}
         )
     return found
 
@@ -405,9 +412,7 @@ def unset_ids(step: Step) -> frozenset[str]:
 def images_of(x: Tensor, facts: Facts) -> Tensor | None:
     """Return a batch as images, before scaling; None if it is not one of images.
 
-    Args:
-        x: (N, 1 or 3, H, W).
-        facts: of the run.
+    x: (N, 1 or 3, H, W); facts: of the run.
     """
     shape = x.shape
     if len(shape) != 4 or shape[1] not in (1, 3) or max(shape[2:]) > _LARGEST_IMAGE:

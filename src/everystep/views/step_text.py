@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import islice
-from typing import get_args
+from typing import cast, get_args
 
 from rich.text import Text
 from torch import Tensor
 
 from everystep.errors import UsageError, did_you_mean
 from everystep.program.operation import CodeLine, Phase
-from everystep.recording.facts import Facts, LoopFacts
+from everystep.recording.facts import Facts
 from everystep.recording.texts import loss_text, optimizer_parts, shortest
-from everystep.replay.opened_step import Step, norm
+from everystep.replay.opened_step import Segment, Step, norm
 from everystep.views.batch_text import (
     MOST_VALUES,
     class_names,
@@ -36,7 +36,7 @@ from everystep.views.tensor_texts import (
     write_tensors,
 )
 from everystep.views.terminal import Cell, Column, Page, Styled, keyed, table_lines
-from everystep.views.update_formula import UpdateFormula, update_formulas
+from everystep.views.update_formula import UpdateFormula
 
 __all__ = ["PHASES", "step_text"]
 
@@ -91,15 +91,10 @@ def step_text(
 ) -> Text:
     """Return a step as text, to print with `soft_wrap=True`.
 
-    Args:
-        step: the step.
-        facts: of the run.
-        name: of the run.
-        phase: show only this one, in full; one of `PHASES`.
-        operation: show only this one, counted from 0 as in `Step.operations`.
-        values: show the values of the tensors, too; for more than 1,000 elements, only the edges.
-        lines: show the line of code above the operations that it called.
-        width: columns of the terminal; tables of operations omit what does not fit.
+    facts, name: of the run; phase: show only this one, in full; one of `PHASES`; operation: show only
+    this one, counted from 0 as in `Step.operations`; values: show the values of the tensors, too; for
+    more than 1,000 elements, only the edges; lines: show the line of code above the operations that it
+    called; width: columns of the terminal; tables of operations omit what does not fit.
 
     Raises:
         UsageError: the phase or the operation does not exist.
@@ -137,14 +132,27 @@ class _Opened:
         self.lines = mathematics(step.operations)
 
     def whole(self, name: str, phase: str | None) -> None:
-        """Write the page, or one phase of it."""
+        """Write the page, or one phase of it in full."""
         self._heading(name)
-        if phase is None and self.training.loop is not None:
-            self._as_it_happened(self.training.loop)
-        else:
-            alone = phase is not None or self.values
-            for each in PHASES if phase is None else (phase,):
-                self._phase(each, alone)
+        in_full = phase is not None or self.values
+        if phase in (None, "batch"):
+            self._batch()
+        segments, changed_otherwise = as_it_happened(self.step, self.training)
+        shown = [each for each in segments if phase in (None, each.segment.phase)]
+        if not shown and phase in get_args(Phase):
+            shown = [SegmentSeen(Segment(cast("Phase", phase), None, 0, -1))]
+        begun: set[str] = set()
+        last = max((n for n, each in enumerate(shown) if each.segment.phase == "backward"), default=None)
+        for number, seen in enumerate(shown):
+            self._segment(seen, in_full, is_first=seen.segment.phase not in begun)
+            begun.add(seen.segment.phase)
+            if number == last:
+                self._gradients()
+        if phase is None and last is None:
+            self._gradients()
+        if phase is None and changed_otherwise:
+            self.page.heading("changed", "outside the updates")
+            self.page.table(UPDATES, [self._update_row(name, None) for name in changed_otherwise])
         if f", {ABSOLUTE}" in self.page.text.plain:
             self.page.blank()
             self.page.line((f"{ABSOLUTE}: numbers are complex, statistics of absolute values", "dim"))
@@ -229,35 +237,6 @@ class _Opened:
             "recording"
         )
 
-    def _as_it_happened(self, loop: LoopFacts) -> None:
-        """Write a step of a loop: its batch, its segments in order, and other changes."""
-        step, page = self.step, self.page
-        self._batch()
-        segments, changed_otherwise = as_it_happened(step, self.training, loop)
-        for number, seen in enumerate(segments):
-            segment = seen.segment
-            title = self._title_of_update(seen) if segment.phase == "update" else segment.part or ""
-            page.heading(segment.phase.replace("_", " "), title)
-            if not seen.formulas:
-                self._list(range(segment.first, segment.last + 1), has_headings=number == 0)
-                continue
-            count = segment.last - segment.first + 1
-            several = f" to #{segment.last}, {count:,} operations" if count > 1 else ""
-            page.line((f"#{segment.first}{several}", "dim"), indent=_INDENT)
-            self._updated(seen.formulas, seen.formulas)
-        if step.gradients:
-            page.heading("grads", "as backward left them")
-            self._tensors(_gradients(step.gradients))
-        if changed_otherwise:
-            page.heading("changed", "outside the updates")
-            page.table(UPDATES, [self._update_row(name, None) for name in changed_otherwise])
-
-    def _title_of_update(self, seen: SegmentSeen) -> str:
-        optimizer = self.training.optimizers.get(seen.optimizer or "")
-        names = [seen.segment.part or "", optimizer.class_name if optimizer else ""]
-        settings = [f"{name} = {shortest(value)}" for name, value in seen.settings.items()]
-        return ", ".join(filter(None, [": ".join(filter(None, names)), *settings]))
-
     def _batch(self) -> None:
         """Write the batch; where values are asked for, all of it."""
         page, batch = self.page, self.step.batch
@@ -290,61 +269,68 @@ class _Opened:
         more = ", ..." if len(shown) < len(batch.rows) else ""
         return f"rows {', '.join(map(str, shown))}{more}{whole} ({len(batch.rows):,} of {total:,})"
 
-    def _phase(self, phase: str, alone: bool) -> None:
-        """Write what happened in a phase; alone: in full."""
-        if phase == "batch":
-            self._batch()
-        elif phase == "zero_grad":
-            self._zero_grad(alone)
+    def _segment(self, seen: SegmentSeen, in_full: bool, *, is_first: bool) -> None:
+        """Write a segment: the formulas of an update, or operations. is_first: of its phase."""
+        page, (phase, part, first, last) = self.page, seen.segment
+        is_own, dropped = self.training.loop is None, _gradients(self.step.dropped)
+        title, before = part or "", f"drops the gradients of step {self.step.number - 1:,}"
+        if phase == "loss" and is_own:
+            title = loss_text(self.training.loss)
+        elif phase == "zero_grad" and is_first and (dropped or is_own):
+            title = before if dropped else "no gradients to drop yet"
         elif phase == "update":
-            self._update(alone)
-        elif phase != "other" or alone or self._places(phase):
-            self.page.heading(phase, loss_text(self.training.loss) if phase == "loss" else "")
-            self._operations(phase, alone)
-            if phase == "backward":
-                self.page.blank()
-                self._tensors(_gradients(self.step.gradients))
-
-    def _zero_grad(self, alone: bool) -> None:
-        before, dropped = self.step.number - 1, _gradients(self.step.dropped)
-        if not dropped:
-            self.page.heading("zero_grad", "no gradients to drop yet")
-            return
-        self.page.heading("zero_grad", f"drops the gradients of step {before:,}")
-        if alone:
+            title = self._title_of_update(seen)
+        page.heading(phase, title)
+        if phase == "zero_grad" and is_first and in_full:
             self._tensors(dropped)
-        else:
+        elif phase == "zero_grad" and is_first and dropped:
             norms = [{"gradient": name, "norm": grouped(norm(each))} for name, each in dropped.items()]
-            self.page.table((keyed("gradient"), keyed("norm", is_number=True)), norms)
-        if self._places("zero_grad"):
-            self._operations("zero_grad", alone)
-
-    def _update(self, alone: bool) -> None:
-        step, page = self.step, self.page
-        name, settings = optimizer_parts(self.training.optimizers)
-        shown = {key: repr(float(shortest(value))) for key, value in step.hyperparameters.items()}
-        shown |= {k: v for k, v in settings.items() if k not in (*shown, "decoupled_weight_decay")}
-        page.heading("update", ", ".join([name, *(f"{key} = {value}" for key, value in shown.items())]))
-        if self.training.max_grad_norm is not None:
-            page.line((self._clipping(self.training.max_grad_norm), ""), indent=_INDENT)
-        self._updated(step.updates, update_formulas(step.operations, self.training.optimizers))
-        if alone:
+            page.table((keyed("gradient"), keyed("norm", is_number=True)), norms)
+        if seen.parameters:
+            self._updated(seen)
+        if in_full and seen.parameters:
             page.blank()
-            self._operations("update", alone)
-            for title in ("before", "after", "change"):
-                page.blank()
-                tensors = {name: getattr(update, title) for name, update in step.updates.items()}
-                self._tensors(tensors, title)
+        if in_full:
+            for place in range(first, last + 1):
+                self._operation_in_full(place)
+        elif first <= last and not seen.parameters:
+            has_headings = is_first and phase not in ("loss", "other")
+            self._list(range(first, last + 1), has_headings=has_headings)
+        if last < first and phase != "zero_grad":
+            page.line(("no operations", "dim"), indent=_INDENT)
+        for title in ("before", "after", "change") if in_full and seen.parameters else ():
+            page.blank()
+            updates = {name: self.step.updates[name] for name in seen.parameters}
+            self._tensors({name: getattr(each, title) for name, each in updates.items()}, title)
+
+    def _gradients(self) -> None:
+        if self.step.gradients:
+            self.page.heading("grads", "as backward left them")
+            self._tensors(_gradients(self.step.gradients))
+
+    def _title_of_update(self, seen: SegmentSeen) -> str:
+        """Return the optimizer with its settings, first those recorded at each step."""
+        optimizer = self.training.optimizers.get(seen.optimizer or "")
+        name, settings = optimizer_parts({"": optimizer}) if optimizer else ("", {})
+        shown = {key: repr(float(shortest(value))) for key, value in seen.settings.items()}
+        shown |= {k: v for k, v in settings.items() if k not in (*shown, "decoupled_weight_decay")}
+        texts = [f"{key} = {value}" for key, value in shown.items()]
+        return ", ".join(filter(None, [": ".join(filter(None, (seen.segment.part, name))), *texts]))
 
     def _clipping(self, limit: float) -> str:
         whole = sum(norm(gradient) ** 2 for gradient in self.step.gradients.values()) ** 0.5
         effect = "are not clipped" if whole + 1e-6 <= limit else "are clipped"  # as torch does
         return f"first, the gradients, with norm {grouped(whole)}, {effect}: max_grad_norm = {limit:g}"
 
-    def _updated(self, names: Iterable[str], formulas: Mapping[str, UpdateFormula]) -> None:
+    def _updated(self, seen: SegmentSeen) -> None:
         """Write both notations, once for all the parameters that share them, and how far each went."""
+        (_, _, first, last), limit = seen.segment, self.training.max_grad_norm
+        several = f" to #{last}, {last - first + 1:,} operations" if last > first else ""
+        self.page.line((f"#{first}{several}", "dim"), indent=_INDENT)
+        if limit is not None:
+            self.page.line((self._clipping(limit), ""), indent=_INDENT)
         of_formula: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = {}
-        for parameter, formula in formulas.items():
+        for parameter, formula in seen.formulas.items():
             of_formula.setdefault((formula.operators, formula.calls), []).append(parameter)
         for (operators, calls), parameters in of_formula.items():
             if len(of_formula) > 1:
@@ -355,7 +341,8 @@ class _Opened:
                 for line in lines:
                     self.page.wrapped(line, style, indent=_INDENT)
         self.page.blank()
-        self.page.table(UPDATES, [self._update_row(name, formulas.get(name)) for name in names])
+        rows = [self._update_row(name, seen.formulas.get(name)) for name in seen.parameters]
+        self.page.table(UPDATES, rows)
 
     def _update_row(self, name: str, formula: UpdateFormula | None) -> Mapping[str, Cell]:
         """Return a parameter, how far it went, and the operations that took it there, if known."""
@@ -366,20 +353,6 @@ class _Opened:
             "relative": f"{100 * update.relative_size:.3g}%",
             "by": _operations_text(formula.numbers) if formula else "",
         }
-
-    def _operations(self, phase: str, alone: bool) -> None:
-        """List the operations of a phase: a line for each, or a single one in full."""
-        places = self._places(phase)
-        if not places:
-            self.page.line(("no operations", "dim"), indent=_INDENT)
-        elif alone:
-            for place in places:
-                self._operation_in_full(place)
-        else:
-            self._list(places, has_headings=phase not in ("loss", "other"))
-
-    def _places(self, phase: str) -> list[int]:
-        return [i for i, seen in enumerate(self.step.operations) if seen.operation.phase == phase]
 
     def _list(self, places: Sequence[int], *, has_headings: bool) -> None:
         for place in (-1, *places) if has_headings else places:

@@ -271,11 +271,7 @@ DERIVED |= {
 def spot_of(step: Step, facts: Facts, id: str, index: str) -> str | Spot:
     """Return where a number of a tensor is, for `why`.
 
-    Args:
-        step: the opened step.
-        facts: of the run.
-        id: of the tensor, as `Step.data` names it.
-        index: of the number in it: `3,5`.
+    facts: of the run; id: of the tensor, as `Step.data` names it; index: of the number in it: `3,5`.
 
     Raises:
         UsageError: there is no such number, or it is unknown.

@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from everystep.errors import UsageError
 from everystep.page.table_rows import whole
-from everystep.page.worker_client import Answer, Gone, NoAnswer, WorkerClient
+from everystep.page.worker_client import Answer, WorkerClient
 
 __all__ = ["routes"]
 
@@ -82,13 +82,7 @@ async def _answered(request: Request, worker: WorkerClient, kind: str, **asked: 
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    try:
-        answer = await worker.ask(kind, directory, gone=gone, **asked)
-    except NoAnswer as error:
-        return JSONResponse({"error": str(error)}, 502)
-    except Gone:
-        # A stopping server treats all clients as disconnected; only those that still listen read this.
-        return JSONResponse({"error": "the server is being stopped"}, 502)
+    answer = await worker.ask(kind, directory, gone=gone, **asked)
     if answer.status != 200:
         return JSONResponse(answer.about, answer.status)
     return _response(kind, answer, directory.name)

@@ -9,10 +9,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from everystep.errors import UsageError
+from everystep.errors import RunError, UsageError
 from everystep.page.live import SILENCE, EventStream, event, last_seen
 from everystep.page.routes.request_body import Field, fields_of, flag, settings, text, whole, wholes
-from everystep.page.task_client import Busy, Task
+from everystep.page.task_client import Task
 
 __all__ = ["routes"]
 
@@ -72,28 +72,19 @@ def _asking(kind: str) -> Callable[[Request], Awaitable[Response]]:
                 _check_new(asked["name"], request)
             directory = run_index.run(request.path_params["name"]).directory
         task = {"task": kind, "run": str(directory.absolute()), "asked": asked}
-        try:
-            return JSONResponse({"task": await request.app.state.tasks.begin(task)})
-        except Busy as error:
-            return JSONResponse({"error": str(error)}, 409)
+        return JSONResponse({"task": await request.app.state.tasks.begin(task)})
 
     return begin
 
 
 async def events(request: Request) -> Response:
     """Send the messages of a task as server-sent events, until it ends."""
-    task = _task(request)
-    if task is None:
-        return _unknown()
-    return EventStream(_stream(task, last_seen(request)))
+    return EventStream(_stream(_task(request), last_seen(request)))
 
 
 async def cancel(request: Request) -> Response:
     """Stop a task; its results so far are kept."""
-    task = _task(request)
-    if task is None:
-        return _unknown()
-    await task.stop()
+    await _task(request).stop()
     return JSONResponse({})
 
 
@@ -102,13 +93,11 @@ async def _stream(task: Task, after: int) -> AsyncIterator[str]:
         yield SILENCE if each is None else event(each.name, each.content, each.number)
 
 
-def _task(request: Request) -> Task | None:
+def _task(request: Request) -> Task:
     found: Task | None = request.app.state.tasks.find(request.path_params["id"])
+    if found is None:
+        raise RunError("this task no longer exists; ask again")
     return found
-
-
-def _unknown() -> Response:
-    return JSONResponse({"error": "this task no longer exists; ask again"}, 404)
 
 
 def _check_new(name: str, request: Request) -> None:
