@@ -94,11 +94,7 @@ def _fuzz(kind: str, seconds: float, first_seed: int) -> Found:
 
 
 def _loops(folder: Path) -> Iterator[Property]:
-    with closing(loops.Verifier()) as verifier:
-        yield (
-            loops.LOOPS,
-            _in_a_new_place(folder, lambda case, at: loops.record_and_compare(case, at, verifier)),
-        )
+    yield loops.LOOPS, _in_a_new_place(folder, loops.record_and_compare)
 
 
 def _stopped(folder: Path) -> Iterator[Property]:

@@ -10,11 +10,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import json
 import math
 import random
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,7 +35,6 @@ __all__ = [
     "Function",
     "Loop",
     "Played",
-    "Verifier",
     "play",
     "record_and_compare",
     "resume_and_compare",
@@ -522,54 +518,8 @@ def _plain(value: Any) -> Any:
 
 # What is compared.
 
-#: Runs in a separate process, without the loop.
-REPLAY = """
-import json, sys, warnings
-from tests.fuzz.loops import digest
-import everystep
-warnings.simplefilter("ignore")
-for line in sys.stdin:
-    found = {"said": [], "states": {}, "losses": {}}
-    try:
-        run = everystep.open(line.strip())
-        verified = run.verify(processes=1, progress=False)
-        found["steps"] = len(run)
-        found["said"] += [] if verified.is_exact else [repr(verified)]
-        for number in range(1, len(run) + 1):
-            step = run[number]
-            found["losses"][number] = repr(float(step.loss) + 0.0)
-            found["said"] += [] if step.is_exact else [f"step {number} is not exact"]
-            found["states"][number] = digest(dict(sorted(run.parameters(number).items())))
-    except everystep.errors.EverystepError as error:
-        found["said"].append(f"{type(error).__name__}: {error}")
-    except Exception as error:
-        import traceback
-        found["crash"] = traceback.format_exc()
-    print(json.dumps(found), flush=True)
-"""
 
-
-class Verifier:
-    """A process that verifies many runs; starting one takes seconds."""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", REPLAY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def __call__(self, directory: Path) -> dict[str, Any]:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(f"{directory}\n")
-        self._process.stdin.flush()
-        found: dict[str, Any] = json.loads(self._process.stdout.readline())
-        return found
-
-    def close(self) -> None:
-        with self._process:  # which closes its pipes, and waits
-            pass
-
-
-def record_and_compare(loop: Loop, directory: Path, verifier: Verifier) -> str:
+def record_and_compare(loop: Loop, directory: Path) -> str:
     """Record a loop and verify its run; return "exact", or "empty": it has no step.
 
     Raises:
@@ -587,15 +537,12 @@ def record_and_compare(loop: Loop, directory: Path, verifier: Verifier) -> str:
     assert len(alone.losses) - nothing <= len(losses) <= len(alone.losses)
     if not losses:
         return "empty"
-    found = verifier(directory)
-    assert "crash" not in found, found["crash"]
-    wrong = [
-        number
-        for number, state in found["states"].items()
-        if state != alone.states[int(number) - 1] or found["losses"][number] != losses[int(number) - 1]
-    ]
-    assert not wrong or found["said"], f"steps {wrong} are wrong, and nothing says so"
-    assert not found["said"], found["said"]
+    verified = run.verify(processes=1, progress=False)
+    assert verified.is_exact, repr(verified)
+    for number, loss in enumerate(losses, start=1):
+        step = run[number]
+        assert step.is_exact and repr(float(step.loss) + 0.0) == loss, number
+        assert digest(dict(sorted(run.parameters(number).items()))) == alone.states[number - 1], number
     return "exact"
 
 

@@ -6,7 +6,6 @@ from tests.fuzz.loops import (
     FUNCTIONS,
     LOOPS,
     STOPPED,
-    Verifier,
     record_and_compare,
     resume_and_compare,
     train_and_compare,
@@ -15,17 +14,10 @@ from tests.fuzz.loops import (
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.fixture(scope="module")
-def verifier():
-    made = Verifier()
-    yield made
-    made.close()
-
-
 @settings(derandomize=True, max_examples=12)
 @given(loop=LOOPS)
-def test_a_random_loop(loop, verifier, tmp_path_factory):
-    record_and_compare(loop, tmp_path_factory.mktemp("loop") / "run", verifier)
+def test_a_random_loop(loop, tmp_path_factory):
+    record_and_compare(loop, tmp_path_factory.mktemp("loop") / "run")
 
 
 @settings(derandomize=True, max_examples=8)

@@ -165,24 +165,6 @@ def test_a_fork(runs):
     assert "did you mean SGD" in wrong["error"]["error"] and "begun" not in wrong
 
 
-def test_what_if_ranks_trainings_without_rows(runs):
-    async def use(client, _):
-        asked = {"at": 20, "until": 24, "rows": [3, 9, 3], "each": True}
-        bodies = asked, asked | {"each": False, "by": "norm(gradients['0.bias'])"}, asked | {"until": 20}
-        return [await outcome(client, of("other", "what-if"), **body) for body in bodies]
-
-    each, together, wrong = asked_of(runs, use)
-    run = everystep.open(runs / "other")
-    found = run.what_if(20, 24, without_rows=[3, 9], each=True, progress=False)
-    assert each["result"] == json.loads(json.dumps(found.data()))
-    assert [case["rows"] for case in each["result"]["cases"]] == [[c.rows[0]] for c in found.cases]
-    assert each["result"]["recorded"]["value"] == run.losses["loss"][23]
-    assert each["progress"] == {"done": 12, "total": 12, "what": "training"}
-    [case] = together["result"]["cases"]
-    assert case["rows"] == [3, 9] and together["progress"]["total"] == 8
-    assert "cannot end at step 20" in wrong["error"]["error"]
-
-
 def test_a_rerun_needs_a_condition_that_the_page_may_name(runs):
     async def use(client, _):
         bodies = {"precision": "float16"}, {"python": "/bin/true"}

@@ -207,6 +207,12 @@ def loop(name, *, step=usual, model=small, after=lambda number, model: None, ste
             after(number, net)
 
 
+def both(step, one, other, **options):
+    """Record two loops: the first argument of their steps is another one."""
+    for name, first in (("one", one), ("other", other)):
+        loop(name, step=partial(step, first), **options)
+
+
 @pytest.fixture
 def said(everystep_command):
     """Return the lines of a diff of the runs `one` and `other` that begin with a word."""
@@ -267,12 +273,8 @@ def two_products(swaps, model, optimizer, x, y):
 
 
 def test_a_product_of_the_same_tensors_in_another_order_is_said_to_be(said):
-    for name, swaps in (("one", False), ("other", True)):
-        loop(
-            name,
-            step=partial(two_products, swaps),
-            model=lambda: nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]),
-        )
+    layers = lambda: nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])  # noqa: E731
+    both(two_products, False, True, model=layers)
     assert not said("input")
     q, k = "#0 addmm of 0", "#1 addmm of 1"
     assert said() == [f"different inputs: {q}, {k} transposed | {k}, {q} transposed"]
@@ -285,14 +287,11 @@ def adversaries(detaches, model, optimizer, x, y):
 
 
 def test_a_detach_that_was_forgotten_is_another_operation_not_another_layout(said):
-    for name, detaches in (("one", True), ("other", False)):
-        loop(
-            name,
-            step=partial(adversaries, detaches),
-            model=lambda: nn.ModuleList(
-                [nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 8), nn.LeakyReLU(0.2), nn.Linear(8, 1))]
-            ),
-        )
+    def networks():
+        judge = nn.Sequential(nn.Linear(4, 8), nn.LeakyReLU(0.2), nn.Linear(8, 1))
+        return nn.ModuleList([nn.Linear(4, 4), judge])
+
+    both(adversaries, True, False, model=networks)
     assert not said("input")
     layer = "leaky_relu_backward of 1.1"
     (cause,) = said()
@@ -312,13 +311,12 @@ def clipped(first, model, optimizer, x, y):
 
 
 def test_of_a_list_of_tensors_those_are_named_that_only_one_run_has(said):
-    for name, first in (("one", 0), ("other", 1)):
-        loop(name, step=partial(clipped, first))
+    both(clipped, 0, 1)
     assert not said("input") and not said("result")
     assert said() == ["different inputs: gradient of 0.weight only in one"]
 
 
-def accumulated(zeroes, to_none, model, optimizer, x, y):
+def accumulated(to_none, zeroes, model, optimizer, x, y):
     """A step that may forget to drop the gradients of the step before."""
     if zeroes:
         optimizer.zero_grad(set_to_none=to_none)
@@ -330,8 +328,7 @@ def accumulated(zeroes, to_none, model, optimizer, x, y):
 
 @pytest.mark.parametrize("to_none", [False, True])
 def test_a_zero_grad_that_is_missing_is_called_by_its_name(said, to_none):
-    for name, zeroes in (("one", True), ("other", False)):
-        loop(name, step=partial(accumulated, zeroes, to_none))
+    both(partial(accumulated, to_none), True, False)
     assert said() == ["zero_grad: one drops the gradients of step 1, and other adds to them"]
 
 
@@ -349,8 +346,7 @@ def test_a_reduction_is_called_by_its_name(said, loss, cause):
     def step(reduction, model, optimizer, x, y):
         return descend(optimizer, loss(model(x), y, reduction=reduction))
 
-    for name, reduction in (("one", "mean"), ("other", "sum")):
-        loop(name, step=partial(step, reduction), steps=2)
+    both(step, "mean", "sum", steps=2)
     assert said() == [cause]
 
 
@@ -367,9 +363,10 @@ def noisy(seed):
 @pytest.mark.parametrize("changed", [masked_by_numpy, noisy])
 @pytest.mark.filterwarnings("ignore:.*takes a Generator")
 def test_a_tensor_that_is_neither_of_the_batch_nor_of_the_state_is_said_to_be(said, changed):
-    for name, seed in (("one", 1), ("other", 2)):
-        change = changed(seed)
-        loop(name, step=lambda model, optimizer, x, y: usual(model, optimizer, change(x), y))  # noqa: B023
+    def step(change, model, optimizer, x, y):
+        return usual(model, optimizer, change(x), y)
+
+    both(step, changed(1), changed(2))
     (cause,) = said()
     assert cause.startswith("a tensor from outside of the step: ")
     assert "; it was made before, or by code that no program records, such as NumPy" in cause
@@ -472,8 +469,7 @@ def test_the_first_state_that_differs_is_named_where_it_is_that_of_a_later_step(
         optimizer.step()
         return loss
 
-    for name, norm in (("one", 100.0), ("other", 200.0)):
-        loop(name, step=partial(step, norm), batches=batches_of(6, far))
+    both(step, 100.0, 200.0, batches=batches_of(6, far))
     assert said() == ["other of aten.mul 100.0 | 200.0"]
     assert said("operation")[0].endswith("of step 1")
     assert said("state") == ["no parameter and no buffer differs before state 5, in which 0.weight does"]
@@ -489,12 +485,7 @@ def evaluating(kind):
             model.eval()
         return usual(model, optimizer, x, y)
 
-    for name, after in (("one", None), ("other", 3)):
-        loop(
-            name,
-            step=partial(step, after),
-            model=lambda: nn.Sequential(nn.Linear(4, 8), kind(), nn.Linear(8, 3)),
-        )
+    both(step, None, 3, model=lambda: nn.Sequential(nn.Linear(4, 8), kind(), nn.Linear(8, 3)))
 
 
 @pytest.mark.parametrize(
@@ -519,8 +510,7 @@ def test_another_shape_of_the_target_is_named(said):
     def step(is_flat, model, optimizer, x, y):
         return usual(model, optimizer, x, y[:, 0] if is_flat else y[:, :1])
 
-    for name, is_flat in (("one", False), ("other", True)):
-        loop(name, step=partial(step, is_flat), model=lambda: nn.Linear(4, 1))
+    both(step, False, True, model=lambda: nn.Linear(4, 1))
     (cause,) = said()
     assert not said("input")
     assert cause.startswith(
@@ -554,6 +544,5 @@ def test_a_conversion_is_named_with_what_it_converts_to(said):
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
             return usual(model, optimizer, x, y)
 
-    for name, dtype in (("one", None), ("other", torch.bfloat16)):
-        loop(name, step=partial(step, dtype), model=lambda: nn.Linear(4, 3))
+    both(step, None, torch.bfloat16, model=lambda: nn.Linear(4, 3))
     assert said()[0].startswith("another operation; only other has _to_copy to bfloat16 (forward) ")

@@ -376,6 +376,15 @@ def assert_resumes(body, *deaths):
     assert_same_run(everystep.open("whole"), everystep.open("killed"))
 
 
+def resumes(*deaths):
+    """Make a test of a loop, which is killed at some steps."""
+
+    def test_of(body):
+        return lambda dying: assert_resumes(body, *deaths)
+
+    return test_of
+
+
 def descending(record, optimizer, loss_of, after=lambda: None, /, **parts):
     """A loop over single rows; loss_of: makes a loss of x and y; after: is called after each step."""
     with record(**parts) as recording:
@@ -538,7 +547,8 @@ def test_what_samplers_and_data_sets_carry_goes_on(make, dying, capsys):
     assert not any(f"{name}." in named for name in ("loader", "_sampler", "_data"))
 
 
-def through_windows(record):
+@resumes(10)
+def test_what_a_loop_remembers_goes_on(record):
     """What an LSTM remembers of the window before, which nothing does at the first of an epoch."""
     model = nn.LSTM(1, 3, num_layers=2, dropout=0.2, batch_first=True)
     optimizer, carried = torch.optim.Adam(model.parameters()), {"memory": None}
@@ -551,10 +561,6 @@ def through_windows(record):
                 found, carried["memory"] = model(window, memory)
                 recording.log(loss=descend(optimizer, (found - window).square().mean()))
     return [*model.parameters(), *carried["memory"]]
-
-
-def test_what_a_loop_remembers_goes_on(dying):
-    assert_resumes(through_windows, 4, 10)
 
 
 @pytest.mark.parametrize("place", [5, ["part/b", 0, [-1]], ["part/b", 2, [1]], ["part/b", 10**9, [1]]])
@@ -577,53 +583,39 @@ def test_a_place_in_memory_that_everystep_did_not_write_is_refused(place, tmp_pa
         begun(resume=True).__enter__()
 
 
-def test_schedulers_that_share_their_last_rate_go_on(dying):
+@resumes(13)
+def test_schedulers_that_share_their_last_rate_go_on(record):
     """The last rate of all is the list of the scheduler in turn."""
+    model = nn.Linear(6, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    warm, late = lr_scheduler.LinearLR(optimizer), lr_scheduler.StepLR(optimizer, 3)
+    scheduler = lr_scheduler.SequentialLR(optimizer, [warm, late], [3])
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
 
-    def body(record):
-        model = nn.Linear(6, 1)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        warm, late = lr_scheduler.LinearLR(optimizer), lr_scheduler.StepLR(optimizer, 3)
-        scheduler = lr_scheduler.SequentialLR(optimizer, [warm, late], [3])
-        parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    def loss_of(x, y):
+        return functional.mse_loss(model(x), y)
 
-        def loss_of(x, y):
-            return functional.mse_loss(model(x), y)
-
-        descending(record, optimizer, loss_of, scheduler.step, **parts)
-        return [*model.parameters(), torch.tensor(scheduler.get_last_lr())]
-
-    assert_resumes(body, 3, 13)
+    descending(record, optimizer, loss_of, scheduler.step, **parts)
+    return [*model.parameters(), torch.tensor(scheduler.get_last_lr())]
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        torch.Generator().manual_seed(3).clone_state,
-        partial(np.random.default_rng, 3),
-        partial(np.random.RandomState, 3),
-        lambda: np.random.Generator(np.random.Philox(3)),
-        partial(Random, 3),
-    ],
-)
-def test_a_random_generator_is_a_part(make, dying):
-    x = torch.linspace(-1, 1, 12).reshape(12, 1)
-
-    def drawn(generator):
-        if isinstance(generator, torch.Generator):
-            return torch.randperm(12, generator=generator)[:4]
-        return torch.tensor([int(12 * generator.random()) for _ in range(4)])
-
-    def body(record):
-        model, generator = nn.Linear(1, 1), make()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        with record(model=model, generator=generator) as recording:
-            for _ in recording.steps(range(6)):
-                rows = drawn(generator)
-                recording.log(loss=descend(optimizer, functional.mse_loss(model(x[rows]), x[rows])))
-        return [value.detach() for value in model.state_dict().values()]
-
-    assert_resumes(body, 3, 5)
+@resumes(3, 5)
+def test_random_generators_of_every_kind_are_parts(record):
+    x, model = torch.linspace(-1, 1, 12).reshape(12, 1), nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    numbers = {
+        "pcg": np.random.default_rng(3),
+        "twister": np.random.RandomState(3),
+        "philox": np.random.Generator(np.random.Philox(3)),
+        "pythons": Random(3),
+    }
+    generator = torch.Generator().manual_seed(3)
+    with record(model=model, generator=generator, **numbers) as recording:
+        for _ in recording.steps(range(6)):
+            rows = [int(12 * each.random()) for each in numbers.values()]
+            rows += torch.randperm(12, generator=generator)[:2].tolist()
+            recording.log(loss=descend(optimizer, functional.mse_loss(model(x[rows]), x[rows])))
+    return [value.detach() for value in model.state_dict().values()]
 
 
 def test_the_gradient_of_a_tensor_is_part_of_the_state(dying, capsys):
@@ -819,32 +811,29 @@ def test_what_parts_hold_besides_tensors_is_as_in_an_uninterrupted_loop(dying):
     assert_same_run(everystep.open("whole"), everystep.open("killed"))
 
 
-def test_gradients_that_add_up_over_steps_are_as_in_an_uninterrupted_loop(dying):
+@resumes(17)
+def test_gradients_that_add_up_over_steps_are_as_in_an_uninterrupted_loop(record):
     """Also sparse ones, and those of tensors that are not parameters, or that are used only late."""
-
-    def body(record):
-        seeded()
-        table, model = nn.Embedding(5, 6, sparse=True), nn.Linear(6, 1)
-        model.register_buffer("shift", torch.zeros(6, requires_grad=True))
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        for_table = torch.optim.SGD(table.parameters(), lr=0.1)
-        parts = {"model": model, "table": table, "optimizer": optimizer, "for_table": for_table}
-        state = {"latent": torch.zeros(6, requires_grad=True), "count": 0}
-        with record(state=state, **parts) as recording:
-            for x, y in recording.steps(DataLoader(tensors(), batch_size=1)):
-                rows = torch.arange(5)[state["count"] % 5 :]
-                loss = (model(x + table(rows).mean(0) + state["latent"] + model.shift) - y).square()
-                recording.log(loss=descend(optimizer, loss.mean()))
-                state["count"] += 1
-                if state["count"] == 20:
-                    for_table.step()
-                    for leaf in (state["latent"], model.shift):
-                        with torch.no_grad():
-                            leaf -= 0.01 * leaf.grad
-        gradients = state["latent"].grad, model.shift.grad, table.weight.grad.to_dense()
-        return [each.detach() for each in (*gradients, *model.parameters(), table.weight)]
-
-    assert_resumes(body, 13, 17)
+    seeded()
+    table, model = nn.Embedding(5, 6, sparse=True), nn.Linear(6, 1)
+    model.register_buffer("shift", torch.zeros(6, requires_grad=True))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for_table = torch.optim.SGD(table.parameters(), lr=0.1)
+    parts = {"model": model, "table": table, "optimizer": optimizer, "for_table": for_table}
+    state = {"latent": torch.zeros(6, requires_grad=True), "count": 0}
+    with record(state=state, **parts) as recording:
+        for x, y in recording.steps(DataLoader(tensors(), batch_size=1)):
+            rows = torch.arange(5)[state["count"] % 5 :]
+            loss = (model(x + table(rows).mean(0) + state["latent"] + model.shift) - y).square()
+            recording.log(loss=descend(optimizer, loss.mean()))
+            state["count"] += 1
+            if state["count"] == 20:
+                for_table.step()
+                for leaf in (state["latent"], model.shift):
+                    with torch.no_grad():
+                        leaf -= 0.01 * leaf.grad
+    gradients = state["latent"].grad, model.shift.grad, table.weight.grad.to_dense()
+    return [each.detach() for each in (*gradients, *model.parameters(), table.weight)]
 
 
 class Running:
@@ -984,7 +973,7 @@ def with_agent(record):
 
 
 def test_models_and_optimizers_within_other_parts_are_parts(dying, capfd):
-    assert_resumes(with_agent, 13, 17)
+    assert_resumes(with_agent, 17)
     run = everystep.open("killed")
     assert not re.search("not among the tensors|cannot keep", capfd.readouterr().err)
     names = ("agent_network", "agent_target", "models_first", "models_second.layer")
@@ -1026,7 +1015,7 @@ def with_state_by_parameter(record):
 
 
 def test_state_that_objects_keep_by_parameter_is_restored(dying, capfd):
-    assert_resumes(with_state_by_parameter, 13, 17)
+    assert_resumes(with_state_by_parameter, 17)
     assert not re.search("not among the tensors|cannot keep", capfd.readouterr().err)
 
 
@@ -1063,22 +1052,18 @@ def test_two_optimizers_may_have_one_list_of_param_groups(is_code, dying):
         assert_resumes(body, 3, 13)
 
 
-def test_parameters_that_are_set_from_one_vector_go_on(dying):
+@resumes(3)
+def test_parameters_that_are_set_from_one_vector_go_on(record):
     """As evolution strategies do, by torch's own function: they are views of the last vector."""
-    x = torch.linspace(-1, 1, 12).reshape(12, 1)
-
-    def body(record):
-        model = nn.Linear(1, 1).requires_grad_(False)
-        with record(model=model) as recording:
-            for rows in recording.steps(x.split(2)):
-                vector = nn.utils.parameters_to_vector(model.parameters())
-                loss = functional.mse_loss(model(rows), rows)
-                moved = vector - 0.1 * loss * torch.randn(2)
-                nn.utils.vector_to_parameters(moved, model.parameters())
-                recording.log(loss=loss)
-        return [value.clone() for value in model.state_dict().values()]
-
-    assert_resumes(body, 3, 5)
+    model = nn.Linear(1, 1).requires_grad_(False)
+    with record(model=model) as recording:
+        for rows in recording.steps(torch.linspace(-1, 1, 12).reshape(12, 1).split(2)):
+            vector = nn.utils.parameters_to_vector(model.parameters())
+            loss = functional.mse_loss(model(rows), rows)
+            moved = vector - 0.1 * loss * torch.randn(2)
+            nn.utils.vector_to_parameters(moved, model.parameters())
+            recording.log(loss=loss)
+    return [value.clone() for value in model.state_dict().values()]
 
 
 class Order(tuple):
@@ -1113,7 +1098,8 @@ class WithBuffers(nn.Module):
         return self.layer(x + late)
 
 
-def with_buffers(record):
+@resumes(17)
+def test_buffers_that_a_loop_makes_are_as_in_an_uninterrupted_loop(record):
     seeded()
     model = WithBuffers()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -1121,10 +1107,6 @@ def with_buffers(record):
     descending(record, optimizer, lambda x, y: functional.mse_loss(model(x), y), **parts)
     assert {*model.state_dict()} == {"layer.weight", "layer.bias", "bank", "latest", "first"}
     return [value.detach() for _, value in sorted(model.state_dict().items())]
-
-
-def test_buffers_that_a_loop_makes_are_as_in_an_uninterrupted_loop(dying):
-    assert_resumes(with_buffers, 13, 17)
 
 
 def test_a_buffer_of_another_shape_than_the_run_began_with_is_named(dying):
@@ -1140,57 +1122,47 @@ def test_a_buffer_of_another_shape_than_the_run_began_with_is_named(dying):
         begun(3).__enter__()
 
 
-def test_gradients_in_a_buffer_of_all_are_as_in_an_uninterrupted_loop(dying):
-    def body(record):
-        seeded()
-        model = nn.Linear(6, 1)
-        buffer = torch.zeros(7)
-        model.weight.grad, model.bias.grad = buffer[:6].view(1, 6), buffer[6:]
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        with record(model=model, optimizer=optimizer) as recording:
-            for number, (x, y) in enumerate(recording.steps(DataLoader(tensors(), batch_size=1))):
-                loss = functional.mse_loss(model(x), y)
-                loss.backward()
-                recording.log(loss=loss)
-                if number % 2 == 0:  # states of even steps have gradients
-                    optimizer.step()
-                    buffer.zero_()
-        return [each.detach() for each in model.parameters()]
-
-    assert_resumes(body, 13, 16)
+@resumes(13, 16)
+def test_gradients_in_a_buffer_of_all_are_as_in_an_uninterrupted_loop(record):
+    seeded()
+    model = nn.Linear(6, 1)
+    buffer = torch.zeros(7)
+    model.weight.grad, model.bias.grad = buffer[:6].view(1, 6), buffer[6:]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with record(model=model, optimizer=optimizer) as recording:
+        for number, (x, y) in enumerate(recording.steps(DataLoader(tensors(), batch_size=1))):
+            loss = functional.mse_loss(model(x), y)
+            loss.backward()
+            recording.log(loss=loss)
+            if number % 2 == 0:  # states of even steps have gradients
+                optimizer.step()
+                buffer.zero_()
+    return [each.detach() for each in model.parameters()]
 
 
-def test_layers_that_are_unfrozen_and_groups_that_are_added_stay_so(dying):
-    def body(record):
-        model = nn.Sequential(nn.Linear(6, 3).requires_grad_(False), nn.Linear(3, 1))
-        optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1, momentum=0.9)
-        with record(model=model, optimizer=optimizer) as recording:
-            for x, y in recording.steps(DataLoader(tensors(), batch_size=1)):
-                if recording.step_count == 5:
-                    model[0].requires_grad_(True)
-                    optimizer.add_param_group({"params": [*model[0].parameters()], "lr": 0.01})
-                recording.log(loss=descend(optimizer, functional.mse_loss(model(x), y)))
-        return [each.detach() for each in model.parameters()]
-
-    assert_resumes(body, 13, 17)
+@resumes(13)
+def test_layers_that_are_unfrozen_and_groups_that_are_added_stay_so(record):
+    model = nn.Sequential(nn.Linear(6, 3).requires_grad_(False), nn.Linear(3, 1))
+    optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1, momentum=0.9)
+    with record(model=model, optimizer=optimizer) as recording:
+        for x, y in recording.steps(DataLoader(tensors(), batch_size=1)):
+            if recording.step_count == 5:
+                model[0].requires_grad_(True)
+                optimizer.add_param_group({"params": [*model[0].parameters()], "lr": 0.01})
+            recording.log(loss=descend(optimizer, functional.mse_loss(model(x), y)))
+    return [each.detach() for each in model.parameters()]
 
 
-def test_batches_of_conjugated_views_are_found_again(dying):
-    class Batches:
-        def __iter__(self):
-            for x, y in DataLoader(tensors(), batch_size=1):
-                yield torch.complex(x, y).conj(), y
-
-    def body(record):
-        seeded()
-        model = nn.Linear(6, 1)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        with record(model=model, optimizer=optimizer) as recording:
-            for x, y in recording.steps(Batches()):
-                recording.log(loss=descend(optimizer, functional.mse_loss(model(x.imag), y)))
-        return model.weight.detach()
-
-    assert_resumes(body, 13)
+@resumes(13)
+def test_batches_of_conjugated_views_are_found_again(record):
+    seeded()
+    model = nn.Linear(6, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pairs = [(torch.complex(x, y).conj(), y) for x, y in DataLoader(tensors(), batch_size=1)]
+    with record(model=model, optimizer=optimizer) as recording:
+        for x, y in recording.steps(pairs):
+            recording.log(loss=descend(optimizer, functional.mse_loss(model(x.imag), y)))
+    return model.weight.detach()
 
 
 def test_a_tensor_with_a_graph_in_a_part_is_named(tmp_path, capfd):
@@ -1240,25 +1212,23 @@ def test_what_only_the_code_of_a_loop_can_make_is_named(dying, capfd):
     assert "the part state has values of list_iterator, which a run cannot keep" in said
 
 
-def test_a_loop_that_marks_its_steps_goes_on_by_their_count(dying):
-    def body(record):
-        x, y = tensors().tensors
-        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
-        optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
-        with record(model=model, optimizer=optimizer) as recording:
-            for _ in range(recording.step_count, 9):
-                with recording.step({"x": x, "y": y}):
+@resumes(6)
+def test_a_loop_that_marks_its_steps_goes_on_by_their_count(record):
+    x, y = tensors().tensors
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
+    with record(model=model, optimizer=optimizer) as recording:
+        for _ in range(recording.step_count, 9):
+            with recording.step({"x": x, "y": y}):
 
-                    def closure():
-                        optimizer.zero_grad()
-                        loss = functional.mse_loss(model(x), y)
-                        loss.backward()
-                        return loss
+                def closure():
+                    optimizer.zero_grad()
+                    loss = functional.mse_loss(model(x), y)
+                    loss.backward()
+                    return loss
 
-                    recording.log(loss=optimizer.step(closure))
-        return model.state_dict()["0.weight"]
-
-    assert_resumes(body, 3, 6)
+                recording.log(loss=optimizer.step(closure))
+    return model.state_dict()["0.weight"]
 
 
 def test_other_parts_are_named():

@@ -67,7 +67,8 @@ def trained(directory, batch_size=6, dropout=0.0, optimizer=ADAM, **options):
 
 
 @pytest.fixture(scope="module")
-def unchanged(tmp_path_factory):
+def run(tmp_path_factory):
+    """A run that no test changes."""
     return trained(tmp_path_factory.mktemp("what-if") / "run")
 
 
@@ -176,8 +177,7 @@ def test_a_fork_of_a_fork_may_have_no_batch_with_the_rows_of_its_parent(tmp_path
         first.fork(12, without_rows=[row], run=tmp_path / "fourth", progress=False)
 
 
-def test_it_ranks_by_an_expression(tmp_path):
-    run = trained(tmp_path / "run")
+def test_it_ranks_by_an_expression(tmp_path, run):
     by = "norm(gradients['0.weight'])"
     found = run.what_if(4, 11, without_rows=[2, 7], each=True, by=by, progress=False)
     assert found.recorded.value == run[11].gradients["0.weight"].norm().item()
@@ -212,8 +212,7 @@ def test_an_experiment_is_trained_again_from_the_command_line(everystep_command)
     assert f"{min(rows[:2])}, {max(rows[:2])}" in out
 
 
-def test_it_starts_before_the_step_and_ends_with_the_run_unless_it_is_said(tmp_path, everystep_command):
-    run = trained(tmp_path / "run")
+def test_it_starts_before_the_step_and_ends_with_the_run_unless_it_is_said(everystep_command, run):
     found = run.what_if(without_rows_of=6, each=True, progress=False)
     said = run.what_if(5, len(run), without_rows_of=6, each=True, progress=False)
     assert (found.at, found.until, found.cases) == (5, len(run), said.cases)
@@ -239,13 +238,12 @@ def test_it_starts_before_the_step_and_ends_with_the_run_unless_it_is_said(tmp_p
         ({"without_rows": [2], "by": "gradients['9']"}, "unknown name"),
     ],
 )
-def test_what_cannot_be_left_out_is_refused(unchanged, arguments, message):
+def test_what_cannot_be_left_out_is_refused(run, arguments, message):
     with pytest.raises((UsageError, ExpressionError), match=message):
-        unchanged.what_if(4, 11, progress=False, **arguments)
+        run.what_if(4, 11, progress=False, **arguments)
 
 
-def test_rows_that_no_batch_has_and_targets_that_do_not_fit_are_named(tmp_path):
-    run = trained(tmp_path / "run")
+def test_rows_that_no_batch_has_and_targets_that_do_not_fit_are_named(tmp_path, run):
     row = run[12].batch.rows.tolist()[0]
     seen = {r for step in (5, 6) for r in rows_of(run[step])}
     missing = next(r for r in range(ROWS) if r not in seen)
@@ -258,8 +256,7 @@ def test_rows_that_no_batch_has_and_targets_that_do_not_fit_are_named(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-def test_a_training_that_needs_its_objects_or_its_loop_says_so(tmp_path):
-    run = trained(tmp_path / "run")
+def test_a_training_that_needs_its_objects_or_its_loop_says_so(tmp_path, run):
     with pytest.raises(RunError, match=r"need the objects that trained run: everystep.open\(run, model"):
         everystep.open(run.directory).what_if(4, 11, without_rows=[2], progress=False)
     model, x, y, optimizer = made()
@@ -321,7 +318,7 @@ def test_a_loop_at_other_rates_is_the_loop_by_hand(tmp_path, everystep_command):
     assert (code, case["lr"], case["value"]) == (0, 0.5, loop(0.5)[-1])
 
 
-def test_a_step_function_and_a_model_are_trained_at_another_rate_without_their_objects(tmp_path):
+def test_a_step_function_and_a_model_are_trained_at_another_rate_without_their_objects(tmp_path, run):
     model, x, y, optimizer = made(optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9))
 
     def step(batch):
@@ -329,17 +326,16 @@ def test_a_step_function_and_a_model_are_trained_at_another_rate_without_their_o
 
     parts = {"model": model, "optimizer": optimizer}
     options = {"steps": 6, "run": tmp_path / "step", "progress": False}
-    run = everystep.train(step, [(x, y)] * 6, parts=parts, **options)
-    (case,) = everystep.open(run.directory).what_if(2, lr=0.5, progress=False).cases
-    assert case.losses[0] == run.losses["loss"][2]  # an update at the rate comes after it
-    assert set(case.losses[1:]).isdisjoint(run.losses["loss"])
-    run = trained(tmp_path / "run")
+    stepped = everystep.train(step, [(x, y)] * 6, parts=parts, **options)
+    (case,) = everystep.open(stepped.directory).what_if(2, lr=0.5, progress=False).cases
+    assert case.losses[0] == stepped.losses["loss"][2]  # an update at the rate comes after it
+    assert set(case.losses[1:]).isdisjoint(stepped.losses["loss"])
     (case,) = everystep.open(run.directory).what_if(4, lr=0.5, progress=False).cases
     fork = run.fork(4, lr=0.5, run=tmp_path / "fork", progress=False)
     assert list(case.losses) == fork.losses["loss"].to_list()[4:]
 
 
-def test_other_numbers_for_python_and_unknown_rates_are_reported(tmp_path):
+def test_other_numbers_for_python_and_unknown_rates_are_reported(tmp_path, run):
     loop(record=tmp_path / "reads", logs_item=True)
     found = everystep.open(tmp_path / "reads").what_if(4, lr=0.5, progress=False)
     assert found.cases[0].differs_from == 6  # the first loss after an update at the rate
@@ -348,7 +344,6 @@ def test_other_numbers_for_python_and_unknown_rates_are_reported(tmp_path):
     assert unread.cases[0].differs_from is None  # that states differ is what was asked for
     assert "from step 6 on, Python could read different numbers" in found.to_text()
     assert "the batches stay as recorded, also where your code computes them" in found.to_text()
-    run = trained(tmp_path / "run")
     assert "batches stay" not in run.what_if(4, lr=0.5, progress=False).to_text()  # they follow a rule
     for other in ({"without_rows": [2]}, {"relabel": {2: 1}}):
         with pytest.raises(UsageError, match="pass one of these: rows to leave out"):

@@ -211,29 +211,6 @@ def averaged_weights_with_batch_norm(steps, record):
     return [model, average]
 
 
-class RandomDepth(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.again, self.last = nn.Linear(6, 12), nn.Linear(12, 12), nn.Linear(12, 3)
-
-    def forward(self, x):
-        h = self.first(x).relu()
-        for _ in range(random.randint(0, 3)):
-            h = self.again(h).relu()
-        return self.last(h)
-
-
-@loop
-def depth_drawn_from_pythons_random(steps, record):
-    x, y = data()
-    model = RandomDepth()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-    with record(model=model, optimizer=optimizer) as recording:
-        for inputs, targets in recording.steps(endless(loader(x, y), steps)):
-            recording.log(loss=descend(optimizer, functional.mse_loss(model(inputs), targets)))
-    return [model]
-
-
 @loop
 def two_schedulers_and_layers_unfrozen_on_the_way(steps, record):
     x, y = data()
@@ -354,33 +331,3 @@ def speech_with_ctc_and_lstm(steps, record):
             lengths = torch.full((len(sound),), 12), torch.full((len(sound),), 4)
             recording.log(loss=descend(optimizer, functional.ctc_loss(logits, text, *lengths)))
     return [recurrent, head]
-
-
-@loop
-def hand_written_momentum_and_augmentation(steps, record):
-    """State that is in no part, batches that are made by NumPy, an evaluation on the way."""
-    x, y = data()
-    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
-    velocity = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-    hidden = torch.zeros(3)
-    with record(model=model) as recording:
-        for number in range(steps):
-            rows = np.random.randint(0, 64, 16)
-            inputs = (x.numpy()[rows] + np.random.normal(size=(16, 6)) * 0.1).astype(np.float32)
-            with recording.step({"inputs": inputs, "targets": y[rows], "note": "augmented"}):
-                prediction = model(torch.from_numpy(inputs)) + 0.01 * hidden
-                loss = functional.mse_loss(prediction, y[rows])
-                model.zero_grad()
-                loss.backward()
-                with torch.no_grad():
-                    for name, parameter in model.named_parameters():
-                        velocity[name].mul_(0.9).add_(parameter.grad)
-                        parameter -= 0.01 * velocity[name]
-                hidden = prediction.detach().mean(0)
-                if number % 10 == 9:
-                    model.eval()
-                    with torch.no_grad():
-                        recording.log(validation=functional.mse_loss(model(x), y))
-                    model.train()
-                recording.log(loss=loss.item())
-    return [model]

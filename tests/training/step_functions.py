@@ -82,7 +82,6 @@ def usual(make, model=None, loss=mean_square, before=lambda: None, after=lambda:
 
 
 for _name, _make in {
-    "sgd": sgd,
     "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True),
     "adam": adam,
     "lr_tensor": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.01)),

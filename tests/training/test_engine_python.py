@@ -20,11 +20,6 @@ import everystep
 from everystep.errors import EverystepError
 
 
-def held(m, h):
-    m.h = h
-    return h
-
-
 def clamped(m, h):
     with torch.no_grad():
         m.inner[0].weight.clamp_(-0.4, 0.4)
@@ -49,8 +44,6 @@ def growing(m, h):
 
 FORWARDS = {
     "plain": lambda _, h: torch.tanh(h),
-    "item": lambda _, h: h / h.detach().abs().max().item(),
-    "attribute": held,
     "generator": lambda m, h: h + torch.randn(2, generator=m.generator),
     "clamped": clamped,
     "sloped": sloped,

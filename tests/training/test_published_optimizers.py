@@ -4,40 +4,17 @@ An optimizer that it lists is tried, whether it is named here or not. Most are m
 alone; `SETTINGS` has how the others are made.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import pytest
-from tests.training.by_hand import Made, by_hand, by_train, contents, mlp, new_training
+from tests.training.by_hand import by_hand, by_train, contents, mlp, new_training
 from torch import nn, optim
 
 pytorch_optimizer = pytest.importorskip("pytorch_optimizer")
 
-Kind = Callable[..., optim.Optimizer]
-Make = Callable[[Kind, nn.Module], optim.Optimizer]
-
-
-def new_published_training(name: str) -> Made:
-    """Return a training with the optimizer of this name; the same numbers at every call."""
-    made = new_training(matrices if name in MATRICES_ONLY else mlp)
-    make = SETTINGS.get(name) or of_the_parameters()
-    made.optimizer = make(LISTED[name], made.model)
-    return made
-
-
-def matrices() -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 8, bias=False), nn.Tanh(), nn.Linear(8, 2, bias=False))
-
-
-#: They refuse other parameters than matrices.
-MATRICES_ONLY = {"SpectralSphere"}
-
-
 #: Every optimizer that the package lists and does not take from torch, by its name.
 LISTED = {
-    f"{name}": kind
+    name: kind
     for name, kind in sorted(vars(pytorch_optimizer).items())
     if isinstance(kind, type)
     and issubclass(kind, optim.Optimizer)
@@ -45,58 +22,44 @@ LISTED = {
 }
 
 
-# How they are made.
+def plainly(kind, model, **settings):
+    return kind(model.parameters(), **settings)
 
 
-def of_the_parameters(**settings: Any) -> Make:
-    return lambda kind, model: kind(model.parameters(), **settings)
+def around(inner, kind, model):
+    """Make an optimizer that changes what another one does."""
+    return kind(inner(model.parameters(), lr=0.02))
 
 
-def around(inner: Kind) -> Make:
-    """Return how an optimizer is made that changes what another one does."""
-    return lambda kind, model: kind(inner(model.parameters(), lr=0.02))
+def with_matrices_apart(kind, model):
+    """Make an optimizer that trains matrices in one way, and all else in another."""
+    is_matrix = {True: [], False: []}
+    for parameter in model.parameters():
+        is_matrix[parameter.dim() == 2].append(parameter)
+    return kind([{"params": params, "use_muon": each} for each, params in is_matrix.items()])
 
 
-def with_matrices_apart(kind: Kind, model: nn.Module) -> optim.Optimizer:
-    """Return an optimizer that trains matrices in one way, and all else in another."""
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
-    others = [parameter for parameter in model.parameters() if parameter.dim() != 2]
-    return kind([{"params": matrices, "use_muon": True}, {"params": others, "use_muon": False}])
-
-
-def in_training_mode(make: Make) -> Make:
-    """Return how an optimizer is made that has a mode, as a module has."""
-
-    def make_and_switch(kind: Kind, model: nn.Module) -> optim.Optimizer:
-        optimizer: Any = make(kind, model)
-        optimizer.train()
-        return optimizer
-
-    return make_and_switch
+def in_training_mode(make, kind, model):
+    """Make an optimizer that has a mode, as a module has."""
+    optimizer = make(kind, model)
+    optimizer.train()
+    return optimizer
 
 
 #: Of those that are not made from the parameters alone.
-SETTINGS: dict[str, Make] = {
-    "AdaGO": with_matrices_apart,
-    "AdaMuon": with_matrices_apart,
+SETTINGS = {
+    **dict.fromkeys(("AdaGO", "AdaMuon", "Muon", "MuonClip", "NorMuon"), with_matrices_apart),
+    **dict.fromkeys(("Lookahead", "Magma", "PCGrad", "TRAC"), partial(around, optim.Adam)),
     "AdamMini": lambda kind, model: kind(model, lr=0.01),
-    "Lookahead": around(optim.Adam),
-    "Magma": around(optim.Adam),
-    "Muon": with_matrices_apart,
-    "MuonClip": with_matrices_apart,
-    "NorMuon": with_matrices_apart,
-    "OrthoGrad": around(optim.SGD),
-    "PCGrad": around(optim.Adam),
-    "Ranger21": of_the_parameters(num_iterations=40),
+    "OrthoGrad": partial(around, optim.SGD),
+    "Ranger21": partial(plainly, num_iterations=40),
     # Trains only weights that begin close to 0: by default, none of these.
-    "SaRA": of_the_parameters(threshold=0.3, lr=0.01),
-    "ScheduleFreeWrapper": in_training_mode(around(optim.SGD)),
-    "SpectralSphere": of_the_parameters(solver_max_iterations=10),
-    "TRAC": around(optim.Adam),
+    "SaRA": partial(plainly, threshold=0.3, lr=0.01),
+    "SpectralSphere": partial(plainly, solver_max_iterations=10),
 } | {
-    name: in_training_mode(of_the_parameters())
+    name: partial(in_training_mode, partial(around, optim.SGD) if name.endswith("Wrapper") else plainly)
     for name in LISTED
-    if "ScheduleFree" in name and not name.endswith("Wrapper")
+    if "ScheduleFree" in name
 }
 
 #: Those that are left out, by what they need that a plain loop does not do.
@@ -110,16 +73,23 @@ NOT_TRIED = {
 
 TRIED = [name for name in LISTED if name not in " ".join(NOT_TRIED.values()).split()]
 
-STEPS = 12
-
-pytestmark = [
-    # Of pytorch_optimizer, where transformers is not installed.
-    pytest.mark.filterwarnings("ignore:you need to install `transformers`:ImportWarning")
-]
+# Of pytorch_optimizer, where transformers is not installed.
+pytestmark = pytest.mark.filterwarnings("ignore:you need to install `transformers`:ImportWarning")
 
 
 def test_at_least_seventy_are_trained():
     assert len(set(TRIED)) >= 70
+
+
+def matrices():
+    return nn.Sequential(nn.Linear(4, 8, bias=False), nn.Tanh(), nn.Linear(8, 2, bias=False))
+
+
+def training(name):
+    """Return a training with the optimizer of this name; the same numbers at every call."""
+    made = new_training(matrices if name == "SpectralSphere" else mlp)  # which refuses other parameters
+    made.optimizer = SETTINGS.get(name, plainly)(LISTED[name], made.model)
+    return made
 
 
 #: Those that keep something of their own kind: the others are tried with `--sweep` alone.
@@ -131,13 +101,13 @@ OFTEN = ["AdamMini", "DAdaptSGD", "Lookahead", "Magma", "Prodigy", "SCION", "Sch
 )
 def test_training_has_the_bits_of_the_loop(name):
     try:
-        expected = new_published_training(name)
-        losses = by_hand(expected, steps=STEPS)
+        expected = training(name)
+        losses = by_hand(expected, steps=12)
     except Exception as error:  # of an optimizer that a later version of its package has added
         pytest.skip(f"to be named in NOT_TRIED: {error!r}")
     left = contents(expected)
-    trained = new_published_training(name)
-    run = by_train(trained, steps=STEPS)
+    trained = training(name)
+    run = by_train(trained, steps=12)
     assert run.losses["loss"].to_list() == losses
     assert contents(trained) == left
     assert run.verify(processes=1, progress=False).is_exact

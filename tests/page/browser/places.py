@@ -103,6 +103,21 @@ def expect_no_sideways_scrolling(page):
     assert width <= visible, f"{width} pixels on {visible}"
 
 
+def expect_everybody_can_read_it(page, wait=lambda: None):
+    """On a phone, on a wide screen, in light and in dark. wait: until it is drawn again."""
+    usual = page.viewport_size
+    for width in (360, 2560):
+        page.set_viewport_size({"width": width, "height": 740})
+        wait()
+        expect_no_sideways_scrolling(page)
+    page.set_viewport_size(usual)
+    wait()
+    expect_axe_finds_nothing_serious(page)
+    page.emulate_media(color_scheme="dark", reduced_motion="reduce")
+    wait()
+    expect_axe_finds_nothing_serious(page, rules=["color-contrast"])
+
+
 @contextmanager
 def changed(run):
     """Change a run's database."""

@@ -1,4 +1,4 @@
-"""Questions to a whole run in the browser: measure, when, verify."""
+"""Questions to a whole run in the browser: measure, when, verify, rerun."""
 
 import re
 
@@ -7,6 +7,7 @@ from playwright.sync_api import expect
 from tests.page.browser.places import expect_step, plot, press
 
 import everystep
+from everystep.views.comparisons import rerun_sentence
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def ask(visit):
     return ask
 
 
-def test_what_is_measured_in_hindsight_appears_in_the_plot_and_the_table(copied, ask):
+def test_what_is_measured_in_hindsight_appears_and_is_overwritten_only_when_asked(copied, ask):
     run = copied("chapter")
     form = ask(run.name, "Measure")
     field = form.get_by_role("textbox", name="Measure")
@@ -31,31 +32,24 @@ def test_what_is_measured_in_hindsight_appears_in_the_plot_and_the_table(copied,
     form.get_by_role("button", name="norm(gradients['0.weight'])", exact=True).click()
     expect(field).to_have_value("norm(gradients['0.weight'])")
     form.get_by_role("textbox", name="name").fill("size")
+    form.get_by_role("spinbutton", name="every").fill("10")
+    overwrite = form.get_by_role("checkbox", name="overwrite an existing one")
     press(form, "Measure")
-    expect(form).to_contain_text("500 values")
+    expect(form).to_contain_text("50 values")
+    expect(overwrite).to_be_hidden()
     expect(form.page.get_by_role("button", name="size", exact=True)).to_be_visible()
     expect(form.page.get_by_role("columnheader", name=re.compile("^size"))).to_be_visible()
-    measured = everystep.open(run).measured("size")
-    assert len(measured) == 500
-    assert measured[137] == pytest.approx(everystep.open(run)[137].gradients["0.weight"].norm().item())
-
-
-def test_a_measurement_that_is_there_is_overwritten_only_when_asked(copied, ask):
-    run = copied("diverged")
-    everystep.open(run).measure("loss / 2", name="share", progress=False)
-    form = ask(run.name, "Measure")
-    overwrite = form.get_by_role("checkbox", name="overwrite an existing one")
-    expect(overwrite).to_be_hidden()
-    form.get_by_role("textbox", name="Measure").fill("loss / 4")
-    form.get_by_role("textbox", name="name").fill("share")
-    form.get_by_role("spinbutton", name="every").fill("10")
+    run = everystep.open(run)
+    measured = run.measured("size")
+    assert list(measured) == [*range(10, 501, 10)]
+    assert measured[130] == pytest.approx(run[130].gradients["0.weight"].norm().item())
+    field.fill("loss / 4")
     press(form, "Measure")
-    expect(form.locator(".alarm")).to_contain_text("share")
+    expect(form.locator(".alarm")).to_contain_text("size")
     overwrite.check()
     press(form, "Measure")
-    expect(form.locator(".result")).to_contain_text("share")
-    run = everystep.open(run)
-    assert run.measured("share")[10] == pytest.approx(run.losses["loss"][9] / 4, nan_ok=True)
+    expect(form.locator(".result")).to_contain_text("size")
+    assert run.measured("size")[10] == pytest.approx(run.losses["loss"][9] / 4)
 
 
 def test_a_measuring_that_is_cancelled_keeps_what_is_done(copied, ask):
@@ -102,6 +96,27 @@ def test_where_the_first_nan_came_from_is_found(ask):
 
 
 def test_verify_says_that_it_is_as_recorded_bit_for_bit(ask):
-    form = ask("chapter", "Verify")
+    form = ask("diverged", "Verify")
     press(form, "Verify")
     expect(form).to_contain_text("replays bit for bit")
+
+
+def test_a_run_in_another_precision_lies_over_the_recorded_one(ask, recorded):
+    asked = ask("diverged", "Rerun")
+    press(asked, "Rerun")
+    expect(asked.locator(".alarm")).to_contain_text("needs a condition that differs from the recording")
+    asked.get_by_label("precision").select_option("float64")
+    press(asked, "Rerun")
+    found = everystep.open(recorded / "diverged").rerun(precision="float64", progress=False)
+    expect(asked.locator(".result")).to_have_text(f"{rerun_sentence(found)}.")
+    for name in ("diverged", "diverged, float64"):
+        expect(asked.get_by_role("button", name=name, exact=True)).to_be_visible()
+    over = asked.locator(".u-over")
+    box = over.bounding_box()
+    over.hover(position={"x": 2, "y": box["height"] / 2})
+    expect(asked.locator(".readout")).to_contain_text("step 1")
+    expect(asked.locator(".readout")).to_contain_text(f"{found.losses[0]:.6g}"[:5])
+    over.click(position={"x": 2, "y": box["height"] / 2})
+    expect_step(asked.page, 1, of=30)
+    asked.get_by_text("Details").click()
+    expect(asked.locator("pre")).to_contain_text("farthest apart at step")

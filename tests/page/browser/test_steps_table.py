@@ -322,10 +322,3 @@ def test_on_paper_there_are_rows_without_controls(saved):
     expect(page.get_by_role("navigation", name="pagination")).to_be_hidden()
     expect(rows(page)).to_have_count(10)
     expect(info(page)).to_have_text("1 to 10 of 500")
-
-
-def test_without_scripts_the_first_rows_can_be_read(written, open_page):
-    page = open_page(written("chapter").as_uri(), java_script_enabled=False)
-    expect(page.locator("tbody tr")).to_have_count(10)
-    says = "The first 10 of 500 rows; the others need JavaScript."
-    expect(page.locator("noscript .static-note")).to_have_text(says)
