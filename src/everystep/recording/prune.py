@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from everystep.errors import RecordingError
-from everystep.recording.contents import Repeats
 from everystep.recording.database import FILE_NAME, reading
 from everystep.recording.files import batch_file, state_folder
+from everystep.recording.input_writer import Repeats
 from everystep.recording.keep import Keep
 from everystep.recording.lock import adding
 from everystep.recording.snapshots import SnapshotPlan

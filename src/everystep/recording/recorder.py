@@ -18,7 +18,7 @@ from everystep import clock
 from everystep.bounded import MOST_STEPS
 from everystep.errors import RecordingError, RunError, say
 from everystep.recording.connection import SPARE_NAME
-from everystep.recording.contents import DEFAULT_BATCH_BUDGET, Repeats, Taken
+from everystep.recording.contents import DEFAULT_BATCH_BUDGET
 from everystep.recording.continuation import Continuation, inherit, tidy
 from everystep.recording.database import FILE_NAME, Database, Repeat, cut
 from everystep.recording.directories import GoneError, Home
@@ -35,6 +35,7 @@ from everystep.recording.files import (
     write_data,
     write_whole,
 )
+from everystep.recording.input_writer import Repeats, Taken
 from everystep.recording.keep import Ahead, Keep, Outlook, is_kept
 from everystep.recording.lock import locked, writer_here
 from everystep.recording.recorded_run import RecordedRun

@@ -16,8 +16,9 @@ from everystep.program.number_slots import slots_of
 from everystep.program.operators import draws_random_numbers
 from everystep.program.optimizer_operator import OptimizerOperator
 from everystep.program.step_program import Program
-from everystep.recording.contents import Given, Inputs, Taken, inputs_of
+from everystep.recording.contents import Given, Inputs, inputs_of
 from everystep.recording.database import Repeat
+from everystep.recording.input_writer import Taken
 from everystep.recording.recorded_run import RecordedRun, Stretch
 from everystep.replay.opened_step import of_kind
 from everystep.replay.recorded_batches import batches_of

@@ -20,7 +20,8 @@ from everystep.errors import say
 from everystep.program.operators import NotAllowedError
 from everystep.program.sizes import packed_sizes, sizes_of
 from everystep.program.soundness import note_sound
-from everystep.recording.contents import PROGRAM, SIZES, Taken, digest_of, packed_program
+from everystep.recording.contents import PROGRAM, SIZES, digest_of, packed_program
+from everystep.recording.input_writer import Taken
 from everystep.recording.recorder import Recorder
 from everystep.step.build import BuiltPath, NotCapturableError, Origins, build_path
 from everystep.step.cursor import Cursor

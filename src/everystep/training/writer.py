@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from everystep import clock
-from everystep.recording.contents import Taken
 from everystep.recording.directories import name_of
 from everystep.recording.facts import Facts
+from everystep.recording.input_writer import Taken
 from everystep.recording.recorder import Recorder
 from everystep.step.state import State
 
