@@ -546,3 +546,23 @@ def test_targets_that_programs_cannot_change_are_refused(tmp_path, loss_of, targ
     relabelled_loop(tmp_path / "run", loss_of=loss_of)
     with pytest.raises((RunError, ExperimentError), match=message):
         everystep.open(tmp_path / "run").what_if(4, relabel=targets, progress=False)
+
+
+def test_batches_that_the_model_computes_are_not_those_of_another_rate(tmp_path):
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def drawn():
+        for _ in range(6):
+            x = torch.randn(8, 4)
+            yield x, model(x).argmax(1)
+
+    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
+        for x, y in recording.steps(drawn()):
+            recording.log(loss=descend(optimizer, nn.functional.cross_entropy(model(x), y)))
+    run = recording.run
+    assert run.verify(processes=1, progress=False).is_exact
+    with pytest.raises(RunError, match="a model that run trains computes its batches"):
+        run.what_if(2, lr=0.5, progress=False)
+    with pytest.raises(RunError, match="a model that run trains computes its batches"):
+        run.fork(2, lr=0.5, run=tmp_path / "fork", progress=False)

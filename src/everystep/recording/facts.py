@@ -269,20 +269,22 @@ class FunctionFacts(_Fact):
 class LoopFacts(_Fact):
     """A user's loop: the class of each part, the number of programs, and what programs cannot hold.
 
-    function: how programs ran its step function, if the user vouched for that.
+    has_computed_batches: a module that it trains ran as a batch was drawn; function: how programs ran
+    its step function, if the user vouched for that.
     """
 
     parts: dict[str, str]
     programs: Whole
     unseen: tuple[str, ...]
     has_loss: bool
+    has_computed_batches: bool
     function: FunctionFacts | None = None
 
     @classmethod
     def of(cls, parts: Mapping[str, Any]) -> LoopFacts:
         """Return the facts of a loop with these parts before its first step."""
         names = {name: type(part).__name__ for name, part in parts.items()}
-        return cls(parts=names, programs=0, unseen=(), has_loss=False)
+        return cls(parts=names, programs=0, unseen=(), has_loss=False, has_computed_batches=False)
 
 
 class RanksFacts(_Fact):

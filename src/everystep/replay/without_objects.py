@@ -109,6 +109,11 @@ def check_determined(run: RecordedRun, at: int, until: int, change: str, *, is_o
             f"step {until} of {name} was trained with different settings than state {at}; start later"
         )
     cure = f"fork the run instead: {by_own_code(run, at) if facts.loop else f'run.fork({at}, ...)'}"
+    if facts.loop is not None and facts.loop.has_computed_batches:
+        raise RunError(
+            f"a model that {name} trains computes its batches as they are drawn, so {change} they would "
+            f"differ; {cure}"
+        )
     for each in facts.schedulers.values():
         if is_of_rates:
             raise RunError(f"the learning rate of {name} follows {each.class_name}; {cure}")

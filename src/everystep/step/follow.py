@@ -113,7 +113,8 @@ class Follower:
     """Follows the thread that makes it, from `begin` to `finish`.
 
     where: the innermost module and optimizer that run, and the phase of what runs outside of them;
-    watch: of the step in progress; it runs the backward passes, and learns of other memory of tensors.
+    watch: of the step in progress; it runs the backward passes, and learns of other memory of tensors;
+    is_computed: while a batch is drawn, whether a module that is trained has run, else None.
 
     Args:
         modules: paths of modules, by id.
@@ -133,6 +134,7 @@ class Follower:
         self._optimizers = optimizers
         self.is_torchs = is_torchs
         self.watch: Any = None
+        self.is_computed: bool | None = None
         self._thread = get_ident()
         #: Classes of modules that were found to be watchable.
         self._ordinary: set[type] = set()
@@ -231,6 +233,8 @@ class Follower:
         self._open.append(path)
         if path is not around:
             self._moved()
+        if self.is_computed is False and path is not None:
+            self.is_computed = any(parameter.requires_grad for parameter in module.parameters())
 
     def closed(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """Note that a module is done."""

@@ -42,8 +42,8 @@ class LoopWriter(RunWriter):
         others: as `RunWriter` has them.
 
     parts: what the loop carries; watched: its steps; function: returns how the steps of a function ran;
-    has_loss: whether a step has logged a loss; of a resumed loop, beginning: the state that it continues
-    from, and later: one that it must reach again, if any.
+    has_loss: whether a step has logged a loss; has_computed_batches: see `LoopFacts`; of a resumed loop,
+    beginning: the state that it continues from, and later: one that it must reach again, if any.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class LoopWriter(RunWriter):
         self.beginning: State | None = None
         self.later: State | None = None
         before = () if earlier is None else (*(e.training for e in earlier.earlier), earlier.training)
+        self.has_computed_batches = False
         self.has_loss = any(each.loop is not None and each.loop.has_loss for each in before)
         self._loss_dtype = earlier.loss_dtype if earlier is not None and self.has_loss else "float64"
         self._pending: State | None = None
@@ -254,6 +255,7 @@ class LoopWriter(RunWriter):
             programs=self.recorder.program_count,
             unseen=self.watched.unseen,
             has_loss=self.has_loss,
+            has_computed_batches=self.has_computed_batches,
             function=None if self.function is None else self.function(),
         )
         return {"loop": loop, "steps": max(self.step, self.recorder.recorded)}

@@ -335,7 +335,18 @@ class Recording(Generic[R]):
 
     def drawn(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Yield batches without making steps of them; of a resumed loop, from its place on."""
-        return self._place.draw(batches)
+        items, writer = self._place.draw(batches), self.writer
+        follower = writer.watched.follower
+        while True:
+            follower.is_computed = False
+            try:
+                batch = next(items)
+            except StopIteration:
+                return
+            finally:
+                writer.has_computed_batches |= bool(follower.is_computed)
+                follower.is_computed = None
+            yield batch
 
     @property
     def _under_way(self) -> StepUnderWay[Cursor] | None:
