@@ -30,13 +30,7 @@ Looks = Mapping[int, Sequence[Look]]
 
 
 class Interpreter:
-    """A program, ready to be run.
-
-    Args:
-        program: the program to run.
-        device: where it runs.
-
-    state, inputs: the tensors that must exist before the step, by name.
+    """A program, ready to be run. state, inputs: the tensors that must exist before the step, by name.
 
     Raises:
         ProgramError: an argument is not of a kind that a program holds.
@@ -103,12 +97,10 @@ class Interpreter:
 
         Returns the loss, None if the program has none, and the first deviation from it in words.
 
-        Args:
-            state: tensors by name; the step changes them in place, replaces, adds and removes them.
-            inputs: as of `lay_inputs`, and `generator/N`: the state to set in torch's generator before
-                draw N, from 0. The step may change them.
-            numbers: of the step, in the order of its operations, including those that Python read.
-            looks: what looks at it.
+        state: tensors by name; the step changes them in place, replaces, adds and removes them; inputs:
+        as of `lay_inputs`, and `generator/N`: the state to set in torch's generator before draw N, from
+        0; the step may change them; numbers: of the step, in the order of its operations, including
+        those that Python read.
 
         Raises:
             ProgramError: the state or the inputs do not fit the program.

@@ -50,10 +50,8 @@ def packed_sizes(sizes: Sequence[int], of: Sequence[int]) -> bytes:
 def resized(program: Program, packed: bytes, key: bytes = b"") -> Program:
     """Return a program with the sizes of a step.
 
-    Args:
-        program: with its own sizes.
-        packed: as `packed_sizes` returns them; a stranger may have written them.
-        key: stands for the program (SHA-256 of its JSON) where it is noted that the result is sound.
+    packed: as `packed_sizes` returns them; a stranger may have written them; key: stands for the program
+    (SHA-256 of its JSON) where it is noted that the result is sound.
 
     Raises:
         ProgramError: they are not sizes of this program.

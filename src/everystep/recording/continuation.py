@@ -215,10 +215,9 @@ def inherit(database: Database, plan: SnapshotPlan, parent: RecordedRun, at: int
 def tidy(database: Database, recorded: int, at: int, *, changes_again: bool = False) -> None:
     """Remove files that belong to no recorded step, temporary files, and unreadable snapshots.
 
-    Args:
-        recorded: the newest step that stays.
-        at: the state that the training continues from; it writes later ones again.
-        changes_again: remove what code changed after the newest step: others may change other things.
+    recorded: the newest step that stays; at: the state that the training continues from, which writes
+    later ones again; changes_again: remove what code changed after the newest step: others may change
+    other things.
     """
     removed = []
     for row in database.snapshots():
