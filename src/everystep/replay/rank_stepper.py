@@ -59,7 +59,7 @@ class RankStepper(ReplayStepper):
         self._generators: dict[int, Tensor] = {}
         self._differing: set[int] = set()
         #: Why the next step cannot be repeated, once that was tried.
-        self._reason: NotReplayedError | None = None
+        self._reason: RunError | None = None
         # Whether the processor flushes denormal numbers belongs to each thread.
         begin = torch.set_flush_denormal, (steps.facts.numerics.flush_denormal,)
         self._pool = ThreadPoolExecutor(len(others) + 1, "everystep rank", *begin)
@@ -143,7 +143,7 @@ class RankStepper(ReplayStepper):
         done: as of `_in_turn`.
 
         Raises:
-            NotReplayedError: a rank cannot repeat it, now or before.
+            RunError: a rank cannot repeat it, now or before.
         """
         if self._reason is not None:
             raise self._reason
@@ -156,7 +156,7 @@ class RankStepper(ReplayStepper):
         ended = [rank for rank in self.others if rank not in functions]
         try:
             losses = _in_turn(self._pool, functions, self._as_rank, done)
-        except NotReplayedError as error:
+        except RunError as error:
             # The rank of this stepper may have ended its step before another one failed.
             self.state, self._reason = before, error
             if ended:

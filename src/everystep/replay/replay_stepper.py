@@ -127,7 +127,7 @@ class ReplayStepper:
             # Snapshots of the training have only the gradients that a later step reads.
             dropped = {n for n in self._tensors if n.startswith("gradient/")}
             for number in self.steps.facts.programs:
-                with suppress(NotReplayedError):  # as far as they can be read
+                with suppress(RunError):  # as far as they can be read
                     dropped -= self.steps.program(number).state.keys()
         copied: Callable[[Tensor], Tensor] = Tensor.cpu if is_live else copy_of
         copies = {name: copied(t) for name, t in self._tensors.items() if name not in dropped}
@@ -250,7 +250,7 @@ class ReplayStepper:
         if a hook asks for it.
 
         Raises:
-            RunError: nothing repeats the next step, or its inputs were dropped.
+            NotReplayedError: nothing repeats the next step, or its inputs were dropped.
         """
         losses: list[float] = []
         assert self.state is not None
@@ -261,9 +261,9 @@ class ReplayStepper:
                     losses.append(self._take(hook))
                     if hook is not None and not hook.after(self.state, losses[-1]):
                         break
-        except NotReplayedError:
+        except RunError as error:
             if not losses:
-                raise
+                raise NotReplayedError(str(error)) from None
         return losses
 
     def _take(self, hook: Hook | None) -> float:
@@ -281,8 +281,11 @@ class ReplayStepper:
         """Run the next step, and return everything in it; its loss is not compared."""
         assert self.state is not None
         number = self.state + 1
-        batch = self.batch(number)
-        step = observed_step(number, self.observe(), batch)
+        try:
+            batch = self.batch(number)
+            step = observed_step(number, self.observe(), batch)
+        except RunError as error:
+            raise NotReplayedError(str(error)) from None
         epoch = 0 if self._is_own_loop else batches_of(self.steps.facts).epoch(number)
         return replace(step, hyperparameters=self.hyperparameters(), epoch=epoch)
 
