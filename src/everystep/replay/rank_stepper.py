@@ -111,7 +111,6 @@ class RankStepper(ReplayStepper):
     def observe(self) -> Observation:
         """Run the next step of all ranks, and return everything in that of this one."""
         # The step is repeated once for the results of its collectives, which this rank is then given.
-        assert self.state is not None
         self.settle()
         number, device = self.state, self.steps.device
         own, drawn = copied_together(self._tensors), Generators.capture(device)
@@ -147,7 +146,6 @@ class RankStepper(ReplayStepper):
         """
         if self._reason is not None:
             raise self._reason
-        assert self.state is not None
         before = self.state
         functions: dict[int, Callable[[], float]] = {self._rank: own}
         for rank, other in self.others.items():

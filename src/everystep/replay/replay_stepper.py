@@ -34,8 +34,10 @@ from everystep.step.observe import Observation, StepObserver
 from everystep.step.state import State, copy_of, same_bits
 from everystep.training.batch import nested_again
 
-__all__ = ["ReplayStepper"]
+__all__ = ["NOWHERE", "ReplayStepper"]
 
+#: The state of a stepper that must load one.
+NOWHERE = -1
 #: Tensors that a message names.
 MOST_NAMED = 3
 _NO_NUMBERS = torch.empty(0)
@@ -46,15 +48,15 @@ class ReplayStepper:
     """Repeats steps; states can be loaded and steps run in any order.
 
     steps: the data that repeats each step; diverged: called with a step that differs from the recording,
-    and a description; state: the number of the current state, None before one is loaded; others, hooks:
-    of other ranks, by number, which a `RankStepper` repeats, too.
+    and a description; state: the number of the current state, `NOWHERE` before one is loaded; others,
+    hooks: of other ranks, by number, which a `RankStepper` repeats, too.
     """
 
     others: Mapping[int, ReplayStepper] = MappingProxyType({})
     hooks: Mapping[int, Hook] = MappingProxyType({})
 
     def __init__(self, steps: RecordedSteps, diverged: Callable[[int, str], object]) -> None:
-        self.state: int | None = None
+        self.state = NOWHERE
         self.steps = steps
         self._run = steps.run
         self._is_own_loop = steps.facts.loop is not None
@@ -83,7 +85,7 @@ class ReplayStepper:
             raise RunError(f"state {state.step} of {self._run.name} is not a state of watched steps")
         named = state.named() | {n: t for n, t in state.rest.items() if n.startswith(PREFIX)}
         # An error on the way leaves no state, not a part of one.
-        self.state = None
+        self.state = NOWHERE
         self._tensors.clear()  # those of a large model take much memory
         self._begin(state.step, self._here({n: named[n] for n in names if n in named}))
         # Of a large model, the tensors take much memory, and here they have been copied.
@@ -107,7 +109,7 @@ class ReplayStepper:
 
     def settle(self) -> None:
         """Apply what code changed after the last step, outside of any step."""
-        if self.state is None or self.state == self._settled or self.state not in self._between:
+        if self.state == self._settled or self.state not in self._between:
             return
         self._settled = self.state
         tensors, gone = self._run.change(self._between[self.state])
@@ -120,7 +122,7 @@ class ReplayStepper:
 
         is_live: with the tensors themselves where they are on the CPU, which the next step changes.
         """
-        assert self.state is not None and self._loaded is not None
+        assert self._loaded is not None
         dropped: set[str] = set()
         if not self._is_own_loop:  # its snapshots have what changed after the step
             self.settle()
@@ -182,7 +184,6 @@ class ReplayStepper:
 
     def hyperparameters(self) -> dict[str, float]:
         """Return the learning rates of the last step, and other settings that ever changed."""
-        assert self.state is not None
         known = self._settings(self.state)
         if self._is_own_loop:
             return known
@@ -202,7 +203,7 @@ class ReplayStepper:
         """Return the param groups of everystep's own steps with the numbers that the last one used."""
         assert self._loaded is not None
         groups = [dict(group) for group in self._loaded.optimizer("optimizer").get("groups", [])]
-        for name, value in self._settings(self.state or 0).items():
+        for name, value in self._settings(self.state).items():
             set_hyperparameter(groups, name, value)
         changed = {} if self.steps.lr is None else {"lr": self.steps.lr}
         return [group | changed for group in groups]
@@ -253,7 +254,6 @@ class ReplayStepper:
             NotReplayedError: nothing repeats the next step, or its inputs were dropped.
         """
         losses: list[float] = []
-        assert self.state is not None
         self.steps.until = last
         try:
             with without_autograd():
@@ -268,7 +268,6 @@ class ReplayStepper:
 
     def _take(self, hook: Hook | None) -> float:
         """Take the next step; return its loss."""
-        assert self.state is not None
         self.settle()
         row = self.steps.row(self.state + 1)
         bound = self._bound.begin(row, self.steps)
@@ -279,7 +278,6 @@ class ReplayStepper:
 
     def open(self) -> Step:
         """Run the next step, and return everything in it; its loss is not compared."""
-        assert self.state is not None
         number = self.state + 1
         try:
             batch = self.batch(number)
@@ -291,7 +289,6 @@ class ReplayStepper:
 
     def observe(self) -> Observation:
         """Run the next step, and return everything in it."""
-        assert self.state is not None
         self.settle()
         self.steps.until = self.state + 1
         row = self.steps.row(self.state + 1)
