@@ -75,19 +75,12 @@ class ReplayStepper:
     # The state.
 
     def load(self, state: State, *others: State) -> None:
-        """Restore a state, from disk or from `capture`; others: as of `capture_ranks`.
-
-        Raises:
-            RunError: it is not a state of watched steps.
-        """
-        names = state.settings.get("names")
-        if not isinstance(names, list):
-            raise RunError(f"state {state.step} of {self._run.name} is not a state of watched steps")
+        """Restore a state, from disk or from `capture`; others: as of `capture_ranks`."""
         named = state.named() | {n: t for n, t in state.rest.items() if n.startswith(PREFIX)}
         # An error on the way leaves no state, not a part of one.
         self.state = NOWHERE
         self._tensors.clear()  # those of a large model take much memory
-        self._begin(state.step, self._here({n: named[n] for n in names if n in named}))
+        self._begin(state.step, self._here({n: named[n] for n in state.settings["names"] if n in named}))
         # Of a large model, the tensors take much memory, and here they have been copied.
         known, rest = (dict.fromkeys(each, _NO_NUMBERS) for each in (state.parameters, state.rest))
         self._loaded = replace(state, parameters=known, rest=rest)
