@@ -193,7 +193,7 @@ class Living:
     def capture(self) -> State:
         """Return the current state in the form that is written to disk."""
         if self._training.has_tensor_settings:
-            self._set_hyperparameters(self._stepper.step + 1)
+            self._set_hyperparameters()
         return self._training.snapshot(self._stepper.step)
 
     def run(self, last: int) -> list[float]:
@@ -204,7 +204,7 @@ class Living:
         """
         losses: list[float] = []
         while self._stepper.step < last:
-            number = self._ready()
+            number = self._set_hyperparameters()
             # Settings, and tensors, may change before each step.
             alone = self._between or self._settings(MOST_STEPS)
             with self._watching():
@@ -219,7 +219,7 @@ class Living:
         Raises:
             RunError: it fails, or no program can hold it.
         """
-        number, watched, device = self._ready(), self._watched, self._training.device
+        number, watched, device = self._set_hyperparameters(), self._watched, self._training.device
         state = {name: tensor.clone() for name, tensor in watched.parts.state().items()}
         generators = Generators.capture(device)
         with self._watching():
@@ -241,12 +241,6 @@ class Living:
         seen = Batch(tensors, None, tuple(tensors.values()))
         return observed_step(number, observer.observation(loss), seen)
 
-    def _ready(self) -> int:
-        """Set what the optimizer uses in the next step; return the number of that step."""
-        number = self._stepper.step + 1
-        self._set_hyperparameters(number)
-        return number
-
     def _settle(self) -> None:
         """Apply the changes of other code after the last step, before anything else runs."""
         step = self._stepper.step
@@ -262,9 +256,12 @@ class Living:
         if drawn := of_kind(tensors, "generator"):
             Generators.from_tensors(Generators.capture(device).tensors() | drawn).restore(device)
 
-    def _set_hyperparameters(self, step: int) -> None:
-        for name, value in self._settings(step).items():
+    def _set_hyperparameters(self) -> int:
+        """Set what the optimizer uses in the next step; return the number of that step."""
+        number = self._stepper.step + 1
+        for name, value in self._settings(number).items():
             set_hyperparameter(self._training.optimizer.param_groups, name, value)
+        return number
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
