@@ -145,12 +145,8 @@ class BoundProgram:
         numbers: in the order of the operations, with one for each that the step reads.
 
         Raises:
-            ProgramError: there are more or fewer than the program needs.
+            ValueError: there are more or fewer than the program needs, or they are of another kind.
         """
-        if len(numbers) != len(self._puts):
-            raise ProgramError(
-                f"the step has {len(numbers)} numbers, but its program needs {len(self._puts)}"
-            )
         self.numbers = [*numbers]
         for put, number in zip(self._puts, numbers, strict=True):
             put(number)

@@ -92,7 +92,7 @@ class BoundStep:
             self._put, self._recorded = _NOTHING, self._steps.numbers(row)
             try:
                 self.live.put(self._recorded)
-            except (ProgramError, ValueError, OverflowError):
+            except (ValueError, OverflowError):
                 return False
             self._put = row.numbers
         if self._rule is None or (self._rule.is_fixed and not is_new):
