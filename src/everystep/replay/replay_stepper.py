@@ -248,15 +248,16 @@ class ReplayStepper:
         """
         losses: list[float] = []
         self.steps.until = last
-        try:
-            with without_autograd():
-                while self.state < last:
+        with without_autograd():
+            while self.state < last:
+                try:
                     losses.append(self._take(hook))
-                    if hook is not None and not hook.after(self.state, losses[-1]):
-                        break
-        except RunError as error:
-            if not losses:
-                raise NotReplayedError(str(error)) from None
+                except REFUSALS as error:
+                    if not losses:
+                        raise self._not_replayed(error) from None
+                    break
+                if hook is not None and not hook.after(self.state, losses[-1]):
+                    break
         return losses
 
     def _take(self, hook: Hook | None) -> float:
@@ -274,9 +275,10 @@ class ReplayStepper:
         number = self.state + 1
         try:
             batch = self.batch(number)
-            step = observed_step(number, self.observe(), batch)
-        except RunError as error:
-            raise NotReplayedError(str(error)) from None
+            with without_autograd():
+                step = observed_step(number, self.observe(), batch)
+        except (NotCapturableError, *REFUSALS) as error:
+            raise self._not_replayed(error) from None
         epoch = 0 if self._is_own_loop else batches_of(self.steps.facts).epoch(number)
         return replace(step, hyperparameters=self.hyperparameters(), epoch=epoch)
 
@@ -289,11 +291,7 @@ class ReplayStepper:
         if interpreter not in self._expanders:
             self._expanders[interpreter] = Expander(interpreter, self.steps.device)
         given = self.steps.numbers(row), self._tensors, partial(self._before, row)
-        try:
-            with without_autograd():
-                expansion = self._expanders[interpreter].expanded(*given)
-        except (ProgramError, NotCapturableError, *REFUSALS) as error:
-            raise self._not_replayed(row.step, error) from None
+        expansion = self._expanders[interpreter].expanded(*given)
         observer = StepObserver(expansion.interpreter, expansion.numbers, self._tensors)
         loss = self._interpret(row, observer.looks, expansion)
         found = observer.observation(torch.tensor(loss, dtype=torch.float64))
@@ -320,11 +318,8 @@ class ReplayStepper:
         calls = bound.calls(hook)
         if live.draws and bound.generator is not None:
             torch.set_rng_state(bound.generator)
-        try:
-            for call in calls:
-                call()
-        except REFUSALS as error:
-            raise self._not_replayed(number, error) from None
+        for call in calls:
+            call()
         self._bound.end(bound)
         self.state = number
         if live.program.loss is None:
@@ -337,18 +332,19 @@ class ReplayStepper:
         inputs = self.steps.inputs(row)
         known = Expanded(self.steps.program_of(row), self.steps.numbers(row), {})
         interpreter, numbers, more = expansion or known
-        try:
-            with without_autograd():
-                loss, differs = interpreter.run(self._tensors, inputs | more, numbers, looks)
-        except (ProgramError, ValueError) as error:
-            raise self._not_replayed(row.step, error) from None
+        loss, differs = interpreter.run(self._tensors, inputs | more, numbers, looks)
         self.state = row.step
         self._compare(row.step, differs, self.steps.given(row).digests)
         return self.steps.loss(row.step) if loss is None else float(loss)
 
-    def _not_replayed(self, number: int, error: Exception) -> NotReplayedError:
+    def _not_replayed(self, error: Exception) -> NotReplayedError:
+        """Return the error of the next step; those of a run explain themselves."""
+        if isinstance(error, RunError) and not isinstance(error, ProgramError):
+            return NotReplayedError(str(error))
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        return NotReplayedError(f"step {number} of {self._run.name} cannot be replayed: {reason}")
+        return NotReplayedError(
+            f"step {self.state + 1} of {self._run.name} cannot be replayed: {reason}"
+        )
 
     def _compare(self, number: int, differs: str | None, digests: Mapping[str, str]) -> None:
         """Report how a step differs from the recording; of the state after it, the first time."""
