@@ -106,7 +106,7 @@ class BoundStep:
         given, rule = self._steps.given(row), self._rule
         if is_new:
             drawn = [name for name in given.given if name.startswith(GENERATOR)]
-            # It may set a generator between two draws.
+            # The calls draw in a row: only the interpreter can set a generator between two draws.
             if self._steps.rule_for(row) is not rule or drawn not in ([], [f"{GENERATOR}0"]):
                 raise ProgramError("the inputs of the step are of another kind")
             self.digests, self.generator = given.digests, None
