@@ -74,19 +74,14 @@ def _in_thread(
 class Recorder:
     """The one writer of a run: takes losses, measurements and states, and writes them in a thread.
 
-    Args:
-        directory: of the run; empty unless it is resumed.
-        facts: what is known before the first step; for a fork, without inherited ones.
-        budget: maximum bytes of snapshots.
-        parent: the parent run, if this is a fork.
-        at: the parent's state that it starts from.
-        texts: content of text files by name, written before the database names them.
-        beginning: that state as the fork has it: written together with the inherited data, all or
-            nothing, because no other snapshot has the fork's settings.
-        batch_budget: maximum bytes of batches and other inputs of steps.
-        keep: which steps can be opened afterwards; None: all.
-        is_resumed: the run exists, and its training continues from state `at`, which is on disk; steps
-            that the run already has are compared, not written (see `Continuation`).
+    directory: of the run; empty unless it is resumed; facts: what is known before the first step; for a
+    fork, without inherited ones; budget: maximum bytes of snapshots; parent: the parent run, if this is
+    a fork; at: the parent's state that it starts from; texts: content of text files by name, written
+    before the database names them; beginning: that state as the fork has it: written together with the
+    inherited data, all or nothing, because no other snapshot has the fork's settings; batch_budget:
+    maximum bytes of batches and other inputs of steps; keep: which steps can be opened afterwards; None:
+    all; is_resumed: the run exists, and its training continues from state `at`, which is on disk; steps
+    that the run already has are compared, not written (see `Continuation`).
 
     plan: when to take snapshots; recorded: the newest step that the run had when it was resumed, 0 for a
     new run; is_estimated: whether what it will take was reported; program_count: how many programs the
