@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
-from functools import cached_property
 from itertools import islice
 from types import MappingProxyType
 from typing import Any
@@ -40,6 +39,7 @@ class Interpreter:
         self.program = program
         self._device = device
         self._calls = [_Instruction(operation) for operation in program.operations]
+        self._over_after = over_after(program)
         needed = program.state_names
         self.state = {name: spec for name, spec in program.tensors.items() if name in needed}
         self.inputs = {
@@ -64,11 +64,6 @@ class Interpreter:
         other.program = self.program.placed(numbers[:count])
         other.inputs = {name: other.program.tensors[name] for name in self.inputs}
         return other, [*numbers[count:]]
-
-    @cached_property
-    def _over_after(self) -> dict[int, list[str]]:
-        """See `over_after`."""
-        return over_after(self.program)
 
     def numbers_of(self, numbers: Sequence[Number]) -> list[list[Number]]:
         """Return the numbers of a step by operation.

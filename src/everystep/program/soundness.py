@@ -397,10 +397,6 @@ def _distances_fit(given: Given) -> bool:
     )
 
 
-def _softmax_fits(given: Given) -> bool:
-    return bool(given["grad_output"].shape == given["output"].shape)
-
-
 def _exchanged_fit(given: Given, results: int = 1, each: int = 1) -> bool:
     """Ranks exchange as many bytes as tensors have numbers, from the first on.
 
@@ -426,7 +422,10 @@ _SHAPES: dict[str, Callable[[Given], bool]] = {
     "_embedding_bag": lambda given: _are_dense(given, "weight"),
     **dict.fromkeys(("_fft_c2c", "_fft_c2r", "_fft_r2c"), _dimensions_fit),
     **dict.fromkeys(("_fused_adagrad_", "_fused_adam_", "_fused_adamw_", "_fused_sgd_"), _fused_fit),
-    **dict.fromkeys(("_log_softmax_backward_data", "_softmax_backward_data"), _softmax_fits),
+    **dict.fromkeys(
+        ("_log_softmax_backward_data", "_softmax_backward_data"),
+        lambda given: given["grad_output"].shape == given["output"].shape,
+    ),
     **dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit"), _batch_norm_fits),
     "_native_batch_norm_legit_no_training": _batch_norm_fits,
     "_scaled_dot_product_flash_attention_for_cpu": _attention_fits,
