@@ -228,7 +228,7 @@ def tidy(database: Database, recorded: int, at: int, *, changes_again: bool = Fa
                 removed.append(row.step)
         except RunError:
             removed.append(row.step)
-    changes = database.changes(lambda changed: changed > recorded - changes_again)
+    changes = [file for step, file in database.changes().items() if step > recorded - changes_again]
     with database.removing([*map(state_folder, removed), *changes]):
         database.forget_after(recorded)
     for path in database.directory.glob(".*.tmp"):  # of a process that was killed

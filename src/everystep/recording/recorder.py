@@ -195,7 +195,7 @@ class Recorder:
         later = [taken for taken in self.plan.kept if taken > step]
         for taken in later:
             del self.plan.kept[taken]
-        changes = self._database.changes(lambda changed: changed > step)
+        changes = [file for changed, file in self._database.changes().items() if changed > step]
         with self._database.removing([*map(state_folder, later), *changes]):
             self._database.forget_after(step)
         self._passed = min(self._passed, step)
@@ -436,7 +436,8 @@ class Recorder:
         resumed = [(self._call_begins.get(step, 1), step) for step in self.plan.kept]
         # The next snapshot may lie in the current call of `steps`: a resume from it needs these draws.
         resumed.append((max(self.plan.kept) + 1, MOST_STEPS))
-        changes = self._database.changes(lambda changed: not self._is_kept(changed + 1))
+        known = self._database.changes().items()
+        changes = [file for step, file in known if not self._is_kept(step + 1)]
         batches = self._repeats.drop(self._repeats.unneeded(resumed))
         with self._database.removing([*map(state_folder, states), *batches, *changes]):
             self._repeats.forget(self._not_kept, resumed)
