@@ -141,6 +141,7 @@ class Replay:
         self._start_near(stepper, at, state)
         with self._announced(stepper.state, state) as advance:
             while (left := state - stepper.state) > 0:
+                # The first few steps show how long one takes.
                 spacing = max(1, int(KEPT_SECONDS / self._step_seconds)) if self._step_seconds else 8
                 count = min(left, spacing)
                 self._advance(stepper, stepper.state + count)

@@ -81,6 +81,7 @@ def state_to_continue(replay: Replay, number: int, objects: Objects | None) -> S
     is_shared = stretch.facts.ranks is not None  # Python would need all ranks to repeat the steps
     if is_shared or turn is None or turn > number or number in run.snapshots:
         return replay.state(number)
+    # The state that a stretch begins with has the objects of the stretch, not of the one before.
     begin = run.state_near(number, after=stretch.first - 2) or replay.state(stretch.first - 1)
     with replay.in_force(number):
         stepper = Living(run, stretch, objects or Objects(), begin, "eager")
