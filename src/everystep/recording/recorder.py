@@ -385,7 +385,6 @@ class Recorder:
             recorded = min(recorded, facts.resumed[-1].at)
         again = is_changed and before.training.loop is not None
         tidy(self._database, recorded, self._passed, changes_again=again)
-        before = self._database.facts()
         kept = self._begin_keeping(before.not_kept, recorded)
         self._again = Continuation(self._database, facts.rows() | kept)
         self.recorded = self._again.recorded
