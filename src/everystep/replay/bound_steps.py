@@ -7,7 +7,6 @@ faster, once it is bound, which takes some milliseconds.
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import suppress
 from functools import partial
 from typing import Protocol
 
@@ -167,12 +166,14 @@ class BoundSteps:
         if bound is None and self._is_worth(key, row, steps):
             bound = self._bind(key, row, steps)
         if bound is not None:
-            with suppress(ValueError, OverflowError):  # the interpreter runs what does not fit
+            try:
                 self._bring(bound)
                 bound.begin(row)
-                return bound
-        self._interpreted[key] += 1
-        return None
+            except (ValueError, OverflowError):  # the interpreter runs what does not fit
+                bound = None
+        if bound is None:
+            self._interpreted[key] += 1
+        return bound
 
     def end(self, bound: BoundStep) -> None:
         """Let the state be as a step that just ran leaves it."""
