@@ -227,19 +227,21 @@ class EngineFacts(_Fact):
     """
 
     asked: str
-    stands_behind: str = "known"
+    stands_behind: str
     programs: tuple[Whole, ...] = ()
-    by_program: Whole = 0
-    checks: Whole = 0
-    verified_to: Whole = 0
+    by_program: Whole
+    checks: Whole
+    verified_to: Whole
     eager_from: Whole | None = None
-    reason: str | None = None
+    reason: str | None
     unseen: tuple[str, ...] = ()
     after: Whole = 0
 
 
 #: By default, Python ran the steps.
-EAGERLY = EngineFacts(asked="auto", eager_from=1)
+EAGERLY = EngineFacts(
+    asked="auto", stands_behind="known", by_program=0, checks=0, verified_to=0, eager_from=1, reason=None
+)
 
 
 class LoopFacts(_Fact):
