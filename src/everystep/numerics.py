@@ -19,9 +19,9 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from everystep.errors import UsageError
 
@@ -136,7 +136,7 @@ class Numerics(BaseModel):
     device: str
     cpu_capability: str
     mkl_cbwr: str
-    threads: int
+    threads: Annotated[int, Field(ge=1, le=MOST_THREADS)]
     deterministic_algorithms: bool
     flush_denormal: bool
     default_dtype: str

@@ -267,6 +267,6 @@ def test_statistics_of_every_dtype_are_read_on_a_machine_that_has_not_seen_the_p
     model = nn.Sequential(nn.Linear(4, 8), copy.deepcopy(layer), nn.Linear(8, 1)).to(dtype)
     x, y = torch.randn(6, 4, dtype=dtype), torch.randn(6, 1, dtype=dtype)
     run = trained(model, (x, y), steps=3, run=tmp_path / "run")
-    monkeypatch.setattr("everystep.program.step_program.is_known_sound", lambda content: False)
+    monkeypatch.setattr("everystep.program.soundness._is_known_sound", lambda content: False)
     assert run.facts.training.engine.reason is None
     assert everystep.open(run.directory).verify(processes=1, progress=False).is_exact

@@ -192,9 +192,7 @@ def test_a_class_that_there_is_not_is_named_by_the_step(tmp_path, everystep_comm
 
 
 @pytest.mark.parametrize("threads", [10**9, 0, -1])
-def test_a_run_that_says_it_had_impossibly_many_threads_is_not_replayed(run, threads):
+def test_a_run_that_says_it_had_impossibly_many_threads_is_not_opened(run, threads):
     change_fact(run, "numerics", lambda fact: fact.update(threads=threads))
-    opened = everystep.open(run.directory)
-    for _ in range(2):  # it is reported each time
-        with pytest.raises(RunError, match=f"claims {threads} threads: the database was changed"):
-            opened[1]
+    with pytest.raises(RunError, match="invalid value for 'numerics': the database was changed"):
+        everystep.open(run.directory)

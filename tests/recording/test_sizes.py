@@ -183,13 +183,13 @@ def _program():
 def test_sizes_that_do_not_fit_are_refused(alter):
     program = _program()
     with pytest.raises(ProgramError, match="the sizes of the step do not fit its program"):
-        resized(program, alter(sizes_of(program)))
+        resized(program, alter(sizes_of(program)), b"altered")
 
 
 def test_the_sizes_of_a_program_give_the_program():
     program = _program()
     sizes = sizes_of(program)
-    assert resized(program, packed_sizes(sizes, sizes)) == program
+    assert resized(program, packed_sizes(sizes, sizes), b"its own") == program
 
 
 @pytest.mark.parametrize("rows", [[0, 5, 0, 3], [5, 3, 0, 0]])

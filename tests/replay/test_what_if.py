@@ -16,7 +16,7 @@ import everystep
 from everystep.errors import ExperimentError, ExpressionError, RunError, UsageError
 from everystep.experiment.batches import Batches
 from everystep.replay import processes, what_if
-from everystep.replay.processes import pool, recorded_numerics
+from everystep.replay.processes import pool
 
 ROWS, STEPS = 20, 14
 
@@ -81,7 +81,7 @@ def test_processes_find_what_one_finds(tmp_path, monkeypatch):
     monkeypatch.setattr(what_if, "GROUP", 3)
     alone = run.what_if(4, 11, **rows, processes=1), run.measure(**size, name="alone", processes=1)
     asked, threads = [], run.facts.training.numerics.threads
-    with pool(2, threads, recorded_numerics(run.facts).environment()) as known:
+    with pool(2, threads, run.facts.training.numerics.environment()) as known:
         monkeypatch.setattr(
             processes, "pool", lambda *given: asked.append(given[:2]) or nullcontext(known)
         )

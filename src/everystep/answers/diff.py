@@ -36,7 +36,7 @@ from everystep.recording.keep import kept_text
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.settings_diff import asked_differences, config_differences, renamed
 from everystep.replay.opened_step import Step
-from everystep.replay.processes import Opener, recorded_numerics
+from everystep.replay.processes import Opener
 from everystep.replay.recorded_columns import recorded_at
 from everystep.replay.recorded_steps import same_number
 from everystep.replay.run_replay import LossDifference, Replay
@@ -168,7 +168,7 @@ def _diff(
     steps = (one.newest_step(), other.newest_step())
     experiments = asked_differences(one.facts.training, other.facts.training)
     configs = config_differences(one.facts, other.facts)
-    numerics = recorded_numerics(one.facts).differences(recorded_numerics(other.facts))
+    numerics = one.facts.training.numerics.differences(other.facts.training.numerics)
     ends = [loss.step] if loss else []
     ends += [states[0].state or 1] if states else []
     asked = thorough

@@ -82,7 +82,6 @@ class Query(Visitor):
     def run(self, replay: Replay, last: int) -> list[float]:
         """Run the next steps, and ask; return their losses."""
         stepper = replay.stepper
-        assert stepper.state is not None
         number = stepper.state + 1
         if not self._is_looked_at(number):  # up to the next step to look at, without stopping
             next_due = -(-(number + 1) // self.every) * self.every

@@ -24,7 +24,7 @@ from everystep.program.step_program import Program
 from everystep.recording.keep import kept_text
 from everystep.recording.recorded_run import RecordedRun
 from everystep.replay.parallel import Replayed, Span, Visitor, replay_span, spans
-from everystep.replay.processes import Opener, recorded_numerics
+from everystep.replay.processes import Opener
 from everystep.replay.recorded_steps import read_program
 from everystep.replay.run_replay import Replay
 from everystep.replay.shown import Shown
@@ -131,7 +131,7 @@ def rerun(
     if not kept:
         raise UsageError(f"{run.name} has no steps to repeat")
     first, last = max(kept[-1][0], begin), kept[-1][1]
-    known = recorded_numerics(facts)
+    known = facts.training.numerics
     recorded = np.array(run.losses_between(first, last))
     with other_process(conditions, conditions.environment(known)) as process:
         threads = conditions.threads or known.threads

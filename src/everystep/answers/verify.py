@@ -13,7 +13,7 @@ from everystep.device import on_cpu
 from everystep.recording.keep import is_kept
 from everystep.recording.recorded_run import RecordedRun
 from everystep.replay.parallel import Visitor, parallel, spans
-from everystep.replay.processes import Opener, recorded_numerics
+from everystep.replay.processes import Opener
 from everystep.replay.run_replay import LossDifference
 from everystep.replay.shown import Shown
 from everystep.step.state import StateDifference, distance
@@ -87,7 +87,7 @@ def verify(
     firsts = [each.first_loss for each in replayed if each.first_loss is not None]
     dtype = getattr(torch, run.facts.loss_dtype)
     pair = [torch.tensor([n], dtype=dtype) for each in firsts[:1] for n in each[1:]]
-    numerics = recorded_numerics(run.facts).differences(replayed[0].numerics) if replayed else {}
+    numerics = run.facts.training.numerics.differences(replayed[0].numerics) if replayed else {}
     numerics.pop("threads", None)  # those that were set are counted below
     threads: Counter[int] = Counter()
     for each in replayed:

@@ -70,12 +70,9 @@ class BoundProgram:
     A step is `put`, if its numbers differ from those of the previous step; `load`, if its batch does;
     and `run`.
 
-    Args:
-        program: the program to run.
-        state: the tensors of the training by name; their memory must not move.
-        inputs: bytes of each input storage that does not belong to the batch, by the storage's name.
-        batch: the names of the tensors of the batch.
-        device: the device of memory that the program allocates.
+    state: the tensors of the training by name; their memory must not move; inputs: bytes of each input
+    storage that does not belong to the batch, by the storage's name; batch: the names of the tensors of
+    the batch; device: of the memory that the program allocates.
 
     loss: the live tensor of the loss, or a NaN to be set from outside if the program has none; logged:
     the live tensors of all numbers that the step logs, by name; ends: the tensors that state names have
@@ -148,12 +145,8 @@ class BoundProgram:
         numbers: in the order of the operations, with one for each that the step reads.
 
         Raises:
-            ProgramError: there are more or fewer than the program needs.
+            ValueError: there are more or fewer than the program needs, or they are of another kind.
         """
-        if len(numbers) != len(self._puts):
-            raise ProgramError(
-                f"the step has {len(numbers)} numbers, but its program needs {len(self._puts)}"
-            )
         self.numbers = [*numbers]
         for put, number in zip(self._puts, numbers, strict=True):
             put(number)
@@ -316,10 +309,8 @@ def _steady_operations(program: Program) -> set[int]:
 class _SteadyOptimizer:
     """An optimizer of a program, on fixed tensors.
 
-    Args:
-        operator: its class.
-        arguments: as of `BoundOptimizer`.
-        settings: by key and param group, which may be exchanged before any step.
+    arguments: as of `BoundOptimizer`; settings: by key and param group, which may be exchanged before
+    any step.
     """
 
     def __init__(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
-from functools import cached_property
 from itertools import islice
 from types import MappingProxyType
 from typing import Any
@@ -30,13 +29,7 @@ Looks = Mapping[int, Sequence[Look]]
 
 
 class Interpreter:
-    """A program, ready to be run.
-
-    Args:
-        program: the program to run.
-        device: where it runs.
-
-    state, inputs: the tensors that must exist before the step, by name.
+    """A program, ready to be run. state, inputs: the tensors that must exist before the step, by name.
 
     Raises:
         ProgramError: an argument is not of a kind that a program holds.
@@ -46,6 +39,7 @@ class Interpreter:
         self.program = program
         self._device = device
         self._calls = [_Instruction(operation) for operation in program.operations]
+        self._over_after = over_after(program)
         needed = program.state_names
         self.state = {name: spec for name, spec in program.tensors.items() if name in needed}
         self.inputs = {
@@ -70,11 +64,6 @@ class Interpreter:
         other.program = self.program.placed(numbers[:count])
         other.inputs = {name: other.program.tensors[name] for name in self.inputs}
         return other, [*numbers[count:]]
-
-    @cached_property
-    def _over_after(self) -> dict[int, list[str]]:
-        """See `over_after`."""
-        return over_after(self.program)
 
     def numbers_of(self, numbers: Sequence[Number]) -> list[list[Number]]:
         """Return the numbers of a step by operation.
@@ -103,12 +92,10 @@ class Interpreter:
 
         Returns the loss, None if the program has none, and the first deviation from it in words.
 
-        Args:
-            state: tensors by name; the step changes them in place, replaces, adds and removes them.
-            inputs: as of `lay_inputs`, and `generator/N`: the state to set in torch's generator before
-                draw N, from 0. The step may change them.
-            numbers: of the step, in the order of its operations, including those that Python read.
-            looks: what looks at it.
+        state: tensors by name; the step changes them in place, replaces, adds and removes them; inputs:
+        as of `lay_inputs`, and `generator/N`: the state to set in torch's generator before draw N, from
+        0; the step may change them; numbers: of the step, in the order of its operations, including
+        those that Python read.
 
         Raises:
             ProgramError: the state or the inputs do not fit the program.

@@ -71,12 +71,9 @@ class OptimizerOperator:
     def check(
         self, given: Mapping[str, Any], results: Sequence[Any], tensors: Mapping[str, Any]
     ) -> None:
-        """Check the arguments of such an operation, as a program holds them.
+        """Check the arguments of such an operation, by name, as a program holds them.
 
-        Args:
-            given: by name.
-            results: names.
-            tensors: the specs of the tensors of the program, by name; it reads some of these.
+        results: names; tensors: the specs of the tensors of the program, by name.
 
         Raises:
             ValueError: they are invalid.
@@ -139,12 +136,7 @@ def _key(value: Any) -> str | None:
 
 
 class BoundOptimizer:
-    """A torch optimizer on given tensors.
-
-    Args:
-        operator: its class.
-        parameters, gradients, kept, made: as in `ARGUMENTS`; strings are passed unchanged.
-    """
+    """A torch optimizer on given tensors, which are as in `ARGUMENTS`; strings are passed unchanged."""
 
     def __init__(
         self,

@@ -31,10 +31,7 @@ _ONLY_FLOAT32 = {"mkldnn_rnn_layer", "mkldnn_rnn_layer_backward"}
 class Precision:
     """A dtype for all floating-point numbers of a program, its state and its inputs.
 
-    What counts the steps of an optimizer keeps its dtype.
-
-    Args:
-        dtype: torch.float64 or torch.bfloat16.
+    What counts the steps of an optimizer keeps its dtype. dtype: torch.float64 or torch.bfloat16.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:

@@ -19,7 +19,7 @@ from everystep.bounded import decompressed
 from everystep.errors import ProgramError
 from everystep.program.number_slots import slot_names
 from everystep.program.operation import DIMENSIONS, Operation, Storage, TensorSpec
-from everystep.program.soundness import check_soundness, is_known_sound, note_sound
+from everystep.program.soundness import check_soundness
 from everystep.program.step_program import Program
 
 __all__ = ["packed_sizes", "resized", "sizes_of"]
@@ -47,13 +47,11 @@ def packed_sizes(sizes: Sequence[int], of: Sequence[int]) -> bytes:
     return zlib.compress(difference.tobytes(), 1)
 
 
-def resized(program: Program, packed: bytes, key: bytes = b"") -> Program:
+def resized(program: Program, packed: bytes, key: bytes) -> Program:
     """Return a program with the sizes of a step.
 
-    Args:
-        program: with its own sizes.
-        packed: as `packed_sizes` returns them; a stranger may have written them.
-        key: stands for the program (SHA-256 of its JSON) where it is noted that the result is sound.
+    packed: as `packed_sizes` returns them; a stranger may have written them; key: stands for the
+    program: SHA-256 of its JSON.
 
     Raises:
         ProgramError: they are not sizes of this program.
@@ -72,10 +70,7 @@ def resized(program: Program, packed: bytes, key: bytes = b"") -> Program:
         operations = tuple([_operation(each, left) for each in program.operations])
         parts = {name: getattr(program, name) for name in type(program).model_fields}
         found = Program(**parts | {"storages": storages, "tensors": tensors, "operations": operations})
-        if not key or not is_known_sound(key + packed):
-            check_soundness(found.operations, found.tensors, found.storages)
-            if key:
-                note_sound(key + packed)
+        check_soundness(found.operations, found.tensors, found.storages, key + packed)
         return found
     except (ValueError, OverflowError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error

@@ -44,7 +44,7 @@ from everystep.program.operation import Operation, Storage, TensorSpec
 from everystep.program.operators import BY_VALUES, flattened, parameters
 from everystep.program.optimizer_operator import OPTIMIZERS, OptimizerOperator
 
-__all__ = ["WITH_STATISTICS", "check_soundness", "is_known_sound", "note_sound", "results_on_meta"]
+__all__ = ["WITH_STATISTICS", "check_soundness", "note_sound", "results_on_meta"]
 
 META = torch.device("meta")
 Given = dict[str, Any]
@@ -67,12 +67,17 @@ def check_soundness(
     operations: Sequence[Operation],
     tensors: Mapping[str, TensorSpec],
     storages: Mapping[str, Storage],
+    text: bytes,
 ) -> None:
-    """Check the operations of a program, in order of execution.
+    """Check the operations of a program, in order of execution, unless they have passed before.
+
+    text: stands for the program.
 
     Raises:
         ValueError: an operator rejects its arguments, or does not return what the program declares.
     """
+    if _is_known_sound(text):
+        return
     check = _Check(operations, tensors, storages)
     with torch.no_grad(), torch._C._AutoDispatchBelowAutograd(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -83,6 +88,7 @@ def check_soundness(
                 reason = str(error).strip().partition("\n")[0] or type(error).__name__
                 place = f"operations.{index}: {operation.operator}"
                 raise ValueError(f"{place}: {reason:.200}") from None
+    note_sound(text)
 
 
 class _Check:
@@ -391,10 +397,6 @@ def _distances_fit(given: Given) -> bool:
     )
 
 
-def _softmax_fits(given: Given) -> bool:
-    return bool(given["grad_output"].shape == given["output"].shape)
-
-
 def _exchanged_fit(given: Given, results: int = 1, each: int = 1) -> bool:
     """Ranks exchange as many bytes as tensors have numbers, from the first on.
 
@@ -420,7 +422,10 @@ _SHAPES: dict[str, Callable[[Given], bool]] = {
     "_embedding_bag": lambda given: _are_dense(given, "weight"),
     **dict.fromkeys(("_fft_c2c", "_fft_c2r", "_fft_r2c"), _dimensions_fit),
     **dict.fromkeys(("_fused_adagrad_", "_fused_adam_", "_fused_adamw_", "_fused_sgd_"), _fused_fit),
-    **dict.fromkeys(("_log_softmax_backward_data", "_softmax_backward_data"), _softmax_fits),
+    **dict.fromkeys(
+        ("_log_softmax_backward_data", "_softmax_backward_data"),
+        lambda given: given["grad_output"].shape == given["output"].shape,
+    ),
     **dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit"), _batch_norm_fits),
     "_native_batch_norm_legit_no_training": _batch_norm_fits,
     "_scaled_dot_product_flash_attention_for_cpu": _attention_fits,
@@ -431,7 +436,7 @@ _SHAPES: dict[str, Callable[[Given], bool]] = {
 }
 
 
-def is_known_sound(text: bytes) -> bool:
+def _is_known_sound(text: bytes) -> bool:
     """Return whether a program with this text passed the same check before."""
     with suppress(OSError):
         return _mark(text).is_file()

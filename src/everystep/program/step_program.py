@@ -29,7 +29,7 @@ from everystep.program.operation import (
     TensorSpec,
     usual_geometry,
 )
-from everystep.program.soundness import check_soundness, is_known_sound, note_sound
+from everystep.program.soundness import check_soundness
 
 __all__ = [
     "FORMAT_VERSION",
@@ -186,9 +186,7 @@ class Program(StrictModel):
         try:
             program = cls.model_validate_json(json.dumps(_completed(data)))
             content = text.encode() if isinstance(text, str) else text
-            if not is_known_sound(content):
-                check_soundness(program.operations, program.tensors, program.storages)
-                note_sound(content)
+            check_soundness(program.operations, program.tensors, program.storages, content)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             place = ".".join(map(str, first["loc"]))

@@ -215,10 +215,9 @@ def inherit(database: Database, plan: SnapshotPlan, parent: RecordedRun, at: int
 def tidy(database: Database, recorded: int, at: int, *, changes_again: bool = False) -> None:
     """Remove files that belong to no recorded step, temporary files, and unreadable snapshots.
 
-    Args:
-        recorded: the newest step that stays.
-        at: the state that the training continues from; it writes later ones again.
-        changes_again: remove what code changed after the newest step: others may change other things.
+    recorded: the newest step that stays; at: the state that the training continues from, which writes
+    later ones again; changes_again: remove what code changed after the newest step: others may change
+    other things.
     """
     removed = []
     for row in database.snapshots():
@@ -229,7 +228,7 @@ def tidy(database: Database, recorded: int, at: int, *, changes_again: bool = Fa
                 removed.append(row.step)
         except RunError:
             removed.append(row.step)
-    changes = database.changes(lambda changed: changed > recorded - changes_again)
+    changes = [file for step, file in database.changes().items() if step > recorded - changes_again]
     with database.removing([*map(state_folder, removed), *changes]):
         database.forget_after(recorded)
     for path in database.directory.glob(".*.tmp"):  # of a process that was killed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sqlite3
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain, pairwise
 from pathlib import Path
@@ -247,9 +247,9 @@ class Database(Blocks):
         shorten = "UPDATE repeats SET count = min(count, ? - step + 1)"
         self.connection.execute(f"{shorten} WHERE step = (SELECT max(step) FROM repeats)", (step,))
 
-    def changes(self, is_gone: Callable[[int], bool]) -> list[str]:
-        """Return the files of what code changed after steps for which `is_gone` is true."""
-        return [row.name for row in self.files(f"{CHANGES}/*") if is_gone(row.step or 0)]
+    def changes(self) -> dict[int, str]:
+        """Return the files of what code between two steps changed, by the step before."""
+        return {row.step or 0: row.name for row in self.files(f"{CHANGES}/*")}
 
     def facts(self) -> Facts:
         """Return all facts."""

@@ -76,11 +76,8 @@ AWAITED: dict[str, Any] = {}
 def rank_directory(top: Path, rank: int, count: int = 0, since: int = 0) -> Path:
     """Return the directory of the run of one of several processes.
 
-    Args:
-        top: of that of rank 0.
-        rank: its number.
-        count: how many they are.
-        since: the state from which on they are as many, if the run began with others.
+    top: of that of rank 0; rank: its number; count: how many they are; since: the state from which on
+    they are as many, if the run began with others.
     """
     name = f"{rank}-of-{count}-from-{since + 1}" if since else str(rank)
     return top / RANKS / name if rank else top

@@ -43,7 +43,6 @@ __all__ = [
     "EngineFacts",
     "Facts",
     "ForkFacts",
-    "FunctionFacts",
     "LoopFacts",
     "LossFacts",
     "MeasuredFacts",
@@ -217,53 +216,32 @@ Described = ModuleFacts | LossFacts | OptimizerFacts | SchedulerFacts
 
 
 class EngineFacts(_Fact):
-    """How the steps ran.
+    """How the steps ran: those of everystep's own, or of a step function that the user vouched for.
 
     asked: as requested; stands_behind: `known` (programs ran in place of torch's own Python), `vouched`
     (of the user's), or `alone` (without Python to compare with); programs: their numbers, those of steps
     that Python ran included; by_program: how many steps programs ran; checks: how often they were
-    compared with Python, last at step `verified_to`; eager_from: the step from which on Python ran all,
-    for that `reason`; unseen: what no program can hold, as text.
+    compared with Python, last at step `verified_to`; eager_from: the step from which on Python ran all;
+    reason: for that, or why no program ran a step of the function; unseen: what no program can hold, as
+    text; after: the last step before those of the function, 0 unless the run was resumed.
     """
 
     asked: str
     stands_behind: str
-    programs: tuple[Whole, ...]
+    programs: tuple[Whole, ...] = ()
     by_program: Whole
     checks: Whole
     verified_to: Whole
-    eager_from: Whole | None
+    eager_from: Whole | None = None
     reason: str | None
     unseen: tuple[str, ...] = ()
+    after: Whole = 0
 
 
 #: By default, Python ran the steps.
 EAGERLY = EngineFacts(
-    asked="auto",
-    stands_behind="known",
-    programs=(),
-    by_program=0,
-    checks=0,
-    verified_to=0,
-    eager_from=1,
-    reason=None,
+    asked="auto", stands_behind="known", by_program=0, checks=0, verified_to=0, eager_from=1, reason=None
 )
-
-
-class FunctionFacts(_Fact):
-    """How the steps of a vouched step function ran.
-
-    stands_behind: `vouched`; after: the last step before them, 0 unless the run was resumed; by_program:
-    the number of steps that a program ran; checks: how often programs were compared with Python, last at
-    step `verified_to`; reason: why no program ran a step, or None.
-    """
-
-    stands_behind: str = "vouched"
-    after: Whole = 0
-    by_program: Whole
-    checks: Whole
-    verified_to: Whole
-    reason: str | None
 
 
 class LoopFacts(_Fact):
@@ -278,7 +256,7 @@ class LoopFacts(_Fact):
     unseen: tuple[str, ...]
     has_loss: bool
     has_computed_batches: bool
-    function: FunctionFacts | None = None
+    function: EngineFacts | None = None
 
     @classmethod
     def of(cls, parts: Mapping[str, Any]) -> LoopFacts:

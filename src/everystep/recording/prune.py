@@ -39,10 +39,8 @@ class Pruning(NamedTuple):
 def pruning_of(directory: Path, snapshots: int | None, batches: int | None) -> Pruning:
     """Return what a run must give up to keep within budgets; nothing is changed.
 
-    Args:
-        directory: of the run.
-        snapshots, batches: maximum bytes; None: whatever there is. States 0 and the newest stay in any
-            case, and so do those that a fork or a resumed training began with.
+    snapshots, batches: maximum bytes; None: whatever there is. States 0 and the newest stay in any case,
+    and so do those that a fork or a resumed training began with.
 
     Raises:
         RunError: the run cannot be read.

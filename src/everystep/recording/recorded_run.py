@@ -19,7 +19,6 @@ from everystep.recording.database import FILE_NAME, Database, Place, Repeat, rea
 from everystep.recording.directories import RANKS, is_run, name_of, rank_directory
 from everystep.recording.facts import DataFileFacts, Facts, RanksFacts, TrainingFacts
 from everystep.recording.files import (
-    CHANGES,
     EXPERIMENT_FILE,
     Change,
     FileRow,
@@ -450,8 +449,7 @@ class RecordedRun:
 
     def change_files(self) -> dict[int, str]:
         """Return the files of what code between two steps changed, by step."""
-        rows = self.files(f"{CHANGES}/*")
-        return {row.step: row.name for row in rows if row.step is not None}
+        return self._read(Database.changes)
 
     def change(self, name: str) -> Change:
         """Return what code between two steps changed."""

@@ -75,19 +75,14 @@ def _in_thread(
 class Recorder:
     """The one writer of a run: takes losses, measurements and states, and writes them in a thread.
 
-    Args:
-        directory: of the run; empty unless it is resumed.
-        facts: what is known before the first step; for a fork, without inherited ones.
-        budget: maximum bytes of snapshots.
-        parent: the parent run, if this is a fork.
-        at: the parent's state that it starts from.
-        texts: content of text files by name, written before the database names them.
-        beginning: that state as the fork has it: written together with the inherited data, all or
-            nothing, because no other snapshot has the fork's settings.
-        batch_budget: maximum bytes of batches and other inputs of steps.
-        keep: which steps can be opened afterwards; None: all.
-        is_resumed: the run exists, and its training continues from state `at`, which is on disk; steps
-            that the run already has are compared, not written (see `Continuation`).
+    directory: of the run; empty unless it is resumed; facts: what is known before the first step; for a
+    fork, without inherited ones; budget: maximum bytes of snapshots; parent: the parent run, if this is
+    a fork; at: the parent's state that it starts from; texts: content of text files by name, written
+    before the database names them; beginning: that state as the fork has it: written together with the
+    inherited data, all or nothing, because no other snapshot has the fork's settings; batch_budget:
+    maximum bytes of batches and other inputs of steps; keep: which steps can be opened afterwards; None:
+    all; is_resumed: the run exists, and its training continues from state `at`, which is on disk; steps
+    that the run already has are compared, not written (see `Continuation`).
 
     plan: when to take snapshots; recorded: the newest step that the run had when it was resumed, 0 for a
     new run; is_estimated: whether what it will take was reported; program_count: how many programs the
@@ -201,7 +196,7 @@ class Recorder:
         later = [taken for taken in self.plan.kept if taken > step]
         for taken in later:
             del self.plan.kept[taken]
-        changes = self._database.changes(lambda changed: changed > step)
+        changes = [file for changed, file in self._database.changes().items() if changed > step]
         with self._database.removing([*map(state_folder, later), *changes]):
             self._database.forget_after(step)
         self._passed = min(self._passed, step)
@@ -391,7 +386,6 @@ class Recorder:
             recorded = min(recorded, facts.resumed[-1].at)
         again = is_changed and before.training.loop is not None
         tidy(self._database, recorded, self._passed, changes_again=again)
-        before = self._database.facts()
         kept = self._begin_keeping(before.not_kept, recorded)
         self._again = Continuation(self._database, facts.rows() | kept)
         self.recorded = self._again.recorded
@@ -442,7 +436,8 @@ class Recorder:
         resumed = [(self._call_begins.get(step, 1), step) for step in self.plan.kept]
         # The next snapshot may lie in the current call of `steps`: a resume from it needs these draws.
         resumed.append((max(self.plan.kept) + 1, MOST_STEPS))
-        changes = self._database.changes(lambda changed: not self._is_kept(changed + 1))
+        known = self._database.changes().items()
+        changes = [file for step, file in known if not self._is_kept(step + 1)]
         batches = self._repeats.drop(self._repeats.unneeded(resumed))
         with self._database.removing([*map(state_folder, states), *batches, *changes]):
             self._repeats.forget(self._not_kept, resumed)

@@ -140,7 +140,6 @@ def read_snapshot(run: Path, row: SnapshotRow) -> State:
 
     place = f"snapshot {run / row.directory}"
     (parameters, about), (rest, settings) = (read_tensors(run, file) for file in row.files)
-    settings = {} if settings is None else settings
     try:
         _Settings.model_validate(settings)
         known = None if about is None else _Unchanged.model_validate(about)
@@ -193,7 +192,7 @@ class _Settings(_Checked):
     """What a state holds in addition to tensors."""
 
     step: int | None = None
-    names: list[str] | None = None
+    names: list[str]
     held: dict[str, _HeldByPart] | None = None
     frozen: list[str] | None = None
     place: dict[str, Any] | None = None

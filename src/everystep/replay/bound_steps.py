@@ -72,6 +72,8 @@ class BoundStep:
         self.generator: Tensor | None = None
         self.digests: dict[str, str] = {}
         self._steps = steps
+        #: Its tensors of the rows, x and y, as far as it reads them.
+        self._rows = [self.live.tensor(name) for name in "xy" if name in interpreter.inputs]
         #: The source of its batch, None if it is among the recorded inputs.
         self._rule = steps.rule_for(row)
         #: The numbers and the inputs of the row in it, as in the database; these numbers.
@@ -82,61 +84,46 @@ class BoundStep:
         #: The operations that read a number.
         self._reading = [n for n, each in enumerate(program.operations) if each.operator == READ]
 
-    def begin(self, row: Repeat) -> bool:
-        """Put the numbers and the inputs of a step where it reads them; return whether they fit."""
+    def begin(self, row: Repeat) -> None:
+        """Put the numbers and the inputs of a step where it reads them.
+
+        Raises:
+            ValueError, OverflowError: they do not fit, or cannot be read.
+        """
         is_new = row.inputs != self._loaded
-        if is_new and not self._load(row):
-            return False
+        if is_new or not (self._rule is None or self._rule.is_fixed):
+            self._loaded = _NOTHING
+            self._load(row, is_new=is_new)
+            self._loaded = row.inputs
         if row.numbers != self._put:
             # Until all are in place: a `put` that fails leaves some numbers of each step.
             self._put, self._recorded = _NOTHING, self._steps.numbers(row)
-            try:
-                self.live.put(self._recorded)
-            except (ProgramError, ValueError, OverflowError):
-                return False
+            self.live.put(self._recorded)
             self._put = row.numbers
-        if self._rule is None or (self._rule.is_fixed and not is_new):
-            return True
-        fits = self._load_rows(row.step, self._rule)
-        self._loaded = row.inputs if fits else _NOTHING
-        return fits
 
-    def _load(self, row: Repeat) -> bool:
-        self._loaded = _NOTHING
-        given = self._steps.given(row)
-        drawn = [name for name in given.given if name.startswith(GENERATOR)]
-        # It may set a generator between two draws.
-        if self._steps.rule_for(row) is not self._rule or drawn not in ([], [f"{GENERATOR}0"]):
-            return False
-        self.digests, self.generator = given.digests, None
-        if given.given:
+    def _load(self, row: Repeat, *, is_new: bool) -> None:
+        given, rule = self._steps.given(row), self._rule
+        if is_new:
+            drawn = [name for name in given.given if name.startswith(GENERATOR)]
+            # The calls draw in a row: only the interpreter can set a generator between two draws.
+            if self._steps.rule_for(row) is not rule or drawn not in ([], [f"{GENERATOR}0"]):
+                raise ProgramError("the inputs of the step are of another kind")
+            self.digests, self.generator = given.digests, None
+        if rule is not None and not (is_new and given.given) and self._has_rows_of(rule, row.step):
+            rule.into(row.step, *self._rows)
+        elif rule is not None or given.given:
             found = self._steps.inputs(row)
-            try:
-                laid = self.interpreter.lay_inputs(found)
-            except ProgramError:
-                return False
+            laid = self.interpreter.lay_inputs(found)
             for name, content in self._contents.items():
                 if name not in laid or len(laid[name]) != len(content):
-                    return False
+                    raise ProgramError(f"{name} has another size in this step")
                 content.copy_(laid[name])
             self.generator = found.get(f"{GENERATOR}0")
-        self._loaded = row.inputs
-        return True
 
-    def _load_rows(self, step: int, rule: RowsOf) -> bool:
-        """Put the rows of a step where it reads them; return whether they fit."""
-        inputs = self.interpreter.inputs
-        targets = {name: self.live.tensor(name) for name in "xy" if name in inputs}
-        count = rule.batches.rows_of(step)
-        if len(targets) == 2 and all(t.is_contiguous() and len(t) == count for t in targets.values()):
-            rule.into(step, *targets.values())
-            return True
-        rows = dict(zip("xy", rule(step), strict=True))
-        for name, target in targets.items():
-            if (rows[name].shape, rows[name].dtype) != (target.shape, target.dtype):
-                return False
-            copy_into(target, rows[name])
-        return True
+    def _has_rows_of(self, rule: RowsOf, step: int) -> bool:
+        """Return whether the rows of a step can be put where it reads them without a copy."""
+        count, rows = rule.batches.rows_of(step), self._rows
+        return len(rows) == 2 and all(each.is_contiguous() and len(each) == count for each in rows)
 
     def calls(self, hook: Hook | None) -> list[Call]:
         """Return the calls of a step, with those of a hook in between."""
@@ -178,10 +165,15 @@ class BoundSteps:
         bound = self._bound.get(key)
         if bound is None and self._is_worth(key, row, steps):
             bound = self._bind(key, row, steps)
-        if bound is not None and self._bring(bound) and bound.begin(row):
-            return bound
-        self._interpreted[key] += 1
-        return None
+        if bound is not None:
+            try:
+                self._bring(bound)
+                bound.begin(row)
+            except (ValueError, OverflowError):  # the interpreter runs what does not fit
+                bound = None
+        if bound is None:
+            self._interpreted[key] += 1
+        return bound
 
     def end(self, bound: BoundStep) -> None:
         """Let the state be as a step that just ran leaves it."""
@@ -207,25 +199,25 @@ class BoundSteps:
             del known[next(iter(known))]
         return bound
 
-    def _bring(self, bound: BoundStep) -> bool:
-        """Bring the state to the memory that a program is bound to; return whether it fits."""
+    def _bring(self, bound: BoundStep) -> None:
+        """Bring the state to the memory that a program is bound to.
+
+        Raises:
+            ProgramError: it does not fit.
+        """
         if all(self._state.get(name) is mine for name, mine in bound.own.items()):
-            return True
-        try:
-            bound.interpreter.lay_state(self._state)
-        except ProgramError:
-            return False
+            return
+        bound.interpreter.lay_state(self._state)
         moved = {name: mine for name, mine in bound.own.items() if self._state[name] is not mine}
         # Copies first: one tensor may lie where another one belongs.
         values = {name: self._state[name].clone() for name in moved}
         held = {_place(tensor) for name, tensor in self._state.items() if name not in moved}
         if not (held - {0}).isdisjoint(map(_place, moved.values())):
             del self._bound[next(n for n, each in self._bound.items() if each is bound)]
-            return False  # the state has another tensor there now
+            raise ProgramError("the state has another tensor there now")
         for name, mine in moved.items():
             copy_into(mine, values[name])
         self._state.update(moved)
-        return True
 
 
 def _place(tensor: Tensor) -> int:

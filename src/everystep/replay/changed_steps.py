@@ -305,7 +305,7 @@ class FurtherSteps(ChangedSteps):
         """Return whether there is a program, other than that of a first step, which creates state."""
         try:
             ends = self.program_of(self._like(number)).program.ends
-        except NotReplayedError:
+        except RunError:
             return False
         return all(name.startswith("gradient/") for name in ends)
 

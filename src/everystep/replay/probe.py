@@ -110,7 +110,6 @@ class Probe:
         self, reference: Reference, source: str | None, tensor_of: Callable[[str], Tensor]
     ) -> None:
         """Copy a value. source: its name in the program; None: of the state, or of an unused batch."""
-        assert self.stepper.state is not None
         if source is not None:
             value: Tensor | None = tensor_of(source)
         elif reference.kind == "batch":

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from everystep import device, numerics
 from everystep.bounded import MEMORY
-from everystep.errors import DamageWarning, RunError, TrainingError
-from everystep.numerics import MOST_THREADS, Numerics
+from everystep.errors import DamageWarning, TrainingError
+from everystep.numerics import Numerics
 from everystep.recording.database import FILE_NAME
 from everystep.recording.facts import EngineFacts, Facts
 from everystep.recording.recorded_run import RecordedRun
@@ -49,7 +49,6 @@ __all__ = [
     "needs_worker",
     "pool",
     "process_count",
-    "recorded_numerics",
     "sent_tensor",
     "shared",
 ]
@@ -100,27 +99,14 @@ T = TypeVar("T")
 Edition = tuple[int, int] | None
 
 
-def recorded_numerics(facts: Facts) -> Numerics:
-    """Return the numerics that a run was trained under.
-
-    Raises:
-        RunError: it never started, or was changed.
-    """
-    known = facts.training.numerics
-    if not 1 <= known.threads <= MOST_THREADS:
-        raise RunError(f"the run claims {known.threads} threads: the database was changed")
-    return known
-
-
 def needs_worker(facts: Facts) -> bool:
     """Return whether this process cannot compute as the run did, but another one could.
 
     Raises:
         DeviceError: the device of the run is not available.
-        RunError: as `recorded_numerics`.
     """
     here = Numerics.read(device.select(facts.training.device))
-    return recorded_numerics(facts).needs_other_process(here)
+    return facts.training.numerics.needs_other_process(here)
 
 
 @contextmanager
@@ -195,7 +181,7 @@ def shared(
     raised here.
     """
     place = opener.run.directory, opener.data, threads
-    environment = recorded_numerics(opener.run.facts).environment()
+    environment = opener.run.facts.training.numerics.environment()
     try:
         with pool(count, threads, environment) as (executor, _):
             submit = partial(executor.submit, _in_worker, *place, task)
@@ -358,7 +344,7 @@ class Opener:
         if not needs_worker(facts):
             self._replay = Replay(self.run, self.data, counting=self._counting)
         elif self._worker is None:
-            numerics_there = recorded_numerics(facts)
+            numerics_there = facts.training.numerics
             alone = pool(1, numerics_there.threads, numerics_there.environment())
             self._worker, _ = self._workers.enter_context(alone)
         # Not earlier: after a failure, the next call tries and reports again.

@@ -59,7 +59,7 @@ class RankStepper(ReplayStepper):
         self._generators: dict[int, Tensor] = {}
         self._differing: set[int] = set()
         #: Why the next step cannot be repeated, once that was tried.
-        self._reason: NotReplayedError | None = None
+        self._reason: Exception | None = None
         # Whether the processor flushes denormal numbers belongs to each thread.
         begin = torch.set_flush_denormal, (steps.facts.numerics.flush_denormal,)
         self._pool = ThreadPoolExecutor(len(others) + 1, "everystep rank", *begin)
@@ -111,7 +111,6 @@ class RankStepper(ReplayStepper):
     def observe(self) -> Observation:
         """Run the next step of all ranks, and return everything in that of this one."""
         # The step is repeated once for the results of its collectives, which this rank is then given.
-        assert self.state is not None
         self.settle()
         number, device = self.state, self.steps.device
         own, drawn = copied_together(self._tensors), Generators.capture(device)
@@ -140,14 +139,10 @@ class RankStepper(ReplayStepper):
     ) -> float:
         """Repeat a step of all ranks; return what `own` returns, which repeats that of this one.
 
-        done: as of `_in_turn`.
-
-        Raises:
-            NotReplayedError: a rank cannot repeat it, now or before.
+        done: as of `_in_turn`. It raises why a rank cannot repeat it, now or before.
         """
         if self._reason is not None:
             raise self._reason
-        assert self.state is not None
         before = self.state
         functions: dict[int, Callable[[], float]] = {self._rank: own}
         for rank, other in self.others.items():
@@ -156,7 +151,7 @@ class RankStepper(ReplayStepper):
         ended = [rank for rank in self.others if rank not in functions]
         try:
             losses = _in_turn(self._pool, functions, self._as_rank, done)
-        except NotReplayedError as error:
+        except REFUSALS as error:
             # The rank of this stepper may have ended its step before another one failed.
             self.state, self._reason = before, error
             if ended:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from hashlib import sha256
 from typing import NamedTuple
 
@@ -87,7 +87,7 @@ class RecordedSteps:
     the programs and their inputs, None for none.
 
     Raises:
-        NotReplayedError: from any method, if it needs what the run does not have, or cannot read.
+        RunError: from any method, if it needs what the run does not have, or cannot read.
     """
 
     #: Whether something differs from the recording, and a learning rate other than the recorded ones.
@@ -130,8 +130,7 @@ class RecordedSteps:
         """Return the data that repeats a step."""
         if number not in self._rows:
             last = number + BLOCK - 1
-            with _reading():
-                rows = cut(self.run.repeats(number, last), number, last)
+            rows = cut(self.run.repeats(number, last), number, last)
             steps = ((row, step) for row in rows for step in range(row.step, row.last + 1))
             self._rows = {step: row._replace(step=step, count=1) for row, step in steps}
         if number not in self._rows:
@@ -171,8 +170,7 @@ class RecordedSteps:
         if key not in self._placed:
             if len(self._placed) >= KEPT_STEPS:
                 self._placed.clear()
-            with _reading():
-                self._placed[key], _ = program.at(self.all_numbers(row))
+            self._placed[key], _ = program.at(self.all_numbers(row))
         return self._placed[key]
 
     def program(
@@ -188,8 +186,7 @@ class RecordedSteps:
             if len(self._programs) >= KEPT_PROGRAMS:
                 self._programs.clear()
                 self._recorded.clear()
-            with _reading():
-                program = self._recorded[key] = self._read_program(key)
+            program = self._recorded[key] = self._read_program(key)
             if self.conversion is not None:
                 program = self.conversion.program(program)
             made = [program.storages[name].bytes for name in program.of_kind("temporary")]
@@ -232,8 +229,7 @@ class RecordedSteps:
 
     def all_numbers(self, row: Repeat) -> list[int | float]:
         """Return where the tensors of a step lie that move, and the numbers of its operations."""
-        with _reading():
-            found = unpacked(row.numbers, f"step {row.step} of {self.run.name}") or []
+        found = unpacked(row.numbers, f"step {row.step} of {self.run.name}") or []
         if not isinstance(found, list) or not all(type(each) in (int, float, bool) for each in found):
             raise NotReplayedError(
                 f"step {row.step} of {self.run.name} has invalid numbers: the database was changed"
@@ -269,8 +265,7 @@ class RecordedSteps:
         if row.inputs not in self._given:
             if len(self._given) >= KEPT_STEPS:
                 self._given.clear()
-            with _reading():
-                self._given[row.inputs] = inputs_of(row.inputs, described(self.run, row.step))
+            self._given[row.inputs] = inputs_of(row.inputs, described(self.run, row.step))
         return self._given[row.inputs]
 
     def inputs(self, row: Repeat) -> dict[str, Tensor]:
@@ -296,12 +291,10 @@ class RecordedSteps:
         found = {}
         needed = self.given(row).opens_with
         wanted = {name: each for name, each in needed.items() if name not in (PROGRAM, SIZES)}
-        with _reading():
-            self._read(wanted.values(), row.step)
+        self._read(wanted.values(), row.step)
         for name, given in wanted.items():
             content = self._content(given, described(self.run, row.step), name)
-            with _reading():
-                tensor = tensor_of(given, content)
+            tensor = tensor_of(given, content)
             found[name] = tensor.flatten() if name.startswith("input/") else tensor
         return found
 
@@ -314,8 +307,7 @@ class RecordedSteps:
 
     def _content(self, given: Given, what: str, name: str) -> bytearray:
         """Return the bytes of an input. what, name: for an error."""
-        with _reading():
-            self._read([given])
+        self._read([given])
         content = joined(given, self._pieces)
         if content is None:
             raise NotReplayedError(
@@ -377,15 +369,6 @@ def read_program(run: RecordedRun, number: int) -> Program:
 def same_number(one: float, two: float) -> bool:
     """Return whether two losses are equal; NaN equals NaN."""
     return one == two or (one != one and two != two)
-
-
-@contextmanager
-def _reading() -> Iterator[None]:
-    """Report an unreadable file of the run as the reason that a step cannot be replayed."""
-    try:
-        yield
-    except RunError as error:
-        raise NotReplayedError(str(error)) from None
 
 
 def _size(given: Given) -> int:

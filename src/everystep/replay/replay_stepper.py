@@ -33,8 +33,10 @@ from everystep.step.observe import Observation, StepObserver
 from everystep.step.state import OWN, State, copy_of, same_bits
 from everystep.training.batch import nested_again
 
-__all__ = ["ReplayStepper"]
+__all__ = ["NOWHERE", "ReplayStepper"]
 
+#: The state of a stepper that must load one.
+NOWHERE = -1
 #: Tensors that a message names.
 MOST_NAMED = 3
 _NO_NUMBERS = torch.empty(0)
@@ -45,15 +47,15 @@ class ReplayStepper:
     """Repeats steps; states can be loaded and steps run in any order.
 
     steps: the data that repeats each step; diverged: called with a step that differs from the recording,
-    and a description; state: the number of the current state, None before one is loaded; others, hooks:
-    of other ranks, by number, which a `RankStepper` repeats, too.
+    and a description; state: the number of the current state, `NOWHERE` before one is loaded; others,
+    hooks: of other ranks, by number, which a `RankStepper` repeats, too.
     """
 
     others: Mapping[int, ReplayStepper] = MappingProxyType({})
     hooks: Mapping[int, Hook] = MappingProxyType({})
 
     def __init__(self, steps: RecordedSteps, diverged: Callable[[int, str], object]) -> None:
-        self.state: int | None = None
+        self.state = NOWHERE
         self.steps = steps
         self._run = steps.run
         self._is_own_loop = steps.facts.loop is not None
@@ -72,19 +74,12 @@ class ReplayStepper:
     # The state.
 
     def load(self, state: State, *others: State) -> None:
-        """Restore a state, from disk or from `capture`; others: as of `capture_ranks`.
-
-        Raises:
-            RunError: it is not a state of watched steps.
-        """
-        names = state.settings.get("names")
-        if not isinstance(names, list):
-            raise RunError(f"state {state.step} of {self._run.name} is not a state of watched steps")
+        """Restore a state, from disk or from `capture`; others: as of `capture_ranks`."""
         named = state.named() | {n: t for n, t in state.rest.items() if n.startswith(OWN)}
         # An error on the way leaves no state, not a part of one.
-        self.state = None
+        self.state = NOWHERE
         self._tensors.clear()  # those of a large model take much memory
-        self._begin(state.step, self._here({n: named[n] for n in names if n in named}))
+        self._begin(state.step, self._here({n: named[n] for n in state.settings["names"] if n in named}))
         # Of a large model, the tensors take much memory, and here they have been copied.
         known, rest = (dict.fromkeys(each, _NO_NUMBERS) for each in (state.parameters, state.rest))
         self._loaded = replace(state, parameters=known, rest=rest)
@@ -106,7 +101,7 @@ class ReplayStepper:
 
     def settle(self) -> None:
         """Apply what code changed after the last step, outside of any step."""
-        if self.state is None or self.state == self._settled or self.state not in self._between:
+        if self.state == self._settled or self.state not in self._between:
             return
         self._settled = self.state
         tensors, gone = self._run.change(self._between[self.state])
@@ -119,14 +114,14 @@ class ReplayStepper:
 
         is_live: with the tensors themselves where they are on the CPU, which the next step changes.
         """
-        assert self.state is not None and self._loaded is not None
+        assert self._loaded is not None
         dropped: set[str] = set()
         if not self._is_own_loop:  # its snapshots have what changed after the step
             self.settle()
             # Snapshots of the training have only the gradients that a later step reads.
             dropped = {n for n in self._tensors if n.startswith("gradient/")}
             for number in self.steps.facts.programs:
-                with suppress(NotReplayedError):  # as far as they can be read
+                with suppress(RunError):  # as far as they can be read
                     dropped -= self.steps.program(number).state.keys()
         copied: Callable[[Tensor], Tensor] = Tensor.cpu if is_live else copy_of
         copies = {name: copied(t) for name, t in self._tensors.items() if name not in dropped}
@@ -181,7 +176,6 @@ class ReplayStepper:
 
     def hyperparameters(self) -> dict[str, float]:
         """Return the learning rates of the last step, and other settings that ever changed."""
-        assert self.state is not None
         known = self._settings(self.state)
         if self._is_own_loop:
             return known
@@ -201,7 +195,7 @@ class ReplayStepper:
         """Return the param groups of everystep's own steps with the numbers that the last one used."""
         assert self._loaded is not None
         groups = [dict(group) for group in self._loaded.optimizer("optimizer").get("groups", [])]
-        for name, value in self._settings(self.state or 0).items():
+        for name, value in self._settings(self.state).items():
             set_hyperparameter(groups, name, value)
         changed = {} if self.steps.lr is None else {"lr": self.steps.lr}
         return [group | changed for group in groups]
@@ -249,25 +243,24 @@ class ReplayStepper:
         if a hook asks for it.
 
         Raises:
-            RunError: nothing repeats the next step, or its inputs were dropped.
+            NotReplayedError: nothing repeats the next step, or its inputs were dropped.
         """
         losses: list[float] = []
-        assert self.state is not None
         self.steps.until = last
-        try:
-            with without_autograd():
-                while self.state < last:
+        with without_autograd():
+            while self.state < last:
+                try:
                     losses.append(self._take(hook))
-                    if hook is not None and not hook.after(self.state, losses[-1]):
-                        break
-        except NotReplayedError:
-            if not losses:
-                raise
+                except REFUSALS as error:
+                    if not losses:
+                        raise self._not_replayed(error) from None
+                    break
+                if hook is not None and not hook.after(self.state, losses[-1]):
+                    break
         return losses
 
     def _take(self, hook: Hook | None) -> float:
         """Take the next step; return its loss."""
-        assert self.state is not None
         self.settle()
         row = self.steps.row(self.state + 1)
         bound = self._bound.begin(row, self.steps)
@@ -278,16 +271,18 @@ class ReplayStepper:
 
     def open(self) -> Step:
         """Run the next step, and return everything in it; its loss is not compared."""
-        assert self.state is not None
         number = self.state + 1
-        batch = self.batch(number)
-        step = observed_step(number, self.observe(), batch)
+        try:
+            batch = self.batch(number)
+            with without_autograd():
+                step = observed_step(number, self.observe(), batch)
+        except (NotCapturableError, *REFUSALS) as error:
+            raise self._not_replayed(error) from None
         epoch = 0 if self._is_own_loop else batches_of(self.steps.facts).epoch(number)
         return replace(step, hyperparameters=self.hyperparameters(), epoch=epoch)
 
     def observe(self) -> Observation:
         """Run the next step, and return everything in it."""
-        assert self.state is not None
         self.settle()
         self.steps.until = self.state + 1
         row = self.steps.row(self.state + 1)
@@ -295,11 +290,7 @@ class ReplayStepper:
         if interpreter not in self._expanders:
             self._expanders[interpreter] = Expander(interpreter, self.steps.device)
         given = self.steps.numbers(row), self._tensors, partial(self._before, row)
-        try:
-            with without_autograd():
-                expansion = self._expanders[interpreter].expanded(*given)
-        except (ProgramError, NotCapturableError, *REFUSALS) as error:
-            raise self._not_replayed(row.step, error) from None
+        expansion = self._expanders[interpreter].expanded(*given)
         observer = StepObserver(expansion.interpreter, expansion.numbers, self._tensors)
         loss = self._interpret(row, observer.looks, expansion)
         found = observer.observation(torch.tensor(loss, dtype=torch.float64))
@@ -326,11 +317,8 @@ class ReplayStepper:
         calls = bound.calls(hook)
         if live.draws and bound.generator is not None:
             torch.set_rng_state(bound.generator)
-        try:
-            for call in calls:
-                call()
-        except REFUSALS as error:
-            raise self._not_replayed(number, error) from None
+        for call in calls:
+            call()
         self._bound.end(bound)
         self.state = number
         if live.program.loss is None:
@@ -343,18 +331,19 @@ class ReplayStepper:
         inputs = self.steps.inputs(row)
         known = Expanded(self.steps.program_of(row), self.steps.numbers(row), {})
         interpreter, numbers, more = expansion or known
-        try:
-            with without_autograd():
-                loss, differs = interpreter.run(self._tensors, inputs | more, numbers, looks)
-        except (ProgramError, ValueError) as error:
-            raise self._not_replayed(row.step, error) from None
+        loss, differs = interpreter.run(self._tensors, inputs | more, numbers, looks)
         self.state = row.step
         self._compare(row.step, differs, self.steps.given(row).digests)
         return self.steps.loss(row.step) if loss is None else float(loss)
 
-    def _not_replayed(self, number: int, error: Exception) -> NotReplayedError:
+    def _not_replayed(self, error: Exception) -> NotReplayedError:
+        """Return the error of the next step; those of a run explain themselves."""
+        if isinstance(error, RunError) and not isinstance(error, ProgramError):
+            return NotReplayedError(str(error))
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        return NotReplayedError(f"step {number} of {self._run.name} cannot be replayed: {reason}")
+        return NotReplayedError(
+            f"step {self.state + 1} of {self._run.name} cannot be replayed: {reason}"
+        )
 
     def _compare(self, number: int, differs: str | None, digests: Mapping[str, str]) -> None:
         """Report how a step differs from the recording; of the state after it, the first time."""

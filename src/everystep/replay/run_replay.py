@@ -24,7 +24,7 @@ from everystep.replay.opened_step import Step
 from everystep.replay.rank_stepper import RankStepper
 from everystep.replay.recorded_batches import batch_source
 from everystep.replay.recorded_steps import RecordedSteps, check_kept, same_number
-from everystep.replay.replay_stepper import ReplayStepper
+from everystep.replay.replay_stepper import NOWHERE, ReplayStepper
 from everystep.step.generators import Generators, generators_preserved
 from everystep.step.state import State
 
@@ -139,9 +139,9 @@ class Replay:
         at = self.stretch_of(state) if at is None else at
         stepper = self.stepper_of(at)
         self._start_near(stepper, at, state)
-        assert stepper.state is not None
         with self._announced(stepper.state, state) as advance:
             while (left := state - stepper.state) > 0:
+                # The first few steps show how long one takes.
                 spacing = max(1, int(KEPT_SECONDS / self._step_seconds)) if self._step_seconds else 8
                 count = min(left, spacing)
                 self._advance(stepper, stepper.state + count)
@@ -233,7 +233,7 @@ class Replay:
     def _forget_where(self) -> None:
         """After a step that may be incomplete: continue from a stored state."""
         for stepper in self._steppers.values():
-            stepper.state = None
+            stepper.state = NOWHERE
 
     def _go_to_start_of(self, number: int) -> None:
         """Go to the state before a step, with the gradients of the step before still there."""
@@ -250,12 +250,9 @@ class Replay:
     def _start_near(self, stepper: ReplayStepper, at: int, state: int) -> None:
         """Restore the nearest available state up to the wanted one."""
         lowest = self.stretches[at].first - 1
-        here = -1
-        if self._at == at and stepper.state is not None and lowest <= stepper.state <= state:
-            here = stepper.state
-        kept = max(
-            (s for stretch, s in self._kept if stretch == at and lowest <= s <= state), default=-1
-        )
+        here = stepper.state if self._at == at and lowest <= stepper.state <= state else NOWHERE
+        known = (s for stretch, s in self._kept if stretch == at and lowest <= s <= state)
+        kept = max(known, default=NOWHERE)
         self._at, after, found = at, max(lowest - 1, here, kept), None
         if any(after < row.step <= state for row in self.snapshot_rows()):
             found = self.run.state_near(state, on_problem=self._note, after=after)
@@ -272,7 +269,6 @@ class Replay:
             raise RunError(f"{self.run.name} cannot be replayed from its first state: {why}")
 
     def _advance(self, stepper: ReplayStepper, last: int) -> None:
-        assert stepper.state is not None
         first = stepper.state + 1
         started = clock.now()
         losses = stepper.run(last)
@@ -292,7 +288,6 @@ class Replay:
         return found
 
     def _keep(self, stepper: ReplayStepper) -> None:
-        assert stepper.state is not None
         place = self._at, stepper.state
         if place not in self._kept:
             kept = self._kept

@@ -81,6 +81,7 @@ def state_to_continue(replay: Replay, number: int, objects: Objects | None) -> S
     is_shared = stretch.facts.ranks is not None  # Python would need all ranks to repeat the steps
     if is_shared or turn is None or turn > number or number in run.snapshots:
         return replay.state(number)
+    # The state that a stretch begins with has the objects of the stretch, not of the one before.
     begin = run.state_near(number, after=stretch.first - 2) or replay.state(stretch.first - 1)
     with replay.in_force(number):
         stepper = Living(run, stretch, objects or Objects(), begin, "eager")
@@ -194,7 +195,7 @@ class Living:
     def capture(self) -> State:
         """Return the current state in the form that is written to disk."""
         if self._training.has_tensor_settings:
-            self._set_hyperparameters(self._stepper.step + 1)
+            self._set_hyperparameters()
         return self._training.snapshot(self._stepper.step)
 
     def run(self, last: int) -> list[float]:
@@ -205,7 +206,7 @@ class Living:
         """
         losses: list[float] = []
         while self._stepper.step < last:
-            number = self._ready()
+            number = self._set_hyperparameters()
             # Settings, and tensors, may change before each step.
             alone = self._between or self._settings(MOST_STEPS)
             with self._watching():
@@ -221,7 +222,7 @@ class Living:
         Raises:
             RunError: it fails, or no program can hold it.
         """
-        number, watched, device = self._ready(), self._watched, self._training.device
+        number, watched, device = self._set_hyperparameters(), self._watched, self._training.device
         state = {name: tensor.clone() for name, tensor in watched.parts.state().items()}
         generators = Generators.capture(device)
         with self._watching():
@@ -243,12 +244,6 @@ class Living:
         seen = Batch(tensors, None, tuple(tensors.values()))
         return observed_step(number, observer.observation(loss), seen)
 
-    def _ready(self) -> int:
-        """Set what the optimizer uses in the next step; return the number of that step."""
-        number = self._stepper.step + 1
-        self._set_hyperparameters(number)
-        return number
-
     def _settle(self) -> None:
         """Apply the changes of other code after the last step, before anything else runs."""
         step = self._stepper.step
@@ -264,9 +259,12 @@ class Living:
         if drawn := of_kind(tensors, "generator"):
             Generators.from_tensors(Generators.capture(device).tensors() | drawn).restore(device)
 
-    def _set_hyperparameters(self, step: int) -> None:
-        for name, value in self._settings(step).items():
+    def _set_hyperparameters(self) -> int:
+        """Set what the optimizer uses in the next step; return the number of that step."""
+        number = self._stepper.step + 1
+        for name, value in self._settings(number).items():
             set_hyperparameter(self._training.optimizer.param_groups, name, value)
+        return number
 
     @contextmanager
     def _watching(self) -> Iterator[None]:

@@ -17,7 +17,7 @@ from everystep.expression import Expression
 from everystep.recording.recorded_run import RecordedRun
 from everystep.replay.changed_steps import ChangedSteps
 from everystep.replay.probe import check_question, opened_value
-from everystep.replay.processes import Opener, process_count, recorded_numerics, shared
+from everystep.replay.processes import Opener, process_count, shared
 from everystep.replay.recorded_batches import batches_of
 from everystep.replay.recorded_columns import Evaluator, read_question
 from everystep.replay.recorded_steps import RecordedSteps, same_number
@@ -133,7 +133,7 @@ def what_if(
     on_progress(until - at)
     others: list[Case] = []
     groups = [(cases[first : first + GROUP], *trained) for first in range(0, len(cases), GROUP)]
-    threads = recorded_numerics(run.facts).threads
+    threads = run.facts.training.numerics.threads
     # Each uses as many threads as the run: with fewer, nothing could show that the bits are the same.
     share = process_count(run, (until - at) * len(cases), processes, len(groups), threads)
     results = (

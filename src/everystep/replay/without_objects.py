@@ -22,7 +22,7 @@ from everystep.recording.facts import EAGERLY, Facts, TrainingFacts
 from everystep.recording.recorded_run import RecordedRun, Stretch
 from everystep.recording.recorder import Recorder
 from everystep.replay.changed_steps import ChangedSteps, FurtherSteps
-from everystep.replay.processes import needs_worker, recorded_numerics
+from everystep.replay.processes import needs_worker
 from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps
 from everystep.replay.run_replay import Replay
 from everystep.step.state import State
@@ -155,7 +155,7 @@ def continue_alone(
             step can be taken.
     """
     if needs_worker(run.facts):
-        environment = recorded_numerics(run.facts).environment()
+        environment = run.facts.training.numerics.environment()
         error = RunError(
             f"{run.name} was trained under numerics that this process can no longer have; start "
             f"Python with {' '.join(f'{name}={value}' for name, value in environment.items())}"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from everystep import numerics
 from everystep.errors import named, say
-from everystep.recording.facts import Facts, FunctionFacts, LoopFacts
+from everystep.recording.facts import EngineFacts, Facts, LoopFacts
 from everystep.recording.keep import RECENT
 from everystep.recording.recorder import Recorder
 from everystep.step.parts_state import PartsState, Rest
@@ -60,7 +60,7 @@ class LoopWriter(RunWriter):
         self._whole = whole
         self.parts = whole.parts
         self._place = place
-        self.function: Callable[[], FunctionFacts] | None = None
+        self.function: Callable[[], EngineFacts] | None = None
         self.beginning: State | None = None
         self.later: State | None = None
         before = () if earlier is None else (*(e.training for e in earlier.earlier), earlier.training)

@@ -18,7 +18,7 @@ from everystep.bounded import check_steps
 from everystep.errors import ExperimentError, Fault, UsageError
 from everystep.experiment.specification import Iteration
 from everystep.program.number_slots import Number
-from everystep.recording.facts import FunctionFacts
+from everystep.recording.facts import EngineFacts
 from everystep.step.replaceable import Around
 from everystep.step.stand_in import StandIn
 from everystep.step.surroundings import Surroundings
@@ -181,11 +181,13 @@ class _VouchedStep(Acceleration):
         self._compare_guards(writer.step)
 
     @property
-    def facts(self) -> FunctionFacts:
+    def facts(self) -> EngineFacts:
         """How the steps ran."""
         kinds, checked = len(self._kinds), self.checked
         unmet = f"there are {kinds} kinds of batches, and none came often enough"
-        return FunctionFacts(
+        return EngineFacts(
+            asked="program",
+            stands_behind="vouched",
             after=self._plan.start,
             by_program=self.by_program,
             checks=len(checked),

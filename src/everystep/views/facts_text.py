@@ -19,7 +19,6 @@ from everystep.recording.facts import (
     EngineFacts,
     Facts,
     ForkFacts,
-    FunctionFacts,
     ResumeFacts,
     TrainingFacts,
 )
@@ -149,7 +148,7 @@ def engine_text(facts: Facts) -> str:
     return f"{found}; by Python from step {engine.eager_from:,}: {engine.reason}"
 
 
-def _function_text(function: FunctionFacts, steps: int) -> str:
+def _function_text(function: EngineFacts, steps: int) -> str:
     if not function.by_program:
         reason = f": {function.reason}" if function.reason else ""
         return f"Python ran every step, although you vouched for them{reason}"
@@ -160,7 +159,7 @@ def _function_text(function: FunctionFacts, steps: int) -> str:
     )
 
 
-def _checks_text(taken: EngineFacts | FunctionFacts) -> str:
+def _checks_text(taken: EngineFacts) -> str:
     last = f", last at step {taken.verified_to:,}" if taken.checks else ""
     return f"checked against Python {counted(taken.checks, 'time')}{last}"
 
