@@ -102,7 +102,7 @@ def test_the_text_stays_while_newer_steps_need_it(text, tmp_path, monkeypatch):
         "UPDATE contents SET source = number WHERE source IS NOT NULL",
         "UPDATE contents SET source = 1000000 WHERE source IS NOT NULL",
         "UPDATE contents SET digests = substr(digests, 2) WHERE source IS NOT NULL",
-        "UPDATE contents SET digests = zeroblob(16) WHERE source IS NULL",
+        "UPDATE contents SET digests = zeroblob(16) WHERE source IS NOT NULL",
         "UPDATE contents SET number = number + 1000000",
         "UPDATE contents SET size = -1 WHERE source IS NOT NULL",
         "UPDATE contents SET size = size - 4 WHERE source IS NOT NULL",
