@@ -10,7 +10,7 @@ from pathlib import Path
 
 from everystep.errors import EverystepError, RunError
 from everystep.recording.blocks import BLOCK
-from everystep.recording.contents import Given, inputs_of, read_pieces
+from everystep.recording.contents import Given, inputs_of, read_pieces, runs_of
 from everystep.recording.database import FILE_NAME, Database, reading
 from everystep.recording.directories import is_run, name_of
 from everystep.recording.facts import Facts
@@ -178,11 +178,12 @@ def _batch_findings(run: RecordedRun) -> Iterator[Finding]:
     cure = f"{_RESTORE}; without it, steps that need it cannot be replayed"
     with reading(run.directory / FILE_NAME) as database:
         try:
-            for given, known in _given(database):
-                places = database.contents({*given.numbers()} - known)
-                for file in sorted({place.file for place in places.values()} - altered):
-                    others = {n for n, place in places.items() if place.file != file} | known
-                    problem = _problem(partial(read_pieces, run.directory, places, given, others))
+            for given, new in _given(database):
+                index = database.contents(new)
+                files = {n: row.file for n in new if (row := index.of(n)) is not None}
+                for file in sorted({*files.values()} - altered):
+                    own = given._replace(runs=runs_of(n for n in new if files.get(n) == file))
+                    problem = _problem(partial(read_pieces, run.directory, index, own))
                     if problem is not None and len(altered) < MOST_NAMED:
                         altered.add(file)
                         yield Finding(batch_file(file), problem, cure)
@@ -190,15 +191,16 @@ def _batch_findings(run: RecordedRun) -> Iterator[Finding]:
             yield Finding(f"{FILE_NAME}, repeats", str(error))
 
 
-def _given(database: Database) -> Iterator[tuple[Given, set[int]]]:
-    """Yield the inputs of steps, and the numbers of the pieces that earlier ones have."""
+def _given(database: Database) -> Iterator[tuple[Given, list[int]]]:
+    """Yield the inputs of steps, and the numbers of their pieces that no earlier one has, in order."""
     seen: set[int] = set()
     step = 0
     while rows := database.repeats(step + 1, most=BLOCK):
         for row in rows:
             for given in inputs_of(row.inputs, f"the input of step {row.step}").given.values():
-                yield given, seen
-                seen.update(given.numbers())
+                new = sorted({*given.numbers()} - seen)
+                seen.update(new)
+                yield given, new
         step = rows[-1].last
 
 

@@ -10,22 +10,22 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import xxhash
 
 from everystep.bounded import MEMORY, decompressed, parse_json
 from everystep.errors import RunError
-from everystep.recording.database import Place
+from everystep.recording.database import PieceIndex, Pieces
 from everystep.recording.files import BATCHES, batch_file, bytes_of, open_own
 
 if TYPE_CHECKING:
     from torch import Tensor
-
 
 __all__ = [
     "DEFAULT_BATCH_BUDGET",
@@ -43,6 +43,7 @@ __all__ = [
     "packed_program",
     "pieces_of",
     "read_pieces",
+    "runs_of",
     "tensor_of",
     "unpacked",
 ]
@@ -213,6 +214,17 @@ def _digest(kind: bytes, piece: memoryview | bytes) -> bytes:
     return machine.digest()
 
 
+def runs_of(numbers: Iterable[int]) -> tuple[tuple[int, int], ...]:
+    """Return runs of consecutive numbers: the first, and how many."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if number and found and number == found[-1][0] + found[-1][1]:
+            found[-1][1] += 1
+        else:
+            found.append([number, 1])
+    return tuple([(first, size) for first, size in found])
+
+
 class Piece(NamedTuple):
     """A piece of an input: its digest, and its bytes."""
 
@@ -221,9 +233,11 @@ class Piece(NamedTuple):
 
 
 def read_pieces(
-    directory: Path, places: Mapping[int, Place], given: Given, known: Container[int] = ()
+    directory: Path, index: PieceIndex, given: Given, known: Container[int] = ()
 ) -> dict[int, Piece]:
-    """Return the pieces of an input that are at `places`, by number. known: those not to read.
+    """Return the pieces of an input, by number, without those that were given up.
+
+    known: those not to read; they may be among the result.
 
     Raises:
         RunError: a file was changed, or an input has an unknown dtype or another size.
@@ -238,60 +252,72 @@ def read_pieces(
     size = math.prod(given.shape) * dtype.itemsize
     is_by_row = _is_by_row(given.shape, size)
     each = size // given.shape[0] if is_by_row else size
-    numbers = {n for n in given.numbers() if n in places and n not in known}
-    wanted = sorted((places[number].file, places[number].place, number) for number in numbers)
-    if size > MEMORY or any(places[n].size != each and places[n].source is None for n in numbers):
-        raise RunError(f"{directory / BATCHES} was changed after recording: an input has another size")
     kind = _kind(given.dtype, given.shape, is_by_row)
     found: dict[int, Piece] = {}
-    for number, content in _read_side_by_side(directory, places, wanted):
-        place = places[number]
-        if place.source is not None:
-            content = memoryview(_cut_out(directory, content, places.get(place.source), each))
-        if _digest(kind, content) != place.digest:
-            name = directory / batch_file(place.file)
-            raise RunError(f"{name} was changed after recording: the digest of an input differs")
-        found[number] = Piece(place.digest, content)
+    with _BatchFiles(directory) as files:
+        for row, number, end in _side_by_side(index, given, known):
+            if size > MEMORY or (row.size != each and row.source is None):
+                raise RunError(
+                    f"{directory / BATCHES} was changed after recording: an input has another size"
+                )
+            begin = row.place + (number - row.number) * row.size
+            content = memoryview(files.read(row.file, [begin], (end - number) * row.size))
+            if row.source is not None:
+                content = memoryview(_cut_out(files, content, index.of(row.source), each))
+            for place, digest in enumerate(row.digests_from(number, end)):
+                piece = content[place * each : (place + 1) * each]
+                if _digest(kind, piece) != digest:
+                    name = directory / batch_file(row.file)
+                    raise RunError(f"{name} was changed after recording: the digest of an input differs")
+                found[number + place] = Piece(digest, piece)
     return found
 
 
-def _read_side_by_side(
-    directory: Path, places: Mapping[int, Place], wanted: Sequence[tuple[int, int, int]]
-) -> Iterator[tuple[int, memoryview]]:
-    """Yield the bytes of pieces; what lies side by side is read at once. wanted: file, place, number."""
-    begin = 0
-    for index, (file, place, number) in enumerate(wanted):
-        end = place + places[number].size
-        if index + 1 < len(wanted) and wanted[index + 1][:2] == (file, end):
-            continue
-        together, begin = wanted[begin : index + 1], index + 1
-        first = together[0][1]
-        content = memoryview(_bytes_at(directory, file, [first], end - first))
-        for _, at, each in together:
-            yield each, content[at - first : at - first + places[each].size]
+def _side_by_side(
+    index: PieceIndex, given: Given, known: Container[int]
+) -> Iterator[tuple[Pieces, int, int]]:
+    """Yield pieces of an input that lie side by side: their row, the first number, and their end."""
+    for number, end in ((first, first + count) for first, count in given.runs):
+        while number < end:
+            row = None if number in known else index.of(number)
+            after = number + 1
+            if row is not None:
+                # What was cut out of data is one piece.
+                after = after if row.source is not None else min(end, row.end)
+                yield row, number, after
+            number = after
 
 
-def _cut_out(directory: Path, begins: memoryview, source: Place | None, size: int) -> bytes:
-    """Return what was cut out of data: `size` bytes in pieces that begin at places in it."""
+class _BatchFiles(ExitStack):
+    """The files of batches of a run, each opened once."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        self._directory = directory
+        self._opened: dict[int, BinaryIO] = {}
+
+    def read(self, file: int, places: Sequence[int], size: int) -> bytes:
+        """Return the bytes at places in a file, `size` at each; none if it is too short."""
+        name = batch_file(file)
+        try:
+            if file not in self._opened:
+                self._opened[file] = self.enter_context(open_own(self._directory, name))
+            opened = self._opened[file]
+            if max(places, default=0) + size > os.fstat(opened.fileno()).st_size:
+                return b""
+            return b"".join([opened.read(size) for place in places if opened.seek(place) == place])
+        except OSError as error:
+            raise RunError(f"{self._directory / name} cannot be read: {error.strerror}") from None
+
+
+def _cut_out(files: _BatchFiles, begins: memoryview, source: Pieces | None, size: int) -> bytes:
+    """Return what was cut out of data: `size` bytes in parts that begin at places in it."""
     if source is None:
         return b""
     at = [begin for (begin,) in struct.iter_unpack("<i", begins[: len(begins) // 4 * 4])]
     each = size // max(len(at), 1)
     is_within = source.source is None and all(0 <= begin <= source.size - each for begin in at)
-    return _bytes_at(directory, source.file, [source.place + b for b in at] if is_within else [], each)
-
-
-def _bytes_at(directory: Path, file: int, places: Sequence[int], size: int) -> bytes:
-    """Return the bytes at places in a file of batches, `size` at each; none if it is too short."""
-    name = batch_file(file)
-    try:
-        with open_own(directory, name) as opened:
-            if max(places, default=0) + size > os.fstat(opened.fileno()).st_size:
-                return b""
-            found = [opened.read(size) for place in places if opened.seek(place) == place]
-    except OSError as error:
-        raise RunError(f"{directory / name} cannot be read: {error.strerror}") from None
-    return b"".join(found)
+    return files.read(source.file, [source.place + b for b in at] if is_within else [], each)
 
 
 def joined(given: Given, pieces: Mapping[int, Piece]) -> bytearray | None:

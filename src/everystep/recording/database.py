@@ -29,8 +29,8 @@ __all__ = [
     "FILE_NAME",
     "Database",
     "MeasurementEnds",
+    "PieceIndex",
     "Pieces",
-    "Place",
     "Repeat",
     "cut",
     "reading",
@@ -84,23 +84,26 @@ class Pieces(NamedTuple):
     source: int | None = None
 
     @property
-    def count(self) -> int:  # type: ignore[override]  # the method of tuples is not needed
-        """How many there are."""
-        return len(self.digests) // 16
+    def end(self) -> int:
+        """The number after those of the pieces."""
+        return self.number + len(self.digests) // 16
 
-    def digests_of_each(self) -> list[bytes]:
-        """Return the digest of each piece."""
-        return [self.digests[at : at + 16] for at in range(0, len(self.digests), 16)]
+    def digests_from(self, number: int, end: int) -> list[bytes]:
+        """Return the digests of the pieces from one on, up to the one before `end`."""
+        first = self.number
+        return [self.digests[16 * (n - first) : 16 * (n - first + 1)] for n in range(number, end)]
 
 
-class Place(NamedTuple):
-    """Where the bytes of one of `Pieces` are."""
+class PieceIndex:
+    """Pieces by their numbers. rows: in order of these."""
 
-    digest: bytes
-    file: int
-    place: int
-    size: int
-    source: int | None
+    def __init__(self, rows: Iterable[Pieces]) -> None:
+        self.rows = [*rows]
+
+    def of(self, number: int) -> Pieces | None:
+        """Return those that a piece is among, None if it was given up."""
+        index = bisect_right(self.rows, (number + 1,)) - 1
+        return self.rows[index] if index >= 0 and number < self.rows[index].end else None
 
 
 #: Rows that are entered by one call; SQLite takes 999 values.
@@ -307,28 +310,27 @@ class Database(Blocks):
             )
         return rows[1:] if rows and rows[0].last < first else rows
 
-    def all_contents(self) -> list[Pieces]:
-        """Return all pieces of inputs, in order of their numbers."""
-        return self._pieces("ORDER BY number")
+    def all_contents(self) -> PieceIndex:
+        """Return all pieces of inputs."""
+        return PieceIndex(self._pieces("ORDER BY number"))
 
-    def contents(self, numbers: Iterable[int]) -> dict[int, Place]:
-        """Return where pieces are, and what they were cut out of, by number, as far as known."""
-        found: dict[int, Place] = {}
+    def contents(self, numbers: Iterable[int]) -> PieceIndex:
+        """Return the pieces that are among some, and what they were cut out of, as far as known."""
+        found = self._among(numbers)
+        # Data that was cut out of is whole: it has no source itself.
+        found |= self._among({row.source for row in found.values() if row.source is not None})
+        return PieceIndex(found[number] for number in sorted(found))
+
+    def _among(self, numbers: Iterable[int]) -> dict[int, Pieces]:
+        found: dict[int, Pieces] = {}
         row: Pieces | None = None
-        sources: set[int] = set()
         for number in sorted({*numbers}):
-            if row is None or number >= row.number + row.count:
+            if row is None or number >= row.end:
                 rows = self._pieces("WHERE number <= ? ORDER BY number DESC LIMIT 1", number)
                 row = next(iter(rows), None)
-            if row is None or number >= row.number + row.count:
-                continue
-            at = number - row.number
-            digest = row.digests[16 * at : 16 * at + 16]
-            found[number] = Place(digest, row.file, row.place + at * row.size, row.size, row.source)
-            if row.source is not None:
-                sources.add(row.source)
-        others = sources - found.keys()
-        return found | (self.contents(others) if others else {})
+            if row is not None and number < row.end:
+                found[row.number] = row
+        return found
 
     def _pieces(self, which: str, *arguments: int) -> list[Pieces]:
         rows = self.rows(Pieces, f"SELECT * FROM contents {which}", *arguments)

@@ -9,7 +9,6 @@ budget, the oldest file is deleted, and the steps that need it can no longer be 
 from __future__ import annotations
 
 import weakref
-from bisect import bisect
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -18,8 +17,8 @@ from itertools import count
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from everystep.recording.contents import DRAW, Given, Inputs, inputs_of, packed, pieces_of
-from everystep.recording.database import Database, Pieces, Repeat
+from everystep.recording.contents import DRAW, Given, Inputs, inputs_of, packed, pieces_of, runs_of
+from everystep.recording.database import Database, PieceIndex, Pieces, Repeat
 from everystep.recording.facts import NotKeptFacts
 from everystep.recording.files import batch_file, bytes_of
 from everystep.recording.keep import RECENT, Keep
@@ -73,29 +72,6 @@ class BatchFile:
     draws: tuple[int, int] = (0, 0)
 
 
-class _Group(NamedTuple):
-    """Pieces with the numbers from `first` up to `end`, and their file.
-
-    source: the number of the data that they were cut out of, if they were.
-    """
-
-    first: int
-    end: int
-    file: int
-    source: int | None
-
-
-def _runs_of(numbers: Iterable[int]) -> tuple[tuple[int, int], ...]:
-    """Return runs of consecutive numbers: the first, and how many."""
-    found: list[list[int]] = []
-    for number in numbers:
-        if number and found and number == found[-1][0] + found[-1][1]:
-            found[-1][1] += 1
-        else:
-            found.append([number, 1])
-    return tuple([(first, size) for first, size in found])
-
-
 class Repeats:
     """The one writer of what repeats steps, and of the contents of their inputs.
 
@@ -127,22 +103,20 @@ class Repeats:
         #: The files that are being written: of draws, which may have to stay longer, and of the others.
         self._open: dict[bool, tuple[int, BinaryIO]] = {}
         self.files: dict[int, BatchFile] = {}
-        #: The number of each content, by its digest; and where pieces are, in order of their numbers.
+        #: The number of each content, by its digest.
         self._known: dict[bytes, int] = {}
-        self._groups: list[_Group] = []
+        self._pieces = database.all_contents()
         self._rows: list[Pieces] = []
         self._given: dict[int, tuple[Any, Given, set[int]]] = {}
         self._packed_key: Any = None
         self._packed = b""
-        for row in database.all_contents():
-            self._known |= zip(row.digests_of_each(), count(row.number), strict=False)
-            self._groups.append(_Group(row.number, row.number + row.count, row.file, row.source))
-            file = self.files.setdefault(
-                row.file, BatchFile(newest_step=recorded if keep is None else 0)
-            )
-            file.size = max(file.size, row.place + row.size * row.count)
+        for row in self._pieces.rows:
+            self._known |= zip(row.digests_from(row.number, row.end), count(row.number), strict=False)
+            newest_step = recorded if keep is None else 0
+            file = self.files.setdefault(row.file, BatchFile(newest_step=newest_step))
+            file.size = max(file.size, row.place + row.size * (row.end - row.number))
         self._newest = max(self.files, default=0)
-        self._next = self._groups[-1].end if self._groups else 1
+        self._next = self._pieces.rows[-1].end if self._pieces.rows else 1
         self._forget_lost()
         for repeat in () if keep is None else database.repeats(1):
             for name, each in inputs_of(repeat.inputs, f"step {repeat.step}").given.items():
@@ -293,7 +267,7 @@ class Repeats:
             else:
                 self._write(step, is_draw, {digests[0]: places[0]}, places[1])
         numbers = [self._known.get(digest, 0) for digest in digests]
-        given = given._replace(runs=_runs_of(numbers))
+        given = given._replace(runs=runs_of(numbers))
         files = self._files_of(filter(None, numbers))
         self._use(step, name, files)
         if all(numbers):
@@ -317,26 +291,19 @@ class Repeats:
         (number,) = self._add_once(step, "source", cut.source).numbers()
         places = memoryview(begins.astype(_PLACE).tobytes())
         # Data that is kept as places itself would be places in places.
-        group = self._group_of(number)
-        return (places, number) if group is not None and group.source is None else None
-
-    def _group_of(self, number: int) -> _Group | None:
-        """Return the pieces that one is of, by its number; None if it was given up."""
-        index = bisect(self._groups, (number + 1,)) - 1
-        return self._groups[index] if index >= 0 and number < self._groups[index].end else None
+        pieces = self._pieces.of(number)
+        return (places, number) if pieces is not None and pieces.source is None else None
 
     def _files_of(self, numbers: Iterable[int]) -> set[int]:
         """Return the files that hold pieces, and the data that these were cut out of."""
         found: set[int] = set()
-        group: _Group | None = None
+        row: Pieces | None = None
         for number in numbers:
-            if group is not None and group.first <= number < group.end:
+            if row is not None and row.number <= number < row.end:
                 continue
-            group = self._group_of(number)
-            if group is not None:
-                found.add(group.file)
-                if group.source is not None:
-                    found |= self._files_of([group.source])
+            row = self._pieces.of(number)
+            source = None if row is None or row.source is None else self._pieces.of(row.source)
+            found |= {each.file for each in (row, source) if each is not None}
         return found
 
     def _are_fresh(self, files: set[int], step: int) -> bool:
@@ -379,8 +346,8 @@ class Repeats:
             some = digests[begin : begin + _TOGETHER]
             at = self._next + begin, number, file.size + size * begin, size
             self._rows.append(Pieces(*at, b"".join(some), source))
+            self._pieces.rows.append(self._rows[-1])
         self._known |= zip(digests, count(self._next), strict=False)
-        self._groups.append(_Group(self._next, self._next + len(digests), number, source))
         self._next += len(digests)
         opened.writelines(pieces.values())
         file.size += size * len(digests)
@@ -388,10 +355,8 @@ class Repeats:
 
     def _forget_lost(self) -> None:
         """Forget pieces of files that are gone, and what was cut out of data that is gone."""
-        self._groups = [group for group in self._groups if group.file in self.files]
-        self._groups = [
-            group
-            for group in self._groups
-            if group.source is None or self._group_of(group.source) is not None
-        ]
-        self._known = {d: n for d, n in self._known.items() if self._group_of(n) is not None}
+        kept = PieceIndex(row for row in self._pieces.rows if row.file in self.files)
+        of = kept.of
+        rows = (row for row in kept.rows if row.source is None or of(row.source) is not None)
+        self._pieces = PieceIndex(rows)
+        self._known = {d: n for d, n in self._known.items() if self._pieces.of(n) is not None}

@@ -15,7 +15,7 @@ from everystep.errors import DamageWarning, ExperimentError, RunError
 from everystep.recording.blocks import LOSS, block_of, series_of
 from everystep.recording.connection import fingerprint, last_written
 from everystep.recording.contents import Given, Piece, joined, read_pieces, tensor_of
-from everystep.recording.database import FILE_NAME, Database, Place, Repeat, reading
+from everystep.recording.database import FILE_NAME, Database, PieceIndex, Repeat, reading
 from everystep.recording.directories import RANKS, is_run, name_of, rank_directory
 from everystep.recording.facts import DataFileFacts, Facts, RanksFacts, TrainingFacts
 from everystep.recording.files import (
@@ -485,8 +485,8 @@ class RecordedRun:
         """Return the rows that repeat any of steps `first` to `last`: see `Database.repeats`."""
         return self._read(lambda database: database.repeats(first, last))
 
-    def places(self, numbers: Iterable[int]) -> dict[int, Place]:
-        """Return where pieces of inputs are, and what they were cut out of: see `Database.contents`."""
+    def located(self, numbers: Iterable[int]) -> PieceIndex:
+        """Return where pieces of inputs are: see `Database.contents`."""
         return self._read(lambda database: database.contents(numbers))
 
     def pieces(self, given: Collection[Given], known: Container[int] = ()) -> dict[int, Piece]:
@@ -494,10 +494,9 @@ class RecordedRun:
         numbers = {number for each in given for number in each.numbers() if number not in known}
         if not numbers:  # opening the database takes as long as a small step
             return {}
-        places = self.places(numbers)
-        found: dict[int, Piece] = {}
+        index, found = self.located(numbers), dict[int, Piece]()
         for each in given:
-            found |= read_pieces(self.directory, places, each, found)
+            found |= read_pieces(self.directory, index, each, found)
         return found
 
     def contents(self, given: Mapping[str, Given]) -> dict[str, Tensor | None]:

@@ -206,12 +206,14 @@ class ChangedSteps(RecordedSteps):
             for number in each.numbers()
         }
         asked = {number for of in read.values() for each in of for number in each.numbers()}
-        places = self.run.places(before | asked)
+        index = self.run.located(before | asked)
 
         def contents(number: int) -> set[bytes | int]:
             """Return the digest of a piece, and that of the data it was cut out of."""
-            numbers = (number, places[number].source) if number in places else (number,)
-            return {places[n].digest if n in places else n for n in numbers if n is not None}
+            row = index.of(number)
+            numbers = (number,) if row is None or row.source is None else (number, row.source)
+            rows = ((each, index.of(each)) for each in numbers)
+            return {each if r is None else r.digests_from(each, each + 1)[0] for each, r in rows}
 
         data = {content for number in before for content in contents(number)}
         changing = [
