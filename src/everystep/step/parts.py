@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from everystep.errors import Fault, UsageError
 from everystep.program.arguments import DTYPES
 from everystep.program.operation import path_faults
-from everystep.step.follow import is_compiled, scripted_fault
+from everystep.step.follow import is_compiled, module_fault
 from everystep.step.kept_values import GENERATORS, has_graph, is_aside, is_code, is_dense
 from everystep.step.own_state import entries_of, keeps_own_state, registered
 
@@ -379,7 +379,7 @@ def check_parts(named: Mapping[str, Any]) -> None:
     for name, part in named.items():
         if not name.isidentifier():
             faults.append(Fault(name, "the name of a part must be a Python identifier"))
-        if isinstance(part, nn.Module) and (fault := scripted_fault(name, part)):
+        if isinstance(part, nn.Module) and (fault := module_fault(name, part)):
             faults.append(fault)
         known = nn.Module, torch.optim.Optimizer, Tensor, dict, list, tuple, deque, *GENERATORS
         holds = isinstance(part, known)
