@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache, partial
-from operator import attrgetter
+from operator import attrgetter, call
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -249,7 +249,7 @@ def in_effect() -> tuple[Any, ...]:
 
     Two different results mean that a setting changed in between; `Numerics` shows which.
     """
-    return tuple([read() for read in readers().values()])
+    return tuple(map(call, readers().values()))
 
 
 @cache
