@@ -14,10 +14,10 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import cache
-from operator import attrgetter
+from functools import cache, partial
+from operator import attrgetter, call
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["ENVIRONMENT", "Numerics", "in_effect", "in_force", "prepare", "warning"]
+__all__ = ["ENVIRONMENT", "Numerics", "in_effect", "in_force", "prepare", "readers", "warning"]
 
 #: No machine computes one step with more.
 MOST_THREADS = 4096
@@ -243,40 +243,37 @@ def warning() -> str | None:
     return None
 
 
-def in_effect() -> dict[str, Any]:
-    """Return settings of this process that bits depend on, by name, read in microseconds.
+def in_effect() -> tuple[Any, ...]:
+    """Return settings of this process that bits depend on, read in microseconds, as `readers` has them.
 
     Two different results mean that a setting changed in between; `Numerics` shows which.
     """
-    import torch
-
-    found: dict[str, Any] = {
-        "the number of threads": torch.get_num_threads(),
-        "the default dtype": torch.get_default_dtype(),
-    }
-    for name in _switches():
-        try:
-            found[name] = getattr(torch._C, name)()
-        except RuntimeError as error:  # a precision that was set in the new way has none in the old one
-            found[name] = str(error)
-    return found
+    return tuple(map(call, readers().values()))
 
 
 @cache
-def _switches() -> tuple[str, ...]:
-    """Return the names of this torch's functions that report how kernels are chosen."""
+def readers() -> dict[str, Callable[[], Any]]:
+    """Return what reads such settings, by name: torch's functions that report how kernels are chosen."""
     import torch
 
-    found = []
+    found = {"number of threads": torch.get_num_threads, "default dtype": torch.get_default_dtype}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch 2.9 warns, once, of a function that it calls old
         for name in filter(_SWITCH.fullmatch, dir(torch._C)):
-            try:
-                getattr(torch._C, name)()
-            except (TypeError, RuntimeError):  # it wants arguments, or another build
-                continue
-            found.append(name)
-    return tuple(found)
+            read = getattr(torch._C, name)
+            with suppress(TypeError, RuntimeError):  # it wants arguments, or another build
+                read()
+                # A precision that was set in the new way has none in the old one.
+                may_raise = "precision" in name or "tf32" in name
+                found[name] = partial(_value_or_reason, read) if may_raise else read
+    return found
+
+
+def _value_or_reason(read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except RuntimeError as error:
+        return str(error)
 
 
 @contextmanager

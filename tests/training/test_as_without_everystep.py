@@ -199,15 +199,21 @@ def test_what_a_kernel_leaves_next_to_its_result_is_not_kept():
     assert "loss" in sizes and sizes == {name: storages[name]["bytes"] for name in sizes}
 
 
+def within_itself(model):
+    model.me = model
+    return model
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     ("wrap", "message"),
     [
         (lambda m: torch.compile(m, backend="eager"), r"is compiled .* pass the uncompiled module"),
         (torch.jit.script, r"is scripted .* pass the module it was made from"),
+        (within_itself, r"lies within itself, .* hold that one in a list"),
     ],
 )
-def test_a_compiled_or_scripted_module_is_refused_with_the_cure(wrap, message):
+def test_a_module_that_no_run_can_hold_is_refused_with_the_cure(wrap, message):
     model = wrap(network())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     data = torch.randn(4, 8), torch.randn(4, 8)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -21,6 +21,7 @@ __all__ = ["BackwardPasses", "Graph", "graph_of"]
 with torch.enable_grad():  # a recording may begin where gradients are off
     _sum: Any = torch.ones(1, requires_grad=True).expand(2)
 _ACCUMULATE = type(_sum.grad_fn.next_functions[0][0])
+_NOTHING: AbstractContextManager[None] = nullcontext()
 _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 #: Of classes of nodes: whether they are torch's own, written in C++, and whether `_has_other_bits` asks.
 _kinds: dict[type, tuple[bool, bool]] = {}
@@ -153,15 +154,11 @@ class BackwardPasses:
 
     def run(self, outputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a backward pass; see `torch.autograd._engine_run_backward`."""
-        cursor, copies = self._cursor, self._cursor.gradient_copies
-        has_copies = copies is not None and not cursor.is_paused
-        if not self._has_ranks and not has_copies:
-            return self._run(outputs, args, kwargs)
-        with ExitStack() as around:
-            if self._has_ranks:  # torch exchanges gradients after the last node
-                around.enter_context(cursor.follower.during("backward"))
-            if copies is not None and has_copies:
-                around.enter_context(copies.around_backward(kwargs.get("accumulate_grad", True)))
+        cursor = self._cursor
+        copies = None if cursor.is_paused else cursor.gradient_copies
+        # torch exchanges gradients after the last node.
+        phase = cursor.follower.during("backward") if self._has_ranks else _NOTHING
+        with phase, copies.around_backward(kwargs.get("accumulate_grad", True)) if copies else _NOTHING:
             return self._run(outputs, args, kwargs)
 
     def _run(self, outputs: Any, args: Any, kwargs: Any) -> Any:

@@ -39,14 +39,7 @@ _EVERYSTEP = f"{Path(__file__).parent.parent}{os.sep}"
 _LIBRARY = f"{sysconfig.get_path('stdlib')}{os.sep}"
 _PACKAGES = ("site-packages", "dist-packages")
 #: Modules of everystep that stand between the user's code and an operation.
-_WATCHING = tuple(
-    f"{_EVERYSTEP}{name}"
-    for name in (
-        *(f"step{os.sep}{name}.py" for name in ("calling_code", "cursor", "follow", "mode_formulas")),
-        *(f"step{os.sep}{name}.py" for name in ("optimizer_steps", "under_way")),
-        f"training{os.sep}watched_steps.py",
-    )
-)
+_WATCHING = f"{_EVERYSTEP}step{os.sep}", f"{_EVERYSTEP}training{os.sep}watched_steps.py"
 #: The module that runs a backward pass.
 _BACKWARD = f"{_EVERYSTEP}step{os.sep}backward.py"
 #: Where torch runs a compiled function, or its uncompiled form in a mode.
@@ -75,7 +68,7 @@ def _kind(file: str) -> str:
     if file in (_BACKWARD, _COMPILED):
         return "backward" if file == _BACKWARD else "compiled"
     if file.startswith(_EVERYSTEP):
-        return "other" if file in _WATCHING else "everystep"
+        return "other" if file.startswith(_WATCHING) else "everystep"
     is_packaged = any(name in file for name in _PACKAGES)
     if file.startswith(_TORCH) or (file.startswith(_LIBRARY) and not is_packaged):
         return "other"

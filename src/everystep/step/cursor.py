@@ -146,8 +146,8 @@ class Cursor(UnderWay):
             if known.name in PICKING | JOINING:
                 self.gathered[result.untyped_storage()._cdata] = func, args
             return result
-        has_generator = any(isinstance(each, torch.Generator) for each in (*args, *keywords.values()))
-        if known.draws and has_generator and not any(map(self._is_met, given)):
+        is_own = known.draws and not any(map(self._is_met, given))
+        if is_own and any(isinstance(each, torch.Generator) for each in (*args, *keywords.values())):
             # Its result is from outside, as what Python or NumPy has drawn: later steps may follow.
             text = f"{func} takes a Generator"
             self.unseen[text] = self.unseen.get(text, 0) + 1

@@ -44,6 +44,13 @@ class Expanded(NamedTuple):
     inputs: dict[str, Tensor]
 
 
+class _Part(NamedTuple):
+    """The program of an optimizer's step. names: of its storages in the program around it."""
+
+    built: BuiltPath
+    names: dict[str, str]
+
+
 class Expander:
     """Expands steps with a program.
 
@@ -61,7 +68,7 @@ class Expander:
         #: before.
         self._read = {place: _read(operations[place], interpreter.program) for place in self._places}
         self._is_told = {place: self._tells(place) for place in self._places}
-        self._last: tuple[list[Path], _Spliced] | None = None
+        self._last: tuple[list[Path], Interpreter, dict[int, _Part]] | None = None
 
     def _tells(self, place: int) -> bool:
         """Return whether a number that an optimizer reads is in the state, still unchanged."""
@@ -94,23 +101,24 @@ class Expander:
             return Expanded(self._interpreter, [*numbers], {})
         own = self._interpreter.numbers_of(numbers)
         stand_ins = _StandIns(self._interpreter, state, self._device)
-        watched: list[tuple[Path, Cursor]] = []
+        watched: dict[int, tuple[Path, Cursor]] = {}
         for place in self._places:
             if not self._is_told[place]:
                 stand_ins.set(before(place, self._read[place]))
-            watched.append(stand_ins.take(self._interpreter.operation_with(place, own[place])))
-        paths = [path for path, _ in watched]
+            watched[place] = stand_ins.take(self._interpreter.operation_with(place, own[place]))
+        paths = [path for path, _ in watched.values()]
         if self._last is None or self._last[0] != paths:
-            self._last = paths, _Spliced(self._interpreter, self._places, watched, self._device)
-        spliced = self._last[1]
+            self._last = paths, *_spliced(self._interpreter, watched, self._device)
+        _, interpreter, parts = self._last
         inputs: dict[str, Tensor] = {}
-        for place, (_, watch), (built, names) in zip(self._places, watched, spliced.parts, strict=True):
+        for place, (built, names) in parts.items():
+            _, watch = watched[place]
             own[place] = built.numbers(watch.numbers)
             for name, storage in built.inputs.items():
                 brought = watch.from_outside(storage)
                 assert brought is not None
                 inputs[f"input/{names[name]}"] = brought.content
-        return Expanded(spliced.interpreter, [number for each in own for number in each], inputs)
+        return Expanded(interpreter, [number for each in own for number in each], inputs)
 
 
 def _read(operation: Operation, program: Program) -> list[str]:
@@ -167,56 +175,41 @@ class _StandIns:
         return self._tensors[name]
 
 
-class _Spliced:
-    """A program with those of its optimizers' steps in it.
+def _spliced(
+    interpreter: Interpreter,
+    watched: Mapping[int, tuple[Path, Cursor]],
+    device: torch.device,
+) -> tuple[Interpreter, dict[int, _Part]]:
+    """Return a program with those of its optimizers' steps in it, and these.
 
-    parts: these, each with the new names of its storages.
+    watched: the steps, by the place of their operation.
     """
-
-    def __init__(
-        self,
-        interpreter: Interpreter,
-        places: Sequence[int],
-        watched: Sequence[tuple[Path, Cursor]],
-        device: torch.device,
-    ) -> None:
-        program = interpreter.program
-        self.parts: list[tuple[BuiltPath, dict[str, str]]] = []
-        self._tensors = dict(program.tensors)
-        self._storages = dict(program.storages)
-        operations = [[each] for each in program.operations]
-        for place, (path, watch) in zip(places, watched, strict=True):
-            built = build_path(path, watch.numbers)
-            outer = program.operations[place]
-            inner, names = self._renamed(built.program, {*outer.reads()})
-            operations[place] = [each.model_copy(update={"line": outer.line}) for each in inner]
-            self.parts.append((built, names))
-        parts = {
-            "operations": tuple(each for own in operations for each in own),
-            "tensors": self._tensors,
-            "storages": self._storages,
-        }
-        self.interpreter = Interpreter(program.model_copy(update=parts), device)
-
-    def _renamed(self, part: Program, known: set[str]) -> tuple[list[Operation], dict[str, str]]:
-        """Return the operations of a part, and the new names of its storages.
-
-        known: tensors of the outer program, which have their names in the part.
-        """
+    program = interpreter.program
+    parts: dict[int, _Part] = {}
+    tensors, storages = dict(program.tensors), dict(program.storages)
+    operations = [[each] for each in program.operations]
+    for place, (path, watch) in watched.items():
+        built, outer = build_path(path, watch.numbers), program.operations[place]
+        part, known = built.program, {*outer.reads()}  # tensors that have their names in the part
         names = {tensor: name for name, tensor in part.ends.items()}
         names |= {name: name for name in part.tensors if name in known}
-        places = {part.tensors[n].storage: self._tensors[name].storage for n, name in names.items()}
-        for name in part.storages.keys() - places.keys():
-            places[name] = _free(name, self._storages)
-            self._storages[places[name]] = part.storages[name]
+        memory = {part.tensors[n].storage: tensors[name].storage for n, name in names.items()}
+        for name in part.storages.keys() - memory.keys():
+            memory[name] = _free(name, storages)
+            storages[memory[name]] = part.storages[name]
         for name, storage in part.storages.items():
             if storage.kind == "input":  # what begins as a constant may be a result of the outer program
-                self._storages[places[name]] = storage
+                storages[memory[name]] = storage
         for name in [name for name in part.tensors if name not in names]:
-            names[name] = _free(name, self._tensors)
+            names[name] = _free(name, tensors)
             spec = part.tensors[name]
-            self._tensors[names[name]] = spec.model_copy(update={"storage": places[spec.storage]})
-        return [_with_names(each, names) for each in part.operations], places
+            tensors[names[name]] = spec.model_copy(update={"storage": memory[spec.storage]})
+        renamed = [_with_names(each, names) for each in part.operations]
+        operations[place] = [each.model_copy(update={"line": outer.line}) for each in renamed]
+        parts[place] = _Part(built, memory)
+    joined = tuple(chain.from_iterable(operations))
+    changed = {"operations": joined, "tensors": tensors, "storages": storages}
+    return Interpreter(program.model_copy(update=changed), device), parts
 
 
 def _free(name: str, taken: Mapping[str, Any]) -> str:

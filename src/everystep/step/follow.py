@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 import sys
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
@@ -39,8 +40,8 @@ __all__ = [
     "OF_WATCHES",
     "Follower",
     "is_compiled",
+    "module_fault",
     "run_engine",
-    "scripted_fault",
 ]
 
 #: Methods of tensors that read memory; `numpy.asarray` calls the second.
@@ -64,13 +65,19 @@ def is_compiled(module: nn.Module) -> bool:
     return is_around or module._compiled_call_impl is not None
 
 
-def scripted_fault(name: str, module: nn.Module) -> Fault | None:
-    """Return what is wrong with a module that torch.jit.script or torch.jit.trace has made, or None."""
-    if not any(isinstance(each, torch.jit.ScriptModule) for each in module.modules()):
-        return None
-    return Fault(
-        name, "is scripted (torch.jit); its code is not Python's, so pass the module it was made from"
-    )
+def module_fault(name: str, module: nn.Module) -> Fault | None:
+    """Return what is wrong with a module that no run can hold, or None."""
+    problem = "is scripted (torch.jit); its code is not Python's, so pass the module it was made from"
+    if any(isinstance(each, torch.jit.ScriptModule) for each in module.modules()):
+        return Fault(name, problem)
+    try:
+        deque(module.named_modules(remove_duplicate=False), maxlen=0)
+    except RecursionError:
+        problem = (
+            "has a module that lies within itself, which has no end; hold that one in a list: [self]"
+        )
+        return Fault(name, problem)
+    return None
 
 
 def _check_watchable(module: nn.Module) -> None:

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from everystep.step.kept_values import has_graph
+from everystep.step.kept_values import has_graph, is_dense
 from everystep.step.state import as_integers
 
 __all__ = [
     "PLAIN_TYPES",
     "Guards",
-    "has_comparable_numbers",
     "is_a",
     "is_plain",
     "kind_of",
@@ -71,8 +70,10 @@ class Guards:
 
     def tensor(self, tensor: Tensor, where: str, *, is_state: bool) -> None:
         """Note a tensor: its geometry, and its numbers unless they are state, which may change."""
-        is_known = id(tensor) in self._known[_geometry_changes]
-        if not is_known and not is_state:
+        if not is_state:
+            # Others have no numbers that can be read, or torch does not count their changes.
+            if not is_dense(tensor) or tensor.is_quantized or tensor.is_inference():
+                return
             self._tensors.append((where, tensor, tensor._version, _digest_of(tensor)))
         self._note(id(tensor), where, partial(_geometry_of, tensor), _geometry_changes)
 
@@ -139,12 +140,6 @@ def _geometry_changes(guard: _Guard, now: Any) -> str | None:
     if now == guard.value:
         return None
     return f"shape, dtype, requires_grad or hooks of {guard.where} change"
-
-
-def has_comparable_numbers(tensor: Tensor) -> bool:
-    """Return whether a tensor's numbers can be noted: it is dense, and torch counts its changes."""
-    is_dense = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
-    return is_dense and tensor.device.type != "meta" and not tensor.is_inference()
 
 
 def _digest_of(tensor: Tensor) -> bytes:

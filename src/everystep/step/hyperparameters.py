@@ -82,9 +82,8 @@ def _number(value: Any) -> float | None:
     """Return a setting of a param group as a number, None if it is absent or not a number."""
     from torch import Tensor
 
-    value = (
-        value.get("value") if isinstance(value, dict) else value
-    )  # of NumPy's, in the data of a state
+    if isinstance(value, dict):  # a number of NumPy's, in the data of a state
+        value = value.get("value")
     is_one = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
     return float(value) if is_one or isinstance(value, Real) else None
 

@@ -503,8 +503,7 @@ class _Restoring:
         return there
 
     def _object(self, nodes: Mapping[str, Any], node: Mapping[str, Any], there: Any, place: str) -> Any:
-        path = node.get("class", _path_of(type(there)))
-        kind = type(there) if _path_of(type(there)) == path else _class_of(path, None, object, place)
+        kind = _class_of(node.get("class", _path_of(type(there))), there, object, place)
         parameters = getattr(kind, "__dataclass_params__", None)
         # Other code may share a frozen object, so a restored one is an object of its own.
         found = None if parameters is not None and parameters.frozen else self._free(there)

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from everystep.errors import Fault, UsageError
 from everystep.program.arguments import DTYPES
 from everystep.program.operation import path_faults
-from everystep.step.follow import is_compiled, scripted_fault
+from everystep.step.follow import is_compiled, module_fault
 from everystep.step.kept_values import GENERATORS, has_graph, is_aside, is_code, is_dense
 from everystep.step.own_state import entries_of, keeps_own_state, registered
 
@@ -129,8 +129,9 @@ class Parts:
     def _known_layout(self) -> _Layout:
         """Return the layout of the tensors of modules and optimizers; look it up again if it changed."""
         if self._layout is None or not self._layout.holds():
-            self._layout = _Layout(self._names_of_parameters(), {}, self.modules, self.optimizers)
-            self._layout.tensors.update(self._of_modules_and_optimizers(self._layout.names))
+            names = self._names_of_parameters()
+            tensors = self._of_modules_and_optimizers(names)
+            self._layout = _Layout(names, tensors, self.modules, self.optimizers)
         return self._layout
 
     def _names_of_parameters(self) -> dict[Tensor, str]:
@@ -181,11 +182,10 @@ class Parts:
                 found[path] = tensor
         return found
 
-    def gradients(self, of: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
-        """Return the pending gradients by the names of their parameters. of: those of an optimizer."""
+    def gradients(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """Return the pending gradients of an optimizer by the names of their parameters."""
         names = self.parameter_names()
-        groups = of.param_groups if of is not None else [{"params": [*names]}]
-        parameters = [parameter for group in groups for parameter in group["params"]]
+        parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
         return {names[p]: p.grad for p in parameters if p.grad is not None and p in names}
 
     def _of_modules_and_optimizers(self, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
@@ -379,7 +379,7 @@ def check_parts(named: Mapping[str, Any]) -> None:
     for name, part in named.items():
         if not name.isidentifier():
             faults.append(Fault(name, "the name of a part must be a Python identifier"))
-        if isinstance(part, nn.Module) and (fault := scripted_fault(name, part)):
+        if isinstance(part, nn.Module) and (fault := module_fault(name, part)):
             faults.append(fault)
         known = nn.Module, torch.optim.Optimizer, Tensor, dict, list, tuple, deque, *GENERATORS
         holds = isinstance(part, known)

@@ -18,8 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from everystep.errors import ProgramError
 from everystep.program.bound import BoundProgram
 from everystep.program.calls import without_autograd
-from everystep.program.interpreter import Interpreter
-from everystep.program.memory import copied_together, copy_into, lies_as, tensor_on
+from everystep.program.memory import copied_together, copy_into, lies_as
 from everystep.program.number_slots import Number
 from everystep.program.operation import TensorSpec
 from everystep.program.operators import draws_random_numbers
@@ -88,11 +87,8 @@ class PartsCopy(NamedTuple):
     @classmethod
     def of(cls, parts: Parts, batch: Mapping[str, Tensor]) -> PartsCopy:
         """Copy the current state of the parts, and a batch."""
-        return cls(_copied(parts.state()), _copied(batch), torch.get_rng_state())
-
-
-def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        copies = {name: tensor.detach().clone() for name, tensor in batch.items()}
+        return cls(copied_together(parts.state()), copies, torch.get_rng_state())
 
 
 class StandIn:
@@ -145,8 +141,8 @@ class StandIn:
         self.schedulers = [*schedulers]
         self._draws = any(draws_random_numbers(each.operator) for each in path.operations)
         self._leaves = parts.leaves()
-        self._interpreter = Interpreter(built.program, parts.device)
-        self._state = self._interpreter.state
+        tensors, names = built.program.tensors, built.program.state_names
+        self._state = {name: spec for name, spec in tensors.items() if name in names}
         #: Copies of the tensors from which Python reads numbers that it does not log.
         self._unchanging: dict[str, Tensor] = {}
         self._moves = [name for name in self._state if name.startswith("gradient/")]
@@ -165,8 +161,8 @@ class StandIn:
         #: Of these places: those among the numbers that the program has.
         self._read = {place: built.numbers_kept.index(place) for place in self._logged_reads.values()}
         check_replaceable(built.program, path, seen, batch, parts.device)
-        #: The program on a copy of a state, to be compared, and the copy.
-        self._copy: tuple[BoundProgram, dict[str, Tensor]] | None = None
+        #: The program on a copy of a state, to be compared.
+        self._copy: BoundProgram | None = None
         lying = {path.tensors[number].storage: name for name, number in path.named}
         self._written = [
             lying[storage] for each in path.operations for storage in each.writes if storage in lying
@@ -400,33 +396,25 @@ class StandIn:
         self, before: PartsCopy, numbers: Sequence[Number], logged: Mapping[str, Any]
     ) -> str | None:
         """Run a step that Python just ran, on a copy; describe the difference, or return None."""
-        interpreter = self._interpreter
         try:
-            live, copies = self._bound_to_copies(before.tensors)
+            live = self._bound_to_copies(before.tensors)
         except ProgramError as error:  # there is not enough memory for both
             return str(error)
-        batch = before.batch
-        inputs = {f"input/{name}": tensor for name, tensor in self._inputs().items()}
-        inputs |= {f"batch/{name}": tensor for name, tensor in batch.items()}
-        laid = interpreter.lay_inputs(inputs)
-        given = {
-            name: tensor_on(laid[spec.storage].untyped_storage(), spec)
-            for name, spec in interpreter.inputs.items()
-            if name in batch
-        }
         # A comparison must leave the generator of the training as it is.
         after = torch.get_rng_state()
         torch.set_rng_state(before.generator)
         try:
             with without_autograd():
-                live.load(given)
+                for leaf, tensor in before.batch.items():
+                    if leaf in self._built.program.tensors:
+                        copy_into(live.tensor(leaf), tensor)  # the copy may have other strides
                 live.put(self._built.numbers(numbers))
                 live.run()
             is_drawn_alike = not self._draws or torch.equal(torch.get_rng_state(), after)
         finally:
             torch.set_rng_state(after)
         state = self._parts.state()
-        now = {name: copies[name] for name in interpreter.state if name in state} | live.ends
+        now = {name: live.tensor(name) for name in self._state if name in state} | live.ends
         other = (n for n, tensor in now.items() if n not in state or not same_bits(state[n], tensor))
         name = next(other, None)
         if name is not None:
@@ -442,20 +430,17 @@ class StandIn:
                 return f"the program computes another {name} than Python"
         return None if is_drawn_alike else "the program draws different random numbers than Python"
 
-    def _bound_to_copies(self, state: Mapping[str, Tensor]) -> tuple[BoundProgram, dict[str, Tensor]]:
-        """Return the program on a copy of a state, and the copy; a small one serves again."""
+    def _bound_to_copies(self, state: Mapping[str, Tensor]) -> BoundProgram:
+        """Return the program on copies of a state; on its own, if they are small, which serve again."""
         if self._copy is not None:
             with torch.no_grad():
-                for name, copy in self._copy[1].items():
-                    copy_into(copy, state[name])
+                for name in self._state:
+                    copy_into(self._copy.tensor(name), state[name])
             return self._copy
-        copies = {name: state[name] for name in self._interpreter.state}
-        self._interpreter.lay_state(copies)
-        live = self._bind(copies)
-        size = sum(tensor.nbytes for tensor in copies.values()) + live.temporary_bytes
-        if size <= SMALL_BYTES:
-            self._copy = live, copies
-        return live, copies
+        live = self._bind(state)
+        if sum(state[name].nbytes for name in self._state) + live.temporary_bytes <= SMALL_BYTES:
+            self._copy = live
+        return live
 
     def _foresees(self, numbers: Sequence[Number], seen: Sequence[Number]) -> bool:
         """Return whether the numbers of a Python step were predicted, except those that it reads."""

@@ -174,7 +174,7 @@ def _process_settings(device: torch.device) -> dict[str, Any]:
     for kind in {"cpu", device.type}:
         dtype = torch.get_autocast_dtype(kind)
         found[f"autocast on {kind}"] = torch.is_autocast_enabled(kind), dtype
-    return found | numerics.in_effect()
+    return found | {name: read() for name, read in numerics.readers().items()}
 
 
 def _functions_of_torch() -> list[Any]:

@@ -19,7 +19,6 @@ from torch.utils.hooks import RemovableHandle
 
 from everystep.step.guards import (
     Guards,
-    has_comparable_numbers,
     is_a,
     is_plain,
     kind_of,
@@ -93,7 +92,7 @@ def guard_module(module: nn.Module, where: str, guards: Guards) -> None:
     for container in _containers(own):
         guards.contents(container, where)
     for value in own.values():
-        if is_a(value, Tensor) and has_comparable_numbers(value):
+        if is_a(value, Tensor):
             guards.tensor(value, f"a tensor of {where}", is_state=False)
     guards.read((id(module), "*class"), f"the class of {where}", type, module)
     guards.read((id(module), "*dict"), f"the dict of {where}", lambda: id(_own_dict(module)))

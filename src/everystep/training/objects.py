@@ -29,7 +29,7 @@ from everystep.experiment.catalogue import metric_by_name
 from everystep.experiment.metrics import RESERVED_NAMES, Metrics
 from everystep.program.operation import path_faults
 from everystep.recording.facts import check_measurement_names
-from everystep.step.follow import is_compiled, scripted_fault
+from everystep.step.follow import is_compiled, module_fault
 from everystep.training.dataset import DEFAULT_DATASET_LIMIT, called, unfit
 
 __all__ = ["Objects", "is_dataset"]
@@ -187,7 +187,7 @@ def _model_faults(model: Any) -> Faults:
             )
         yield Fault("model", f"must be an nn.Module, not {called(model)}{cure}")
         return
-    if fault := scripted_fault("model", model):
+    if fault := module_fault("model", model):
         yield fault
         return
     if any(map(is_compiled, model.modules())):
