@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -39,9 +38,9 @@ class SegmentSeen(NamedTuple):
 
     segment: Segment
     optimizer: str | None = None
-    settings: Mapping[str, float] = MappingProxyType({})
+    settings: Mapping[str, float] = {}
     parameters: Sequence[str] = ()
-    formulas: Mapping[str, UpdateFormula] = MappingProxyType({})
+    formulas: Mapping[str, UpdateFormula] = {}
 
 
 def as_it_happened(step: Step, training: TrainingFacts) -> tuple[list[SegmentSeen], list[str]]:
@@ -346,7 +345,7 @@ def _segments(segments: list[SegmentSeen], training: TrainingFacts) -> list[dict
         found.append(
             seen.segment._asdict()
             | {"optimizer": {"name": name, "settings": settings} if optimizer else None}
-            | {"hyperparameters": dict(seen.settings), "parameters": list(seen.parameters)}
+            | {"hyperparameters": seen.settings, "parameters": list(seen.parameters)}
         )
     return found
 
