@@ -86,6 +86,16 @@ class Rerun(Shown):
         return self.place.precision is None and self.diverges_at is None and not self.relative.any()
 
     @property
+    def distances(self) -> dict[str, dict[str, float]]:
+        """How far the losses of each run are from those of the rerun, relative to these, by name."""
+        count = min(map(len, (self.losses, *self.others.values())))
+        found = {}
+        for name, losses in ({self.name: self.recorded} | self.others).items():
+            relative = relative_distance(self.losses[:count], losses[:count])
+            found[name] = {"median": float(np.median(relative)), "largest": float(relative.max())}
+        return found
+
+    @property
     def curves(self) -> dict[str, polars.DataFrame]:
         """The losses of the recording, the rerun and the other runs, by name: columns step and loss."""
         import polars as pl
