@@ -141,14 +141,12 @@ class _Opened:
         shown = [each for each in segments if phase in (None, each.segment.phase)]
         if not shown and phase in get_args(Phase):
             shown = [SegmentSeen(Segment(cast("Phase", phase), None, 0, -1))]
-        begun: set[str] = set()
-        last = max((n for n, each in enumerate(shown) if each.segment.phase == "backward"), default=None)
+        phases = [each.segment.phase for each in shown]
         for number, seen in enumerate(shown):
-            self._segment(seen, in_full, is_first=seen.segment.phase not in begun)
-            begun.add(seen.segment.phase)
-            if number == last:
+            self._segment(seen, in_full, is_first=phases[number] not in phases[:number])
+            if phases[number] == "backward" and "backward" not in phases[number + 1 :]:
                 self._gradients()
-        if phase is None and last is None:
+        if phase is None and "backward" not in phases:
             self._gradients()
         if phase is None and changed_otherwise:
             self.page.heading("changed", "outside the updates")
