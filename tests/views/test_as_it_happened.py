@@ -37,6 +37,14 @@ def test_an_update_has_its_own_parameters_and_the_last_of_several_has_them(tmp_p
     headings = [line for line in page if line.startswith("update")]
     critic, actor = (f"update    optimizer_{name}: SGD, lr = 0.1" for name in ("critic", "actor"))
     assert headings == [critic, critic, actor]
+    alone = step_text(run[2], run.facts, phase="update").plain
+    assert [line for line in alone.splitlines() if line[:1].isalpha()][-3:] == [critic, critic, actor]
+    assert "aten." in alone and "  change" in alone
+    # Gradients stand after the backward passes, before the last update.
+    order = [line.split()[0] for line in page if line[:1].isalpha()]
+    assert order.index("grads") == len(order) - order[::-1].index("backward") < len(order) - 1
+    values = step_text(run[2], run.facts, values=True).plain
+    assert values.count("[[") > sum(tensor.dim() > 1 for tensor in run[2].gradients.values())
     firsts = [seen.segment.first for seen in segments]
     assert firsts == sorted(firsts)
     assert changed_otherwise in ([], ["scale"])

@@ -149,7 +149,7 @@ class FiniteCheck(Visitor):
         """Return what checks tensors. meant: those in which only NaNs count."""
         dtypes = {name: program.tensors[name].torch_dtype for name in names}
         return [
-            partial(self._check, name, _is_number if name in meant else torch.isfinite)
+            partial(self._check, name, (lambda t: ~torch.isnan(t)) if name in meant else torch.isfinite)
             for name, dtype in dtypes.items()
             if dtype.is_floating_point or dtype.is_complex
         ]
@@ -158,10 +158,6 @@ class FiniteCheck(Visitor):
         self, name: str, test: Callable[[Tensor], Tensor], tensor_of: Callable[[str], Tensor]
     ) -> None:
         self._is_finite = self._is_finite & test(comparable(tensor_of(name))).all()
-
-
-def _is_number(tensor: Tensor) -> Tensor:
-    return ~torch.isnan(tensor)
 
 
 @on_cpu()

@@ -86,6 +86,16 @@ class Rerun(Shown):
         return self.place.precision is None and self.diverges_at is None and not self.relative.any()
 
     @property
+    def distances(self) -> dict[str, dict[str, float]]:
+        """How far the losses of each run are from those of the rerun, relative to these, by name."""
+        count = min(map(len, (self.losses, *self.others.values())))
+        found = {}
+        for name, losses in ({self.name: self.recorded} | self.others).items():
+            relative = relative_distance(self.losses[:count], losses[:count])
+            found[name] = {"median": float(np.median(relative)), "largest": float(relative.max())}
+        return found
+
+    @property
     def curves(self) -> dict[str, polars.DataFrame]:
         """The losses of the recording, the rerun and the other runs, by name: columns step and loss."""
         import polars as pl
@@ -168,7 +178,7 @@ def rerun(
         residue=next((each for each in found if each.is_residue and not each.follows), None),
         farthest=_farthest(numbers),
         others={each.name: np.array(each.losses_between(first, last)) for each in others},
-        problems=tuple(dict.fromkeys([*_taken_over(run), *_diverged(opener), *opener.problems])),
+        problems=tuple(dict.fromkeys([*_notes(opener), *opener.problems])),
     )
 
 
@@ -244,15 +254,6 @@ def _farthest(found: Sequence[Apart]) -> tuple[Apart, ...]:
     return tuple(kinds.values())[:FARTHEST]
 
 
-def _diverged(opener: Opener) -> Iterator[str]:
-    """Yield a text if a replay under the recorded conditions differs, too."""
-    if opener.diverged_at is not None:
-        yield (
-            "a replay under the recorded conditions also differs from the recording, from step "
-            f"{opener.diverged_at:,} on; run everystep verify for details"
-        )
-
-
 def _reads_numbers(program: Program) -> bool:
     """Return whether Python read numbers of a step, other than counters of steps."""
     if program.left_out:
@@ -262,8 +263,9 @@ def _reads_numbers(program: Program) -> bool:
     return any(program.tensors[name].storage not in known for name in read)
 
 
-def _taken_over(run: RecordedRun) -> Iterator[str]:
-    """Yield what a rerun takes from the recording instead of computing."""
+def _notes(opener: Opener) -> Iterator[str]:
+    """Yield what a rerun takes from the recording instead of computing, and if a replay here differs."""
+    run = opener.run
     programs = (read_program(run, number) for number in run.stretches[-1].facts.programs)
     if any(_reads_numbers(program) for program in programs):
         yield ("Python read numbers from tensors; the repeated steps use the recorded numbers")
@@ -271,3 +273,8 @@ def _taken_over(run: RecordedRun) -> Iterator[str]:
         yield f"{kept_text(run.facts, run.newest_step())}; the last of these in a row are repeated"
     if run.change_files():
         yield "code between steps changed tensors; the repeated steps use the recorded changes"
+    if opener.diverged_at is not None:
+        yield (
+            "a replay under the recorded conditions also differs from the recording, from step "
+            f"{opener.diverged_at:,} on; run everystep verify for details"
+        )

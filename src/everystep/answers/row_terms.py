@@ -322,16 +322,13 @@ def _laid(
 
     start: fills its memory before (0-dimensional); of: returns the content of a write.
     """
-    flat = start.repeat(max(_end(each) for each in (spec, *(each.spec for each in written))))
+    specs = spec, *(each.spec for each in written)
+    flat = start.repeat(max(each.end // each.torch_dtype.itemsize for each in specs))
     for each in written:
         content = of(each.tracked)
         if content is not None:
             _on(flat, each.spec).copy_(content.reshape(each.spec.shape))
     return _on(flat, spec)
-
-
-def _end(spec: TensorSpec) -> int:
-    return spec.end // spec.torch_dtype.itemsize
 
 
 def _on(flat: Tensor, spec: TensorSpec) -> Tensor:

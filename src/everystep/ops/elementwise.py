@@ -349,7 +349,6 @@ _LINES: dict[str, str | LineRule] = {
     **dict.fromkeys(("add", "sub"), _added_line),
     "div": lambda call: _as_line(_division_text(call)),
     "pow": "{self}^{exponent}",
-    "relu": "relu({self})",
     "gelu": lambda call: "gelu({self})" * (call.value("approximate") == "none"),
     "gelu_backward": lambda call: (
         "{grad_output} * gelu'({self})" * (call.value("approximate") == "none")

@@ -209,15 +209,11 @@ def _trilinear_rows(call: RowsCall) -> list[Result]:
     return [Result(labels, terms)]
 
 
-def _sum_line(call: Call) -> str:
-    return "{mat1} · {mat2} + {self}" if call.value("beta") == call.value("alpha") == 1 else ""
-
-
 _LINES: dict[str, str | LineRule] = {
     **dict.fromkeys(("mm", "bmm"), "{self} · {mat2}"),
     "mv": "{self} · {vec}",
     "dot": "{self} · {tensor}",
-    "addmm": _sum_line,
+    "addmm": lambda call: "{mat1} · {mat2} + {self}" * (call.value("beta") == call.value("alpha") == 1),
 }
 PRODUCTS: dict[str, OperatorRecord] = {
     **{kind: OperatorRecord(_matrix_product, _product_rows, _LINES.get(kind, "")) for kind in _FACTORS},

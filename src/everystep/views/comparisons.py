@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 __all__ = [
     "diff_sentence",
     "diff_text",
-    "distances",
     "listed",
     "match_text",
     "rerun_sentence",
@@ -399,25 +398,13 @@ def _apart_text(found: Apart) -> str:
 
 
 def _nearer_text(found: Rerun) -> str:
-    rows = sorted(distances(found).items(), key=lambda item: item[1]["median"])
+    rows = sorted(found.distances.items(), key=lambda item: item[1]["median"])
     steps = min(map(len, (found.losses, *found.others.values())))
     over = f", over {steps:,} steps" if steps < len(found.losses) else ""
     return "\n".join(
         f"{name}: losses {row['median']:.2g} away in the median, {row['largest']:.2g} at most{over}"
         for name, row in rows
     )
-
-
-def distances(found: Rerun) -> dict[str, dict[str, float]]:
-    """Return how far the losses of each run are from those of the rerun, relative to these."""
-    from everystep.answers.rerun import relative_distance
-
-    count = min(map(len, (found.losses, *found.others.values())))
-    distances = {}
-    for name, losses in ({found.name: found.recorded} | found.others).items():
-        relative = relative_distance(found.losses[:count], losses[:count])
-        distances[name] = {"median": float(np.median(relative)), "largest": float(relative.max())}
-    return distances
 
 
 def _rerun_verdict(found: Rerun) -> str:

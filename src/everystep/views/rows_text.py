@@ -61,14 +61,13 @@ def rows_text(
     if not orders:
         return "\n".join([title, "", *about_rows(step, parameter)])
     order, places = next(iter(orders.items()))
-    found = rows_data(step, facts, by=order, parameter=parameter, most=first)
-    classes = targets(step.batch, class_names(facts))
+    known, classes = _numbers(step.rows, parameter), targets(step.batch, class_names(facts))
     rows = []
     for place in places[:first]:
-        row = found["rows"][str(place)]
-        share = "-" if row["share"] is None else f"{100 * float(row['share']):.1f}%"
-        numbers = {key: "" if row[key] is None else number(float(row[key])) for key in ORDERS}
-        numbers |= {"row": str(row["row"]), "of the norm": share if numbers["gradient"] else ""}
+        numbers = {key: number(float(known[key][place])) for key in ORDERS if key in known}
+        share = f"{100 * float(known['share'][place]):.1f}%" if "share" in known else "-"
+        numbers |= {"row": str(step.rows.numbers[place])}
+        numbers |= {"of the norm": share if "gradient" in known else ""}
         rows.append(numbers | {"y": "" if classes is None else classes[place]})
     headers = ("row", *ORDERS, "of the norm")
     columns = [*(keyed(each, is_number=True) for each in headers), keyed("y")]
@@ -133,9 +132,6 @@ def rows_data(
     rows = step.rows
     orders = orders_of(rows, by, parameter)
     known = _numbers(rows, parameter)
-    whole = math.hypot(*(each.whole for each in _shares(rows, [parameter] if parameter else rows.known)))
-    if whole and "gradient" in known:
-        known["share"] = known["gradient"] / whole
     columns = columns_of(step.batch, facts, len(rows.numbers)) if orders else []
     shares = {name: each for name, each in rows.gradients.items() if parameter in (None, name)}
     about = [*about_rows(step, parameter), *(about_columns(facts) if columns else [])]
@@ -184,7 +180,8 @@ def rows_data(
 def _numbers(rows: Rows, parameter: str | None) -> dict[str, Tensor]:
     """Return the known numbers that rows are ranked by (N).
 
-    The loss of each row, and the 2-norm of its term in the gradients with known rows.
+    The loss of each row, the 2-norm of its term in the gradients with known rows, and the share of that
+    in the norm of these gradients.
     """
     names = [parameter] if parameter else rows.known
     found: dict[str, Tensor] = {}
@@ -192,6 +189,8 @@ def _numbers(rows: Rows, parameter: str | None) -> dict[str, Tensor]:
         found["loss"] = rows.loss
     with suppress(RunError):
         found["gradient"] = rows.gradient_of(*names)
+        if whole := math.hypot(*(each.whole for each in _shares(rows, names))):
+            found["share"] = found["gradient"] / whole
     return found
 
 

@@ -18,7 +18,6 @@ from everystep.recording.texts import number_text, shortest
 from everystep.views.comparisons import (
     diff_sentence,
     diff_text,
-    distances,
     listed,
     match_text,
     rerun_sentence,
@@ -428,7 +427,7 @@ DERIVED |= {
     "NonFinite": _of_nonfinite,
     "Rerun": lambda found: {
         "has_same_bits": found.has_same_bits,
-        "distance": distances(found),
+        "distance": found.distances,
         "apart": float(found.relative.max()),
         "sentence": rerun_sentence(found),
     },

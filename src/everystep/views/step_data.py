@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -39,9 +38,9 @@ class SegmentSeen(NamedTuple):
 
     segment: Segment
     optimizer: str | None = None
-    settings: Mapping[str, float] = MappingProxyType({})
+    settings: Mapping[str, float] = {}
     parameters: Sequence[str] = ()
-    formulas: Mapping[str, UpdateFormula] = MappingProxyType({})
+    formulas: Mapping[str, UpdateFormula] = {}
 
 
 def as_it_happened(step: Step, training: TrainingFacts) -> tuple[list[SegmentSeen], list[str]]:
@@ -67,13 +66,13 @@ def as_it_happened(step: Step, training: TrainingFacts) -> tuple[list[SegmentSee
         optimizer = segment.part if segment.part in optimizers else next(iter(optimizers), None)
         formulas = known.get(optimizer or "", {})
         numbers = set(range(segment.first, segment.last + 1))
-        changed = {n: f for n, f in formulas.items() if not numbers.isdisjoint(f.numbers)}
+        changed = {name for name, f in formulas.items() if not numbers.isdisjoint(f.numbers)}
         own = [name for name in left if is_own or name in changed]
         left = [name for name in left if name not in own]
         prefix = f"{segment.part}." if segment.part else ""  # of the only one, names have none
         given = step.hyperparameters.items()
         settings = {key.removeprefix(prefix): value for key, value in given if key.startswith(prefix)}
-        its = {name: changed[name] for name in own if name in changed}
+        its = {name: formulas[name] for name in own if name in formulas}
         found.append(SegmentSeen(segment, optimizer, settings, own, its))
     return found[::-1], [] if is_own else left
 
@@ -346,7 +345,7 @@ def _segments(segments: list[SegmentSeen], training: TrainingFacts) -> list[dict
         found.append(
             seen.segment._asdict()
             | {"optimizer": {"name": name, "settings": settings} if optimizer else None}
-            | {"hyperparameters": dict(seen.settings), "parameters": list(seen.parameters)}
+            | {"hyperparameters": seen.settings, "parameters": list(seen.parameters)}
         )
     return found
 

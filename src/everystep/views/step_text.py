@@ -141,14 +141,12 @@ class _Opened:
         shown = [each for each in segments if phase in (None, each.segment.phase)]
         if not shown and phase in get_args(Phase):
             shown = [SegmentSeen(Segment(cast("Phase", phase), None, 0, -1))]
-        begun: set[str] = set()
-        last = max((n for n, each in enumerate(shown) if each.segment.phase == "backward"), default=None)
+        phases = [each.segment.phase for each in shown]
         for number, seen in enumerate(shown):
-            self._segment(seen, in_full, is_first=seen.segment.phase not in begun)
-            begun.add(seen.segment.phase)
-            if number == last:
+            self._segment(seen, in_full, is_first=phases[number] not in phases[:number])
+            if phases[number] == "backward" and "backward" not in phases[number + 1 :]:
                 self._gradients()
-        if phase is None and last is None:
+        if phase is None and "backward" not in phases:
             self._gradients()
         if phase is None and changed_otherwise:
             self.page.heading("changed", "outside the updates")
@@ -288,17 +286,17 @@ class _Opened:
             page.table((keyed("gradient"), keyed("norm", is_number=True)), norms)
         if seen.parameters:
             self._updated(seen)
-        if in_full and seen.parameters:
+            if not in_full:
+                return
             page.blank()
-        if in_full:
-            for place in range(first, last + 1):
-                self._operation_in_full(place)
-        elif first <= last and not seen.parameters:
-            has_headings = is_first and phase not in ("loss", "other")
-            self._list(range(first, last + 1), has_headings=has_headings)
+        for place in range(first, last + 1) if in_full else ():
+            self._operation_in_full(place)
         if last < first and phase != "zero_grad":
             page.line(("no operations", "dim"), indent=_INDENT)
-        for title in ("before", "after", "change") if in_full and seen.parameters else ():
+        elif first <= last and not in_full:
+            has_headings = is_first and phase not in ("loss", "other")
+            self._list(range(first, last + 1), has_headings=has_headings)
+        for title in ("before", "after", "change") if seen.parameters else ():
             page.blank()
             updates = {name: self.step.updates[name] for name in seen.parameters}
             self._tensors({name: getattr(each, title) for name, each in updates.items()}, title)
