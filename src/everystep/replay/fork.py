@@ -151,10 +151,11 @@ class Fork:
         known = {} if job.training.scheduler else hyperparameters
         known = known | settings_of(self.run, self.run.facts.training, 0)(self.at)
         has_new_data = new_data or bool(self.targets)
-        origin = StartingPoint(self.run, self.at, known, has_new_data, fork)
+        given = self.run, self.at, known, has_new_data, fork
+        origin = StartingPoint(*given, directory=self.directory, budget=self.budget)
         job = replace(job, name=f"{self.run.name}-fork", origin=origin)
         job = job.without_rows(self.without, self.at, self.stretch.facts.batches.without)
-        return run_job(job, self.directory, self.budget, progress)
+        return run_job(job, progress)
 
     def bring(
         self,

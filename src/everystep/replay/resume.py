@@ -152,9 +152,10 @@ class Resume:
             hyperparameters=known | settings_of(run, facts, 0)(begin),
             has_new_data=facts.data_file is None,
             resumed=resume_facts(run, at, changed),
+            budget=self.budget,
+            user_facts=self.user_facts,
         )
-        job = replace(job, origin=origin, notices=[*job.notices, *problems], user_facts=self.user_facts)
-        return run_job(job, None, self.budget, progress)
+        return run_job(replace(job, origin=origin, notices=[*job.notices, *problems]), progress)
 
     def _newest_state(self) -> tuple[State | None, list[str]]:
         """Return the newest readable state, None if the run has not begun, and problems."""

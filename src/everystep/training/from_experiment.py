@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
 import torch
 
@@ -25,7 +23,7 @@ from everystep.experiment.source_files import check_may_be_read, note_named
 from everystep.experiment.specification import Experiment
 from everystep.step.generators import generators_preserved
 from everystep.training.from_objects import job_of
-from everystep.training.job import Job, Outcome, Progress
+from everystep.training.job import Job, Outcome, Progress, StartingPoint
 from everystep.training.loop import run_job
 from everystep.training.objects import Objects
 
@@ -33,16 +31,9 @@ __all__ = ["experiment_job", "of_torch_alone", "train_experiment"]
 
 
 def train_experiment(
-    experiment: Experiment,
-    name: str,
-    directory: Path | None,
-    budget: int,
-    progress: Progress,
-    user_facts: Mapping[str, Any] = MappingProxyType({}),
+    experiment: Experiment, name: str, origin: StartingPoint, progress: Progress
 ) -> Outcome:
     """Train an experiment, and record every step; the caller's random generators keep their state.
-
-    user_facts: facts that the user gives.
 
     Raises:
         UsageError: the device, the data or the model is invalid; gives the reason and a fix.
@@ -54,7 +45,7 @@ def train_experiment(
     try:
         with of_torch_alone(name, experiment.threads, device):
             job = experiment_job(experiment, name, device, progress=progress.reading)
-            return run_job(replace(job, user_facts=user_facts), directory, budget, progress)
+            return run_job(replace(job, origin=origin), progress)
     finally:
         progress.end()
 
