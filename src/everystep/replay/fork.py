@@ -322,8 +322,8 @@ def _fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome
         if new.data == old.data:  # also where the seed that it was drawn with changes
             data = stored_data(asked.run, facts)
             if data is None:
-                data = experiment_job(old, asked.run.name, torch.device("cpu")).data
-        job = experiment_job(new, asked.run.name, device, data)
+                data = experiment_job(old, torch.device("cpu")).data
+        job = experiment_job(new, device, data)
         training = job.training
         same_optimizer = old.optimizer.name == new.optimizer.name
         same_scheduler = same_optimizer and old.scheduler == new.scheduler

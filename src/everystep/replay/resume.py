@@ -237,7 +237,7 @@ def resume_experiment(
     device = select(experiment.device)
     with of_torch_alone(run.name, experiment.threads or facts.numerics.threads, device):
         stored = stored_data(run, facts)
-        job = experiment_job(experiment, run.name, device, stored)
+        job = experiment_job(experiment, device, stored)
         if stored is not None:
             job = job.with_facts(preparation=facts.preparation)
         else:

@@ -44,8 +44,8 @@ def train_experiment(
     device = select(experiment.device)
     try:
         with of_torch_alone(name, experiment.threads, device):
-            job = experiment_job(experiment, name, device, progress=progress.reading)
-            return run_job(replace(job, origin=origin), progress)
+            job = experiment_job(experiment, device, progress=progress.reading)
+            return run_job(replace(job, name=name, origin=origin), progress)
     finally:
         progress.end()
 
@@ -72,7 +72,6 @@ def of_torch_alone(what: str, threads: int | None, device: torch.device) -> Iter
 
 def experiment_job(
     experiment: Experiment,
-    name: str,
     device: torch.device,
     data: Data | None = None,
     progress: Reading = lambda done, total, unit="": None,
@@ -114,7 +113,7 @@ def experiment_job(
         objects = replace(objects, scheduler=scheduler, scheduler_every=asked.every)
     source = experiment.data.model_dump(exclude_none=True)
     job = job_of(objects, experiment, batches, data, source, device)
-    return replace(job, name=name, experiment_toml=experiment.to_toml())
+    return replace(job, experiment_toml=experiment.to_toml())
 
 
 def _origin(data: Data) -> str:

@@ -130,10 +130,9 @@ def job_of(
     usual = batches.steps_per_epoch if batches.batch_size else max(1, steps // 100)
     every = iteration.evaluate_every or usual
     return Job(
-        name="",
         training=training,
         steps=steps,
-        facts=describe(training, data, batches, source, iteration, every if evaluation else None),
+        facts=describe(training, data, source, iteration, every if evaluation else None),
         data=None if data is None else data.to(torch.device("cpu")),
         evaluation=evaluation,
         engine=iteration.engine,

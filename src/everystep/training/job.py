@@ -53,11 +53,11 @@ class Job:
     it, and at the last step.
     """
 
-    name: str
     training: Training
     steps: int
     facts: TrainingFacts
     data: Data | None
+    name: str = ""
     experiment_toml: str | None = None
     evaluation: Evaluation | None = None
     engine: Engine = "auto"
