@@ -303,8 +303,7 @@ def _restore_objects(run: RecordedRun, objects: Objects) -> None:
     # A state includes the random generators, but the caller asked for the objects alone.
     with generators_preserved(device):
         objects.model.to(device)
-        parts = training_parts(objects.model, objects.loss, objects.optimizer, objects.scheduler)
-        PartsState(parts).restore(state)
+        PartsState(training_parts(objects)).restore(state)
 
 
 def _steps_of(iteration: Iteration, facts: TrainingFacts) -> int:

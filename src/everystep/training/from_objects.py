@@ -108,10 +108,8 @@ def job_of(
         batch = batches.of(x, y, is_read=is_read)
         # Without validation rows, metrics are measured on the data itself.
         measured = validation or ((x, y) if objects.metrics else None)
-    is_validation, metrics = validation is not None, objects.metrics or ()
-    evaluation = measured and evaluation_of(
-        objects.model, objects.loss, measured, metrics, is_validation=is_validation
-    )
+    is_validation = validation is not None
+    evaluation = measured and evaluation_of(objects, measured, is_validation=is_validation)
     training = Training(
         model=objects.model,
         loss=objects.loss,
