@@ -96,7 +96,7 @@ def _by_loops(
 
 def _by_hand(experiment: Experiment, rows: tuple[int, ...]) -> list[float]:
     """Return the losses of the loop by hand, without some rows after step `AT`."""
-    made = experiment_job(experiment, "digits", select("cpu"))
+    made = experiment_job(experiment, select("cpu"))
     assert made.data is not None
     assert isinstance(made.training.batch, RowsOf)
     data, training, losses = made.data.tensors(), made.training, []

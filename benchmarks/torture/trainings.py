@@ -35,6 +35,7 @@ from everystep.recording.database import FILE_NAME  # noqa: E402
 from everystep.run import Run  # noqa: E402
 from everystep.training.from_experiment import train_experiment  # noqa: E402
 from everystep.training.from_objects import train_objects  # noqa: E402, F401
+from everystep.training.job import StartingPoint  # noqa: E402
 from everystep.training.record import Recording  # noqa: E402, F401
 from everystep.views.progress import TerminalProgress  # noqa: E402
 
@@ -144,7 +145,9 @@ def _experiment(name: str) -> Callable[[Path, Path, int, TextIO], None]:
                 Run(place).resume(progress=_lines(lines))
             return
         loaded = load(EXPERIMENTS[name] | {"steps": steps, "threads": 1})
-        outcome = train_experiment(loaded, name, place, BUDGET, _lines(lines))
+        outcome = train_experiment(
+            loaded, name, StartingPoint(directory=place, budget=BUDGET), _lines(lines)
+        )
         if outcome.interrupted:
             raise KeyboardInterrupt
 
@@ -371,7 +374,8 @@ def _parent(place: Path, steps: int) -> None:
     random.seed(0)
     loaded = load(EXPERIMENTS["adam-dropout-batch-norm"] | {"steps": steps, "threads": 1})
     with Path("/dev/null").open("w") as nowhere:
-        train_experiment(loaded, "parent", place / "parent", BUDGET, _lines(nowhere))
+        origin = StartingPoint(directory=place / "parent", budget=BUDGET)
+        train_experiment(loaded, "parent", origin, _lines(nowhere))
 
 
 def _fork(place: Path, prepared: Path, steps: int, lines: TextIO) -> None:

@@ -208,6 +208,7 @@ def train(
     from everystep.experiment.specification import check_iteration
     from everystep.training.dataset import DEFAULT_DATASET_LIMIT
     from everystep.training.from_objects import train_objects
+    from everystep.training.job import StartingPoint
     from everystep.training.objects import Objects
 
     iteration = check_iteration(
@@ -263,7 +264,8 @@ def train(
         asked = Resume(resumed, is_accepted=force, budget=snapshot_budget, user_facts=user_facts)
         outcome = resume_objects(asked, objects, False, watcher, iteration)
     else:
-        outcome = train_objects(objects, iteration, place, snapshot_budget, watcher, user_facts)
+        origin = StartingPoint(directory=place, budget=snapshot_budget, user_facts=user_facts)
+        outcome = train_objects(objects, iteration, origin, watcher)
     return run_from_objects(outcome, replace(objects, metrics=copy(metrics)))
 
 
@@ -436,6 +438,7 @@ def train_experiment(
     """
     from everystep.experiment.specification import Experiment, load
     from everystep.training.from_experiment import train_experiment as train_loaded
+    from everystep.training.job import StartingPoint
 
     name = Path(experiment).stem if isinstance(experiment, str | Path) else "experiment"
     source = (
@@ -445,7 +448,8 @@ def train_experiment(
     place, resumed, user_facts = _start(run, resume, None, tags)
     watcher = progress_of(progress)
     if resumed is None:
-        return run_of(train_loaded(loaded, name, place, snapshot_budget, watcher, user_facts))
+        origin = StartingPoint(directory=place, budget=snapshot_budget, user_facts=user_facts)
+        return run_of(train_loaded(loaded, name, origin, watcher))
     from everystep.replay.resume import Resume, resume_experiment
 
     asked = Resume(resumed, is_accepted=force, budget=snapshot_budget, user_facts=user_facts)

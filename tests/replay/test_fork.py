@@ -271,7 +271,7 @@ def set_made_as(experiment: str, settings: dict[str, Any]) -> Change:
 
 def rules_of(experiment: str, settings: dict[str, Any]) -> Rules:
     read = load(experiment, settings)
-    job = experiment_job(read, experiment, torch.device("cpu"))
+    job = experiment_job(read, torch.device("cpu"))
     training, data = job.training, job.data
     made = Made(
         training.model, data.x, data.y, training.loss, training.optimizer, scheduler=training.scheduler

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 import everystep
 from everystep.training.measurements import evaluation_of
+from everystep.training.objects import Objects
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -20,7 +21,7 @@ def randn(*shape):
 
 
 def standard(loss, rows):
-    return evaluation_of(nn.Identity(), loss, rows, (), is_validation=True).standard
+    return evaluation_of(Objects(nn.Identity(), loss), rows, is_validation=True).standard
 
 
 def measured(loss, prediction, target, name):

@@ -54,6 +54,24 @@ def test_a_loader_without_batches_is_said(capsys):
     assert "the loader yields no batch" in capsys.readouterr().err
 
 
+def test_a_step_by_a_program_is_the_last_that_is_kept():
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    batches = [torch.ones(8, 4)] * 33 + [torch.full((8, 4), torch.nan)]
+
+    def step(x):
+        optimizer.zero_grad()  # so that gradients are left, which lie in the memory of the program
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    parts, options = {"model": model, "optimizer": optimizer}, {"stop_on_nan": True, "progress": False}
+    run = everystep.train(step, batches, parts=parts, steps=100, engine="program", **options)
+    assert run.facts.training.loop.function.by_program > 0
+    assert (run.status, run.snapshots[-1]) == ("stopped", 34)
+
+
 def test_it_stops_at_a_loss_that_is_not_finite():
     gan, count = new_gan(), [0]
 

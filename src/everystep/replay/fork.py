@@ -149,10 +149,11 @@ class Fork:
         known = {} if job.training.scheduler else hyperparameters
         known = known | settings_of(self.run, self.run.facts.training, 0)(self.at)
         has_new_data = new_data or bool(self.targets)
-        origin = StartingPoint(self.run, self.at, known, has_new_data, fork)
+        given = self.run, self.at, known, has_new_data, fork
+        origin = StartingPoint(*given, directory=self.directory, budget=self.budget)
         job = replace(job, name=f"{self.run.name}-fork", origin=origin)
         job = job.without_rows(self.without, self.at, self.stretch.facts.batches.without)
-        return run_job(job, self.directory, self.budget, progress)
+        return run_job(job, progress)
 
     def bring(
         self,
@@ -319,8 +320,8 @@ def _fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome
         if new.data == old.data:  # also where the seed that it was drawn with changes
             data = stored_data(asked.run, facts)
             if data is None:
-                data = experiment_job(old, asked.run.name, torch.device("cpu")).data
-        job = experiment_job(new, asked.run.name, device, data)
+                data = experiment_job(old, torch.device("cpu")).data
+        job = experiment_job(new, device, data)
         training = job.training
         same_optimizer = old.optimizer.name == new.optimizer.name
         same_scheduler = same_optimizer and old.scheduler == new.scheduler

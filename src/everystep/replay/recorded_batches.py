@@ -101,7 +101,7 @@ def _rows_of(run: RecordedRun, facts: TrainingFacts, given: Any) -> tuple[Tensor
         )
     from everystep.training.from_experiment import experiment_job
 
-    made = experiment_job(load(experiment), run.name, torch.device("cpu")).data
+    made = experiment_job(load(experiment), torch.device("cpu")).data
     assert made is not None
     check_data(made.tensors(), fact, f"the data that the experiment of {run.name} names")
     return made.x, made.y

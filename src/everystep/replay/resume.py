@@ -144,9 +144,10 @@ class Resume:
             hyperparameters=known | settings_of(run, facts, 0)(begin),
             has_new_data=facts.data_file is None,
             resumed=resume_facts(run, at, changed),
+            budget=self.budget,
+            user_facts=self.user_facts,
         )
-        job = replace(job, origin=origin, notices=[*job.notices, *problems], user_facts=self.user_facts)
-        return run_job(job, None, self.budget, progress)
+        return run_job(replace(job, origin=origin, notices=[*job.notices, *problems]), progress)
 
     def _newest_state(self) -> tuple[State | None, list[str]]:
         """Return the newest readable state, None if the run has not begun, and problems."""
@@ -228,7 +229,7 @@ def resume_experiment(
     device = select(experiment.device)
     with of_torch_alone(run.name, experiment.threads or facts.numerics.threads, device):
         stored = stored_data(run, facts)
-        job = experiment_job(experiment, run.name, device, stored)
+        job = experiment_job(experiment, device, stored)
         if stored is not None:
             job = job.with_facts(preparation=facts.preparation)
         else:
@@ -290,8 +291,7 @@ def _restore_objects(run: RecordedRun, objects: Objects) -> None:
     # A state includes the random generators, but the caller asked for the objects alone.
     with generators_preserved(device):
         objects.model.to(device)
-        parts = training_parts(objects.model, objects.loss, objects.optimizer, objects.scheduler)
-        PartsState(parts).restore(state)
+        PartsState(training_parts(objects)).restore(state)
 
 
 def _steps_of(iteration: Iteration, facts: TrainingFacts) -> int:

@@ -30,7 +30,7 @@ from everystep.replay.processes import is_ending
 from everystep.replay.resume import Resume, resume_experiment
 from everystep.training.from_experiment import train_experiment
 from everystep.training.interrupt import Interrupt
-from everystep.training.job import Progress
+from everystep.training.job import Progress, StartingPoint
 
 __all__ = [
     "TrainingEnd",
@@ -164,7 +164,8 @@ def train_one(place: Path, experiment: Experiment, budget: int) -> TrainingEnd:
     """Train an experiment, or continue its run. budget: maximum bytes of snapshots."""
     noted = _Noted()
     if remove_unbegun(place):
-        train_experiment(experiment, place.name, place, budget, noted)
+        origin = StartingPoint(directory=place, budget=budget)
+        train_experiment(experiment, place.name, origin, noted)
     else:
         resume_experiment(Resume(RecordedRun(place), budget=budget), noted, experiment)
     return TrainingEnd(notices=tuple(noted.notices))

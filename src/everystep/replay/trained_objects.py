@@ -301,7 +301,7 @@ def _training(run: RecordedRun, stretch: Stretch, objects: Objects) -> Training:
         )
     try:
         # Data that the run holds is not read from its source, which may be gone, or named by a stranger.
-        training = experiment_job(load(experiment), run.name, device, stored_data(run, facts)).training
+        training = experiment_job(load(experiment), device, stored_data(run, facts)).training
     except ExperimentError as error:
         raise RunError(f"the experiment of {run.name} cannot be used: {error}") from None
     return replace(training, batch=batch, scheduler=None)

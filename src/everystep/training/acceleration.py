@@ -101,23 +101,17 @@ class Acceleration:
 
     # What a kind of training defines.
 
-    def _by_python(self, number: int, batch: Any) -> dict[str, Any]:
+    def _by_python(self, number: int) -> dict[str, Any]:
         """Run a step in Python, watched; return what it logs."""
         raise NotImplementedError
 
     def _by_program(
-        self,
-        number: int,
-        last: int,
-        stand_in: StandIn,
-        numbers: list[Number],
-        state: dict[str, Tensor],
-        batch: Any,
+        self, number: int, last: int, stand_in: StandIn, numbers: list[Number], state: dict[str, Tensor]
     ) -> dict[str, Any]:
         """Run a step, and others up to `last`, by a program; return what the step logs."""
         raise NotImplementedError
 
-    def _tensors_of(self, number: int, batch: Any) -> dict[str, Tensor]:
+    def _tensors_of(self, number: int) -> dict[str, Tensor]:
         """Return the tensors of the batch of a step, by name."""
         raise NotImplementedError
 
@@ -146,7 +140,7 @@ class Acceleration:
 
     # What runs a step.
 
-    def _take(self, number: int, last: int, key: Any, batch: Any) -> dict[str, Any]:
+    def _take(self, number: int, last: int, key: Any) -> dict[str, Any]:
         """Run a step by its program, or in Python; return what it logs.
 
         last: a program may run further steps up to this one; key: of the kind of batch.
@@ -155,23 +149,23 @@ class Acceleration:
             self._kinds[key] = _Kind()
         kind = self._kinds.get(key)
         if kind is None or kind.is_left:
-            return self._by_python(number, batch)
+            return self._by_python(number)
         stand_in, state = kind.stand_in, self._state()
         if stand_in is not None and not stand_in.is_ready(state, self._era):
             if not self._is_known:
-                return self._by_python(number, batch)
+                return self._by_python(number)
             stand_in = None
         try:
             numbers = None if stand_in is None else stand_in.numbers()
         except NotReplaceableError:
             numbers = None
         if stand_in is None or numbers is None:
-            return self._make(number, kind, batch)
+            return self._make(number, kind)
         next_check = self._plan.until(self._steps)
         if not kind.is_checked or number >= next_check:
-            return self._check(number, kind, stand_in, numbers, batch)
+            return self._check(number, kind, stand_in, numbers)
         self._make_room(stand_in)
-        return self._by_program(number, min(last, next_check - 1), stand_in, numbers, state, batch)
+        return self._by_program(number, min(last, next_check - 1), stand_in, numbers, state)
 
     def _state(self) -> dict[str, Tensor]:
         """Return the live tensors of the parts."""
@@ -182,15 +176,15 @@ class Acceleration:
     def _has_programs(self) -> bool:
         return any(kind.stand_in is not None for kind in self._kinds.values())
 
-    def _make(self, number: int, kind: _Kind, batch: Any) -> dict[str, Any]:
+    def _make(self, number: int, kind: _Kind) -> dict[str, Any]:
         """Run a step in Python; make a program for later ones if it did what such steps do."""
         # The first step may begin without gradients, and make what later ones find.
         is_first = self._is_known and number == self._since + 1
         kind.stand_in, kind.is_checked = None, False
-        tensors = self._tensors_of(number, batch)
+        tensors = self._tensors_of(number)
         compares = self._is_known and not is_first
         before = PartsCopy.of(self.watched.parts, tensors) if compares else None
-        logged = self._by_python(number, batch)
+        logged = self._by_python(number)
         # Python takes the step in any case; only what the program adds counts as its cost.
         started, (_, seen) = clock.now(), self.watched.last
         # Of unknown code, only a step that does what an earlier one did shows what later ones do.
@@ -239,12 +233,12 @@ class Acceleration:
         return StandIn(*known, is_quiet=self._is_quiet, is_fixed=self._is_fixed)
 
     def _check(
-        self, number: int, kind: _Kind, stand_in: StandIn, numbers: Sequence[Number], batch: Any
+        self, number: int, kind: _Kind, stand_in: StandIn, numbers: Sequence[Number]
     ) -> dict[str, Any]:
         """Run a step in Python, and compare its program with it; Python's step counts."""
         started = clock.now()
-        before = PartsCopy.of(self.watched.parts, self._tensors_of(number, batch))
-        logged = self._by_python(number, batch)
+        before = PartsCopy.of(self.watched.parts, self._tensors_of(number))
+        logged = self._by_python(number)
         reason = self._difference(stand_in, numbers, before, logged)
         if reason is None:
             kind.is_checked = True

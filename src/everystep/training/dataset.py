@@ -170,7 +170,7 @@ class DatasetBatches:
         self.draws = False
         self.differs = False
         self._dataset = dataset
-        self._batches = batches
+        self.batches = batches
         self._device = device
         self._limit = limit
         self._step = 0
@@ -181,8 +181,8 @@ class DatasetBatches:
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """Return x and y of a step; the same objects if asked for the same step again."""
         if self._pair is None or step != self._step:
-            indices = self._batches.indices(step)
-            rows = range(self._batches.rows) if indices is None else indices.tolist()
+            indices = self.batches.indices(step)
+            rows = range(self.batches.rows) if indices is None else indices.tolist()
             before = generator_states(self._device)
             x, y = _collated([_pair(self._dataset, row) for row in rows])
             self.draws |= bool(different(before, generator_states(self._device)))

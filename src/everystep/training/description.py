@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from everystep.errors import Fault, UsageError
-from everystep.experiment.batches import Batches
 from everystep.experiment.data import Data
 from everystep.experiment.source_files import SourceFile
 from everystep.experiment.specification import Iteration
@@ -71,7 +70,6 @@ _COUNTED = {
 def describe(
     training: Training,
     data: Data | None,
-    batches: Batches,
     source: dict[str, Any],
     iteration: Iteration,
     evaluate_every: int | None,
@@ -80,6 +78,7 @@ def describe(
 
     evaluate_every: steps between measurements, None if nothing is measured.
     """
+    batches = training.batch.batches
     about_data: dict[str, Any] = source | {"rows": batches.rows}
     preparation, files = None, dict[str, Any]()
     if data is not None:

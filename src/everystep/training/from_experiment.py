@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
 import torch
 
@@ -25,7 +23,7 @@ from everystep.experiment.source_files import check_may_be_read, note_named
 from everystep.experiment.specification import Experiment
 from everystep.step.generators import generators_preserved
 from everystep.training.from_objects import job_of
-from everystep.training.job import Job, Outcome, Progress
+from everystep.training.job import Job, Outcome, Progress, StartingPoint
 from everystep.training.loop import run_job
 from everystep.training.objects import Objects
 
@@ -33,16 +31,9 @@ __all__ = ["experiment_job", "of_torch_alone", "train_experiment"]
 
 
 def train_experiment(
-    experiment: Experiment,
-    name: str,
-    directory: Path | None,
-    budget: int,
-    progress: Progress,
-    user_facts: Mapping[str, Any] = MappingProxyType({}),
+    experiment: Experiment, name: str, origin: StartingPoint, progress: Progress
 ) -> Outcome:
     """Train an experiment, and record every step; the caller's random generators keep their state.
-
-    user_facts: facts that the user gives.
 
     Raises:
         UsageError: the device, the data or the model is invalid; gives the reason and a fix.
@@ -53,8 +44,8 @@ def train_experiment(
     device = select(experiment.device)
     try:
         with of_torch_alone(name, experiment.threads, device):
-            job = experiment_job(experiment, name, device, progress=progress.reading)
-            return run_job(replace(job, user_facts=user_facts), directory, budget, progress)
+            job = experiment_job(experiment, device, progress=progress.reading)
+            return run_job(replace(job, name=name, origin=origin), progress)
     finally:
         progress.end()
 
@@ -81,7 +72,6 @@ def of_torch_alone(what: str, threads: int | None, device: torch.device) -> Iter
 
 def experiment_job(
     experiment: Experiment,
-    name: str,
     device: torch.device,
     data: Data | None = None,
     progress: Reading = lambda done, total, unit="": None,
@@ -123,7 +113,7 @@ def experiment_job(
         objects = replace(objects, scheduler=scheduler, scheduler_every=asked.every)
     source = experiment.data.model_dump(exclude_none=True)
     job = job_of(objects, experiment, batches, data, source, device)
-    return replace(job, name=name, experiment_toml=experiment.to_toml())
+    return replace(job, experiment_toml=experiment.to_toml())
 
 
 def _origin(data: Data) -> str:

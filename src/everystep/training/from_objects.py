@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -22,7 +19,7 @@ from everystep.experiment.specification import Iteration
 from everystep.training.agreement import ranks_here
 from everystep.training.dataset import DatasetBatches, guards_of, is_of_tensors, length_of, read_rows
 from everystep.training.description import describe
-from everystep.training.job import Job, Outcome, Progress
+from everystep.training.job import Job, Outcome, Progress, StartingPoint
 from everystep.training.loop import run_job
 from everystep.training.measurements import evaluation_of
 from everystep.training.model_step import Training
@@ -33,14 +30,9 @@ __all__ = ["job_of", "objects_job", "train_objects"]
 
 
 def train_objects(
-    objects: Objects,
-    iteration: Iteration,
-    directory: Path | None,
-    budget: int,
-    progress: Progress,
-    user_facts: Mapping[str, Any] = MappingProxyType({}),
+    objects: Objects, iteration: Iteration, origin: StartingPoint, progress: Progress
 ) -> Outcome:
-    """Train the live model in place, and record every step; user_facts: facts that the user gives.
+    """Train the live model in place, and record every step.
 
     Raises:
         UsageError: an object, the data, the device or a setting is invalid; gives the reason and a fix.
@@ -53,7 +45,7 @@ def train_objects(
             torch.manual_seed(iteration.seed)
         device = _device(objects, iteration.device)
         job = objects_job(objects, iteration, device, progress)
-        return run_job(replace(job, user_facts=user_facts), directory, budget, progress)
+        return run_job(replace(job, origin=origin), progress)
 
 
 def objects_job(objects: Objects, iteration: Iteration, device: torch.device, progress: Progress) -> Job:
@@ -116,10 +108,8 @@ def job_of(
         batch = batches.of(x, y, is_read=is_read)
         # Without validation rows, metrics are measured on the data itself.
         measured = validation or ((x, y) if objects.metrics else None)
-    is_validation, metrics = validation is not None, objects.metrics or ()
-    evaluation = measured and evaluation_of(
-        objects.model, objects.loss, measured, metrics, is_validation=is_validation
-    )
+    is_validation = validation is not None
+    evaluation = measured and evaluation_of(objects, measured, is_validation=is_validation)
     training = Training(
         model=objects.model,
         loss=objects.loss,
@@ -138,10 +128,9 @@ def job_of(
     usual = batches.steps_per_epoch if batches.batch_size else max(1, steps // 100)
     every = iteration.evaluate_every or usual
     return Job(
-        name="",
         training=training,
         steps=steps,
-        facts=describe(training, data, batches, source, iteration, every if evaluation else None),
+        facts=describe(training, data, source, iteration, every if evaluation else None),
         data=None if data is None else data.to(torch.device("cpu")),
         evaluation=evaluation,
         engine=iteration.engine,

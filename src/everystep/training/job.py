@@ -15,6 +15,7 @@ from everystep.experiment.batches import RowsOf
 from everystep.experiment.data import Data
 from everystep.recording.facts import Facts, ForkFacts, ResumeFacts, TrainingFacts
 from everystep.recording.recorded_run import RecordedRun
+from everystep.recording.snapshots import DEFAULT_BUDGET
 from everystep.training.measurements import Evaluation
 from everystep.training.model_step import Training
 from everystep.training.stepper import Engine
@@ -28,7 +29,8 @@ class StartingPoint:
 
     run: None for a new training; at: the state; hyperparameters: the lr and similar settings there;
     has_new_data: whether the data is not the run's; fork: the facts about a fork; resumed: those about
-    continuing.
+    continuing; directory: of a new run, which must not exist, None for the next free one; budget:
+    maximum bytes of snapshots; user_facts: those that the user gave.
     """
 
     run: RecordedRun | None = None
@@ -37,6 +39,9 @@ class StartingPoint:
     has_new_data: bool = True
     fork: ForkFacts | None = None
     resumed: ResumeFacts | None = None
+    directory: Path | None = None
+    budget: int = DEFAULT_BUDGET
+    user_facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -45,21 +50,19 @@ class Job:
 
     name: of the run's directory; facts: known before training, for the run and the display; data: to
     store, on the CPU, or None if the run cannot hold it; evaluation: measured as often as the facts have
-    it, and at the last step; origin: of a fork, and of a run that is resumed; user_facts: those that the
-    user gave.
+    it, and at the last step.
     """
 
-    name: str
     training: Training
     steps: int
     facts: TrainingFacts
     data: Data | None
+    name: str = ""
     experiment_toml: str | None = None
     evaluation: Evaluation | None = None
     engine: Engine = "auto"
     notices: list[str] = field(default_factory=list)
     origin: StartingPoint = StartingPoint()
-    user_facts: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
         """Check what neither a program nor an eager step can do, before writing anything.

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,12 +34,8 @@ from everystep.training.writer import RunWriter, now
 __all__ = ["run_job"]
 
 
-def run_job(job: Job, directory: Path | None, budget: int, progress: Progress) -> Outcome:
+def run_job(job: Job, progress: Progress) -> Outcome:
     """Train, and record every step.
-
-    Args:
-        directory: the run's directory, which must not exist; None: the next free one.
-        budget: maximum bytes of snapshots.
 
     Raises:
         ExperimentError: the job is impossible; gives the reason.
@@ -49,7 +44,7 @@ def run_job(job: Job, directory: Path | None, budget: int, progress: Progress) -
     """
     job.check()
     with Interrupt() as interrupt:  # from here on a run is open, and must be closed
-        recorder, facts = _recorder(job, directory, budget)
+        recorder, facts = _recorder(job)
         progress.begin(recorder.directory, facts)
         training = _ModelWriter(job, recorder, facts, progress)
         try:
@@ -63,38 +58,38 @@ def run_job(job: Job, directory: Path | None, budget: int, progress: Progress) -
     return Outcome(place, reason, interrupt.is_by_user)
 
 
-def _recorder(job: Job, directory: Path | None, budget: int) -> tuple[Recorder, Facts]:
+def _recorder(job: Job) -> tuple[Recorder, Facts]:
     """Return what records a job, and what is known of the run so far."""
     agreement = Agreement()
     if agreement.ranks is not None:  # to compute the digests takes its time
-        agreement.check(_about(job, directory))
+        agreement.check(_about(job))
     origin, text = job.origin, job.experiment_toml
     texts = {} if text is None else {job.facts.experiment_file or EXPERIMENT_FILE: text}
     if origin.run is not None and origin.resumed is not None:
         place = origin.run.directory
         facts = facts_resumed(origin.run, job.facts, job.steps, origin.resumed)
-        facts = facts.model_copy(update=dict(job.user_facts))
-        recorder = Recorder(place, facts, budget, at=origin.at, is_resumed=True, texts=texts)
+        facts = facts.model_copy(update=dict(origin.user_facts))
+        recorder = Recorder(place, facts, origin.budget, at=origin.at, is_resumed=True, texts=texts)
         return recorder, facts.model_copy(update={"name": place.name})
-    place = agreement.directory(directory, job.name)
-    parent, at, fork = origin.run, origin.at, origin.fork
+    place = agreement.directory(origin.directory, job.name)
+    at, fork = origin.at, origin.fork
+    about = {"trained": job.facts, "fork": fork, **origin.user_facts}
+    facts = Facts(name=place.name, started=now(), steps=job.steps, **about)
+    given = origin.budget, origin.run, at
     beginning = None if fork is None else job.training.snapshot(at)
-    facts = Facts(
-        name=place.name, started=now(), steps=job.steps, trained=job.facts, fork=fork, **job.user_facts
-    )
     try:
-        return Recorder(place, facts, budget, parent, at, texts=texts, beginning=beginning), facts
+        return Recorder(place, facts, *given, texts=texts, beginning=beginning), facts
     except BaseException:
         shutil.rmtree(place, ignore_errors=True)  # made just now, and not started
         raise
 
 
-def _about(job: Job, directory: Path | None) -> dict[str, Any]:
+def _about(job: Job) -> dict[str, Any]:
     """Return what must be equal on all ranks."""
     of_rank = {"ranks", "numerics", "data_file", "engine", "experiment_file"}
     settings = job.facts.model_dump(mode="json", exclude=of_rank)
     about = {name: str(value) for name, value in flat(settings).items()}
-    about |= {"the run": str(directory), "the last step": str(job.steps)}
+    about |= {"the run": str(job.origin.directory), "the last step": str(job.steps)}
     tensors = job.training.named_state()
     if job.data is not None and job.data.sources:
         about |= {f"the data {each.path}": f"digest {each.digest}" for each in job.data.sources}

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from everystep.errors import ExperimentError, Fault
-from everystep.experiment.metrics import METRICS, VALIDATION, Metrics, TargetKind
+from everystep.experiment.metrics import METRICS, VALIDATION, TargetKind
 from everystep.program.memory import copy_into
 from everystep.step.generators import generators_preserved
 from everystep.step.state import same_bits
 from everystep.step.torchs_own import reason_against_loss, reason_against_module
+from everystep.training.objects import Objects
 
 __all__ = ["Evaluation", "evaluation_of"]
 
@@ -81,27 +82,22 @@ class Evaluation:
 
 
 def evaluation_of(
-    model: nn.Module,
-    loss: Measure,
-    rows: tuple[Tensor, Tensor],
-    metrics: Metrics,
-    *,
-    is_validation: bool,
+    objects: Objects, rows: tuple[Tensor, Tensor], *, is_validation: bool
 ) -> Evaluation | None:
     """Return what is measured on rows x and y (N, ...), on the device of the model; None if nothing is.
 
     On validation rows: the loss, and the standard metrics that fit the loss and the targets, each named
-    `validation_...`, and omitted if the outputs have another shape.
-
-    metrics: more: a function of outputs and targets by each name, or names of metrics.
+    `validation_...`, and omitted if the outputs have another shape. On these or others: the metrics that
+    the objects have.
 
     Raises:
         ExperimentError: a metric by name does not fit the loss and the targets.
     """
+    metrics = objects.metrics or ()
     own, named = (metrics, ()) if isinstance(metrics, Mapping) else ({}, metrics)
-    kind, scaled = _kind_of(loss, rows[1])
+    kind, scaled = _kind_of(objects.loss, rows[1])
     prefix = VALIDATION if is_validation else ""
-    found: dict[str, Measure] = {f"{VALIDATION}loss": loss} if is_validation else {}
+    found: dict[str, Measure] = {f"{VALIDATION}loss": objects.loss} if is_validation else {}
     for name, metric in METRICS.items():
         if name not in named and not (is_validation and metric.is_standard):
             continue
@@ -110,7 +106,7 @@ def evaluation_of(
             found[f"{prefix}{name}"] = partial(_measured, metric.of[kind], kind, scaled, asked)
         elif name in named:
             raise ExperimentError([Fault("metrics", _misfit(name, kind))])
-    return Evaluation(model, found, own, *rows) if found or own else None
+    return Evaluation(objects.model, found, own, *rows) if found or own else None
 
 
 def _kind_of(loss: Any, target: Tensor) -> tuple[TargetKind | None, Callable[[Tensor], Tensor]]:

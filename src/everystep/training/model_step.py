@@ -21,6 +21,7 @@ from everystep.step.parts import Parts
 from everystep.step.parts_state import PartsState
 from everystep.step.state import State
 from everystep.training.dataset import DatasetBatches
+from everystep.training.objects import Objects
 from everystep.training.shares import Shares
 
 __all__ = ["Training", "training_parts"]
@@ -51,7 +52,7 @@ class Training:
     @cached_property
     def parts(self) -> Parts:
         """What is carried from one step to the next: model, optimizer, and what else keeps something."""
-        return training_parts(self.model, self.loss, self.optimizer, self.scheduler)
+        return training_parts(self)
 
     @cached_property
     def _whole(self) -> PartsState:
@@ -158,15 +159,13 @@ class Training:
             self.scheduler.step()
 
 
-def training_parts(
-    model: nn.Module, loss: Any, optimizer: torch.optim.Optimizer, scheduler: LRScheduler | None
-) -> Parts:
+def training_parts(trained: Training | Objects) -> Parts:
     """Return what a training of a model carries from one step to the next."""
-    named: dict[str, Any] = {"model": model, "optimizer": optimizer}
-    if scheduler is not None:
-        named["scheduler"] = scheduler
-    if isinstance(loss, nn.Module):
-        named["loss"] = loss
+    named: dict[str, Any] = {"model": trained.model, "optimizer": trained.optimizer}
+    if trained.scheduler is not None:
+        named["scheduler"] = trained.scheduler
+    if isinstance(trained.loss, nn.Module):
+        named["loss"] = trained.loss
     return Parts(named, apart=("loss",))
 
 

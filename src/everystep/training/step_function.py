@@ -176,7 +176,7 @@ class _VouchedStep(Acceleration):
         self._writer = writer = recording.writer
         given = writer.watched, Surroundings(writer.parts), writer.step, steps
         super().__init__(*given, is_known=False, is_quiet=is_quiet)
-        self._seen: _SeenBatch | None = None
+        self._seen = _SeenBatch((), -1, None, {}, [])
         self._leaves: list[Tensor] = []
         self._compare_guards(writer.step)
 
@@ -209,37 +209,30 @@ class _VouchedStep(Acceleration):
             self._leaves = [*self.watched.parts.leaves().values()]
         # Steps are of one kind if their batches are, and the same gradients are pending.
         pending = tuple([leaf.grad is None for leaf in self._leaves])
-        seen = self._seen_batch(batch)
-        return self._take(number, number, (seen.key, pending), seen)
+        self._look_at(batch)
+        return self._take(number, number, (self._seen.key, pending))
 
-    def _seen_batch(self, batch: tuple[Any, ...]) -> _SeenBatch:
-        """Return what is known of a batch; of the last one if it is the same, in the same era."""
+    def _look_at(self, batch: tuple[Any, ...]) -> None:
+        """Note what is known of a batch, unless it is the last one again, in the same era."""
         seen, era = self._seen, self._era
-        if seen is None or seen.era != era or [*map(id, seen.batch)] != [*map(id, batch)]:
+        if seen.era != era or [*map(id, seen.batch)] != [*map(id, batch)]:
             places = {tensor.untyped_storage()._cdata for tensor in self._state().values()}
             tensors, nesting = unnested(batch[0]) if batch else ({}, None)
             about = key_of(batch, places), tensors, [nesting] if batch else []
-            seen = self._seen = _SeenBatch(batch, era, *about)
-        return seen
+            self._seen = _SeenBatch(batch, era, *about)
 
-    def _tensors_of(self, number: int, batch: _SeenBatch) -> dict[str, Tensor]:
-        return batch.tensors
+    def _tensors_of(self, number: int) -> dict[str, Tensor]:
+        return self._seen.tensors
 
-    def _by_python(self, number: int, batch: _SeenBatch) -> dict[str, Any]:
+    def _by_python(self, number: int) -> dict[str, Any]:
         self._release()
         self.watched.around = Around(self.watched.parts)
-        return _run_step(self._step, self._recording, *batch.batch)
+        return _run_step(self._step, self._recording, *self._seen.batch)
 
     def _by_program(
-        self,
-        number: int,
-        last: int,
-        stand_in: StandIn,
-        numbers: list[Number],
-        state: dict[str, Tensor],
-        batch: _SeenBatch,
+        self, number: int, last: int, stand_in: StandIn, numbers: list[Number], state: dict[str, Tensor]
     ) -> dict[str, Any]:
-        started, writer = clock.now(), self._writer
+        started, writer, batch = clock.now(), self._writer, self._seen
         is_settled, self._is_settled = self._is_settled, False
         writer.recorder.wait()
         if not is_settled:

@@ -113,13 +113,13 @@ class Stepper(Acceleration):
                 self._has_other_code_run = False
                 self.new.note_rates(number, self.training.hyperparameters())
             if self.reason is not None:
-                self._by_python(number, None)
+                self._by_python(number)
             else:
                 self._era += not self._is_settled
                 self._is_fixed = self._rows.is_fixed
                 # Pending gradients are dropped by a step, or added to, and belong to its path.
                 pending = tuple([_layout(p.grad) for p in self.watched.parts.parameter_names()])
-                self._take(number, last, (self._rows.batches.rows_of(number), pending), None)
+                self._take(number, last, (self._rows.batches.rows_of(number), pending))
             self._check_dataset()
             # A failed check went back: the caller must drop what it has of the steps since.
             if self.step < number:
@@ -258,27 +258,21 @@ class Stepper(Acceleration):
         assert isinstance(self.training.batch, RowsOf)
         return self.training.batch
 
-    def _by_python(self, number: int, batch: None) -> dict[str, Any]:
+    def _by_python(self, number: int) -> dict[str, Any]:
         self._release()
         loss = self.watch(number, *self.training.batch(number))
         self.new.losses.append(loss.detach())
         self.new.step = number
         return {"loss": loss}
 
-    def _tensors_of(self, number: int, batch: None) -> dict[str, Tensor]:
+    def _tensors_of(self, number: int) -> dict[str, Tensor]:
         return dict(zip("xy", self.training.batch(number), strict=True))
 
     def _advanced(self) -> tuple[list[Optimizer], list[LRScheduler]]:
         return [self.training.optimizer], []  # it advances its scheduler itself
 
     def _by_program(
-        self,
-        number: int,
-        last: int,
-        stand_in: StandIn,
-        numbers: list[Number],
-        state: dict[str, Tensor],
-        batch: None,
+        self, number: int, last: int, stand_in: StandIn, numbers: list[Number], state: dict[str, Tensor]
     ) -> dict[str, Any]:
         """Run steps up to one that needs another program."""
         started, first = clock.now(), number
@@ -312,7 +306,7 @@ class Stepper(Acceleration):
         is_settled, self._is_settled = self._is_settled, False
         taken = stand_in.begin(numbers)
         if batches.is_fixed:
-            stand_in.load(self._tensors_of(first, None))
+            stand_in.load(self._tensors_of(first))
         try:
             with without_autograd():
                 for number in range(first, last + 1):

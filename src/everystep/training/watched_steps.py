@@ -413,7 +413,7 @@ class WatchedSteps:
 
     def is_as_after(self, state: dict[str, Tensor]) -> bool:
         """Return whether the state is still that after the last step."""
-        # A program writes gradients as Python does, and nothing has run since.
+        # Gradients that lie in the memory of a program count its writes, but nothing else has run.
         is_counted = self._is_still or self._versions == Versions.of(state)
         return is_counted and not self._written_unseen(state)
 
