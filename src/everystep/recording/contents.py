@@ -35,6 +35,7 @@ __all__ = [
     "Given",
     "Inputs",
     "Piece",
+    "as_tensor",
     "digest_of",
     "given_of",
     "inputs_of",
@@ -44,7 +45,6 @@ __all__ = [
     "pieces_of",
     "read_pieces",
     "runs_of",
-    "tensor_of",
     "unpacked",
 ]
 
@@ -331,7 +331,7 @@ def joined(given: Given, pieces: Mapping[int, Piece]) -> bytearray | None:
     return bytearray().join([piece.content for piece in found])
 
 
-def tensor_of(given: Given, content: bytearray) -> Tensor:
+def as_tensor(given: Given, content: bytearray) -> Tensor:
     """Return an input of a step, on the CPU, from its bytes.
 
     Raises:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 from everystep.errors import DamageWarning, ExperimentError, RunError
 from everystep.recording.blocks import LOSS, block_of, series_of
 from everystep.recording.connection import fingerprint, last_written
-from everystep.recording.contents import Given, Piece, joined, read_pieces, tensor_of
+from everystep.recording.contents import Given, Piece, as_tensor, joined, read_pieces
 from everystep.recording.database import FILE_NAME, Database, PieceIndex, Repeat, reading
 from everystep.recording.directories import RANKS, is_run, name_of, rank_directory
 from everystep.recording.facts import DataFileFacts, Facts, RanksFacts, TrainingFacts
@@ -503,7 +503,7 @@ class RecordedRun:
         """Return the inputs of a step, on the CPU; None for dropped ones."""
         pieces = self.pieces(given.values())
         found = ((name, each, joined(each, pieces)) for name, each in given.items())
-        return {n: None if content is None else tensor_of(each, content) for n, each, content in found}
+        return {n: None if content is None else as_tensor(each, content) for n, each, content in found}
 
     def _read(self, read: Callable[[Database], _Found]) -> _Found:
         with reading(self._database_path) as database:

@@ -26,7 +26,7 @@ from everystep.recording.snapshots import DEFAULT_BUDGET
 from everystep.replay.changed_steps import ChangedSteps, FurtherSteps
 from everystep.replay.processes import Opener
 from everystep.replay.recorded_batches import stored_data
-from everystep.replay.recorded_columns import settings_of
+from everystep.replay.recorded_columns import changed_settings
 from everystep.replay.run_replay import no_such_step
 from everystep.replay.trained_objects import (
     iteration_of,
@@ -147,7 +147,7 @@ class Fork:
         job = job.relabelled(self.targets)
         # With a scheduler, all is recorded; without one, only what changed.
         known = {} if job.training.scheduler else hyperparameters
-        known = known | settings_of(self.run, self.run.facts.training, 0)(self.at)
+        known = known | changed_settings(self.run, self.run.facts.training, 0)(self.at)
         has_new_data = new_data or bool(self.targets)
         given = self.run, self.at, known, has_new_data, fork
         origin = StartingPoint(*given, directory=self.directory, budget=self.budget)

@@ -21,10 +21,10 @@ __all__ = [
     "Found",
     "Which",
     "ask_columns",
+    "changed_settings",
     "chosen",
     "read_question",
     "recorded_at",
-    "settings_of",
 ]
 
 #: The condition of a step after which a parameter is not the same on all ranks.
@@ -87,7 +87,7 @@ def _held(changes: Mapping[int, float]) -> Callable[[int], float | None]:
     return lambda step: values[bisect_right(steps, step)]
 
 
-def settings_of(
+def changed_settings(
     run: RecordedRun, facts: TrainingFacts, first: int, last: int = MOST_STEPS
 ) -> Callable[[int], dict[str, float]]:
     """Return a function that looks up the settings that changed in steps `first` to `last`, by step.

@@ -27,9 +27,9 @@ from everystep.recording.contents import (
     Given,
     Inputs,
     Piece,
+    as_tensor,
     inputs_of,
     joined,
-    tensor_of,
     unpacked,
 )
 from everystep.recording.database import Repeat, cut
@@ -294,7 +294,7 @@ class RecordedSteps:
         self._read(wanted.values(), row.step)
         for name, given in wanted.items():
             content = self._content(given, described(self.run, row.step), name)
-            tensor = tensor_of(given, content)
+            tensor = as_tensor(given, content)
             found[name] = tensor.flatten() if name.startswith("input/") else tensor
         return found
 

@@ -23,7 +23,7 @@ from everystep.recording.database import Repeat
 from everystep.replay.bound_steps import BoundStep, BoundSteps, Hook
 from everystep.replay.opened_step import Batch, Step, observed_step, of_kind
 from everystep.replay.recorded_batches import batches_of
-from everystep.replay.recorded_columns import settings_of
+from everystep.replay.recorded_columns import changed_settings
 from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps
 from everystep.step.build import NotCapturableError
 from everystep.step.expanded import Expanded, Expander
@@ -69,7 +69,7 @@ class ReplayStepper:
         self._between = steps.change_files()
         self._settled: int | None = None
         self._has_diverged = False
-        self._settings = settings_of(self._run, steps.facts, steps.first, steps.last)
+        self._settings = changed_settings(self._run, steps.facts, steps.first, steps.last)
 
     # The state.
 

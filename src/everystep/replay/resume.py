@@ -19,7 +19,7 @@ from everystep.recording.settings_diff import flat
 from everystep.recording.snapshots import DEFAULT_BUDGET
 from everystep.replay.changed_steps import FurtherSteps
 from everystep.replay.recorded_batches import stored_data
-from everystep.replay.recorded_columns import settings_of
+from everystep.replay.recorded_columns import changed_settings
 from everystep.replay.trained_objects import iteration_of, job_to_continue, objects_from
 from everystep.replay.without_objects import check_alone, continue_alone, facts_alone
 from everystep.step.generators import generators_preserved
@@ -141,7 +141,7 @@ class Resume:
         origin = StartingPoint(
             run=run,
             at=begin,
-            hyperparameters=known | settings_of(run, facts, 0)(begin),
+            hyperparameters=known | changed_settings(run, facts, 0)(begin),
             has_new_data=facts.data_file is None,
             resumed=resume_facts(run, at, changed),
             budget=self.budget,

@@ -26,7 +26,7 @@ from everystep.recording.facts import EAGERLY, TrainingFacts
 from everystep.recording.recorded_run import RecordedRun, Stretch
 from everystep.replay.opened_step import Batch, Step, observed_step, of_kind
 from everystep.replay.recorded_batches import batch_source, stored_data
-from everystep.replay.recorded_columns import settings_of
+from everystep.replay.recorded_columns import changed_settings
 from everystep.replay.run_replay import Replay
 from everystep.step.generators import Generators, generators_preserved
 from everystep.step.hyperparameters import set_hyperparameter
@@ -170,7 +170,7 @@ class Living:
     ) -> None:
         self._run = run
         self._training = training = _training(run, stretch, objects)
-        self._settings = settings_of(run, stretch.facts, stretch.first)
+        self._settings = changed_settings(run, stretch.facts, stretch.first)
         self._between = run.change_files()
         try:
             training.restore(state, ("model", "loss", "optimizer"))
