@@ -248,6 +248,16 @@ def gpt():
     return transformers.GPT2LMHeadModel(config)
 
 
+def trained_by(trainer, make, callbacks, **settings):
+    """Train three steps, of which each is logged."""
+    arguments = transformers.TrainingArguments(
+        output_dir="out", max_steps=3, per_device_train_batch_size=4, report_to=[], save_strategy="no",
+        logging_steps=1, use_cpu=True, disable_tqdm=True, **settings,
+    )  # fmt: skip
+    trainer(make(), arguments, train_dataset=Sentences(), callbacks=callbacks).train()
+
+
+@pytest.mark.sweep(every=2)
 @pytest.mark.parametrize(
     ("trainer", "make", "accumulated", "smoothing"),
     [
@@ -257,27 +267,21 @@ def gpt():
         (Around, bert, 1, 0.0),
     ],
 )
-def test_the_loss_of_a_step_is_what_trainer_logs(tmp_path, trainer, make, accumulated, smoothing):
+def test_the_loss_of_a_step_is_what_trainer_logs(trainer, make, accumulated, smoothing):
     torch.manual_seed(0)
-    arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path / "out"),
-        max_steps=3,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=accumulated,
-        label_smoothing_factor=smoothing,
-        report_to=[],
-        save_strategy="no",
-        logging_steps=1,
-        use_cpu=True,
-        disable_tqdm=True,
-    )
     backward = accelerate.Accelerator.backward
-    failing = everystep.transformers.RecordTraining(tmp_path / "failed"), Failing()
-    with pytest.raises(ArithmeticError):
-        trainer(make(), arguments, train_dataset=Sentences(), callbacks=[*failing]).train()
-    callbacks = logged, recorded = Logged(), everystep.transformers.RecordTraining(tmp_path / "run")
-    trainer(make(), arguments, train_dataset=Sentences(), callbacks=[*callbacks]).train()
+    logged, recorded = Logged(), everystep.transformers.RecordTraining(run="./run")
+    settings = {"gradient_accumulation_steps": accumulated, "label_smoothing_factor": smoothing}
+    trained_by(trainer, make, [logged, recorded], **settings)
     assert recorded.run.losses["loss"].to_list() == logged.losses
     assert accelerate.Accelerator.backward is backward
     assert_replays(recorded.run)
-    assert (failing[0].run.status, len(failing[0].run)) == ("failed", 2)
+
+
+def test_a_trainer_that_fails_closes_its_run():
+    backward = accelerate.Accelerator.backward
+    failed = everystep.transformers.RecordTraining(run="./failed")
+    with pytest.raises(ArithmeticError):
+        trained_by(transformers.Trainer, bert, [failed, Failing()])
+    assert accelerate.Accelerator.backward is backward
+    assert (failed.run.status, len(failed.run)) == ("failed", 2)
