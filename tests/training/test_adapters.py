@@ -278,10 +278,11 @@ def test_the_loss_of_a_step_is_what_trainer_logs(trainer, make, accumulated, smo
     assert_replays(recorded.run)
 
 
-def test_a_trainer_that_fails_closes_its_run():
+def test_a_run_that_trainer_left_with_an_error_is_closed_as_the_next_begins():
     backward = accelerate.Accelerator.backward
     failed = everystep.transformers.RecordTraining(run="./failed")
     with pytest.raises(ArithmeticError):
         trained_by(transformers.Trainer, bert, [failed, Failing()])
+    trained_by(transformers.Trainer, bert, [everystep.transformers.RecordTraining(run="./next")])
     assert accelerate.Accelerator.backward is backward
     assert (failed.run.status, len(failed.run)) == ("failed", 2)
