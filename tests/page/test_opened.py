@@ -63,6 +63,36 @@ def test_every_id_that_is_spoken_of_is_there(opened):
     assert set(spoken) == content["tensors"].keys()
 
 
+def test_the_chapter(runs):
+    run = runs["chapter"]
+    step = run[3]
+    content = step.data()
+    assert (content["run"], content["step"], content["steps"]) == ("chapter", 3, 20)
+    assert content["loss"] == step.loss and float(content["loss_text"]) == pytest.approx(step.loss)
+    assert content["is_exact"] and content["problems"] == []
+    assert content["hyperparameters"] == {"lr": 1e-4}
+    assert content["optimizer"] == {"name": "GradientDescent", "settings": {"lr": "0.0001"}}
+    assert content["loss_function"] == {"name": "MSELoss", "text": "MSELoss(reduction='sum')"}
+    assert content["batch"]["rows"] is None and not content["batch"]["images"]
+    assert content["batch"]["targets"] is None
+    first, relu, second = content["network"]
+    assert (first["path"], first["type"], first["operations"]) == ("0", "Linear", [0])
+    assert first["text"] == "Linear(in_features=1000, out_features=100, bias=True)"
+    assert first["arguments"] == "in_features=1000, out_features=100, bias=True"
+    assert (first["input"], first["output"]) == ([64, 1000], [64, 100])
+    assert first["parameters"] == {"weight": "parameters/0.weight", "bias": "parameters/0.bias"}
+    assert (relu["type"], relu["parameters"], second["type"]) == ("ReLU", {}, "Linear")
+    assert [each["parameter"] for each in content["gradients"]] == [
+        "2.weight",
+        "2.bias",
+        "0.weight",
+        "0.bias",
+    ]
+    arguments = content["operations"][0]["arguments"]
+    assert [list(each) for each in arguments][:2] == [["self", "0.bias", False], ["mat1", "x", False]]
+    assert run[1].data()["dropped"] == []
+
+
 def test_images_and_classes(runs):
     run = runs["digits"]
     step = run[3]

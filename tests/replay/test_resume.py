@@ -1259,7 +1259,7 @@ def test_other_parts_are_named():
 
 
 @pytest.mark.sweep(every=2)
-@pytest.mark.parametrize("name", ["dropout_and_noise", "gan"])
+@pytest.mark.parametrize("name", ["dropout_and_noise", "gan", "branched_by_chance"])
 def test_a_step_function_that_was_killed_ends_in_the_bits_of_one_that_was_not(name, dying):
     def trained(place, **options):
         seeded()
