@@ -282,3 +282,11 @@ def test_an_address_with_what_is_not_there_says_so(chapter, query, says):
     expect(alert).to_contain_text(says)
     operation(page, 3).locator("> .head .unfold").click()
     expect(alert).to_be_hidden()
+
+
+def test_a_phone_has_the_pictures_too(chapter):
+    page = chapter("&phase=backward", viewport={"width": 390, "height": 844})
+    pictures = part(page, "Backward").locator(".thumbnail canvas:not([width='1'])")
+    expect(pictures.first).to_be_visible()
+    box, beside = pictures.first.bounding_box(), part(page, "Backward").bounding_box()
+    assert box["x"] + box["width"] <= beside["x"] + beside["width"]
