@@ -50,11 +50,10 @@ def printed(everystep_command, *arguments):
     return json.loads(everystep_command(*arguments, "--json")[1])
 
 
-def of_page(run, kind, **asked):
-    """Return the answer of a task of the page."""
-    voice = Said()
-    for name, read in QUESTIONS[kind].items():
-        asked.setdefault(name, read(asked.get(name), name)) if name not in ("one", "other") else None
+def of_page(run, kind, **given):
+    """Return the answer of a task of the page to the fields that it reads of a request."""
+    voice, given = Said(), given | {"one": str(run)}
+    asked = {name: read(given.get(name), name) for name, read in QUESTIONS[kind].items()}
     asked.pop("one", None)
     page_task.do({"task": kind, "run": str(run), "asked": asked}, voice)
     return voice.said["result"]
@@ -95,11 +94,9 @@ def test_questions_to_a_run(here, name, everystep_command):
         found = printed(everystep_command, "first-nonfinite", name)
         assert found == of_page(run, "first-nonfinite")["found"]
         return
-    asked = {"at": 2, "until": 4, "rows": [1, 2], "each": True}
-    found = printed(
-        everystep_command, "what-if", name, "--at", 2, "--until", 4, "--without-rows", "1,2", "--each"
-    )
-    assert found == of_page(run, "what-if", **asked)
+    asked = {"at": 2, "until": 4, "rows": [1, 2], "each": True, "by": "norm(gradients['0.bias'])"}
+    options = ["--at", 2, "--until", 4, "--without-rows", "1,2", "--each", "--by", asked["by"]]
+    assert printed(everystep_command, "what-if", name, *options) == of_page(run, "what-if", **asked)
     found = printed(everystep_command, "rerun", name, "--precision", "float64")
     rerun = of_page(run, "rerun", precision="float64")
     assert_within(found, rerun, but=("recorded", "losses", "others"))  # which the page draws

@@ -114,12 +114,6 @@ def test_facts_of_a_later_everystep_are_left_out(runs):
     assert everystep.open(runs / "right").facts == before
 
 
-def test_losses_that_are_no_numbers_are_said(runs):
-    sql(runs / "right", "UPDATE steps SET loss = 'low' WHERE step = 2")
-    with pytest.raises(RunError, match="losses that are not numbers"):
-        _ = everystep.open(runs / "right").losses
-
-
 @pytest.mark.parametrize(
     "statement",
     [

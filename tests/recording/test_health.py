@@ -177,13 +177,14 @@ def test_a_killed_run_with_a_damaged_log_has_the_steps_that_sqlite_reads(
     other = shutil.copytree(run, tmp_path / "other")
     expected = sql(other, "SELECT step, loss FROM steps ORDER BY step")
     assert len(expected) < 20
-    for number, command in enumerate([
+    commands = [
         ["losses"], ["losses", "--json"], ["table", "-o", "t.html"], ["plot", "-o", "p.svg"],
         ["report", "-o", "r.html"], ["step", "17"], ["verify"], ["doctor"], ["when", "loss > 1e9"],
         ["measure", "loss + 1"], ["why", "17", "loss"], ["rows", "17"],
         ["rerun", "--precision", "float64"],
         ["fork", "--at", "17", "--run", "./fork", "-q"], ["diff", "original"], ["resume", "-q"],
-    ]):  # fmt: skip
+    ]  # fmt: skip
+    for number, command in enumerate(commands[part == "middle" :: 2]):
         copy = shutil.copytree(run, tmp_path / str(number) / "run")
         code, out, err = everystep_command(command[0], copy, *command[1:])
         assert code in (1, 2) and "run.sqlite" in out + err, command

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -249,6 +250,7 @@ def test_a_difference_that_is_rounded_away_everywhere_is_found_by_snapshots():
     assert not found.is_same
     assert found.loss is None and found.operation is None and found.common_state is None
     assert found.states == (StateDifference(0, "parameters/2.bias", 1, 1),)
+    assert diff_sentence(found).endswith("up to step 30; parameters/2.bias of state 0 differs.")
     assert "identical up to step 30" in found.to_text()
     assert found.to_text().endswith("the runs differ")
 
@@ -263,6 +265,9 @@ def test_a_difference_that_only_the_update_keeps_is_found_at_the_update():
     assert operation.one.operation.operator == "aten.sub_.Tensor"
     assert [name for name, *_ in operation.results] == ["parameter/2.bias"]
     assert [(each.name, each.largest) for each in operation.inputs] == [("parameter/2.bias", 1)]
+    assert diff_sentence(found).endswith("update; cause: 2.bias[0] of state 0: 1e-12 | 1.0000001e-12.")
+    unknown = replace(found, operation=replace(operation, causes=[]))
+    assert diff_sentence(unknown).endswith("aten.sub_.Tensor, update; its input 2.bias differs.")
 
 
 @pytest.mark.parametrize("thorough", [False, True])
@@ -605,6 +610,9 @@ def test_the_command_says_where_runs_part_and_exits_with_1(everystep_command):
     known = f"{rows[0][1]} at position {rows[0][0]}; in the data, counted from 0"
     assert f"rows        {known}" in lines
     assert lines[-1] == "the runs differ"
+    sentence = diff_sentence(one.diff(other, progress=False))
+    where = "the first operation that differs is #0, aten.addmm.default of module 0, forward; cause: "
+    assert sentence.startswith(f"The losses first differ at step {step}; {where}")
 
 
 def test_the_command_says_that_runs_are_the_same_and_exits_with_0(everystep_command):

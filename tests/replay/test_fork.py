@@ -74,12 +74,18 @@ def test_a_fork_of_a_run_from_objects_that_changes_nothing_has_the_parents_bits(
     assert trained == left
 
 
-def test_a_fork_may_begin_anywhere_and_go_on_from_the_last_step():
-    whole = by_train(with_dropout(), steps=STEPS, batch_size=6)
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory):
+    """A run that no test changes."""
+    run = tmp_path_factory.mktemp("parent") / "run"
+    return by_train(with_dropout(), steps=STEPS, batch_size=6, run=run)
+
+
+def test_a_fork_may_begin_anywhere_and_go_on_from_the_last_step(parent):
     for at in (0, STEPS - 1):
-        assert_same_run(whole, whole.fork(at, progress=False))
-    parent = by_train(with_dropout(), steps=AT, batch_size=6)
-    assert_same_run(whole, parent.fork(AT, steps=STEPS, progress=False))
+        assert_same_run(parent, parent.fork(at, progress=False))
+    shorter = by_train(with_dropout(), steps=AT, batch_size=6)
+    assert_same_run(parent, shorter.fork(AT, steps=STEPS, progress=False))
 
 
 # A fork that changes something, against a loop by hand.
@@ -187,8 +193,7 @@ faster = partial(momentum, lr=0.1)
     ],
     ids=["seed", "several", "data"],
 )
-def test_a_fork_with_its_own_objects_has_the_bits_of_a_loop_whose_rules_change(changed, change):
-    parent = by_train(with_dropout(), steps=STEPS, batch_size=6)
+def test_a_fork_with_its_own_objects_has_the_bits_of_a_loop_whose_rules_change(changed, change, parent):
     fork = parent.fork(AT, **changed, progress=False)
     expected = by_hand(Rules(with_dropout(), 6), changed.get("steps", STEPS), {AT: change})
     expected.assert_is(fork, 7, AT, AT + 1, AT + 5)
@@ -209,8 +214,7 @@ def test_a_fork_with_its_own_objects_has_the_bits_of_a_loop_whose_rules_change(c
     ],
     ids=["settings of the optimizer", "optimizer", "scheduler", "model"],
 )  # fmt: skip
-def test_a_fork_with_new_objects_has_the_bits_of_a_loop_whose_rules_change(new, change):
-    parent = by_train(with_dropout(), steps=STEPS, batch_size=6)
+def test_a_fork_with_new_objects_has_the_bits_of_a_loop_whose_rules_change(new, change, parent):
     made = new()
     fork = everystep.open(parent.directory).fork(AT, **objects_of(made), progress=False)
     expected = by_hand(Rules(with_dropout(), 6), STEPS, {AT: change})
@@ -402,27 +406,20 @@ def test_the_command_forks_and_the_lineage_shows(everystep_command, monkeypatch)
     assert everystep_command("diff", "two-layer-1", "two-layer-1-fork-1")[0] == 0
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (("--at", 11), "two-layer-1 has no step 11: it has steps 1 to 10"),
-        (("--at", 6, "--steps", 6), "the fork starts after step 6 but would end at step 6"),
-        (("--at", 10), "set more steps"),
-        (("--at", 6, "--set", "optimizer.lr=fast"), "optimizer"),
-        (("--at", 6, "--set", "optimiser.lr=1"), "did you mean optimizer?"),
-        (("--at", 6, "--run", "runs/two-layer-1"), "runs/two-layer-1"),
-        (
-            ("--at", 6, "--set", 'model.layers=["Linear(1000, 10)"]'),
-            "the parent's parameters do not fit",
-        ),
-    ],
-)
-def test_a_command_that_cannot_fork_says_why_and_leaves_nothing(everystep_command, options, said):
+def test_a_command_that_cannot_fork_says_why_and_leaves_nothing(everystep_command):
     everystep.train_experiment("two-layer", {"steps": 10}, progress=False)
-    code, out, err = everystep_command("fork", "two-layer-1", *options)
-    assert (code, out) == (2, "")
-    assert said in err
-    assert [path.name for path in Path("runs").iterdir()] == ["two-layer-1"]
+    for said, *options in (
+        ("two-layer-1 has no step 11: it has steps 1 to 10", 11),
+        ("the fork starts after step 6 but would end at step 6", 6, "--steps", 6),
+        ("set more steps", 10),
+        ("optimizer", 6, "--set", "optimizer.lr=fast"),
+        ("did you mean optimizer?", 6, "--set", "optimiser.lr=1"),
+        ("runs/two-layer-1", 6, "--run", "runs/two-layer-1"),
+        ("the parent's parameters do not fit", 6, "--set", 'model.layers=["Linear(1000, 10)"]'),
+    ):
+        code, out, err = everystep_command("fork", "two-layer-1", "--at", *options)
+        assert (code, out) == (2, "") and said in err
+        assert [path.name for path in Path("runs").iterdir()] == ["two-layer-1"]
 
 
 def test_what_a_run_does_not_hold_must_be_given():

@@ -674,23 +674,9 @@ def test_the_command_names_the_cause(everystep_command):
     assert code == 0
     assert out == f"step {step}: x of the batch has 1 NaN\n  row 13 of the data\n"
     code, out, _ = everystep_command("first-nonfinite", "sequential-1", "--json")
-    assert json.loads(out) == {
-        "run": "sequential-1",
-        "step": step,
-        "origin": "batch",
-        "index": None,
-        "operation": None,
-        "phase": None,
-        "name": "x",
-        "by_own_code": "",
-        "nans": 1,
-        "infinities": 0,
-        "rows": [13],
-        "rows_of": "the data",
-        "mathematics": None,
-        "inputs": {},
-        "why": None,
-    }
+    found = json.loads(out)
+    assert (found["step"], found["origin"], found["name"], found["nans"]) == (step, "batch", "x", 1)
+    assert (found["rows"], found["rows_of"], found["operation"]) == ([13], "the data", None)
     train()
     code, out, _ = everystep_command("first-nonfinite", "sequential-2")
     assert (code, out) == (1, "all results of all operations are finite\n")

@@ -238,6 +238,7 @@ def _agree(found, expected):
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.sweep(every=2)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_rows_are_the_gradients_of_single_rows(name, tmp_path):
     torch.manual_seed(0)
@@ -405,6 +406,7 @@ def test_a_penalty_belongs_to_no_row(loop):
         _agree(step.rows.gradients[name].norms, expected / 5)
 
 
+@pytest.mark.sweep(every=2)
 @pytest.mark.parametrize(
     ("body", "why"),
     [

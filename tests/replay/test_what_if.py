@@ -379,6 +379,7 @@ BRANCHES = {
 
 
 @pytest.mark.filterwarnings("ignore")  # nothing is known of an operator of one's own
+@pytest.mark.sweep(every=2)
 @pytest.mark.parametrize("is_other", BRANCHES.values(), ids=[*BRANCHES])
 def test_a_branch_on_what_no_program_computes_may_turn_at_another_rate(tmp_path, is_other):
     model = nn.Linear(2, 1)

@@ -54,30 +54,28 @@ class Classifier(pl.LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.9)]
 
 
+def fit(model, callbacks, steps, checkpoint=None, **options):
+    data = TensorDataset(torch.randn(96, 8), torch.randint(0, 3, (96,)))
+    trainer = pl.Trainer(
+        max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks, **options,
+    )  # fmt: skip
+    trainer.fit(model, DataLoader(data, 16, shuffle=True), DataLoader(data, 32), ckpt_path=checkpoint)
+    return trainer
+
+
 @pytest.mark.sweep(every=2)
 @pytest.mark.parametrize("options", [{"accumulate_grad_batches": 3, "gradient_clip_val": 0.5}, {}])
 def test_lightning(tmp_path, options):
-
-    def fit(*callbacks):
+    def trained(*callbacks):
         torch.manual_seed(0)
-        data = TensorDataset(torch.randn(96, 8), torch.randint(0, 3, (96,)))
         model = Classifier()
-        trainer = pl.Trainer(
-            max_steps=STEPS // options.get("accumulate_grad_batches", 1),
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[*callbacks],
-            **options,
-        )
-        trainer.fit(model, DataLoader(data, 16, shuffle=True), DataLoader(data, 32))
+        fit(model, [*callbacks], STEPS // options.get("accumulate_grad_batches", 1), **options)
         return model
 
-    expected = fit()
+    expected = trained()
     callback = everystep.lightning.RecordFit(run=tmp_path / "fit")
-    model = fit(callback)
+    model = trained(callback)
     run = callback.run
     assert model.losses == expected.losses
     assert run.losses["loss"].to_list() == model.losses
@@ -85,12 +83,11 @@ def test_lightning(tmp_path, options):
     assert_replays(run)
     assert (len(run), run.status) == (len(model.losses), "finished")
     assert run[-1].batch.x.shape == (16, 8)
-    fit(callback := everystep.lightning.RecordFit(run=tmp_path / "stopped", stop_when="step == 3"))
+    trained(callback := everystep.lightning.RecordFit(run=tmp_path / "stopped", stop_when="step == 3"))
     assert (len(callback.run), callback.run.status) == (3, "stopped")
 
 
 def test_lightning_that_fails_closes_its_run():
-
     class Failing(Classifier):
         def training_step(self, batch, batch_idx):
             if self.global_step == 5:
@@ -98,33 +95,23 @@ def test_lightning_that_fails_closes_its_run():
             return super().training_step(batch, batch_idx)
 
     callback = everystep.lightning.RecordFit()
-    data = TensorDataset(torch.randn(96, 8), torch.randint(0, 3, (96,)))
-    trainer = pl.Trainer(
-        max_steps=20, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[callback]
-    )
     with pytest.raises(everystep.UsageError, match="nothing is recorded yet"):
         callback.run  # noqa: B018
     with pytest.raises(ZeroDivisionError):
-        trainer.fit(Failing(), DataLoader(data, 16))
+        fit(Failing(), [callback], 20)
     assert (len(callback.run), callback.run.status) == (5, "failed")
 
 
 def test_a_fit_that_goes_on_from_its_checkpoint_is_a_new_run_that_replays(tmp_path):
-
-    def fit(steps, checkpoint=None):
+    def trained(steps, checkpoint=None):
         torch.manual_seed(0)
-        data = TensorDataset(torch.randn(96, 8), torch.randint(0, 3, (96,)))
-        callback, model = everystep.lightning.RecordFit(), Classifier()
-        trainer = pl.Trainer(
-            max_steps=steps, accelerator="cpu", logger=False, enable_progress_bar=False,
-            enable_model_summary=False, default_root_dir=tmp_path, callbacks=[callback],
-        )  # fmt: skip
-        trainer.fit(model, DataLoader(data, 16), ckpt_path=checkpoint)
+        callback = everystep.lightning.RecordFit()
+        trainer = fit(Classifier(), [callback], steps, checkpoint, default_root_dir=tmp_path)
         trainer.save_checkpoint(tmp_path / "last.ckpt")
         return callback.run
 
-    whole, first = fit(18), fit(12)
-    second = fit(18, tmp_path / "last.ckpt")
+    whole, first = trained(18), trained(12)
+    second = trained(18, tmp_path / "last.ckpt")
     assert (len(first), len(second), second.directory) == (12, 6, Path("runs/loop-3"))
     assert_replays(second)
     for name, tensor in whole.parameters(0).items():
@@ -161,6 +148,17 @@ def bert():
     return transformers.BertForMaskedLM(config)
 
 
+def trained_by(trainer, model, callbacks, **settings):
+    """Train three steps, of which each is logged, if the settings do not say otherwise."""
+    settings = {"max_steps": 3, "logging_steps": 1} | settings
+    arguments = transformers.TrainingArguments(
+        output_dir="out", per_device_train_batch_size=4, report_to=[], save_strategy="no",
+        use_cpu=True, disable_tqdm=True, **settings,
+    )  # fmt: skip
+    trainer(model, arguments, train_dataset=Sentences(), callbacks=callbacks).train()
+    return model
+
+
 @pytest.mark.sweep(every=2)
 @pytest.mark.parametrize("accumulated", [1, 3])
 def test_hugging_face_trainer(tmp_path, accumulated):
@@ -168,26 +166,9 @@ def test_hugging_face_trainer(tmp_path, accumulated):
     start = bert()
 
     def trained(*callbacks):
-        model = copy.deepcopy(start)
-        arguments = transformers.TrainingArguments(
-            output_dir=str(tmp_path / "out"),
-            max_steps=STEPS // accumulated,
-            per_device_train_batch_size=4,
-            gradient_accumulation_steps=accumulated,
-            learning_rate=1e-3,
-            warmup_steps=5,
-            report_to=[],
-            save_strategy="no",
-            logging_steps=10,
-            use_cpu=True,
-            disable_tqdm=True,
-            seed=1,
-        )
-        trainer = transformers.Trainer(
-            model, arguments, train_dataset=Sentences(), callbacks=[*callbacks]
-        )
-        trainer.train()
-        return model
+        settings = {"max_steps": STEPS // accumulated, "gradient_accumulation_steps": accumulated}
+        settings |= {"learning_rate": 1e-3, "warmup_steps": 5, "seed": 1}
+        return trained_by(transformers.Trainer, copy.deepcopy(start), [*callbacks], **settings)
 
     expected = trained()
     callback = everystep.transformers.RecordTraining(run=tmp_path / "run")
@@ -248,6 +229,7 @@ def gpt():
     return transformers.GPT2LMHeadModel(config)
 
 
+@pytest.mark.sweep(every=2)
 @pytest.mark.parametrize(
     ("trainer", "make", "accumulated", "smoothing"),
     [
@@ -257,27 +239,22 @@ def gpt():
         (Around, bert, 1, 0.0),
     ],
 )
-def test_the_loss_of_a_step_is_what_trainer_logs(tmp_path, trainer, make, accumulated, smoothing):
+def test_the_loss_of_a_step_is_what_trainer_logs(trainer, make, accumulated, smoothing):
     torch.manual_seed(0)
-    arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path / "out"),
-        max_steps=3,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=accumulated,
-        label_smoothing_factor=smoothing,
-        report_to=[],
-        save_strategy="no",
-        logging_steps=1,
-        use_cpu=True,
-        disable_tqdm=True,
-    )
     backward = accelerate.Accelerator.backward
-    failing = everystep.transformers.RecordTraining(tmp_path / "failed"), Failing()
-    with pytest.raises(ArithmeticError):
-        trainer(make(), arguments, train_dataset=Sentences(), callbacks=[*failing]).train()
-    callbacks = logged, recorded = Logged(), everystep.transformers.RecordTraining(tmp_path / "run")
-    trainer(make(), arguments, train_dataset=Sentences(), callbacks=[*callbacks]).train()
+    logged, recorded = Logged(), everystep.transformers.RecordTraining(run="./run")
+    settings = {"gradient_accumulation_steps": accumulated, "label_smoothing_factor": smoothing}
+    trained_by(trainer, make(), [logged, recorded], **settings)
     assert recorded.run.losses["loss"].to_list() == logged.losses
     assert accelerate.Accelerator.backward is backward
     assert_replays(recorded.run)
-    assert (failing[0].run.status, len(failing[0].run)) == ("failed", 2)
+
+
+def test_a_run_that_trainer_left_with_an_error_is_closed_as_the_next_begins():
+    backward = accelerate.Accelerator.backward
+    failed = everystep.transformers.RecordTraining(run="./failed")
+    with pytest.raises(ArithmeticError):
+        trained_by(transformers.Trainer, bert(), [failed, Failing()])
+    trained_by(transformers.Trainer, bert(), [everystep.transformers.RecordTraining(run="./next")])
+    assert accelerate.Accelerator.backward is backward
+    assert (failed.run.status, len(failed.run)) == ("failed", 2)

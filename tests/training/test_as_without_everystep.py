@@ -3,14 +3,13 @@
 Each case is a loop of somebody else's kind. It is run alone, and recorded.
 """
 
-import copy
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tests.descent import as_alone, descend
+from tests.descent import as_alone, descend, recorded_as_it_is
 from torch import nn
 from torch.nn import functional
 
@@ -241,13 +240,12 @@ def test_memory_that_numpy_writes_is_kept_as_each_step_has_read_it():
     assert recording.run.verify(processes=1, progress=False).is_exact
 
 
-def test_allocated_memory_that_no_operation_writes_is_kept_as_a_step_reads_it():
+def test_allocated_memory_that_no_operation_writes_is_kept_as_a_step_reads_it(tmp_path):
     """NumPy writes the weights, and torch the lengths of the sequences, without its dispatcher."""
-    model = nn.Linear(4, 3)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     lengths = torch.tensor([4, 3, 1])
 
-    def loss_of(x, y):
+    def loss_of(model, batch, number):
+        x, y = batch
         packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
         padded, count = nn.utils.rnn.pad_packed_sequence(packed, batch_first=True)
         means, weights = torch.empty(3, 4), torch.empty(3)
@@ -257,18 +255,13 @@ def test_allocated_memory_that_no_operation_writes_is_kept_as_a_step_reads_it():
         noise = torch.rand_like(torch.empty(3, 4))  # nothing reads this memory
         return (functional.cross_entropy(model(means + noise), y, reduction="none") * weights).mean()
 
-    torch.manual_seed(0)
-    batches = [(torch.randn(3, 4, 4), torch.randint(0, 3, (3,))) for _ in range(9)]
-    before, drawn = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    expected = [descend(optimizer, loss_of(x, y)).item() for x, y in batches]
-    model.load_state_dict(before)
-    torch.set_rng_state(drawn)
-    with everystep.record(model=model, optimizer=optimizer) as recording:
-        for x, y in recording.steps(batches):
-            recording.log(loss=descend(optimizer, loss_of(x, y)))
-    run = recording.run
-    assert run.losses["loss"].to_list() == [step.loss for step in run] == expected
-    assert run.verify(processes=1, progress=False).is_exact
+    def make():
+        model = nn.Linear(4, 3)
+        batches = [(torch.randn(3, 4, 4), torch.randint(0, 3, (3,))) for _ in range(9)]
+        return model, torch.optim.SGD(model.parameters(), lr=0.1), batches, loss_of
+
+    run = recorded_as_it_is(tmp_path / "run", make)
+    assert run.losses["loss"].to_list() == [step.loss for step in run]
     kinds = [[*inputs_of(row.inputs, "a step").given] for row in run.repeats(1, 9)]
     assert all(sum(name.startswith("input/") for name in names) == 3 for names in kinds), kinds
 

@@ -95,20 +95,6 @@ def removed(handle):
 
 
 @change
-def the_class_of_a_module(made):
-    made.model[3].__class__, made.model[3].inplace = nn.ReLU, False
-    yield
-    made.model[3].__class__ = nn.Tanh
-
-
-@change
-def the_p_of_a_dropout(made):
-    made.model[2].p = 0.4
-    yield
-    made.model[2].p = 0.2
-
-
-@change
 def the_mode_of_the_model_for_good(made):
     made.model.eval()
 
@@ -119,20 +105,6 @@ def the_statistics_of_a_batch_norm(made):
     made.model[1].reset_running_stats()
     made.model[1].running_mean.fill_(0.5)
     made.model[1].eval()
-
-
-@change
-def a_module_that_is_replaced(made):
-    usual, made.model[3] = made.model[3], nn.ReLU()
-    yield
-    made.model[3] = usual
-
-
-@change
-def a_parameter_that_is_replaced(made):
-    usual, made.model[5].weight = made.model[5].weight, nn.Parameter(torch.ones(2, 8))
-    yield
-    made.model[5].weight = usual
 
 
 @change
@@ -232,6 +204,12 @@ def doubled_step(self, closure=None, usual=torch.optim.SGD.step):
     return usual(self, closure)
 
 
+PARTS = {
+    "the class of a module": lambda m: having(m.model[3], __class__=nn.ReLU, inplace=False),
+    "the p of a dropout": lambda m: having(m.model[2], p=0.4),
+    "a module that is replaced": lambda m: having(m.model, **{"3": nn.ReLU()}),
+    "a parameter that is replaced": lambda m: having(m.model[5], weight=nn.Parameter(torch.ones(2, 8))),
+}
 EXCHANGED = {
     "the forward of a module": lambda m: having(m.model[3], forward=doubled_tanh),
     "the forward of torch's class": lambda m: having(nn.Tanh, forward=doubled_tanh),
@@ -268,7 +246,7 @@ def exchanged(context):
     return exchange
 
 
-CHANGES |= {name: (exchanged(context), {}) for name, context in EXCHANGED.items()}
+CHANGES |= {name: (exchanged(context), {}) for name, context in (PARTS | EXCHANGED).items()}
 
 
 @change

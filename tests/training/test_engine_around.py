@@ -128,18 +128,6 @@ def test_a_program_that_cannot_be_is_refused_where_it_is_demanded():
     assert [run.status for run in everystep.runs()] == ["failed", "failed"]
 
 
-@pytest.mark.parametrize("optimizer", [momentum, torch.optim.Adam])
-def test_training_twice_goes_on(optimizer):
-    expected = new_training(optimizer=optimizer)
-    losses = by_hand(expected, steps=60)
-    trained = new_training(optimizer=optimizer)
-    first, second = by_train(trained, steps=25), by_train(trained, steps=35)
-    assert first.losses["loss"].to_list() + second.losses["loss"].to_list() == losses
-    assert contents(trained) == contents(expected)
-    assert first.facts.training.engine.reason is second.facts.training.engine.reason is None
-    assert second.facts.training.engine.by_program > 25
-
-
 def test_gradients_that_are_there_already_go_on():
     """Where the optimizer does not have a parameter, nothing zeroes its gradient: it grows."""
 

@@ -57,6 +57,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sweep(every=3)
 @pytest.mark.parametrize(("compute", "around"), CASES)
 def test_results_have_the_bits_of_the_plain_loop(compute, around, tmp_path):
     def within(recording):

@@ -3,6 +3,7 @@
 import gc
 import math
 import re
+import shutil
 import threading
 import weakref
 from contextlib import suppress
@@ -660,6 +661,14 @@ def test_what_changes_in_a_pause_or_between_steps_is_kept(every, is_paused, monk
         assert {n: bits(t) for n, t in opened.items()} == {n: bits(t) for n, t in expected.items()}
 
 
+@pytest.fixture(scope="module")
+def three_steps(tmp_path_factory):
+    """The directory of a run that no test changes."""
+    batches = [(torch.randn(16, 4), torch.randn(16, 2))] * 3
+    place = tmp_path_factory.mktemp("three") / "run"
+    return looped(nn.Linear(4, 2), batches, mean_square, run=place).directory
+
+
 @pytest.mark.parametrize(
     ("column", "value"),
     [
@@ -676,9 +685,8 @@ def test_what_changes_in_a_pause_or_between_steps_is_kept(every, is_paused, monk
         ("program", "../../etc"),
     ],
 )
-def test_a_database_that_was_changed_is_refused(made, column, value):
-    model, _, batch = made
-    run = looped(model, [batch] * 3, mean_square)
+def test_a_database_that_was_changed_is_refused(three_steps, tmp_path, column, value):
+    run = everystep.open(shutil.copytree(three_steps, tmp_path / "run"))
     sql(run.directory, (f"UPDATE repeats SET {column} = ? WHERE step = 2", (value,)))
     with pytest.raises(everystep.EverystepError):
         run[2]

@@ -195,6 +195,7 @@ def patched_method(patch):
     patch.setattr(optim.SGD, "_init_group", halved)
 
 
+@pytest.mark.sweep(every=2)
 @pytest.mark.parametrize("is_from_the_start", [True, False])
 @pytest.mark.parametrize("replace", [patched_step, patched_function, patched_method])
 def test_what_somebody_has_put_in_the_place_of_torchs_code_is_watched(

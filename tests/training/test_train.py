@@ -82,13 +82,6 @@ def test_nan_is_recorded_said_once_and_training_goes_on(small, capfd):
     assert run.status == "finished"
 
 
-def test_zero_steps_make_a_run_of_the_beginning(small):
-    model, x, y = small
-    run = train(model, (x, y), steps=0)
-    assert (len(run.losses), run.snapshots, run.status) == (0, [0], "finished")
-    assert "0 steps" in repr(run)
-
-
 def test_a_model_in_evaluation_mode_is_pointed_out(small, capfd):
     model, x, y = small
     train(model.eval(), (x, y))

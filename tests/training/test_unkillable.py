@@ -127,8 +127,13 @@ def test_a_measurement_without_values_leaves_no_name():
     assert "ratio" not in run.facts.measured
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", ["_note_logged", "is_snapshot_due", "flush"])
+@pytest.mark.parametrize(
+    ("kind", "moment"),
+    [
+        *((signal.SIGINT, moment) for moment in ("_note_logged", "is_snapshot_due", "flush")),
+        (signal.SIGTERM, "flush"),
+    ],
+)
 def test_a_signal_while_a_step_is_recorded_waits_until_it_is(monkeypatch, kind, moment):
     recorded, calls = getattr(LoopWriter, moment), []
 

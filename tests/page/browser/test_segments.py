@@ -17,7 +17,6 @@ from tests.training.loops import gan_with_two_optimizers
 from torch import nn
 
 import everystep
-from everystep.page.share import shared_report
 
 GAN = [
     "Batch",
@@ -209,16 +208,6 @@ def test_an_address_opens_the_pass_of_its_operation(show):
     expect(page.locator(".pass[open]")).to_have_count(1)
     page = show("accumulated", 2, "&phase=backward-3")
     expect(part(page, "Backward, pass 3")).to_be_in_viewport()
-
-
-def test_a_saved_view_has_the_segments_too(loops, open_page, tmp_path):
-    saved = tmp_path / "saved.html"
-    saved.write_text(shared_report(loops["gan"], [2, 5]), encoding="utf-8")
-    page = open_page(saved.as_uri(), offline=True)
-    expect(page.locator(".opened .step h2")).to_have_text("Step 2 of 6")
-    assert headings(page) == GAN
-    toggle(page, 0).click()
-    expect(operation(page, 0).get_by_role("img", name=re.compile("^Heat map of"))).to_be_visible()
 
 
 def test_everybody_can_read_it_on_a_small_screen(show):
