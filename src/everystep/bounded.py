@@ -99,7 +99,7 @@ def read_regular(path: Path, limit: int, *, follows_links: bool = True) -> bytes
         if size > limit:
             reason = f"it has {size:,} bytes, more than the {limit:,} that it may have"
             raise OSError(errno.EFBIG, reason, str(path))
-        return file.read(limit + 1)[:limit]
+        return file.read(size)  # not `limit`, for which Python would reserve memory
 
 
 def decompressed(content: bytes, limit: int) -> bytes:

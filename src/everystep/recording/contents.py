@@ -34,7 +34,7 @@ __all__ = [
     "SIZES",
     "Given",
     "Inputs",
-    "Piece",
+    "StoredPiece",
     "as_tensor",
     "digest_of",
     "given_of",
@@ -225,7 +225,7 @@ def runs_of(numbers: Iterable[int]) -> tuple[tuple[int, int], ...]:
     return tuple([(first, size) for first, size in found])
 
 
-class Piece(NamedTuple):
+class StoredPiece(NamedTuple):
     """A piece of an input: its digest, and its bytes."""
 
     digest: bytes
@@ -234,7 +234,7 @@ class Piece(NamedTuple):
 
 def read_pieces(
     directory: Path, index: PieceIndex, given: Given, known: Container[int] = ()
-) -> dict[int, Piece]:
+) -> dict[int, StoredPiece]:
     """Return the pieces of an input, by number, without those that were given up.
 
     known: those not to read; they may be among the result.
@@ -253,7 +253,7 @@ def read_pieces(
     is_by_row = _is_by_row(given.shape, size)
     each = size // given.shape[0] if is_by_row else size
     kind = _kind(given.dtype, given.shape, is_by_row)
-    found: dict[int, Piece] = {}
+    found: dict[int, StoredPiece] = {}
     with _BatchFiles(directory) as files:
         for row, number, end in _side_by_side(index, given, known):
             if size > MEMORY or (row.size != each and row.source is None):
@@ -269,7 +269,7 @@ def read_pieces(
                 if _digest(kind, piece) != digest:
                     name = directory / batch_file(row.file)
                     raise RunError(f"{name} was changed after recording: the digest of an input differs")
-                found[number + place] = Piece(digest, piece)
+                found[number + place] = StoredPiece(digest, piece)
     return found
 
 
@@ -320,7 +320,7 @@ def _cut_out(files: _BatchFiles, begins: memoryview, source: Pieces | None, size
     return files.read(source.file, [source.place + b for b in at] if is_within else [], each)
 
 
-def joined(given: Given, pieces: Mapping[int, Piece]) -> bytearray | None:
+def joined(given: Given, pieces: Mapping[int, StoredPiece]) -> bytearray | None:
     """Return the bytes of an input; None if pieces are missing.
 
     The number of a piece that was given up may be that of a later one, so the digest of all decides.

@@ -255,14 +255,14 @@ class LoopFacts(_Fact):
     programs: Whole
     unseen: tuple[str, ...]
     has_loss: bool
-    has_computed_batches: bool
+    has_computed_batches: bool = False
     function: EngineFacts | None = None
 
     @classmethod
     def of(cls, parts: Mapping[str, Any]) -> LoopFacts:
         """Return the facts of a loop with these parts before its first step."""
         names = {name: type(part).__name__ for name, part in parts.items()}
-        return cls(parts=names, programs=0, unseen=(), has_loss=False, has_computed_batches=False)
+        return cls(parts=names, programs=0, unseen=(), has_loss=False)
 
 
 class RanksFacts(_Fact):

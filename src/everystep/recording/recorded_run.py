@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 from everystep.errors import DamageWarning, ExperimentError, RunError
 from everystep.recording.blocks import LOSS, block_of, series_of
 from everystep.recording.connection import fingerprint, last_written
-from everystep.recording.contents import Given, Piece, as_tensor, joined, read_pieces
+from everystep.recording.contents import Given, StoredPiece, as_tensor, joined, read_pieces
 from everystep.recording.database import FILE_NAME, Database, PieceIndex, Repeat, reading
 from everystep.recording.directories import RANKS, is_run, name_of, rank_directory
 from everystep.recording.facts import DataFileFacts, Facts, RanksFacts, TrainingFacts
@@ -489,12 +489,12 @@ class RecordedRun:
         """Return where pieces of inputs are: see `Database.contents`."""
         return self._read(lambda database: database.contents(numbers))
 
-    def pieces(self, given: Collection[Given], known: Container[int] = ()) -> dict[int, Piece]:
+    def pieces(self, given: Collection[Given], known: Container[int] = ()) -> dict[int, StoredPiece]:
         """Return the pieces of inputs by number, without dropped ones. known: those not to read."""
         numbers = {number for each in given for number in each.numbers() if number not in known}
         if not numbers:  # opening the database takes as long as a small step
             return {}
-        index, found = self.located(numbers), dict[int, Piece]()
+        index, found = self.located(numbers), dict[int, StoredPiece]()
         for each in given:
             found |= read_pieces(self.directory, index, each, found)
         return found

@@ -26,7 +26,7 @@ from everystep.recording.contents import (
     SIZES,
     Given,
     Inputs,
-    Piece,
+    StoredPiece,
     as_tensor,
     inputs_of,
     joined,
@@ -120,7 +120,7 @@ class RecordedSteps:
         self._losses: dict[int, float] = {}
         self._given: dict[bytes | None, Inputs] = {}
         #: Pieces of inputs, by their numbers.
-        self._pieces: dict[int, Piece] = {}
+        self._pieces: dict[int, StoredPiece] = {}
         self._bytes = 0
         if conversion is not None:
             for number in self.facts.programs:
