@@ -233,7 +233,7 @@ class StoredPiece(NamedTuple):
 
 
 def read_pieces(
-    directory: Path, index: PieceIndex, given: Given, known: Container[int] = ()
+    directory: Path, index: PieceIndex[Pieces], given: Given, known: Container[int] = ()
 ) -> dict[int, StoredPiece]:
     """Return the pieces of an input, by number, without those that were given up.
 
@@ -274,7 +274,7 @@ def read_pieces(
 
 
 def _side_by_side(
-    index: PieceIndex, given: Given, known: Container[int]
+    index: PieceIndex[Pieces], given: Given, known: Container[int]
 ) -> Iterator[tuple[Pieces, int, int]]:
     """Yield pieces of an input that lie side by side: their row, the first number, and their end."""
     for number, end in ((first, first + count) for first, count in given.runs):

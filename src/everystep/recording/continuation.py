@@ -161,7 +161,7 @@ def inherit(database: Database, plan: SnapshotPlan, parent: RecordedRun, at: int
     with reading(parent.directory / FILE_NAME) as known:
         losses, measured = known.series(LOSS, 1, at)[1], known.measurements(last=at)
         files = known.files()
-        repeats, contents = cut(known.repeats(1, at), 1, at), known.all_contents().rows
+        repeats, contents = cut(known.repeats(1, at), 1, at), known.all_contents()
     database.write_losses(1, losses.tolist())
     for name, (steps, values) in measured.items():
         rows = zip(steps.tolist(), values.tolist(), strict=True)
@@ -235,7 +235,7 @@ def tidy(database: Database, recorded: int, at: int, *, changes_again: bool = Fa
         path.unlink()
     known = {row.name for row in database.files()}
     known |= {row.directory for row in database.snapshots()}
-    known |= {batch_file(place.file) for place in database.all_contents().rows}
+    known |= {batch_file(place.file) for place in database.all_contents()}
     for folder in (SNAPSHOTS, CHANGES, PROGRAMS, BATCHES):
         for path in database.directory.glob(f"{folder}/*"):
             if f"{folder}/{path.name}" in known:

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from itertools import chain, pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from everystep.bounded import MOST_STEPS
 from everystep.errors import RecordingError, RunError
@@ -94,15 +94,23 @@ class Pieces(NamedTuple):
         return [self.digests[16 * (n - first) : 16 * (n - first + 1)] for n in range(number, end)]
 
 
-class PieceIndex:
-    """Pieces by their numbers. rows: in order of these."""
+class _Numbered(Protocol):
+    @property
+    def end(self) -> int: ...
 
-    def __init__(self, rows: Iterable[Pieces]) -> None:
+
+_Row = TypeVar("_Row", bound=_Numbered)
+
+
+class PieceIndex(Generic[_Row]):
+    """Pieces by their numbers. rows: in order of their first numbers, with which each begins."""
+
+    def __init__(self, rows: Iterable[_Row]) -> None:
         self.rows = [*rows]
 
-    def of(self, number: int) -> Pieces | None:
+    def of(self, number: int) -> _Row | None:
         """Return those that a piece is among, None if it was given up."""
-        index = bisect_right(self.rows, (number + 1,)) - 1
+        index = bisect_right(self.rows, (number + 1,)) - 1  # type: ignore[type-var]
         return self.rows[index] if index >= 0 and number < self.rows[index].end else None
 
 
@@ -310,11 +318,11 @@ class Database(Blocks):
             )
         return rows[1:] if rows and rows[0].last < first else rows
 
-    def all_contents(self) -> PieceIndex:
-        """Return all pieces of inputs."""
-        return PieceIndex(self._pieces("ORDER BY number"))
+    def all_contents(self) -> list[Pieces]:
+        """Return all pieces of inputs, in order of their numbers."""
+        return self._pieces("ORDER BY number")
 
-    def contents(self, numbers: Iterable[int]) -> PieceIndex:
+    def contents(self, numbers: Iterable[int]) -> PieceIndex[Pieces]:
         """Return the pieces that are among some, and what they were cut out of, as far as known."""
         found = self._among(numbers)
         # Data that was cut out of is whole: it has no source itself.

@@ -72,6 +72,15 @@ class BatchFile:
     draws: tuple[int, int] = (0, 0)
 
 
+class _Span(NamedTuple):
+    """Pieces of one file, from `number` up to `end`; source: the number of what they were cut out of."""
+
+    number: int
+    end: int
+    file: int
+    source: int | None
+
+
 class Repeats:
     """The one writer of what repeats steps, and of the contents of their inputs.
 
@@ -103,20 +112,21 @@ class Repeats:
         #: The files that are being written: of draws, which may have to stay longer, and of the others.
         self._open: dict[bool, tuple[int, BinaryIO]] = {}
         self.files: dict[int, BatchFile] = {}
-        #: The number of each content, by its digest.
+        #: The number of each content, by its digest; there may be millions, so of where they are, the
+        #: run's database alone has all.
         self._known: dict[bytes, int] = {}
-        self._pieces = database.all_contents()
+        self._spans = PieceIndex[_Span]([])
         self._rows: list[Pieces] = []
         self._given: dict[int, tuple[Any, Given, set[int]]] = {}
         self._packed_key: Any = None
         self._packed = b""
-        for row in self._pieces.rows:
-            self._known |= zip(row.digests_from(row.number, row.end), count(row.number), strict=False)
+        for row in database.all_contents():
+            self._know(row)
             newest_step = recorded if keep is None else 0
             file = self.files.setdefault(row.file, BatchFile(newest_step=newest_step))
             file.size = max(file.size, row.place + row.size * (row.end - row.number))
         self._newest = max(self.files, default=0)
-        self._next = self._pieces.rows[-1].end if self._pieces.rows else 1
+        self._next = self._spans.rows[-1].end if self._spans.rows else 1
         self._forget_lost()
         for repeat in () if keep is None else database.repeats(1):
             for name, each in inputs_of(repeat.inputs, f"step {repeat.step}").given.items():
@@ -291,20 +301,28 @@ class Repeats:
         (number,) = self._add_once(step, "source", cut.source).numbers()
         places = memoryview(begins.astype(_PLACE).tobytes())
         # Data that is kept as places itself would be places in places.
-        pieces = self._pieces.of(number)
-        return (places, number) if pieces is not None and pieces.source is None else None
+        span = self._spans.of(number)
+        return (places, number) if span is not None and span.source is None else None
 
     def _files_of(self, numbers: Iterable[int]) -> set[int]:
         """Return the files that hold pieces, and the data that these were cut out of."""
         found: set[int] = set()
-        row: Pieces | None = None
+        span: _Span | None = None
         for number in numbers:
-            if row is not None and row.number <= number < row.end:
+            if span is not None and span.number <= number < span.end:
                 continue
-            row = self._pieces.of(number)
-            source = None if row is None or row.source is None else self._pieces.of(row.source)
-            found |= {each.file for each in (row, source) if each is not None}
+            span = self._spans.of(number)
+            source = None if span is None or span.source is None else self._spans.of(span.source)
+            found |= {each.file for each in (span, source) if each is not None}
         return found
+
+    def _know(self, row: Pieces) -> None:
+        """Add pieces to those that are known."""
+        self._known |= zip(row.digests_from(row.number, row.end), count(row.number), strict=False)
+        new, spans = _Span(row.number, row.end, row.file, row.source), self._spans.rows
+        if spans and (spans[-1].end, *spans[-1][2:]) == (new.number, *new[2:]):
+            new = new._replace(number=spans.pop().number)
+        spans.append(new)
 
     def _are_fresh(self, files: set[int], step: int) -> bool:
         """Return whether steps may refer to files; old ones could not be given up then."""
@@ -346,8 +364,7 @@ class Repeats:
             some = digests[begin : begin + _TOGETHER]
             at = self._next + begin, number, file.size + size * begin, size
             self._rows.append(Pieces(*at, b"".join(some), source))
-            self._pieces.rows.append(self._rows[-1])
-        self._known |= zip(digests, count(self._next), strict=False)
+            self._know(self._rows[-1])
         self._next += len(digests)
         opened.writelines(pieces.values())
         file.size += size * len(digests)
@@ -355,8 +372,8 @@ class Repeats:
 
     def _forget_lost(self) -> None:
         """Forget pieces of files that are gone, and what was cut out of data that is gone."""
-        kept = PieceIndex(row for row in self._pieces.rows if row.file in self.files)
+        kept = PieceIndex(span for span in self._spans.rows if span.file in self.files)
         of = kept.of
-        rows = (row for row in kept.rows if row.source is None or of(row.source) is not None)
-        self._pieces = PieceIndex(rows)
-        self._known = {d: n for d, n in self._known.items() if self._pieces.of(n) is not None}
+        spans = (each for each in kept.rows if each.source is None or of(each.source) is not None)
+        self._spans = PieceIndex(spans)
+        self._known = {d: n for d, n in self._known.items() if self._spans.of(n) is not None}

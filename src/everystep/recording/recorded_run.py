@@ -15,7 +15,7 @@ from everystep.errors import DamageWarning, ExperimentError, RunError
 from everystep.recording.blocks import LOSS, block_of, series_of
 from everystep.recording.connection import fingerprint, last_written
 from everystep.recording.contents import Given, StoredPiece, as_tensor, joined, read_pieces
-from everystep.recording.database import FILE_NAME, Database, PieceIndex, Repeat, reading
+from everystep.recording.database import FILE_NAME, Database, PieceIndex, Pieces, Repeat, reading
 from everystep.recording.directories import RANKS, is_run, name_of, rank_directory
 from everystep.recording.facts import DataFileFacts, Facts, RanksFacts, TrainingFacts
 from everystep.recording.files import (
@@ -485,7 +485,7 @@ class RecordedRun:
         """Return the rows that repeat any of steps `first` to `last`: see `Database.repeats`."""
         return self._read(lambda database: database.repeats(first, last))
 
-    def located(self, numbers: Iterable[int]) -> PieceIndex:
+    def located(self, numbers: Iterable[int]) -> PieceIndex[Pieces]:
         """Return where pieces of inputs are: see `Database.contents`."""
         return self._read(lambda database: database.contents(numbers))
 
