@@ -26,6 +26,7 @@ numerics.prepare()  # before torch computes
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset  # noqa: E402
 
 import everystep  # noqa: E402
 
@@ -39,7 +40,7 @@ class Loop(NamedTuple):
     """A training as a loop has it: its model and optimizer, a batch, and the loss of it.
 
     batch: what the model takes, in a tuple if it is several, and the targets; draws: makes the batch
-    within the step; None: the loop has it.
+    within the step; None: the loop has it; loader: of the batches of the loop, None for the same one.
     """
 
     model: nn.Module
@@ -48,6 +49,11 @@ class Loop(NamedTuple):
     loss: Callable[[Tensor, Tensor], Tensor]
     steps: int
     draws: Callable[[], tuple[Any, Tensor]] | None = None
+    loader: DataLoader[Any] | None = None
+
+    def batches(self) -> Iterable[Any]:
+        """Return the batches of its steps."""
+        return [self.batch] * self.steps if self.loader is None else self.loader
 
 
 def chapter() -> Loop:
@@ -55,6 +61,16 @@ def chapter() -> Loop:
     model = nn.Sequential(nn.Linear(1000, 100), nn.ReLU(), nn.Linear(100, 10))
     batch = torch.randn(64, 1000), torch.randn(64, 10)
     return Loop(model, torch.optim.SGD(model.parameters(), lr=1e-4), batch, functional.mse_loss, 1000)
+
+
+def shuffled() -> Loop:
+    """A small network, on three epochs of shuffled rows, by a DataLoader."""
+    model = nn.Sequential(nn.Linear(100, 64), nn.ReLU(), nn.Linear(64, 10))
+    data = TensorDataset(torch.randn(20_000, 100), torch.randint(0, 10, (20_000,)))
+    sampler = RandomSampler(data, num_samples=3 * len(data), generator=torch.Generator())
+    loader = DataLoader(data, 64, sampler=sampler)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    return Loop(model, optimizer, data[:64], functional.cross_entropy, len(loader), None, loader)
 
 
 def digits() -> Loop:
@@ -225,7 +241,7 @@ def main() -> None:
     rounds = asked.rounds
     print("| | steps | plain, ms a step | recorded | ratio |")
     print("| --- | --: | --: | --: | --: |")
-    for make in (chapter, digits, text, lengths, graphs, packed, transformer, resnet):
+    for make in (chapter, shuffled, digits, text, lengths, graphs, packed, transformer, resnet):
         _print_row(make, asked.device, rounds)
     print("\n| | steps | plain, s | model and loss, s | ratio |")
     print("| --- | --: | --: | --: | --: |")
@@ -286,11 +302,11 @@ def _print_row(make: Callable[[], Loop], device: str, rounds: int) -> None:
     with tempfile.TemporaryDirectory() as place:
         for _ in range(rounds):
             loop = _made(make, device)
-            plain.append(_seconds(loop, [loop.batch] * loop.steps))
+            plain.append(_seconds(loop, loop.batches()))
             loop = _made(make, device)
             run = Path(place) / "run"
             with everystep.record(run=run, model=loop.model, optimizer=loop.optimizer) as recording:
-                batches = recording.steps([loop.batch] * loop.steps)
+                batches = recording.steps(loop.batches())
                 recorded.append(_seconds(loop, batches, lambda loss: recording.log(loss=loss)))
             shutil.rmtree(run)
     ratios = [one / two for one, two in zip(recorded, plain, strict=True)]
