@@ -99,8 +99,8 @@ def expect_axe_finds_nothing_serious(page, *, within=None, rules=None):
 
 
 def expect_no_sideways_scrolling(page):
-    width, visible = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
-    assert width <= visible, f"{width} pixels on {visible}"
+    """Wait until the page is as wide as the window: a plot follows that in a later frame."""
+    page.wait_for_function("document.documentElement.scrollWidth <= window.innerWidth")
 
 
 def expect_everybody_can_read_it(page, wait=lambda: None):
