@@ -149,7 +149,7 @@ def bert():
 
 
 def trained_by(trainer, model, callbacks, **settings):
-    """Train three steps, of which each is logged, if the settings do not say otherwise."""
+    """Train three steps, and log each of them, unless the settings ask for others."""
     settings = {"max_steps": 3, "logging_steps": 1} | settings
     arguments = transformers.TrainingArguments(
         output_dir="out", per_device_train_batch_size=4, report_to=[], save_strategy="no",

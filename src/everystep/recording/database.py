@@ -110,6 +110,7 @@ class PieceIndex(Generic[_Row]):
 
     def of(self, number: int) -> _Row | None:
         """Return those that a piece is among, None if it was given up."""
+        # Rows are tuples: one of a number alone sorts before that which begins with it.
         index = bisect_right(self.rows, (number + 1,)) - 1  # type: ignore[type-var]
         return self.rows[index] if index >= 0 and number < self.rows[index].end else None
 
