@@ -101,6 +101,10 @@ def _stopped(folder: Path) -> Iterator[Property]:
     yield loops.STOPPED, _in_a_new_place(folder, loops.resume_and_compare)
 
 
+def _forked(folder: Path) -> Iterator[Property]:
+    yield loops.FORKED, _in_a_new_place(folder, loops.fork_and_compare)
+
+
 def _functions(folder: Path) -> Iterator[Property]:
     yield loops.FUNCTIONS, _in_a_new_place(folder, loops.train_and_compare)
 
@@ -143,6 +147,7 @@ def _in_a_new_place(folder: Path, check: Callable[[Any, Path], str]) -> Callable
 KINDS: dict[str, Callable[[Path], Any]] = {
     "loops": _loops,
     "resumed": _stopped,
+    "forked": _forked,
     "functions": _functions,
     "tables": _tables,
     "experiments": _experiments,

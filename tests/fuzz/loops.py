@@ -12,9 +12,11 @@ import copy
 import hashlib
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -29,12 +31,14 @@ import everystep
 from everystep.errors import EverystepError, TrainingError
 
 __all__ = [
+    "FORKED",
     "FUNCTIONS",
     "LOOPS",
     "STOPPED",
     "Function",
     "Loop",
     "Played",
+    "fork_and_compare",
     "play",
     "record_and_compare",
     "resume_and_compare",
@@ -426,13 +430,23 @@ class Alone(Unrecorded):
         return contextlib.nullcontext()
 
 
-def play(loop: Loop, record: Callable[..., Any], until: int | None = None) -> Played:
-    """Run a loop; until: the turn before which a `break` ends it."""
+def play(
+    loop: Loop,
+    record: Callable[..., Any],
+    until: int | None = None,
+    rates: Mapping[int, float] = MappingProxyType({}),
+) -> Played:
+    """Run a loop.
+
+    until: the turn before which a `break` ends it; rates: learning rates that turns begin with, by turn.
+    """
     things = Things(loop)
     played = Played([], [], {}, [])
     try:
         with contextlib.suppress(MishapError), record(**things.parts()) as recording:
             for number, batch in recording.steps(enumerate(_batches(loop))):
+                for group in chain(*[optimizer.param_groups for optimizer in things.optimizers]):
+                    group["lr"] = rates.get(number, group["lr"])
                 _turn(things, recording, batch, loop.turns[number], played)
                 if loop.turns[number][-1:] == (("break", 0),) or number + 1 == until:
                     break
@@ -572,6 +586,37 @@ def resume_and_compare(stopped: tuple[Loop, int], directory: Path) -> str:
     return "same"
 
 
+#: They set a rate themselves.
+NOT_FORKED = {"rate", "advance_scheduler", "load_optimizer"}
+
+
+def fork_and_compare(forked: tuple[Loop, int, float], directory: Path) -> str:
+    """Record a loop, and fork it at another rate by its programs; return "same", or why it is refused.
+
+    Raises:
+        AssertionError: a step of the fork differs from that of the loop with this rate.
+    """
+    loop, at, rate = forked
+    # A run with a scheduler has no other rate.
+    play(loop, lambda scheduler, **parts: everystep.record(run=directory / "run", **parts))
+    run = everystep.open(directory / "run")
+    at = min(at, len(run.losses) - 1)
+    if at < 0:
+        return "empty"
+    try:
+        fork = run.fork(at, lr=rate, run=directory / "fork", progress=False)
+    except EverystepError as error:
+        return f"refused: {error}"
+    by_hand = play(loop, lambda **parts: Alone(), rates={at: rate})
+    losses = [repr(float(loss)) for loss in _losses(fork)]
+    assert losses == [_as_recorded(loss) for loss in by_hand.losses[: len(losses)]]
+    for number in range(1, len(losses) + 1):
+        found = digest(dict(sorted(fork.parameters(number).items())))
+        assert found == by_hand.states[number - 1], number
+    assert fork.verify(processes=1, progress=False).is_exact
+    return "same" if len(losses) == len(run.losses) else "same, up to a number that Python reads"
+
+
 @dataclass(frozen=True)
 class Function:
     """A step function, of which each step has the actions of a loop's first turn.
@@ -690,6 +735,14 @@ def _is_resumed(loop: Loop) -> bool:
 
 #: Random loops, and the turn after which they stop and continue.
 STOPPED = st.tuples(LOOPS.filter(_is_resumed), st.integers(1, 7))
+
+
+def _is_forked(loop: Loop) -> bool:
+    return NOT_FORKED.isdisjoint(name for turn in loop.turns for name, _ in turn)
+
+
+#: Random loops, the step after which they are forked, and the rate from there on.
+FORKED = st.tuples(LOOPS.filter(_is_forked), st.integers(0, 6), st.sampled_from([0.0, 1e-3, 0.2]))
 
 
 @st.composite

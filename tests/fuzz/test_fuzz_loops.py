@@ -3,9 +3,11 @@
 import pytest
 from hypothesis import given, settings
 from tests.fuzz.loops import (
+    FORKED,
     FUNCTIONS,
     LOOPS,
     STOPPED,
+    fork_and_compare,
     record_and_compare,
     resume_and_compare,
     train_and_compare,
@@ -24,6 +26,12 @@ def test_a_random_loop(loop, tmp_path_factory):
 @given(stopped=STOPPED)
 def test_a_random_loop_that_stops_and_goes_on(stopped, tmp_path_factory):
     resume_and_compare(stopped, tmp_path_factory.mktemp("stopped") / "run")
+
+
+@settings(derandomize=True, max_examples=6)
+@given(forked=FORKED)
+def test_a_random_loop_at_another_rate(forked, tmp_path_factory):
+    fork_and_compare(forked, tmp_path_factory.mktemp("forked"))
 
 
 @settings(derandomize=True, max_examples=8)
