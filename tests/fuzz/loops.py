@@ -57,6 +57,24 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "recurrent": lambda: _Recurrent(),
     "double": lambda: nn.Sequential(nn.Linear(6, 4), nn.GELU(), nn.LayerNorm(4), nn.Linear(4, 3)),
 }
+
+
+class _Signs(optim.Optimizer):
+    """An optimizer that is not torch's own."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.01})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    kept = self.state[parameter].setdefault("kept", torch.zeros_like(parameter))
+                    kept.lerp_(parameter.grad, 0.5)
+                    parameter.sub_(kept.sign(), alpha=group["lr"])
+
+
 OPTIMIZERS: dict[str, Callable[[Any], optim.Optimizer]] = {
     "SGD": lambda p: optim.SGD(p, lr=0.05),
     "momentum": lambda p: optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True),
@@ -66,6 +84,7 @@ OPTIMIZERS: dict[str, Callable[[Any], optim.Optimizer]] = {
     "Adagrad": lambda p: optim.Adagrad(p, lr=0.05),
     "descent": lambda p: everystep.GradientDescent(p, lr=0.05),
     "averaged": lambda p: optim.NAdam(p, lr=0.01),
+    "signs": lambda p: _Signs(p),
 }
 
 

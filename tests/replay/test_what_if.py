@@ -354,10 +354,33 @@ def test_other_numbers_for_python_and_unknown_rates_are_reported(tmp_path, run):
     for rate in (-1.0, float("nan"), float("inf")):
         with pytest.raises(UsageError, match=f"lr is {rate:g}; pass learning rates from 0 on"):
             run.what_if(4, lr=[0.5, rate], progress=False)
-    own = type("Own", (torch.optim.SGD,), {})
-    loop(record=tmp_path / "own", optimizer=partial(own, lr=0.1))
+    loop(record=tmp_path / "own", optimizer=partial(OwnOptimizer, lr=0.1))
     with pytest.raises(RunError, match="no learning rate that its programs know as a number"):
         everystep.open(tmp_path / "own").what_if(4, lr=0.5, progress=False)
+
+
+class OwnOptimizer(torch.optim.SGD):
+    """Not one of torch's own."""
+
+
+def test_no_optimizer_of_several_keeps_the_recorded_rate(tmp_path):
+    models = [nn.Linear(3, 1) for _ in range(2)]
+    optimizers = [
+        kind(model.parameters(), lr=0.1)
+        for kind, model in zip((torch.optim.SGD, OwnOptimizer), models, strict=True)
+    ]
+    parts = {"first": models[0], "second": models[1], "one": optimizers[0], "two": optimizers[1]}
+    with everystep.record(run=tmp_path / "run", **parts) as recording:
+        for number, x in enumerate(recording.steps([torch.randn(4, 3) for _ in range(6)])):
+            for model, optimizer in zip(models[: 1 + number // 4], optimizers, strict=False):
+                loss = descend(optimizer, model(x).pow(2).mean())
+            recording.log(loss=loss)
+    run = everystep.open(tmp_path / "run")
+    with pytest.raises(RunError, match=r"step 5 of run has an optimizer \(two\) with no learning rate"):
+        run.what_if(1, lr=0.5, progress=False)
+    assert run.what_if(1, 4, lr=0.5, progress=False).cases
+    fork = run.fork(1, lr=0.5, run=tmp_path / "fork", progress=False)
+    assert len(fork.losses) == 4 and "step 5 of run has an optimizer (two)" in fork.facts.reason
 
 
 @torch.library.custom_op("everystep_tests::is_high", mutates_args=())

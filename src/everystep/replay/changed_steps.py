@@ -120,24 +120,26 @@ class ChangedSteps(RecordedSteps):
         """Return the numbers of a step, with the learning rate in them.
 
         Raises:
-            RunError: the step has an optimizer with a learning rate that is not a number of the step.
+            RunError: the step has an optimizer, one of several, with a learning rate that is not a
+                number of the step: that one would keep the recorded rate.
         """
         numbers = super().numbers(row)
         if self.lr is None:
             return numbers
         interpreter, found = self.program_of(row), list[int | float]()
-        operations, is_known = interpreter.program.operations, False
+        operations = interpreter.program.operations
         for operation, own in zip(operations, interpreter.numbers_of(numbers), strict=True):
-            if isinstance(operation.resolved, OptimizerOperator):
-                names = [slot.name for slot in slots_of(operation)]
-                own = [self.lr if name == "lr" else n for name, n in zip(names, own, strict=True)]
-                is_known |= "lr" in names
-            found += own
-        if not is_known and any(operation.phase == "update" for operation in operations):
-            raise RunError(
-                f"{self.run.name} has no learning rate that its programs know as a number: only "
-                "optimizers of torch's own have one, where it is not a tensor; fork the run instead"
-            )
+            is_whole = isinstance(operation.resolved, OptimizerOperator)
+            names = [slot.name for slot in slots_of(operation)] if is_whole else []
+            if operation.phase == "update" and "lr" not in names:
+                optimizer = f" ({operation.module})" if operation.module else ""
+                raise RunError(
+                    f"step {row.step} of {self.run.name} has an optimizer{optimizer} with no learning "
+                    "rate that its programs know as a number, as those of torch's own have if it is no "
+                    "tensor, so a different rate needs your code"
+                )
+            named = zip(names, own, strict=True) if is_whole else ((None, n) for n in own)
+            found += [self.lr if name == "lr" else n for name, n in named]
         return found
 
     def steps_with(self, steps: Iterable[int]) -> tuple[int, ...]:
