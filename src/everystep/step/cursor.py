@@ -255,7 +255,7 @@ class Cursor(UnderWay):
                 known = known._replace(keywords=keywords, results=results, writes=writes)
             self.add(key, known)
 
-    def _results(self, made: Sequence[Any], kind: str) -> list[int | None]:
+    def _met_results(self, made: Sequence[Any], kind: str) -> list[int | None]:
         """Return the numbers of results, None for what is not a tensor that a program can hold.
 
         kind: of memory that the call has made.
@@ -263,8 +263,11 @@ class Cursor(UnderWay):
         tensors, found = self.tensors, list[int | None]()
         for each in made:
             number = tensors.number(each) if isinstance(each, Tensor) else None
-            if number is None and isinstance(each, Tensor) and tensors.holds(each):
-                number = tensors.meet(each, kind)
+            if number is None and isinstance(each, Tensor):
+                if tensors.holds(each):
+                    number = tensors.meet(each, kind)
+                else:  # it has no number by which a later step could compare it
+                    self.leave()
             found.append(number)
         return found
 
@@ -329,23 +332,11 @@ class Cursor(UnderWay):
             self.undo()
             raise
         self._note_result(known, result)
-        made, numbers = flattened(result), list[int | None]()
-        # A result without a given dtype has the process's default, which no token shows.
-        is_shaped = self.is_remembered and (
-            (known.may_be_shaped and has_shape_of_values(func, (t.dtype for t in leaves(args[1:2]))))
-            or (known.makes_dtype and keywords.get("dtype") is None)
-        )
-        before, kind = len(tensors.known), "temporary" if is_seen else "allocated"
-        if is_shaped and all(tensors.holds(each) for each in made if isinstance(each, Tensor)):
-            places: tuple[tuple[int, int], ...] = ()
-        else:
-            is_shaped, numbers = False, self._results(made, kind)
-            # Such a result has no number by which a later step could compare it.
-            if any(number is None for number in numbers) and any(
-                n is None and isinstance(each, Tensor) for n, each in zip(numbers, made, strict=True)
-            ):
-                self.leave()
-            places = tuple([(n, k) for n, k in enumerate(numbers) if k is not None and k >= before])
+        made, before = flattened(result), len(tensors.known)
+        is_shaped = self.is_remembered and _has_unknown_shape(func, known, args, keywords)
+        is_shaped = is_shaped and all(tensors.holds(each) for each in made if isinstance(each, Tensor))
+        numbers = [] if is_shaped else self._met_results(made, "temporary" if is_seen else "allocated")
+        places = tuple([(n, k) for n, k in enumerate(numbers) if k is not None and k >= before])
         operation = None
         if is_seen:
             phase, module = self.follower.place(known.name in _ZEROING and self._are_gradients(written))
@@ -620,6 +611,16 @@ def _push_again(modes: Sequence[Any]) -> None:
     """Put modes in force that were taken from the stack, the innermost first."""
     for mode in reversed(modes):
         _push_mode(mode)
+
+
+def _has_unknown_shape(
+    func: Any, known: KnownOperator, args: tuple[Any, ...], keywords: dict[str, Any]
+) -> bool:
+    """Return whether no token of a call shows the shape or the dtype of its results."""
+    if known.may_be_shaped and has_shape_of_values(func, (t.dtype for t in leaves(args[1:2]))):
+        return True
+    # A result without a given dtype has the process's default.
+    return known.makes_dtype and keywords.get("dtype") is None
 
 
 def _written(func: Any, names: Collection[str], args: Any, keywords: Any) -> list[Tensor]:
