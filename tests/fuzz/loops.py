@@ -22,7 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 from hypothesis import strategies as st
+from pytest import MonkeyPatch
 from tests.descent import Unrecorded, seeded
+from tests.snapshots import take_snapshots_every
 from torch import Tensor, nn, optim
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
@@ -121,12 +123,17 @@ class MishapError(Exception):
 
 @dataclass(frozen=True)
 class Loop:
-    """A loop as data. models, optimizers: keys; data: how batches come; turns: their actions."""
+    """A loop as data.
+
+    models, optimizers: keys; data: how batches come; turns: their actions; interval: the steps between
+    two snapshots, 0 as everystep chooses them.
+    """
 
     models: tuple[str, str]
     optimizers: tuple[str, str]
     data: str
     turns: tuple[tuple[Action, ...], ...]
+    interval: int
 
 
 @dataclass
@@ -462,7 +469,13 @@ def play(
     things = Things(loop)
     played = Played([], [], {}, [])
     try:
-        with contextlib.suppress(MishapError), record(**things.parts()) as recording:
+        with (
+            MonkeyPatch.context() as patch,
+            contextlib.suppress(MishapError),
+            record(**things.parts()) as recording,
+        ):
+            if loop.interval:
+                take_snapshots_every(patch, loop.interval)
             for number, batch in recording.steps(enumerate(_batches(loop))):
                 for group in chain(*[optimizer.param_groups for optimizer in things.optimizers]):
                     group["lr"] = rates.get(number, group["lr"])
@@ -584,25 +597,39 @@ NOT_RESUMED = {"keep", "use_what_was_kept", "save_optimizer"}
 
 
 def resume_and_compare(stopped: tuple[Loop, int], directory: Path) -> str:
-    """Record a loop up to a turn, and continue; return "same", or "refused" with a reason.
+    """Record a loop up to a turn, continue, and fork it there; return "same", or why it is refused.
 
     Raises:
         AssertionError: it does not end with the bits of the loop that was not stopped.
     """
     loop, until = stopped
+    run, fork = directory / "run", directory / "fork"
     alone = play(loop, lambda **parts: Alone())
-    play(loop, lambda **parts: everystep.record(run=directory, **parts), until)
-    again = play(loop, lambda **parts: everystep.record(run=directory, resume=True, **parts))
-    errors = [text for text in again.told if text.startswith(("RunError", "UsageError"))]
-    if errors:
-        return f"refused: {errors[0]}"
+    play(loop, lambda **parts: everystep.record(run=run, **parts), until)
+    again = play(loop, lambda **parts: everystep.record(run=run, resume=True, **parts))
+    if refused := _errors(again):
+        return f"refused: {refused[0]}"
+    _compare_continued(alone, again, run)
+    at = min(until, len(everystep.open(run).losses))
+    forked = play(loop, lambda **parts: everystep.record(run=fork, fork=run, at=at, **parts))
+    if refused := _errors(forked):
+        return f"fork refused: {refused[0]}"
+    _compare_continued(alone, forked, fork)
+    return "same"
+
+
+def _errors(played: Played) -> list[str]:
+    return [text for text in played.told if text.startswith(("RunError", "UsageError"))]
+
+
+def _compare_continued(alone: Played, again: Played, directory: Path) -> None:
     different = [name for name, found in again.left.items() if found != alone.left[name]]
     assert not different, different
     run = everystep.open(directory)
     losses = [repr(float(loss)) for loss in _losses(run)]
     assert losses == [_as_recorded(loss) for loss in alone.losses[: len(losses)]]
-    assert run.verify(processes=1, progress=False).is_exact
-    return "same"
+    verified = run.verify(processes=1, progress=False)
+    assert verified.is_exact, repr(verified)
 
 
 #: They set a rate themselves.
@@ -737,7 +764,8 @@ def _loops(draw: Any) -> Loop:
     turns[-1] = turns[-1] + draw(_ending)
     pair = lambda keys: st.tuples(st.sampled_from(sorted(keys)), st.sampled_from(sorted(keys)))  # noqa: E731
     kind = draw(st.sampled_from(["loader", "nested", "views", "drawn"]))
-    return Loop(draw(pair(MODELS)), draw(pair(OPTIMIZERS)), kind, tuple(turns))
+    interval = draw(st.sampled_from([0, 1, 2, 3]))
+    return Loop(draw(pair(MODELS)), draw(pair(OPTIMIZERS)), kind, tuple(turns), interval)
 
 
 #: Random loops.

@@ -376,6 +376,33 @@ def test_snapshots_have_no_gradients_that_the_next_step_drops(made):
     assert run.verify(processes=1, progress=False).is_exact
 
 
+def test_gradients_that_wait_for_a_later_step_are_in_the_snapshots_between(tmp_path, monkeypatch):
+    take_snapshots_every(monkeypatch, 1)
+
+    def left(until=None, **options):
+        torch.manual_seed(0)
+        often, rarely, batches = nn.Linear(3, 1), nn.Linear(3, 1), torch.randn(8, 4, 3).unbind()
+        optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (often, rarely)]
+        parts = {"often": often, "rarely": rarely, "one": optimizers[0], "two": optimizers[1]}
+        with everystep.record(run=tmp_path / "run", **parts, **options) as recording:
+            for x in recording.steps(batches):
+                number = recording.step_count + 1
+                recording.log(loss=descend(optimizers[0], often(x).pow(2).mean()))
+                if number in (1, 5):
+                    rarely(x).pow(2).mean().backward()
+                if number == 7:
+                    optimizers[1].step()
+                if number == until:
+                    break
+        return bits(rarely.weight)
+
+    expected = left()
+    assert everystep.open(tmp_path / "run").verify(processes=1, progress=False).is_exact
+    shutil.rmtree(tmp_path / "run")
+    left(until=4)
+    assert left(resume=True) == expected
+
+
 def clipped_between_steps(model, number):
     for parameter in model.parameters():
         parameter.data.clamp_(-0.2, 0.2)

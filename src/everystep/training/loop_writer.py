@@ -103,8 +103,8 @@ class LoopWriter(RunWriter):
         self._note_logged(step, path)
         self._note_numerics()
         self.timed(step.started, self.parts.state)
-        # Only this step shows which pending gradients the snapshot before it needs.
-        self._keep_pending(self.watched.gradients_used())
+        # Only this step shows which pending gradients the snapshot before it does not need.
+        self._keep_pending(self.watched.dropped_gradients())
         self._compare_with_later(None)
         if self.is_snapshot_due():
             self._pending = self.waiting_for(self._snapshot)
@@ -231,14 +231,13 @@ class LoopWriter(RunWriter):
             problem = f"the state is not the recorded one ({names})"
             raise self.recorder.differs(self.step, problem)
 
-    def _keep_pending(self, used: Collection[str] | None = None) -> None:
-        """Write the snapshot that waits. used: the gradients that the step after it uses, if known."""
+    def _keep_pending(self, dropped: Collection[str] = ()) -> None:
+        """Write the snapshot that waits, without the gradients that no step after it can use."""
         if self._pending is None:
             return
         state, self._pending = self._pending, None
-        if used is not None:
-            unused = {n for n in state.rest if n.startswith("gradient/") and n not in used}
-            rest = {name: tensor for name, tensor in state.rest.items() if name not in unused}
+        if dropped:
+            rest = {name: tensor for name, tensor in state.rest.items() if name not in dropped}
             state = replace(state, rest=rest)
         self.flush()  # a state on disk means that its steps are there
         self.recorder.snapshot(state)

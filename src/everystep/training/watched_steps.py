@@ -57,14 +57,15 @@ class WrittenProgram(NamedTuple):
     """A program of the run: its number, and what the rows of its steps need of it.
 
     numbers_kept: as of `BuiltPath`; inputs: the number of each input's storage in the path, and how many
-    bytes the program has of it; gradients: those of the step before that it uses; shared: the program
-    and its sizes as inputs of a step, where the run keeps them so (bytes,) uint8.
+    bytes the program has of it; dropped: the gradients of steps before that it drops or replaces
+    unused; shared: the program and its sizes as inputs of a step, where the run keeps them so (bytes,)
+    uint8.
     """
 
     number: int
     numbers_kept: tuple[int, ...]
     inputs: dict[str, tuple[int, int]]
-    gradients: frozenset[str]
+    dropped: frozenset[str]
     shared: Mapping[str, Tensor] = MappingProxyType({})
 
 
@@ -310,8 +311,9 @@ class WatchedSteps:
             number = count if self._writer is None else self._writer.program(text)
             self.programs.append(number)
         inputs = {name: (place, program.storages[name].bytes) for name, place in built.inputs.items()}
-        gradients = frozenset(name for name in program.state_names if name.startswith("gradient/"))
-        written = WrittenProgram(number, built.numbers_kept, inputs, gradients, shared)
+        changed = {name for name in (*program.ends, *program.gone) if name.startswith("gradient/")}
+        dropped = frozenset(changed - program.state_names)
+        written = WrittenProgram(number, built.numbers_kept, inputs, dropped, shared)
         sizes = sizes_of(program)
         if built.origins.sizes(path) == sizes:
             key = hashlib.sha256(text.encode()).digest()
@@ -346,10 +348,10 @@ class WatchedSteps:
             self._asked[path] = built if newest == path else build_path(path, watch.numbers)
         return self._asked[path]
 
-    def gradients_used(self) -> Collection[str] | None:
-        """Return the gradients from before the last step that it has used, None if that is unknown."""
+    def dropped_gradients(self) -> Collection[str]:
+        """Return the gradients from before the last step that neither it nor a later step can use."""
         known = self._of_paths[self.last[0].digest]
-        return None if isinstance(known, str) else known.gradients
+        return () if isinstance(known, str) else known.dropped
 
     def note_changes(
         self,
