@@ -26,7 +26,9 @@ from pytest import MonkeyPatch
 from tests.descent import Unrecorded, seeded
 from tests.snapshots import take_snapshots_every
 from torch import Tensor, nn, optim
+from torch.func import functional_call
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import everystep
@@ -115,6 +117,11 @@ class _Recurrent(nn.Module):
             hidden = self.cell(part, hidden)
         found: Tensor = self.head(hidden)
         return found
+
+
+class _Removed:
+    def __init__(self, handle: Any) -> None:
+        self.close = handle.remove
 
 
 class MishapError(Exception):
@@ -435,6 +442,94 @@ def mishap(t, recording, x, y, n):
 def make_infinite(t, recording, x, y, n):
     if t.loss is not None:
         t.loss = t.loss / 0.0
+
+
+@action
+def swap_with_average(t, recording, x, y, n):
+    for one, two in zip(t.models[0].parameters(), t.average.parameters(), strict=True):
+        one.data, two.data = two.data, one.data
+
+
+@action
+def zero_now_and_then(t, recording, x, y, n):
+    t.carried["count"] += 1
+    if t.carried["count"] % (2 + n % 3) == 0:
+        t.optimizers[n % 2].zero_grad(set_to_none=n >= 4)
+
+
+@action
+def step_with_closure(t, recording, x, y, n):
+    def closure():
+        t.optimizers[n % 2].zero_grad()
+        loss = functional.mse_loss(t.models[n % 2](x), y)
+        loss.backward()
+        return loss
+
+    t.loss = t.optimizers[n % 2].step(closure)
+
+
+@action
+def step_by_hand(t, recording, x, y, n):
+    with torch.no_grad():
+        for parameter in t.parameters(n):
+            if parameter.grad is not None:
+                parameter -= 0.01 * parameter.grad
+
+
+@action
+def forward_checkpointed(t, recording, x, y, n):
+    found = checkpoint(t.models[n % 2], x, use_reentrant=n >= 4)
+    t.add(functional.mse_loss(found, y))
+
+
+@action
+def forward_in_half(t, recording, x, y, n):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = t.models[n % 2](x)
+    t.add(functional.mse_loss(found.float(), y))
+
+
+@action
+def forward_with_hook(t, recording, x, y, n):
+    with t.models[n % 2].register_forward_hook(lambda module, given, found: found * 0.5):
+        t.add(functional.mse_loss(t.models[n % 2](x), y))
+
+
+@action
+def hook_on_gradients(t, recording, x, y, n):
+    parameter = t.parameters(n)[0]
+    if parameter.requires_grad:
+        with contextlib.closing(_Removed(parameter.register_hook(lambda gradient: gradient * 0.5))):
+            functional.mse_loss(t.models[n % 2](x), y).backward()
+
+
+@action
+def functional_forward(t, recording, x, y, n):
+    model = t.models[n % 2]
+    moved = {name: each * 0.9 for name, each in model.named_parameters()}
+    t.add(functional.mse_loss(functional_call(model, moved, (x,)), y))
+
+
+@action
+def penalty_of_gradients(t, recording, x, y, n):
+    parameters = [p for p in t.parameters(n) if p.requires_grad]
+    if parameters:
+        loss = functional.mse_loss(t.models[n % 2](x), y)
+        found = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+        t.add(sum(each.pow(2).sum() for each in found if each is not None))
+
+
+@action
+def keep_the_best(t, recording, x, y, n):
+    if t.loss is not None and t.loss.item() < t.carried.get("best", math.inf):
+        t.carried["best"] = t.loss.item()
+        t.carried["weights"] = copy.deepcopy(t.models[0].state_dict())
+
+
+@action
+def load_the_best(t, recording, x, y, n):
+    if "weights" in t.carried:
+        t.models[0].load_state_dict(t.carried["weights"])
 
 
 #: Programs may run them: they neither read numbers nor change what only Python knows.
