@@ -16,7 +16,7 @@ from torch import Tensor
 
 from everystep.errors import RunError
 
-__all__ = ["Generators", "generators_preserved"]
+__all__ = ["Generators", "generator_states", "generators_preserved"]
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,13 @@ class Generators:
     numpy: tuple[Any, ...]
 
     @classmethod
-    def capture(cls, device: torch.device, *, is_quick: bool = False) -> Generators:
-        """Read all of them, without drawing.
-
-        is_quick: read Python's and NumPy's again only if their words have changed; it may miss a
-            `set_state` that changes nothing but the second of two normal numbers.
-        """
+    def capture(cls, device: torch.device) -> Generators:
+        """Read all of them, without drawing."""
         return cls(
             torch_cpu=torch.get_rng_state(),
             torch_device=_device_generator_state(device),
-            python=_python_state() if is_quick else random.getstate(),
-            numpy=_numpy_state() if is_quick else np.random.get_state(),  # type: ignore[arg-type]
+            python=random.getstate(),
+            numpy=np.random.get_state(),  # type: ignore[arg-type]
         )
 
     @classmethod
@@ -112,6 +108,21 @@ def generators_preserved(device: torch.device) -> Iterator[None]:
         before.restore(device)
 
 
+def generator_states(device: torch.device) -> dict[str, Any]:
+    """Return the states of all of them, by name, in microseconds; they must not be changed.
+
+    Python's and NumPy's are read again only if their words have changed: this may miss a `set_state`
+    that changes nothing but the second of two normal numbers.
+    """
+    found = {
+        "torch": torch.default_generator.get_state(),
+        "python": _python_state(),
+        "numpy": _numpy_state(),
+    }
+    state = _device_generator_state(device)
+    return found if state is None else found | {"device": state}
+
+
 def _python_state() -> Any:
     if not _PYTHON_PLACE:
         return random.getstate()
@@ -125,8 +136,8 @@ def _numpy_state() -> Any:
     return _read_again(generator.ctypes.state_address, np.random.get_state, lambda state: state[3])
 
 
-#: Of a generator, by the place of its words: these, and the state that was read from it.
-_known: dict[int, tuple[bytes, Any]] = {}
+#: Of a generator, by the place of its words: what shows them, how they were, and the state read then.
+_known: dict[int, tuple[Any, bytes, Any]] = {}
 
 
 def _read_again(place: int, read: Callable[[], Any], has_second: Callable[[Any], bool]) -> Any:
@@ -135,11 +146,13 @@ def _read_again(place: int, read: Callable[[], Any], has_second: Callable[[Any],
     Python makes a number of each of its 624 words, and NumPy copies them one by one, so it is read only
     if they have changed, or if it keeps the second of two normal numbers, which is not among them.
     """
-    words = ctypes.string_at(place, _STATE_BYTES)
-    known, state = _known.get(place, (b"", None))
-    if words != known or has_second(state):
+    if (known := _known.get(place)) is None:
+        known = (ctypes.c_char * _STATE_BYTES).from_address(place), b"", None
+    words, then, state = known
+    now = words.raw
+    if now != then or has_second(state):
         state = read()
-        _known[place] = words, state
+        _known[place] = words, now, state
     return state
 
 

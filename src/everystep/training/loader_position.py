@@ -30,12 +30,12 @@ from torch.utils.data import (
 from everystep.errors import RunError
 from everystep.recording.contents import DRAW
 from everystep.recording.keep import RECENT, Ahead
-from everystep.step.generators import Generators
+from everystep.step.generators import Generators, generator_states
 from everystep.step.kept_values import decoded, encoded
 from everystep.step.state import same_bits
 from everystep.training.batch_sources import BatchSources, Changed, samplers_of, sources_of
 
-__all__ = ["Drawn", "Epoch", "LoaderPosition", "Recorded", "different", "generator_states", "is_quiet"]
+__all__ = ["Drawn", "Epoch", "LoaderPosition", "Recorded", "different", "is_quiet"]
 
 #: Prefix of the names of a loader's own state.
 LOADER = "own/loader"
@@ -330,13 +330,6 @@ class LoaderPosition:
         Generators.from_tensors(known | found).restore(self._device)
 
 
-def generator_states(device: torch.device) -> dict[str, Any]:
-    """Return the states of the global random generators, to be compared by `different`."""
-    found = Generators.capture(device, is_quick=True)
-    states = {"torch": found.torch_cpu, "python": found.python, "numpy": found.numpy}
-    return states if found.torch_device is None else states | {"device": found.torch_device}
-
-
 def different(one: Mapping[str, Any], other: Mapping[str, Any]) -> set[str]:
     """Return the names of generators with another state in the other."""
     return {name for name, state in one.items() if not _is_same(state, other[name])}
@@ -403,4 +396,5 @@ def _own_generators(loader: Any) -> dict[str, torch.Generator]:
     if type(loader) is GeneratorType:
         return {}
     found = {name: getattr(owner, "generator", None) for name, owner in samplers_of(loader).items()}
-    return {name: each for name, each in found.items() if isinstance(each, torch.Generator)}
+    # None first: the class of generators has a Python function that looks at what is no instance.
+    return {n: e for n, e in found.items() if e is not None and isinstance(e, torch.Generator)}
