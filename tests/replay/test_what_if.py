@@ -360,6 +360,89 @@ def test_other_numbers_for_python_and_unknown_rates_are_reported(tmp_path, run):
         everystep.open(tmp_path / "own").what_if(4, lr=0.5, progress=False)
 
 
+class ByHand:
+    """An update as many write it, by no class of torch."""
+
+    def __init__(self, parameters, lr):
+        self.parameters, self.lr = [*parameters], lr
+
+    @torch.no_grad()
+    def step(self):
+        for parameter in self.parameters:
+            parameter.sub_(self.lr * parameter.grad)
+            parameter.grad = None
+
+
+def with_other_updates(record=None, rate=0.1, at=0, kind="both"):
+    """The losses of a loop with updates by hand, or by an optimizer of torch and something more."""
+    torch.manual_seed(0)
+    model, other, average = (nn.Linear(4, 1) for _ in range(3))
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    by_hand = ByHand([*model.parameters(), *([] if kind == "both" else other.parameters())], 0.1)
+    parts = {"model": model, "other": other, "average": average, "optimizer": optimizer}
+    recording = everystep.record(run=record, **parts) if record else None
+    losses = []
+    with recording or nullcontext():
+        batches = torch.randn(6, 8, 4)
+        for step, x in enumerate(recording.steps(batches) if recording else batches):
+            optimizer.param_groups[0]["lr"] = rate if step >= at else 0.1
+            loss = (model(x) - 1).square().mean() + (other(x) - 2).square().mean()
+            if kind == "gradients":
+                grads = torch.autograd.grad(loss, model.weight, retain_graph=True)
+                model.weight.data -= 0.1 * grads[0]
+            loss.backward()
+            if kind in ("both", "all"):
+                by_hand.step()
+            if kind == "sharp":
+                moves = [0.05 * parameter.grad for parameter in other.parameters()]
+                optimizer.zero_grad()
+                torch._foreach_add_([p.data for p in other.parameters()], moves)
+                (other(x) - 2).square().mean().backward()
+                torch._foreach_sub_([p.data for p in other.parameters()], moves)
+            if kind != "all":
+                optimizer.step()
+            with torch.no_grad():
+                other.weight.clamp_(-3, 3)
+                for mean, own in zip(average.parameters(), other.parameters(), strict=True):
+                    mean.lerp_(own, 0.1)
+            optimizer.zero_grad()
+            losses.append(loss.item() if not recording else 0.0)
+            if recording:
+                recording.log(loss=loss)
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [("all", "bias, other.bias, other.weight"), ("both", "bias, weight"), ("gradients", "weight")],
+)
+def test_what_is_updated_by_hand_has_no_known_rate(tmp_path, kind, names):
+    with_other_updates(tmp_path / "run", kind=kind)
+    run = everystep.open(tmp_path / "run")
+    for question in (run.what_if, partial(run.fork, run=tmp_path / "fork")):
+        with pytest.raises(RunError, match=f"no learning rate that .* know as a number for {names}"):
+            question(2, lr=0.5, progress=False)
+    assert not (tmp_path / "fork").exists()
+
+
+@pytest.mark.parametrize("kind", ["sharp", "average"])
+def test_what_else_changes_the_parameters_of_an_optimizer_stays(tmp_path, kind):
+    with_other_updates(tmp_path / "run", kind=kind)
+    fork = everystep.open(tmp_path / "run").fork(2, lr=0.5, run=tmp_path / "fork", progress=False)
+    assert fork.losses["loss"].to_list() == with_other_updates(rate=0.5, at=2, kind=kind)
+
+
+def test_a_backward_pass_by_hand_has_no_known_rate(tmp_path):
+    weight = torch.ones(2, 1)
+    with everystep.record(run=tmp_path / "run", weight=weight) as recording:
+        for x in recording.steps(torch.randn(3, 5, 2)):
+            difference = x @ weight - 1
+            weight -= 0.1 * x.T @ difference
+            recording.log(loss=difference.square().sum())
+    with pytest.raises(RunError, match="no learning rate that its programs know as a number: only"):
+        recording.run.fork(1, lr=0.5, run=tmp_path / "fork", progress=False)
+
+
 @torch.library.custom_op("everystep_tests::is_high", mutates_args=())
 def is_high(weight: torch.Tensor) -> bool:
     return bool(weight.max() > 9)
