@@ -443,6 +443,24 @@ def test_a_backward_pass_by_hand_has_no_known_rate(tmp_path):
         recording.run.fork(1, lr=0.5, run=tmp_path / "fork", progress=False)
 
 
+def test_other_sizes_than_recorded_end_a_training_with_a_sentence(tmp_path):
+    """A mask picks as many rows as the parameters let it."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
+        for x in recording.steps(torch.randn(6, 30, 4)):
+            predicted = model(x)[:, 0]
+            loss = predicted[predicted > 0].square().mean()
+            descend(optimizer, loss)
+            recording.log(loss=loss)
+    run = recording.run
+    with pytest.raises(RunError, match="cannot be repeated with the change: .*operation") as refused:
+        run.what_if(1, lr=5.0, progress=False)
+    assert "act differently from there; end at step 2, or fork the run instead" in str(refused.value)
+    assert run.what_if(1, 2, lr=5.0, progress=False).cases[0].losses == (run.losses["loss"][1],)
+
+
 @torch.library.custom_op("everystep_tests::is_high", mutates_args=())
 def is_high(weight: torch.Tensor) -> bool:
     return bool(weight.max() > 9)

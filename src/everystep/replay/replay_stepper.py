@@ -341,8 +341,13 @@ class ReplayStepper:
         if isinstance(error, RunError) and not isinstance(error, ProgramError):
             return NotReplayedError(str(error))
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        if self.steps.is_changed:  # such as a mask that picks more
+            replayed = "repeated with the change"
+            reason = f"{reason}; your code could act differently from there"
+        else:
+            replayed = "replayed"
         return NotReplayedError(
-            f"step {self.state + 1} of {self._run.name} cannot be replayed: {reason}"
+            f"step {self.state + 1} of {self._run.name} cannot be {replayed}: {reason}"
         )
 
     def _compare(self, number: int, differs: str | None, digests: Mapping[str, str]) -> None:
