@@ -455,9 +455,9 @@ def test_other_sizes_than_recorded_end_a_training_with_a_sentence(tmp_path):
             descend(optimizer, loss)
             recording.log(loss=loss)
     run = recording.run
-    with pytest.raises(RunError, match="cannot be repeated with the change: .*operation") as refused:
+    with pytest.raises(RunError, match=r"cannot be repeated with the change: .*operation") as refused:
         run.what_if(1, lr=5.0, progress=False)
-    assert "act differently from there; end at step 2, or fork the run instead" in str(refused.value)
+    assert "; end at step 2, or fork the run instead: everystep.record(" in str(refused.value)
     assert run.what_if(1, 2, lr=5.0, progress=False).cases[0].losses == (run.losses["loss"][1],)
 
 
@@ -635,7 +635,7 @@ def test_other_targets_of_a_model_are_those_of_a_fork(tmp_path):
     ("loss_of", "targets", "message"),
     [
         (None, {5: 0, 2: 0.5}, r"relabel 5: the batch of step 5 has rows 0 to 4\n  relabel 2: 0.5 does"),
-        (None, {2: 7}, "step 5 of run cannot be replayed: Target 7 is out of bounds"),
+        (None, {2: 7}, "step 5 of run cannot be repeated with the change: Target 7 is out of bounds"),
         (lambda out, y: out.square().sum(), RELABELLED, r"no operation of step 5 of run reads meta\.0"),
         (
             lambda out, y: (out - torch.from_numpy(y.numpy() * 2.0)[:, None]).square().sum(),

@@ -341,11 +341,8 @@ class ReplayStepper:
         if isinstance(error, RunError) and not isinstance(error, ProgramError):
             return NotReplayedError(str(error))
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        if self.steps.is_changed:  # such as a mask that picks more
-            replayed = "repeated with the change"
-            reason = f"{reason}; your code could act differently from there"
-        else:
-            replayed = "replayed"
+        # With a change, a mask may pick more numbers than recorded.
+        replayed = "repeated with the change" if self.steps.is_changed else "replayed"
         return NotReplayedError(
             f"step {self.state + 1} of {self._run.name} cannot be {replayed}: {reason}"
         )
