@@ -76,6 +76,12 @@ class Generators:
             random.setstate(self.python)
             np.random.set_state(self.numpy)
 
+    def is_python_as_in(self, other: Generators) -> bool:
+        """Return whether Python's and NumPy's generators are in the same states."""
+        (kind, keys, *rest), (other_kind, other_keys, *others) = self.numpy, other.numpy
+        is_alike = self.python == other.python and (kind, rest) == (other_kind, others)
+        return is_alike and np.array_equal(keys, other_keys)
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the states as tensors, by name."""
         _, words, gauss = self.python

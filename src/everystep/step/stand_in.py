@@ -24,6 +24,7 @@ from everystep.program.operation import TensorSpec
 from everystep.program.operators import draws_random_numbers
 from everystep.step.build import BuiltPath
 from everystep.step.cursor import Cursor
+from everystep.step.generators import Generators
 from everystep.step.optimizer_call import OptimizerCalls
 from everystep.step.outside_tensors import Brought
 from everystep.step.parts import Parts
@@ -76,19 +77,23 @@ class TakenByProgram:
 
 
 class PartsCopy(NamedTuple):
-    """What a step begins with: copies of the tensors of the parts and of the batch, by name, and torch's
-    generator.
+    """What a step begins with: copies of the tensors of the parts and of the batch, by name, and the
+    random generators.
     """
 
     tensors: dict[str, Tensor]
     batch: dict[str, Tensor]
-    generator: Tensor
+    generators: Generators
 
     @classmethod
     def of(cls, parts: Parts, batch: Mapping[str, Tensor]) -> PartsCopy:
         """Copy the current state of the parts, and a batch."""
         copies = {name: tensor.detach().clone() for name, tensor in batch.items()}
-        return cls(copied_together(parts.state()), copies, torch.get_rng_state())
+        return cls(copied_together(parts.state()), copies, _generators())
+
+    def has_python_drawn(self) -> bool:
+        """Return whether the step has drawn from Python's or NumPy's generator, as no program does."""
+        return not self.generators.is_python_as_in(_generators())
 
 
 class StandIn:
@@ -402,7 +407,7 @@ class StandIn:
             return str(error)
         # A comparison must leave the generator of the training as it is.
         after = torch.get_rng_state()
-        torch.set_rng_state(before.generator)
+        torch.set_rng_state(before.generators.torch_cpu)
         try:
             with without_autograd():
                 for leaf, tensor in before.batch.items():
@@ -460,6 +465,10 @@ class StandIn:
                 raise NotReplaceableError("the optimizer runs another step than before")
             numbers[step.begin : step.end] = call.numbers
         return numbers
+
+
+def _generators() -> Generators:
+    return Generators.capture(torch.device("cpu"), is_quick=True)
 
 
 def _gradients(path: Path, named: Sequence[tuple[str, int]]) -> dict[str, tuple[Any, ...]]:
