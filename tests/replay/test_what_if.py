@@ -622,6 +622,25 @@ def test_a_fork_ends_before_python_would_read_another_number(tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+def test_a_step_that_reads_targets_outside_torch_may_differ_with_others(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y = torch.randn(12, 4), torch.randint(0, 3, (12,))
+    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
+        for rows in (*torch.arange(12).split(4), torch.arange(4, 8), torch.arange(4)):
+            batch = {"x": x[rows], "y": y[rows]}
+            with recording.step(batch):
+                weight = 1 + sum(batch["y"].tolist()) / 10 if recording.step_count >= 3 else 1.0
+                loss = nn.functional.cross_entropy(model(batch["x"]), batch["y"]) * weight
+                recording.log(loss=descend(optimizer, loss))
+    relabel = {1: (int(y[1]) + 1) % 3}
+    (case,) = recording.run.what_if(0, relabel=relabel, progress=False).cases
+    assert case.found_in == (1, 5) and case.differs_from == 5  # step 4 reads other rows
+    fork = recording.run.fork(0, relabel=relabel, run=tmp_path / "fork", progress=False)
+    assert len(fork.losses) == 4 and "Python read y, which has another target" in fork.facts.reason
+
+
 def test_other_targets_of_a_model_are_those_of_a_fork(tmp_path):
     run = trained(tmp_path / "run", dropout=0.2)
     row = run[5].batch.number(0)

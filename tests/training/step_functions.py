@@ -274,6 +274,13 @@ def rarely_branched_by_chance():
 
 
 @case
+def branched_by_the_memory_of_its_batch():
+    """A step that decides by what Python reads of a target, long after the first checks."""
+    loss = lambda m, x, y: mean_square(m, -x if y[0].tolist()[0] > 99 else x, y)  # noqa: E731
+    return usual(sgd, loss=loss, reason="reads the memory of a tensor")
+
+
+@case
 def branched_by_a_number():
     """A step that decides by its loss."""
 

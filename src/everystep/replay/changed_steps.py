@@ -69,6 +69,8 @@ class ChangedSteps(RecordedSteps):
         #: The tensors of a batch with its rows; the bytes of a row in all of these, and its target.
         self._with_rows: list[str] = []
         self._changed: list[tuple[Tensor, float]] = []
+        #: The tensor of a batch with its targets.
+        self._name = "y"
         #: Whether a batch has one of the rows, by the inputs of its step.
         self._has: dict[bytes | None, bool] = {}
         self.targets: dict[int, tuple[float, float]] = {}
@@ -101,8 +103,15 @@ class ChangedSteps(RecordedSteps):
 
     def unknown_in(self, number: int) -> str | None:
         """Return what Python may have read that the recording does not have, and no program computes."""
-        count = self.program_of(self.row(number)).program.left_out
-        return f"Python read {count:,} of its values that no program computes" if count else None
+        row = self.row(number)
+        program = self.program_of(row).program
+        if program.left_out:
+            return f"Python read {program.left_out:,} of its values that no program computes"
+        spec = program.tensors.get(self._name)
+        is_relabelled = bool(self.targets) and (self.rule is not None or self._has.get(row.inputs))
+        if is_relabelled and spec is not None and spec.storage in program.read_batch:
+            return f"Python read {self._name}, which has another target"
+        return None
 
     def taken(self, number: int) -> Taken:
         """Return a step in its stored form."""

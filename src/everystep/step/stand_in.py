@@ -165,7 +165,7 @@ class StandIn:
         self._logged_reads = self._places_of_logged()
         #: Of these places: those among the numbers that the program has.
         self._read = {place: built.numbers_kept.index(place) for place in self._logged_reads.values()}
-        check_replaceable(built.program, path, seen, batch, parts.device)
+        check_replaceable(built.program, path, seen, batch, parts.device, is_fixed=is_fixed)
         #: The program on a copy of a state, to be compared.
         self._copy: BoundProgram | None = None
         lying = {path.tensors[number].storage: name for name, number in path.named}
