@@ -204,7 +204,10 @@ class PartsState:
             for name in parts.named:
                 self._restore_part(parts, name, held[name], saved, shared, is_whole=only is None)
         except KeyError as error:
-            raise RunError(f"the part {name!r} does not fit the snapshot: it lacks {error}") from None
+            raise RunError(
+                f"the part {name!r} does not fit the snapshot: it lacks {error}; build the parts as "
+                f"they were after step {state.step}, with what the training added to them by then"
+            ) from None
         except (ValueError, TypeError, AttributeError, StopIteration) as error:
             raise RunError(f"the part {name!r} does not fit the snapshot: {error}") from None
         try:
