@@ -160,8 +160,8 @@ class PartsState:
             here, there = map(_without_draws, pair)
             if not is_written_alike(here, there):
                 # What only one of them has is not named.
-                inner = [each.get("object", each) if each else each for each in (here, there)]
-                other += dict.fromkeys(_differing(*inner, name)) or [name]
+                here, there = (each.get("object", each) if each else each for each in (here, there))
+                other += dict.fromkeys(_differing(here, there, name)) or [name]
         if now["frozen"] != then.get("frozen"):
             other.append("which parameters are trained")
         if other:
