@@ -597,7 +597,7 @@ def test_a_fork_of_a_loop_with_other_settings_is_refused():
     cure = (
         "pass the parts as they were then, and change what should differ once recording.step_count is 8"
     )
-    with pytest.raises(RunError, match=f"scheduler: other settings .*{cure}"):
+    with pytest.raises(RunError, match=rf"scheduler\.gamma: other settings .*{cure}"):
         fork()
     with pytest.raises(RunError, match=f"optimizer: other settings .*{cure}"):
         fork(lambda model: model[2].parameters())

@@ -363,24 +363,126 @@ class OwnOptimizer(torch.optim.SGD):
     """Not one of torch's own."""
 
 
-def test_no_optimizer_of_several_keeps_the_recorded_rate(tmp_path):
-    models = [nn.Linear(3, 1) for _ in range(2)]
-    optimizers = [
-        kind(model.parameters(), lr=0.1)
-        for kind, model in zip((torch.optim.SGD, OwnOptimizer), models, strict=True)
-    ]
-    parts = {"first": models[0], "second": models[1], "one": optimizers[0], "two": optimizers[1]}
-    with everystep.record(run=tmp_path / "run", **parts) as recording:
+def test_no_optimizer_keeps_the_recorded_rate_in_a_step(tmp_path):
+    """In one step, a parameter gets other memory, so the programs have operations of the optimizer."""
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
         for number, x in enumerate(recording.steps([torch.randn(4, 3) for _ in range(6)])):
-            for model, optimizer in zip(models[: 1 + number // 4], optimizers, strict=False):
-                loss = descend(optimizer, model(x).pow(2).mean())
+            loss = model(x).pow(2).mean()
+            loss.backward()
+            if number == 4:
+                model.weight.data = model.weight.data.clone()
+            optimizer.step()
+            optimizer.zero_grad()
             recording.log(loss=loss)
     run = everystep.open(tmp_path / "run")
-    with pytest.raises(RunError, match=r"step 5 of run has an optimizer \(two\) with no learning rate"):
+    with pytest.raises(RunError, match=r"step 5 of run has an optimizer .*with no learning rate"):
         run.what_if(1, lr=0.5, progress=False)
     assert run.what_if(1, 4, lr=0.5, progress=False).cases
     fork = run.fork(1, lr=0.5, run=tmp_path / "fork", progress=False)
-    assert len(fork.losses) == 4 and "step 5 of run has an optimizer (two)" in fork.facts.reason
+    assert len(fork.losses) == 4 and "step 5 of run has an optimizer" in fork.facts.reason
+
+
+class ByHand:
+    """An update as many write it, by no class of torch."""
+
+    def __init__(self, parameters, lr):
+        self.parameters, self.lr = [*parameters], lr
+
+    @torch.no_grad()
+    def step(self):
+        for parameter in self.parameters:
+            parameter.sub_(self.lr * parameter.grad)
+            parameter.grad = None
+
+
+def with_other_updates(record=None, rate=0.1, at=0, kind="both"):
+    """The losses of a loop with updates by hand, or by an optimizer of torch and something more."""
+    torch.manual_seed(0)
+    model, other, average = (nn.Linear(4, 1) for _ in range(3))
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    by_hand = ByHand([*model.parameters(), *([] if kind == "both" else other.parameters())], 0.1)
+    parts = {"model": model, "other": other, "average": average, "optimizer": optimizer}
+    recording = everystep.record(run=record, **parts) if record else None
+    losses = []
+    with recording or nullcontext():
+        batches = torch.randn(6, 8, 4)
+        for step, x in enumerate(recording.steps(batches) if recording else batches):
+            optimizer.param_groups[0]["lr"] = rate if step >= at else 0.1
+            loss = (model(x) - 1).square().mean() + (other(x) - 2).square().mean()
+            if kind == "gradients":
+                grads = torch.autograd.grad(loss, model.weight, retain_graph=True)
+                model.weight.data -= 0.1 * grads[0]
+            loss.backward()
+            if kind in ("both", "all"):
+                by_hand.step()
+            if kind == "sharp":
+                moves = [0.05 * parameter.grad for parameter in other.parameters()]
+                optimizer.zero_grad()
+                torch._foreach_add_([p.data for p in other.parameters()], moves)
+                (other(x) - 2).square().mean().backward()
+                torch._foreach_sub_([p.data for p in other.parameters()], moves)
+            if kind != "all":
+                optimizer.step()
+            with torch.no_grad():
+                other.weight.clamp_(-3, 3)
+                for mean, own in zip(average.parameters(), other.parameters(), strict=True):
+                    mean.lerp_(own, 0.1)
+            optimizer.zero_grad()
+            losses.append(loss.item() if not recording else 0.0)
+            if recording:
+                recording.log(loss=loss)
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [("all", "bias, other.bias, other.weight"), ("both", "bias, weight"), ("gradients", "weight")],
+)
+def test_what_is_updated_by_hand_has_no_known_rate(tmp_path, kind, names):
+    with_other_updates(tmp_path / "run", kind=kind)
+    run = everystep.open(tmp_path / "run")
+    for question in (run.what_if, partial(run.fork, run=tmp_path / "fork")):
+        with pytest.raises(RunError, match=f"no learning rate that .* know as a number for {names}"):
+            question(2, lr=0.5, progress=False)
+    assert not (tmp_path / "fork").exists()
+
+
+@pytest.mark.parametrize("kind", ["sharp", "average"])
+def test_what_else_changes_the_parameters_of_an_optimizer_stays(tmp_path, kind):
+    with_other_updates(tmp_path / "run", kind=kind)
+    fork = everystep.open(tmp_path / "run").fork(2, lr=0.5, run=tmp_path / "fork", progress=False)
+    assert fork.losses["loss"].to_list() == with_other_updates(rate=0.5, at=2, kind=kind)
+
+
+def test_a_backward_pass_by_hand_has_no_known_rate(tmp_path):
+    weight = torch.ones(2, 1)
+    with everystep.record(run=tmp_path / "run", weight=weight) as recording:
+        for x in recording.steps(torch.randn(3, 5, 2)):
+            difference = x @ weight - 1
+            weight -= 0.1 * x.T @ difference
+            recording.log(loss=difference.square().sum())
+    with pytest.raises(RunError, match="no learning rate that its programs know as a number: only"):
+        recording.run.fork(1, lr=0.5, run=tmp_path / "fork", progress=False)
+
+
+def test_other_sizes_than_recorded_end_a_training_with_a_sentence(tmp_path):
+    """A mask picks as many rows as the parameters let it."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
+        for x in recording.steps(torch.randn(6, 30, 4)):
+            predicted = model(x)[:, 0]
+            loss = predicted[predicted > 0].square().mean()
+            descend(optimizer, loss)
+            recording.log(loss=loss)
+    run = recording.run
+    with pytest.raises(RunError, match=r"cannot be repeated with the change: .*operation") as refused:
+        run.what_if(1, lr=5.0, progress=False)
+    assert "; end at step 2, or fork the run instead: everystep.record(" in str(refused.value)
+    assert run.what_if(1, 2, lr=5.0, progress=False).cases[0].losses == (run.losses["loss"][1],)
 
 
 @torch.library.custom_op("everystep_tests::is_high", mutates_args=())
@@ -544,6 +646,25 @@ def test_a_fork_ends_before_python_would_read_another_number(tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+def test_a_step_that_reads_targets_outside_torch_may_differ_with_others(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y = torch.randn(12, 4), torch.randint(0, 3, (12,))
+    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
+        for rows in (*torch.arange(12).split(4), torch.arange(4, 8), torch.arange(4)):
+            batch = {"x": x[rows], "y": y[rows]}
+            with recording.step(batch):
+                weight = 1 + sum(batch["y"].tolist()) / 10 if recording.step_count >= 3 else 1.0
+                loss = nn.functional.cross_entropy(model(batch["x"]), batch["y"]) * weight
+                recording.log(loss=descend(optimizer, loss))
+    relabel = {1: (int(y[1]) + 1) % 3}
+    (case,) = recording.run.what_if(0, relabel=relabel, progress=False).cases
+    assert case.found_in == (1, 5) and case.differs_from == 5  # step 4 reads other rows
+    fork = recording.run.fork(0, relabel=relabel, run=tmp_path / "fork", progress=False)
+    assert len(fork.losses) == 4 and "Python read y, which has another target" in fork.facts.reason
+
+
 def test_other_targets_of_a_model_are_those_of_a_fork(tmp_path):
     run = trained(tmp_path / "run", dropout=0.2)
     row = run[5].batch.number(0)
@@ -557,7 +678,7 @@ def test_other_targets_of_a_model_are_those_of_a_fork(tmp_path):
     ("loss_of", "targets", "message"),
     [
         (None, {5: 0, 2: 0.5}, r"relabel 5: the batch of step 5 has rows 0 to 4\n  relabel 2: 0.5 does"),
-        (None, {2: 7}, "step 5 of run cannot be replayed: Target 7 is out of bounds"),
+        (None, {2: 7}, "step 5 of run cannot be repeated with the change: Target 7 is out of bounds"),
         (lambda out, y: out.square().sum(), RELABELLED, r"no operation of step 5 of run reads meta\.0"),
         (
             lambda out, y: (out - torch.from_numpy(y.numpy() * 2.0)[:, None]).square().sum(),

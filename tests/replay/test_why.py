@@ -3,6 +3,7 @@
 `python -m benchmarks.why` does the first for 200 numbers of eight networks; here it is a sample.
 """
 
+import copy
 import json
 import math
 import random
@@ -444,3 +445,15 @@ def test_bits_that_are_read_as_another_dtype_are_said_to_be_bits():
         None,
         "it wrote int32 there, and these are some of its bits",
     )
+
+
+def test_a_number_that_was_copied_as_bytes_is_followed_to_the_copy():
+    """`copy.deepcopy` copies the memory of a tensor as bytes."""
+    batches = [torch.randn(6, 4) for _ in range(2)]
+    step = looped(nn.Linear(4, 2), batches, lambda model, x: model(copy.deepcopy(x)).square().mean())[2]
+    (x,) = step.batch
+    at = [seen.operation.name for seen in step.operations].index("addmm")
+    for place in range(4):
+        factor = step.why(f"#{at}[5, 0]", terms=9).groups[-1].terms[place].numbers["mat1"]
+        assert factor.value in x[5].tolist()
+        assert factor.why().note == "it wrote uint8 there, and these are some of its bits"

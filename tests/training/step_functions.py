@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import transformers
 from tests.descent import descend
@@ -258,8 +259,25 @@ def branched_by_chance():
     return usual(
         sgd,
         loss=lambda m, x, y: mean_square(m, -x if random.random() < 0.5 else x, y),
-        reason="Python runs different operations",
+        reason="draws random numbers from Python or NumPy",
     )
+
+
+@case
+def rarely_branched_by_chance():
+    """A step that asks NumPy's generator, and turns only long after the first checks."""
+    return usual(
+        sgd,
+        loss=lambda m, x, y: mean_square(m, -x if np.random.rand() < 1e-9 else x, y),
+        reason="draws random numbers from Python or NumPy",
+    )
+
+
+@case
+def branched_by_the_memory_of_its_batch():
+    """A step that decides by what Python reads of a target, long after the first checks."""
+    loss = lambda m, x, y: mean_square(m, -x if y[0].tolist()[0] > 99 else x, y)  # noqa: E731
+    return usual(sgd, loss=loss, reason="reads the memory of a tensor")
 
 
 @case

@@ -233,6 +233,65 @@ def test_the_state_of_an_optimizer_may_be_made_of_other_tensors(tmp_path, capsys
         trained(resume=True)
 
 
+def test_an_assertion_on_the_device_leaves_nothing_to_report(capsys):
+    def loss_of(model, batch):
+        torch._assert_async(batch[0].sum() < 1e9, "the batch is too large")
+        return mean_square(model, batch)
+
+    assert looped(network(), batches(), loss_of).verify(processes=1, progress=False).is_exact
+    assert capsys.readouterr().err == ""
+
+
+def test_a_resume_names_what_a_part_lacks_that_the_training_added(tmp_path, monkeypatch):
+    take_snapshots_every(monkeypatch, 1)
+
+    def trained(**options):
+        model = nn.Sequential(nn.Linear(3, 3))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        parts = {"model": model, "optimizer": optimizer}
+        with everystep.record(run=tmp_path / "run", **parts, **options) as recording:
+            for number, x in enumerate(recording.steps(torch.randn(4, 2, 3))):
+                if number == 2:
+                    model.append(added := nn.Linear(3, 1))
+                    optimizer.add_param_group({"params": [*added.parameters()]})
+                recording.log(loss=descend(optimizer, model(x).square().mean()))
+
+    trained()
+    with pytest.raises(
+        everystep.RunError, match=r"it lacks .*; build the parts as they were after step 3"
+    ):
+        trained(resume=True)
+
+
+def test_tensors_on_one_memory_change_together_between_steps(tmp_path, monkeypatch):
+    """A sharpness-aware optimizer puts back the weights that it kept, so both lie on one memory."""
+    take_snapshots_every(monkeypatch, 1)
+    torch.manual_seed(0)
+    model, kept, seen = nn.Linear(3, 1), {}, []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    begun = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    parts = {"model": model, "optimizer": optimizer, "kept": kept}
+    with everystep.record(run=tmp_path / "run", **parts) as recording:
+        for epoch in range(3):
+            for x in recording.steps(torch.randn(2, 4, 3)):
+                if kept:
+                    seen.append(kept["old"].clone())
+                    model.bias.data.add_(kept["old"].sum())
+                kept["old"] = model.weight.data.clone()
+                with torch.no_grad():
+                    model.weight.add_(0.1)
+                loss = descend(optimizer, model(x).square().mean())
+                model.weight.data = kept["old"]
+                optimizer.step()
+                recording.log(loss=loss)
+            if epoch < 2:
+                model.load_state_dict(begun)
+    run = everystep.open(tmp_path / "run")
+    assert run.verify(processes=1, progress=False).is_exact
+    for number in range(2, 7):
+        assert torch.equal(run[number].state["part/kept.old"], seen[number - 2])
+
+
 def test_a_step_of_more_operations_than_a_run_may_have_is_recorded_without_them(monkeypatch, capsys):
     monkeypatch.setattr("everystep.step.build.MOST_ENTRIES", 20)
     torch.manual_seed(0)

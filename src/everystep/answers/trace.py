@@ -73,7 +73,11 @@ class Origin:
         if self.part is None:
             return element
         offset, dtype = self.part
-        content = element.resolve_conj().reshape(1).clone().view(torch.uint8)
+        if dtype.itemsize > element.itemsize and tensor.dim() == 1:
+            # `copy.deepcopy` copies the memory of a tensor as bytes, so it lies in several of these.
+            count = dtype.itemsize // element.itemsize
+            element = tensor[self.index[0] : self.index[0] + count]
+        content = element.resolve_conj().reshape(-1).clone().view(torch.uint8)
         return content[offset : offset + dtype.itemsize].clone().view(dtype)[0]
 
 

@@ -54,8 +54,9 @@ class Program(StrictModel):
     activations: of each module's output, by the module's path; logged: of other logged numbers; ends:
     the tensor of a state name after the step, if it differs from before; gone: names of the state that
     the step removed; moves: the tensors that lie at other places in each step; left_out: how many
-    operations gave Python something, and are left out since no result of the step needs them; lines: of
-    the code that called the operations, when a step did so first; sources: the SHA-256 of their files.
+    operations gave Python something, and are left out since no result of the step needs them;
+    read_batch: the storages of the batch from which Python got numbers (numpy, tolist); lines: of the
+    code that called the operations, when a step did so first; sources: the SHA-256 of their files.
 
     It repeats one observed step, and has its numbers: the offsets of `moves`, then `Scalar` and `float`
     arguments. It may read numbers, and the shapes of its results may depend on values: their use in
@@ -76,6 +77,7 @@ class Program(StrictModel):
     gone: tuple[Name, ...] = ()
     moves: tuple[Name, ...] = ()
     left_out: int = Field(default=0, ge=0)
+    read_batch: tuple[Name, ...] = ()
     lines: tuple[SourceLine, ...] = ()
     sources: dict[str, str] = Field(default_factory=dict)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from everystep.errors import ExperimentError, Fault, RunError
+from everystep.errors import ExperimentError, Fault, RunError, named
 from everystep.experiment.batches import RowsOf
 from everystep.program.number_slots import slots_of
 from everystep.program.operators import draws_random_numbers
@@ -22,7 +22,7 @@ from everystep.recording.input_writer import Taken
 from everystep.recording.recorded_run import RecordedRun, Stretch
 from everystep.replay.opened_step import of_kind
 from everystep.replay.recorded_batches import batches_of
-from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps, described
+from everystep.replay.recorded_steps import NotReplayedError, ProgramKey, RecordedSteps, described
 from everystep.training.job import relabelled_rows
 
 __all__ = ["ChangedSteps", "FurtherSteps"]
@@ -46,8 +46,9 @@ class ChangedSteps(RecordedSteps):
 
     Raises:
         ExperimentError: lists rows that do not exist, and targets that do not fit.
-        RunError: the batches have no targets of one number per row, no operation reads them, or code
-            outside of torch may depend on the change.
+        RunError: the batches have no targets of one number per row, no operation reads them, other code
+            than torch's optimizers updates parameters at a rate, or code outside of torch may depend on
+            the change.
     """
 
     is_changed = True
@@ -68,9 +69,13 @@ class ChangedSteps(RecordedSteps):
         #: The tensors of a batch with its rows; the bytes of a row in all of these, and its target.
         self._with_rows: list[str] = []
         self._changed: list[tuple[Tensor, float]] = []
+        #: The tensor of a batch with its targets.
+        self._name = "y"
         #: Whether a batch has one of the rows, by the inputs of its step.
         self._has: dict[bytes | None, bool] = {}
         self.targets: dict[int, tuple[float, float]] = {}
+        if lr is not None:
+            self._check_rates(steps)
         if steps is None:
             return
         if not relabelled:
@@ -98,8 +103,15 @@ class ChangedSteps(RecordedSteps):
 
     def unknown_in(self, number: int) -> str | None:
         """Return what Python may have read that the recording does not have, and no program computes."""
-        count = self.program_of(self.row(number)).program.left_out
-        return f"Python read {count:,} of its values that no program computes" if count else None
+        row = self.row(number)
+        program = self.program_of(row).program
+        if program.left_out:
+            return f"Python read {program.left_out:,} of its values that no program computes"
+        spec = program.tensors.get(self._name)
+        is_relabelled = bool(self.targets) and (self.rule is not None or self._has.get(row.inputs))
+        if is_relabelled and spec is not None and spec.storage in program.read_batch:
+            return f"Python read {self._name}, which has another target"
+        return None
 
     def taken(self, number: int) -> Taken:
         """Return a step in its stored form."""
@@ -192,6 +204,27 @@ class ChangedSteps(RecordedSteps):
         assert rows is not None
         self._changed = [(rows[place], target) for place, target in relabelled.items()]
         return y
+
+    def _check_rates(self, steps: range | None) -> None:
+        """Check that the programs of the steps know the learning rate of all that these train."""
+        keys = dict.fromkeys(map(ProgramKey, self.facts.programs)) if steps is None else {}
+        for row in () if steps is None else map(self.row, steps):
+            if row.program is not None:
+                # Which operations there are does not depend on the sizes.
+                keys[self.key_of(row)._replace(sizes=None)] = None
+        known, others = set[str](), set[str]()
+        for key in keys:
+            by_optimizers, by_others = _updated(self.program(*key).program)
+            known |= by_optimizers
+            others |= by_others
+        # An optimizer trains what both change: a sharpness-aware step moves it along the gradient.
+        if not known or (others := others - known):
+            of = f" for {named(sorted(name.partition('/')[2] for name in others))}" if others else ""
+            raise RunError(
+                f"{self.run.name} has no learning rate that its programs know as a number{of}: only "
+                "optimizers of torch's own have one, where it is not a tensor; change the rate in a "
+                "fork that your code makes"
+            )
 
     def _check_not_from_parameters(self, steps: range) -> None:
         """Check that the steps read nothing that code may have computed from the parameters.
@@ -323,6 +356,36 @@ class FurtherSteps(ChangedSteps):
             alike = next((n for n in epoch if self._batches.rows_of(n) == rows), 0)
             self._alike[rows] = super().row(alike)
         return self._alike[rows]
+
+
+def _updated(program: Program) -> tuple[set[str], set[str]]:
+    """Return what torch's optimizers train at a rate that is a number, and what else follows gradients.
+
+    Both are names of the state. A target network, or an average, follows the parameters only.
+    """
+    gradients = {name for name in program.tensors if name.startswith("gradient/")}
+    paths = {name.partition("/")[2] for name in gradients} | program.gradients.keys()
+    trained = {
+        name: program.storages_of({name, program.ends.get(name, name)})
+        for name in program.state_names - gradients
+        if name.startswith("parameter/") or name.partition("/")[2] in paths
+    }
+    own = program.storages_of(trained)
+    following = program.storages_of(gradients | {*program.gradients.values()})
+    by_optimizers, by_gradients = set[str](), set[str]()
+    for operation in program.operations:
+        changed = program.storages_of(operation.changed())
+        if isinstance(operation.resolved, OptimizerOperator):
+            if any(slot.name == "lr" for slot in slots_of(operation)):
+                by_optimizers |= changed
+        elif operation.phase == "backward" or following & program.storages_of(operation.reads()):
+            by_gradients |= changed
+            following |= changed - own
+
+    def of(changed: set[str]) -> set[str]:
+        return {name for name, storages in trained.items() if storages & changed}
+
+    return of(by_optimizers), of(by_gradients)
 
 
 def _is_read(name: str, program: Program) -> bool:

@@ -341,8 +341,10 @@ class ReplayStepper:
         if isinstance(error, RunError) and not isinstance(error, ProgramError):
             return NotReplayedError(str(error))
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        # With a change, a mask may pick more numbers than recorded.
+        replayed = "repeated with the change" if self.steps.is_changed else "replayed"
         return NotReplayedError(
-            f"step {self.state + 1} of {self._run.name} cannot be replayed: {reason}"
+            f"step {self.state + 1} of {self._run.name} cannot be {replayed}: {reason}"
         )
 
     def _compare(self, number: int, differs: str | None, digests: Mapping[str, str]) -> None:

@@ -20,12 +20,12 @@ from everystep.replay.probe import check_question, opened_value
 from everystep.replay.processes import Opener, process_count, shared
 from everystep.replay.recorded_batches import batches_of
 from everystep.replay.recorded_columns import Evaluator, read_question
-from everystep.replay.recorded_steps import RecordedSteps, same_number
+from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps, same_number
 from everystep.replay.replay_stepper import ReplayStepper
 from everystep.replay.run_replay import Replay, no_such_step
 from everystep.replay.shown import Shown
 from everystep.replay.trained_objects import Living
-from everystep.replay.without_objects import check_determined
+from everystep.replay.without_objects import check_determined, fork_instead
 from everystep.step.generators import generators_preserved
 from everystep.step.state import State
 from everystep.training.objects import Objects
@@ -195,7 +195,13 @@ def _train_alone(
                 steps_of = partial(ChangedSteps, steps=taken, lr=lr, relabelled=targets)
             stepper = replay.stepper_for(place, steps_of, differing.setdefault)
             stepper.load(*states)
-            steps, outcome = stepper.steps, _outcome(run, question, (at, until), stepper)
+            try:
+                steps, outcome = stepper.steps, _outcome(run, question, (at, until), stepper)
+            except NotReplayedError as error:
+                if change is None:
+                    raise
+                end = f"end at step {stepper.state}, or " if stepper.state > at else ""
+                raise RunError(f"{error}; {end}{fork_instead(run, at)}") from None
             case = Case((), *outcome, steps.lr, min(differing, default=None))
             if isinstance(steps, ChangedSteps):
                 case = replace(case, targets=steps.targets, found_in=steps.steps_with(taken))

@@ -37,6 +37,7 @@ __all__ = [
     "check_has_rows",
     "continue_alone",
     "facts_alone",
+    "fork_instead",
 ]
 
 
@@ -77,6 +78,12 @@ def by_own_code(run: RecordedRun, at: int | None) -> str:
     )
 
 
+def fork_instead(run: RecordedRun, at: int) -> str:
+    """Return the advice to fork a run, where programs alone cannot take its steps."""
+    is_loop = run.facts.training.loop is not None
+    return f"fork the run instead: {by_own_code(run, at) if is_loop else f'run.fork({at}, ...)'}"
+
+
 def check_has_rows(run: RecordedRun, at: int | None) -> None:
     """Check that everystep makes the batches of a run from the rows of its data.
 
@@ -108,7 +115,7 @@ def check_determined(run: RecordedRun, at: int, until: int, change: str, *, is_o
         raise RunError(
             f"step {until} of {name} was trained with different settings than state {at}; start later"
         )
-    cure = f"fork the run instead: {by_own_code(run, at) if facts.loop else f'run.fork({at}, ...)'}"
+    cure = fork_instead(run, at)
     if facts.loop is not None and facts.loop.has_computed_batches:
         raise RunError(
             f"a model that {name} trains computes its batches as they are drawn, so {change} they would "

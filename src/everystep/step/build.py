@@ -143,6 +143,7 @@ class _Builder:
             gone=path.gone,
             moves=tuple(moves),
             left_out=sum(map(self._is_read, left_out)) + path.read_unseen,
+            read_batch=tuple(n for n in map(self._names.get, path.read_batch) if n in storages),
             lines=tuple(self._lines.lines),
             sources=self._lines.sources,
         )

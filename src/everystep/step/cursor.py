@@ -529,7 +529,6 @@ class Cursor(UnderWay):
         self, func: Any, known: KnownOperator, args: tuple[Any, ...], keywords: Any, reason: str
     ) -> Any:
         """Run an operation that a program cannot hold; its results and changes become inputs."""
-        self.unseen[f"{func} {reason}"] = self.unseen.get(f"{func} {reason}", 0) + 1
         before = [tensor for tensor in leaves([*args, *keywords.values()]) if is_plain(tensor)]
         versions = [(tensor, version_of(tensor)) for tensor in before]
         result = func(*args, **keywords)
@@ -539,6 +538,8 @@ class Cursor(UnderWay):
             others = before
         changed = _written(func, known.writes or writes(func), args, keywords)
         changed += [tensor for tensor, version in versions if version_of(tensor) != version] + others
+        if changed or func._schema.returns:  # an assertion leaves nothing to keep
+            self.unseen[f"{func} {reason}"] = self.unseen.get(f"{func} {reason}", 0) + 1
         # A tensor made of others may write into them below autograd, where torch does not count.
         made: list[Any] = [each for each in changed if hasattr(type(each), "__tensor_flatten__")]
         inner = [getattr(each, name) for each in made for name in each.__tensor_flatten__()[0]]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from everystep.errors import RunError
 
-__all__ = ["Generators", "generator_states", "generators_preserved"]
+__all__ = ["Generators", "different", "generator_states", "generators_preserved"]
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,21 @@ def generator_states(device: torch.device) -> dict[str, Any]:
     }
     state = _device_generator_state(device)
     return found if state is None else found | {"device": state}
+
+
+def different(one: Mapping[str, Any], other: Mapping[str, Any]) -> set[str]:
+    """Return the names of generators with another state in the other."""
+    return {name for name, state in one.items() if not _is_same(state, other[name])}
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, tuple) and isinstance(one[1], np.ndarray):  # NumPy's
+        return np.array_equal(one[1], other[1]) and one[2:] == other[2:]
+    return bool(one == other)
 
 
 def _python_state() -> Any:

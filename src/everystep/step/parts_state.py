@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from everystep.errors import Fault, RunError
+from everystep.errors import Fault, RunError, named
 from everystep.program.memory import copy_into
 from everystep.program.operation import extent_of
 from everystep.step.generators import Generators
@@ -150,19 +150,24 @@ class PartsState:
         cure: how to change it instead.
 
         Raises:
-            RunError: they differ; names the parts.
+            RunError: they differ; names where.
         """
         now, then = (each.settings for each in (self.snapshot(state.step), state))
         held = then.get("held", {})
         pairs = {name: (each, held.get(name)) for name, each in now["held"].items()}
-        other = [
-            name for name, pair in pairs.items() if not is_written_alike(*map(_without_draws, pair))
-        ]
+        other: list[str] = []
+        for name, pair in pairs.items():
+            here, there = map(_without_draws, pair)
+            if not is_written_alike(here, there):
+                # What only one of them has is not named.
+                here, there = (each.get("object", each) if each else each for each in (here, there))
+                other += dict.fromkeys(_differing(here, there, name)) or [name]
         if now["frozen"] != then.get("frozen"):
             other.append("which parameters are trained")
         if other:
             raise RunError(
-                f"{', '.join(other)}: other settings than those that the recording began with; {cure}"
+                f"{named(other, MOST_NAMED)}: other settings than those that the recording began with; "
+                f"{cure}"
             )
 
     def _noted(self, part: str, found: Encoded) -> Encoded:
@@ -204,7 +209,10 @@ class PartsState:
             for name in parts.named:
                 self._restore_part(parts, name, held[name], saved, shared, is_whole=only is None)
         except KeyError as error:
-            raise RunError(f"the part {name!r} does not fit the snapshot: it lacks {error}") from None
+            raise RunError(
+                f"the part {name!r} does not fit the snapshot: it lacks {error}; build the parts as "
+                f"they were after step {state.step}, with what the training added to them by then"
+            ) from None
         except (ValueError, TypeError, AttributeError, StopIteration) as error:
             raise RunError(f"the part {name!r} does not fit the snapshot: {error}") from None
         try:

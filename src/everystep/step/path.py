@@ -102,7 +102,8 @@ class Path:
     named: the tensors of the state and of the batch, by name; ends: the tensor of each state name after
     the step, if it is another; gone: names that no longer exist; gradients: as an optimizer found them;
     loss: the tensor logged as the loss; activations: the output of each module; logged: other logged
-    tensors with one element; read_unseen: how often Python has got numbers that no program computes.
+    tensors with one element; read_unseen: how often Python has got numbers that no program computes;
+    read_batch: the memory of the batch from which it has got numbers.
     """
 
     operations: tuple[SeenOperation, ...]
@@ -116,6 +117,7 @@ class Path:
     activations: tuple[tuple[str, tuple[int, ...]], ...]
     logged: tuple[tuple[str, int], ...] = ()
     read_unseen: int = 0
+    read_batch: tuple[int, ...] = ()
     #: The code that called each operation when a step had this path first.
     lines: tuple[Calls, ...] = ()
 
@@ -342,9 +344,13 @@ class PathWriter:
         lines: list[Calls] = []
         written: set[int] = set()
         read_unseen = 0
+        read_batch: set[int] = set()
         for entry in end.from_root():
             if entry.key[:2] == READ_UNSEEN:
-                read_unseen += self._is_computed(entry, written)
+                origin = self._given(entry, written)
+                read_unseen += origin is None
+                if origin is not None and self._met[origin].kind == "batch":
+                    read_batch.add(self._place(origin))
             if entry.operation is not None and not entry.shaped:
                 lines.append(entry.lines)
                 operations.append(self._renumbered(entry.operation))
@@ -383,20 +389,21 @@ class PathWriter:
             activations=tuple(activations.items()),
             logged=tuple(logged.items()),
             read_unseen=read_unseen,
+            read_batch=tuple(sorted(read_batch)),
             lines=tuple(lines),
         )
 
-    def _is_computed(self, read: Entry, written: Container[int]) -> bool:
-        """Return whether numbers that Python got may be others than those of data from outside.
+    def _given(self, read: Entry, written: Container[int]) -> int | None:
+        """Return the tensor on data from outside from which Python got numbers, None if not of data.
 
         written: storages that the step has written so far.
         """
         numbers = read.key[2] if len(read.key) > 2 else (None,)
         if numbers[0] is None:
-            return True
+            return None
         origin = self._met[numbers[0]].origin
         is_data = self._met[origin].kind in ("batch", "input", "part")
-        return not is_data or self._place_of.get(origin) in written
+        return origin if is_data and self._place_of.get(origin) not in written else None
 
     def _number(self, met: int) -> int:
         tensor = self._met[met]

@@ -42,7 +42,13 @@ class CreatesTensorsError(NotReplaceableError):
 
 
 def check_replaceable(
-    program: Program, path: Path, seen: Cursor, batch: Mapping[str, Tensor], device: torch.device
+    program: Program,
+    path: Path,
+    seen: Cursor,
+    batch: Mapping[str, Tensor],
+    device: torch.device,
+    *,
+    is_fixed: bool,
 ) -> None:
     """Check that a program computes all that steps with its path do.
 
@@ -51,6 +57,7 @@ def check_replaceable(
         seen: one of them, in Python.
         batch: its tensors, by name.
         device: of the training.
+        is_fixed: whether the batch is the same at every step.
 
     Raises:
         NotReplaceableError: steps may differ from it; gives the reason.
@@ -62,7 +69,7 @@ def check_replaceable(
     if seen.changed_unseen:
         name = seen.changed_unseen[0].partition("/")[2]
         raise NotReplaceableError(f"something changes {name} where torch does not see it")
-    if path.read_unseen:
+    if path.read_unseen or (path.read_batch and not is_fixed):
         raise NotReplaceableError(
             "Python reads the memory of a tensor (numpy, tolist), and may branch on it; compute with "
             "the tensor, or return it"

@@ -24,6 +24,7 @@ from everystep.program.operation import TensorSpec
 from everystep.program.operators import draws_random_numbers
 from everystep.step.build import BuiltPath
 from everystep.step.cursor import Cursor
+from everystep.step.generators import different, generator_states
 from everystep.step.optimizer_call import OptimizerCalls
 from everystep.step.outside_tensors import Brought
 from everystep.step.parts import Parts
@@ -40,6 +41,7 @@ __all__ = ["PartsCopy", "StandIn", "TakenByProgram"]
 
 #: Bytes up to which a copy of the state and of the program's memory is kept for the next comparison.
 SMALL_BYTES = 16_000_000
+_CPU = torch.device("cpu")
 CURE = "return the tensor instead of a Python number"
 
 
@@ -76,19 +78,23 @@ class TakenByProgram:
 
 
 class PartsCopy(NamedTuple):
-    """What a step begins with: copies of the tensors of the parts and of the batch, by name, and torch's
-    generator.
+    """What a step begins with: copies of the tensors of the parts and of the batch, by name, and the
+    random generators.
     """
 
     tensors: dict[str, Tensor]
     batch: dict[str, Tensor]
-    generator: Tensor
+    generators: dict[str, Any]
 
     @classmethod
     def of(cls, parts: Parts, batch: Mapping[str, Tensor]) -> PartsCopy:
         """Copy the current state of the parts, and a batch."""
         copies = {name: tensor.detach().clone() for name, tensor in batch.items()}
-        return cls(copied_together(parts.state()), copies, torch.get_rng_state())
+        return cls(copied_together(parts.state()), copies, generator_states(_CPU))
+
+    def has_python_drawn(self) -> bool:
+        """Return whether the step has drawn from Python's or NumPy's generator, as no program does."""
+        return bool(different(self.generators, generator_states(_CPU)) - {"torch"})
 
 
 class StandIn:
@@ -160,7 +166,7 @@ class StandIn:
         self._logged_reads = self._places_of_logged()
         #: Of these places: those among the numbers that the program has.
         self._read = {place: built.numbers_kept.index(place) for place in self._logged_reads.values()}
-        check_replaceable(built.program, path, seen, batch, parts.device)
+        check_replaceable(built.program, path, seen, batch, parts.device, is_fixed=is_fixed)
         #: The program on a copy of a state, to be compared.
         self._copy: BoundProgram | None = None
         lying = {path.tensors[number].storage: name for name, number in path.named}
@@ -402,7 +408,7 @@ class StandIn:
             return str(error)
         # A comparison must leave the generator of the training as it is.
         after = torch.get_rng_state()
-        torch.set_rng_state(before.generator)
+        torch.set_rng_state(before.generators["torch"])
         try:
             with without_autograd():
                 for leaf, tensor in before.batch.items():

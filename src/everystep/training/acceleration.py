@@ -264,6 +264,8 @@ class Acceleration:
 
         numbers: predicted for the step; before: the state before it, and its batch; logged: by it.
         """
+        if before.has_python_drawn():
+            return "it draws random numbers from Python or NumPy, not from torch"
         path, seen = self.watched.last
         if path != stand_in.path or not isinstance(seen, Cursor):
             return "Python runs different operations than before"

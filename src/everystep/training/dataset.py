@@ -21,11 +21,10 @@ from torch.utils.data import (
 
 from everystep.errors import DataError, Fault
 from everystep.experiment.batches import Batches
-from everystep.step.generators import generator_states
+from everystep.step.generators import different, generator_states
 from everystep.step.guards import Guards, is_plain
 from everystep.step.state import same_bits
 from everystep.step.torchs_own import TENSOR_TYPES
-from everystep.training.loader_position import different
 
 __all__ = [
     "DEFAULT_DATASET_LIMIT",

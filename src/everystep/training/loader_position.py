@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from types import GeneratorType
 from typing import Any, NamedTuple, cast
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor
@@ -30,12 +29,11 @@ from torch.utils.data import (
 from everystep.errors import RunError
 from everystep.recording.contents import DRAW
 from everystep.recording.keep import RECENT, Ahead
-from everystep.step.generators import Generators, generator_states
+from everystep.step.generators import Generators, different, generator_states
 from everystep.step.kept_values import decoded, encoded
-from everystep.step.state import same_bits
 from everystep.training.batch_sources import BatchSources, Changed, samplers_of, sources_of
 
-__all__ = ["Drawn", "Epoch", "LoaderPosition", "Recorded", "different", "is_quiet"]
+__all__ = ["Drawn", "Epoch", "LoaderPosition", "Recorded", "is_quiet"]
 
 #: Prefix of the names of a loader's own state.
 LOADER = "own/loader"
@@ -328,21 +326,6 @@ class LoaderPosition:
                 own.set_state(found[name])
         known = Generators.capture(self._device).tensors()
         Generators.from_tensors(known | found).restore(self._device)
-
-
-def different(one: Mapping[str, Any], other: Mapping[str, Any]) -> set[str]:
-    """Return the names of generators with another state in the other."""
-    return {name for name, state in one.items() if not _is_same(state, other[name])}
-
-
-def _is_same(one: Any, other: Any) -> bool:
-    if one is other:
-        return True
-    if isinstance(one, Tensor):
-        return same_bits(one, other)
-    if isinstance(one, tuple) and isinstance(one[1], np.ndarray):  # NumPy's
-        return np.array_equal(one[1], other[1]) and one[2:] == other[2:]
-    return bool(one == other)
 
 
 def _tensors(states: Mapping[str, Any], names: Collection[str]) -> dict[str, Tensor]:

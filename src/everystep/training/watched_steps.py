@@ -376,7 +376,10 @@ class WatchedSteps:
         names = {name for name in here if name in known or then.get(name) != here[name]}
         # A batch normalization counts its batches, but torch does not count the changes of its averages.
         counted = {_module_of(name) for name in names} - {None}
-        changed = {n: copy_of(state[n]) for n in here if n in names or _module_of(n) in counted}
+        names |= {name for name in here if _module_of(name) in counted}
+        # Where `tensor.data = other` put two on one memory, torch counts a change for one of them only.
+        memory = {state[name].untyped_storage()._cdata for name in names}
+        changed = {n: copy_of(state[n]) for n in here if state[n].untyped_storage()._cdata in memory}
         gone = [name for name in then.keys() - here.keys() if not name.startswith("gradient/")]
         if (changed or gone or drawn) and self._writer is not None:
             self._writer.change(step, changed | dict(drawn), gone)
