@@ -180,6 +180,8 @@ def test_bad_tables_are_told_with_the_cure(frame, options, problem):
         ("t.csv", "a,y\n1,2\n".encode("utf-16"), r"UTF-8 text \(line 1, .*; save it as UTF-8"),
         ("t.csv", b"a,y\n1,\0\n", r"UTF-8 text \(line 2, .*; save it as UTF-8"),
         ("t.csv", b'a,y\n1,2\n"3,5",4\n5,6,7\n', r"row 2 .* more values than the heading has .*\(2\)"),
+        ("t.csv", b"\n\r\na,a,y\n1,2,3\n4,5,6\n", "has 2 columns named 'a'; give each its own name"),
+        ("t.csv", b"\na,y\n1,2\n5,6,7\n", r"row 1 .* more values than the heading has .*\(2\)"),
         ("t.csv", b"[" + b"1" * 200_000 + b"]", r"t\.csv cannot be read as csv: field larger than"),
         ("t.csv", b'a,y\n"1","2"\n"3","1234', "is not closed; the file may be cut off"),
         ("t.csv", None, r"t\.csv does not exist"),

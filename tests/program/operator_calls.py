@@ -382,6 +382,7 @@ CASES = [
     ("constant_pad_nd.default", (rand(2, 3), [1, 1], 0.5), {}),
     ("select_backward.default", (rand(2, 3), [2, 4, 3], 1, 2), {}),
     ("slice_backward.default", (rand(2, 2), [2, 4], 1, 1, 3, 1), {}),
+    ("index_fill_.int_Scalar", (rand(4, 3), 1, torch.tensor([2]), 0.3), {}),
     ("index_put.default", (rand(4, 3), [ints(4, 6)], rand(6, 3), True), {}),
     ("index_add.default", (rand(4, 3), 0, ints(4, 6), rand(6, 3)), {"alpha": 2}),
     ("scatter_add.default", (rand(4, 3), 0, ints(4, 5, 2), rand(6, 3)), {}),

@@ -691,6 +691,11 @@ def _to_parameter(model, optimizer, number):
         model[0].weight[1, 3] = number
 
 
+def _fill(model, optimizer, number):
+    with torch.no_grad():
+        model[0].weight[1].fill_(number)
+
+
 def _to_moment(model, optimizer, number):
     optimizer.state[model[0].weight]["exp_avg"][1, 3] = number
 
@@ -723,22 +728,33 @@ def _nonfinite(everystep_command, run):
     return everystep_command("first-nonfinite", run.directory)[1]
 
 
-@pytest.mark.parametrize(("write", "number"), [(_to_gradient, math.inf), (_to_parameter, math.nan)])
+@pytest.mark.parametrize(
+    ("write", "number"), [(_to_gradient, math.inf), (_to_parameter, math.nan), (_fill, math.nan)]
+)
 def test_a_number_that_the_loop_writes_is_found_between_two_operations(
     write, number, tmp_path, everystep_command
 ):
     run = loop_that_writes(tmp_path / "run", within=write, number=number)
     found = run.first_nonfinite(progress=False)
     assert (found.step.number, found.origin, found.phase) == (4, "outside", "other")
-    assert found.operation.operation.name == "copy_"
     (before, after) = found.index - 1, found.index
-    assert f"gave it to the step between operations #{before} and #{after}" in _nonfinite(
-        everystep_command, run
-    )
-    assert found.why.began.origin == "outside"
+    text = _nonfinite(everystep_command, run)
+    assert f"gave it to the step between operations #{before} and #{after}" in text
     began = run.why(5, "parameters['0.weight'][1, 3]").began
-    assert (began.number.step, began.origin, began.rows) == (4, "outside", ())
-    assert began.note == "passed to the step by your own code, not part of the batch"
+    assert (began.number.step, began.rows) == (4, ())
+    # `w[1, 3] = number` copies a tensor, and is a `fill_` with the number from torch 2.15 on.
+    if found.operation.operation.name == "copy_":
+        assert found.why.began.origin == began.origin == "outside"
+        assert began.note == "passed to the step by your own code, not part of the batch"
+    else:
+        assert f"value={number})" in text
+        assert began.formula == found.why.formula == str(number)
+
+
+def test_a_learning_rate_that_is_not_finite_is_of_the_update():
+    run = train(optimizer=partial(SGD, lr=math.inf))
+    found = run.first_nonfinite(progress=False)
+    assert (found.step.number, found.origin, found.phase) == (1, "operation", "update")
 
 
 @pytest.mark.parametrize("write", [_to_parameter, _to_moment])

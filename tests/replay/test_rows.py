@@ -113,18 +113,20 @@ class Vectors(nn.Module):
 
 
 class Pooled(nn.Module):
-    """Pooling in windows by chance, the same for all rows, and numbers that a mask sets."""
+    """Pooling in windows by chance, the same for all rows, and numbers that a mask or an index sets."""
 
     def __init__(self):
         super().__init__()
         self.first, self.last = nn.Conv1d(3, 4, 1), nn.Linear(12, 2)
         self.register_buffer("samples", torch.rand(1, 4, 2), persistent=False)
+        self.register_buffer("unused", torch.tensor([1]), persistent=False)
 
     def forward(self, x):
         samples = self.samples.expand(len(x), 4, 2)
         found = self.first(x.transpose(1, 2)).unsqueeze(-1)
         found = nn.functional.fractional_max_pool2d(found, (2, 1), (3, 1), _random_samples=samples)
         found[found > 0.9] = 0.9
+        found.index_fill_(1, self.unused, 0.5)  # as `found[:, [1]] = 0.5` from torch 2.15 on
         return self.last(found.flatten(1))
 
 

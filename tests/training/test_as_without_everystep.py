@@ -203,7 +203,7 @@ def within_itself(model):
     return model
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 @pytest.mark.parametrize(
     ("wrap", "message"),
     [

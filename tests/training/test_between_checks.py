@@ -83,6 +83,17 @@ def having(owner, **attributes):
 
 
 @contextmanager
+def holding(module, name, value):
+    """Give a module another parameter or module for a while, which MonkeyPatch would not put back."""
+    usual = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, usual)
+
+
+@contextmanager
 def removed(handle):
     """Remove a hook at the end."""
     try:
@@ -207,8 +218,10 @@ def doubled_step(self, closure=None, usual=torch.optim.SGD.step):
 PARTS = {
     "the class of a module": lambda m: having(m.model[3], __class__=nn.ReLU, inplace=False),
     "the p of a dropout": lambda m: having(m.model[2], p=0.4),
-    "a module that is replaced": lambda m: having(m.model, **{"3": nn.ReLU()}),
-    "a parameter that is replaced": lambda m: having(m.model[5], weight=nn.Parameter(torch.ones(2, 8))),
+    "a module that is replaced": lambda m: holding(m.model, "3", nn.ReLU()),
+    "a parameter that is replaced": lambda m: holding(
+        m.model[5], "weight", nn.Parameter(torch.ones(2, 8))
+    ),
 }
 EXCHANGED = {
     "the forward of a module": lambda m: having(m.model[3], forward=doubled_tanh),

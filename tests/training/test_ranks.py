@@ -27,7 +27,10 @@ from everystep.step.collective_calls import shows_reductions
 pytestmark = [
     #: Of Python, from 3.12 on: no other thread holds anything here.
     pytest.mark.filterwarnings("ignore:.* use of fork"),
-    pytest.mark.skipif(not shows_reductions(), reason="this torch shows no reductions (2.9)"),
+    # A later torch that shows none fails these tests; that one refuses them is tested in test_refused.
+    pytest.mark.skipif(
+        torch.__version__ < "2.13" and not shows_reductions(), reason="torch 2.9 shows no reductions"
+    ),
 ]
 
 ROOT = Path(__file__).parents[2]

@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from tests.training.test_ranks import launched
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
@@ -19,6 +20,7 @@ import everystep
 from everystep import DataError, DeviceError, ExperimentError, UsageError
 from everystep.recording.texts import optimizers_text
 from everystep.step.hyperparameters import hyperparameters
+from everystep.training import agreement
 from everystep.training.description import optimizer_facts
 
 
@@ -309,3 +311,13 @@ def test_an_optimizer_without_a_learning_rate_trains(small, engine, settings):
     assert len(run.losses) == 4
     assert "lr" not in run.measurements["name"].to_list()
     assert run[2].hyperparameters == {}
+
+
+@pytest.mark.filterwarnings("ignore:.* use of fork")  # no other thread holds anything here
+def test_several_processes_need_a_torch_that_shows_their_reductions(tmp_path, monkeypatch):
+    """As torch 2.9 does not, under which the tests of ranks are skipped."""
+    monkeypatch.setattr(agreement, "shows_reductions", lambda: False)
+    found, errors = launched(tmp_path, ["plain"])
+    assert None not in found, errors
+    assert all("install a newer torch" in each["plain"] for each in found)
+    assert not (tmp_path / "runs").exists()

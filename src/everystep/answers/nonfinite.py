@@ -6,7 +6,6 @@ number.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from everystep.answers.measure import until
 from everystep.answers.why import Spot, Why, why
 from everystep.device import on_cpu
 from everystep.errors import RunError
+from everystep.program.arguments import decode
 from everystep.program.interpreter import Look
 from everystep.program.observed import Observed, unset_results
 from everystep.program.operation import Phase
@@ -38,6 +38,8 @@ __all__ = ["NonFinite", "find_nonfinite"]
 _Cause = Literal["operation", "batch", "state", "between", "outside"]
 #: An operation by its place and operator, or a tensor of the state by its name.
 _Meant = tuple[int, str] | str
+#: Stands for the numbers among the arguments of an operation, where tensors stand by name.
+_NUMBERS = "~numbers"
 
 
 @dataclass(frozen=True)
@@ -233,20 +235,21 @@ def _first_made(step: Step) -> NonFinite | None:
     # Where parameters and gradients are, no infinity is meant.
     kept = {tensors[name].storage for name in names if name in tensors}
     for index, observed in enumerate(step.operations):
-        given = {name: found for name, tensor in observed.read.items() if (found := _count(tensor))}
-        may_be_meant = bool(given) or _is_among_arguments(observed)
+        read = {**observed.read, _NUMBERS: _number_arguments(observed)}
+        given = {name: found for name, tensor in read.items() if (found := _count(tensor))}
         for name, tensor in observed.made.items():
             found = _count(tensor)
             is_kept = name in tensors and tensors[name].storage in kept
-            if found is None or (not found.nans and may_be_meant and not is_kept):
+            if found is None or (not found.nans and given and not is_kept):
                 continue
-            # No earlier operation made one that counts, so an input of the step has it.
+            # No earlier operation made one that counts, so an input of the step has it, or an argument.
             brought = (n for n, each in given.items() if (each.nans if found.nans else each.infinities))
             source = next(brought, "")
             base = source.partition("~")[0]
             if base in step.state and _count(step.state[base]):
                 return _from_state(step, base, step.state[base])
-            is_outside = (
+            # `w[1] = nan` gives a number, or a tensor; those of an update are of its optimizer.
+            is_outside = (source == _NUMBERS and step.phases[index] != "update") or (
                 source in tensors and step.places.storages[tensors[source].storage].kind == "input"
             )
             origin: _Cause = "outside" if is_outside else "operation"
@@ -268,14 +271,11 @@ def _from_state(step: Step, name: str, tensor: Tensor) -> NonFinite:
     return NonFinite(step, origin, None, name.removeprefix("parameter/"), *found, ())
 
 
-def _is_among_arguments(observed: Observed) -> bool:
-    """Return whether an infinity is among the arguments."""
+def _number_arguments(observed: Observed) -> Tensor:
+    """Return the floating-point numbers among the arguments."""
     operation = observed.operation
-    return any(
-        (isinstance(value, dict) and value.get("float") in ("inf", "-inf"))
-        or (isinstance(value, float) and math.isinf(value))
-        for value in (*operation.arguments, *operation.keywords.values())
-    )
+    given = [decode(value, str) for value in (*operation.arguments, *operation.keywords.values())]
+    return torch.tensor([value for value in given if isinstance(value, float)], dtype=torch.float64)
 
 
 class _Counts(NamedTuple):

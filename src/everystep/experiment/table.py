@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from io import TextIOWrapper
+from itertools import dropwhile
+from operator import not_
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -196,7 +198,8 @@ def _check_text(path: Path, separator: str) -> None:
 def _rows(path: Path, separator: str) -> Iterator[list[str]]:
     # "sig": spreadsheets begin a file with a byte order mark, which is not of the first name.
     with open_regular(path) as file, TextIOWrapper(file, "utf-8-sig", newline="") as text:
-        yield from csv.reader(text, delimiter=separator)
+        # polars takes the first line that is not empty for the heading.
+        yield from dropwhile(not_, csv.reader(text, delimiter=separator))
 
 
 def _long_row(path: Path, separator: str) -> str | None:

@@ -26,7 +26,7 @@ _MOVED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("index", "index_select", "gather", "take", "flip", "roll", "rot90"), ("self",)),
     **dict.fromkeys(("repeat", "tril", "triu", "diag_embed", "constant_pad_nd"), ("self",)),
     **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "im2col"), ("self",)),
-    **dict.fromkeys(("native_channel_shuffle", "masked_select"), ("self",)),
+    **dict.fromkeys(("native_channel_shuffle", "masked_select", "index_fill"), ("self",)),
     **dict.fromkeys(("cat", "stack", "block_diag"), ("tensors",)),
     **dict.fromkeys(("select_backward", "slice_backward", "diagonal_backward"), ("grad_output",)),
     **dict.fromkeys(("select_scatter", "diagonal_scatter"), ("self", "src")),
@@ -56,7 +56,7 @@ def _moved(call: Call, keys: tuple[str, ...]) -> Made:
 
 def _filling(call: Call | RowsCall) -> dict[str, int]:
     # Any other value could be taken for a position, or for a label.
-    return {"value": 0} if call.kind == "constant_pad_nd" else {}
+    return {"value": 0} if call.kind in ("constant_pad_nd", "index_fill") else {}
 
 
 def _moving(call: RowsCall, keys: tuple[str, ...]) -> list[Result]:

@@ -256,7 +256,7 @@ def _as_call(call: NamedCall) -> str:
 def _is_usual(value: Any, default: Any) -> bool:
     """Return whether an argument does not affect the result."""
     if isinstance(value, dict):
-        return not {"text", "float"} & value.keys() or value.get("text") == default
+        return "float" not in value and value.get("text", default) == default
     if isinstance(value, list | tuple) and isinstance(default, int):
         return all(each == default for each in value)
     return value == default or (default is None and (value is False or value == []))
