@@ -354,13 +354,10 @@ def test_other_numbers_for_python_and_unknown_rates_are_reported(tmp_path, run):
     for rate in (-1.0, float("nan"), float("inf")):
         with pytest.raises(UsageError, match=f"lr is {rate:g}; pass learning rates from 0 on"):
             run.what_if(4, lr=[0.5, rate], progress=False)
-    loop(record=tmp_path / "own", optimizer=partial(OwnOptimizer, lr=0.1))
+    own = type("Own", (torch.optim.SGD,), {})
+    loop(record=tmp_path / "own", optimizer=partial(own, lr=0.1))
     with pytest.raises(RunError, match="no learning rate that its programs know as a number"):
         everystep.open(tmp_path / "own").what_if(4, lr=0.5, progress=False)
-
-
-class OwnOptimizer(torch.optim.SGD):
-    """Not one of torch's own."""
 
 
 def test_no_optimizer_keeps_the_recorded_rate_in_a_step(tmp_path):
@@ -377,11 +374,12 @@ def test_no_optimizer_keeps_the_recorded_rate_in_a_step(tmp_path):
             optimizer.zero_grad()
             recording.log(loss=loss)
     run = everystep.open(tmp_path / "run")
-    with pytest.raises(RunError, match=r"step 5 of run has an optimizer .*with no learning rate"):
-        run.what_if(1, lr=0.5, progress=False)
+    refused = r"step 5 of run has no .* for bias, weight: .*; end at step 4, or"
+    for question in (run.what_if, partial(run.fork, run=tmp_path / "fork")):
+        with pytest.raises(RunError, match=refused):
+            question(1, lr=0.5, progress=False)
     assert run.what_if(1, 4, lr=0.5, progress=False).cases
-    fork = run.fork(1, lr=0.5, run=tmp_path / "fork", progress=False)
-    assert len(fork.losses) == 4 and "step 5 of run has an optimizer" in fork.facts.reason
+    assert len(run.fork(1, lr=0.5, steps=4, run=tmp_path / "fork", progress=False)) == 4
 
 
 class ByHand:

@@ -129,29 +129,17 @@ class ChangedSteps(RecordedSteps):
         return found
 
     def numbers(self, row: Repeat) -> list[int | float]:
-        """Return the numbers of a step, with the learning rate in them.
-
-        Raises:
-            RunError: the step has an optimizer, one of several, with a learning rate that is not a
-                number of the step: that one would keep the recorded rate.
-        """
+        """Return the numbers of a step, with the learning rate in them."""
         numbers = super().numbers(row)
         if self.lr is None:
             return numbers
         interpreter, found = self.program_of(row), list[int | float]()
         operations = interpreter.program.operations
         for operation, own in zip(operations, interpreter.numbers_of(numbers), strict=True):
-            is_whole = isinstance(operation.resolved, OptimizerOperator)
-            names = [slot.name for slot in slots_of(operation)] if is_whole else []
-            if operation.phase == "update" and "lr" not in names:
-                optimizer = f" ({operation.module})" if operation.module else ""
-                raise RunError(
-                    f"step {row.step} of {self.run.name} has an optimizer{optimizer} with no learning "
-                    "rate that its programs know as a number, as those of torch's own have if it is no "
-                    "tensor, so a different rate needs your code"
-                )
-            named = zip(names, own, strict=True) if is_whole else ((None, n) for n in own)
-            found += [self.lr if name == "lr" else n for name, n in named]
+            if isinstance(operation.resolved, OptimizerOperator):
+                names = [slot.name for slot in slots_of(operation)]
+                own = [self.lr if name == "lr" else n for name, n in zip(names, own, strict=True)]
+            found += own
         return found
 
     def steps_with(self, steps: Iterable[int]) -> tuple[int, ...]:
@@ -207,23 +195,28 @@ class ChangedSteps(RecordedSteps):
 
     def _check_rates(self, steps: range | None) -> None:
         """Check that the programs of the steps know the learning rate of all that these train."""
-        keys = dict.fromkeys(map(ProgramKey, self.facts.programs)) if steps is None else {}
+        of_rules = map(ProgramKey, self.facts.programs) if steps is None else ()
+        first: dict[ProgramKey, int | None] = dict.fromkeys(of_rules)
         for row in () if steps is None else map(self.row, steps):
             if row.program is not None:
                 # Which operations there are does not depend on the sizes.
-                keys[self.key_of(row)._replace(sizes=None)] = None
-        known, others = set[str](), set[str]()
-        for key in keys:
+                first.setdefault(self.key_of(row)._replace(sizes=None), row.step)
+        has_rate, where, end, of = False, self.run.name, "", ""
+        for key, step in first.items():
             by_optimizers, by_others = _updated(self.program(*key).program)
-            known |= by_optimizers
-            others |= by_others
-        # An optimizer trains what both change: a sharpness-aware step moves it along the gradient.
-        if not known or (others := others - known):
-            of = f" for {named(sorted(name.partition('/')[2] for name in others))}" if others else ""
+            has_rate |= bool(by_optimizers)
+            # An optimizer trains what both change: a sharpness-aware step moves it along the gradient.
+            if others := sorted(name.partition("/")[2] for name in by_others - by_optimizers):
+                of = f" for {named(others)}"
+                if steps is not None and step is not None:
+                    where = f"step {step} of {where}"
+                    end = f"end at step {step - 1}, or " if step > steps[0] else ""
+                break
+        if of or not has_rate:
             raise RunError(
-                f"{self.run.name} has no learning rate that its programs know as a number{of}: only "
-                "optimizers of torch's own have one, where it is not a tensor; change the rate in a "
-                "fork that your code makes"
+                f"{where} has no learning rate that its programs know as a number{of}: only optimizers "
+                f"of torch's own have one, where it is not a tensor; {end}change the rate in a fork "
+                "that your code makes"
             )
 
     def _check_not_from_parameters(self, steps: range) -> None:
