@@ -727,8 +727,8 @@ def _compare_continued(alone: Played, again: Played, directory: Path) -> None:
     assert verified.is_exact, repr(verified)
 
 
-#: They set a rate themselves.
-NOT_FORKED = {"rate", "advance_scheduler", "load_optimizer"}
+#: They set a rate themselves, or add parameters with a rate of their own.
+NOT_FORKED = {"rate", "advance_scheduler", "load_optimizer", "replace_a_parameter"}
 
 
 def fork_and_compare(forked: tuple[Loop, int, float], directory: Path) -> str:

@@ -205,9 +205,8 @@ class ChangedSteps(RecordedSteps):
         for key, step in first.items():
             by_optimizers, by_others = _updated(self.program(*key).program)
             has_rate |= bool(by_optimizers)
-            # An optimizer trains what both change: a sharpness-aware step moves it along the gradient.
-            if others := sorted(name.partition("/")[2] for name in by_others - by_optimizers):
-                of = f" for {named(others)}"
+            if by_others:
+                of = f" for {named(sorted(name.partition('/')[2] for name in by_others))}"
                 if steps is not None and step is not None:
                     where = f"step {step} of {where}"
                     end = f"end at step {step - 1}, or " if step > steps[0] else ""
@@ -352,9 +351,11 @@ class FurtherSteps(ChangedSteps):
 
 
 def _updated(program: Program) -> tuple[set[str], set[str]]:
-    """Return what torch's optimizers train at a rate that is a number, and what else follows gradients.
+    """Return what torch's optimizers train at a rate that is a number, and what may have another rate.
 
-    Both are names of the state. A target network, or an average, follows the parameters only.
+    Both are names of the state. What follows gradients in another way may have a rate that is unknown:
+    not a target network, or an average, which follow the parameters only, and not what such an optimizer
+    trains, too, since a sharpness-aware step moves that along the gradient. But each optimizer has one.
     """
     gradients = {name for name in program.tensors if name.startswith("gradient/")}
     paths = {name.partition("/")[2] for name in gradients} | program.gradients.keys()
@@ -365,12 +366,14 @@ def _updated(program: Program) -> tuple[set[str], set[str]]:
     }
     own = program.storages_of(trained)
     following = program.storages_of(gradients | {*program.gradients.values()})
-    by_optimizers, by_gradients = set[str](), set[str]()
+    by_optimizers, by_updates, by_gradients = set[str](), set[str](), set[str]()
     for operation in program.operations:
         changed = program.storages_of(operation.changed())
-        if isinstance(operation.resolved, OptimizerOperator):
-            if any(slot.name == "lr" for slot in slots_of(operation)):
-                by_optimizers |= changed
+        is_whole = isinstance(operation.resolved, OptimizerOperator)
+        if is_whole and any(slot.name == "lr" for slot in slots_of(operation)):
+            by_optimizers |= changed
+        elif operation.phase == "update":
+            by_updates |= changed
         elif operation.phase == "backward" or following & program.storages_of(operation.reads()):
             by_gradients |= changed
             following |= changed - own
@@ -378,7 +381,8 @@ def _updated(program: Program) -> tuple[set[str], set[str]]:
     def of(changed: set[str]) -> set[str]:
         return {name for name, storages in trained.items() if storages & changed}
 
-    return of(by_optimizers), of(by_gradients)
+    known = of(by_optimizers)
+    return known, of(by_gradients) - known | of(by_updates)
 
 
 def _is_read(name: str, program: Program) -> bool:
