@@ -536,7 +536,9 @@ def load_the_best(t, recording, x, y, n):
 PURE = {
     *("forward", "forward_of_noise", "forward_detached", "forward_of_what_is_carried", "backward"),
     *("backward_anew", "gradients_by_hand", "step", "zero", "clip", "scale_gradients"),
-    *("drop_a_gradient", "edit", "edit_data", "average", "load_model", "advance_schedule"),
+    *("drop_a_gradient", "edit", "edit_data", "average", "load_model", "swap_with_average"),
+    *("step_by_hand", "step_with_closure", "forward_checkpointed", "forward_in_half"),
+    *("forward_with_hook", "functional_forward", "penalty_of_gradients"),
 }
 #: Steps of a step function.
 STEPS = 14
