@@ -339,7 +339,8 @@ def load_model(t, recording, x, y, n):
 
 @action
 def load_optimizer(t, recording, x, y, n):
-    t.optimizers[n % 2].load_state_dict(t.saved[n % 2])
+    saved = t.saved[n % 2]  # torch takes its tensors, so that later steps change them
+    t.optimizers[n % 2].load_state_dict(saved if n < 4 else copy.deepcopy(saved))
 
 
 @action
@@ -872,7 +873,10 @@ LOOPS = _loops()
 def _is_resumed(loop: Loop) -> bool:
     actions = [each for turn in loop.turns for each in turn]
     return not any(
-        name in NOT_RESUMED or (name == "draw" and number % 4 == 1) or name in ENDS
+        name in NOT_RESUMED
+        or name in ENDS
+        or (name == "draw" and number % 4 == 1)
+        or (name == "load_optimizer" and number < 4)
         for name, number in actions
     )
 
