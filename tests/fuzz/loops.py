@@ -655,8 +655,8 @@ def _left(t: Things) -> dict[str, str]:
 def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return digest({"": value})
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, dict):  # nothing depends on the order in which an optimizer made its entries
+        return {key: _plain(value[key]) for key in sorted(value, key=str)}
     return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
 
 
