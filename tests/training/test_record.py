@@ -403,6 +403,25 @@ def test_gradients_that_wait_for_a_later_step_are_in_the_snapshots_between(tmp_p
     assert left(resume=True) == expected
 
 
+@pytest.mark.parametrize("read", [torch.norm, lambda gradient: sum(map(abs, gradient.tolist()[0]))])
+def test_gradients_that_python_alone_reads_are_in_the_snapshots_before(read, tmp_path, monkeypatch):
+    take_snapshots_every(monkeypatch, 1)
+
+    def left(**options):
+        torch.manual_seed(0)
+        model, batches = nn.Linear(3, 1), torch.randn(6, 4, 3).unbind()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with everystep.record(model=model, optimizer=optimizer, **options) as recording:
+            for x in recording.steps(batches):
+                if model.weight.grad is not None:
+                    optimizer.param_groups[0]["lr"] = 0.1 / (1 + float(read(model.weight.grad)))
+                recording.log(loss=descend(optimizer, model(x).pow(2).mean()))
+        return bits(model.weight)
+
+    expected = left(run=tmp_path / "run")
+    assert left(run=tmp_path / "fork", fork=tmp_path / "run", at=2) == expected
+
+
 def clipped_between_steps(model, number):
     for parameter in model.parameters():
         parameter.data.clamp_(-0.2, 0.2)

@@ -311,9 +311,7 @@ class WatchedSteps:
             number = count if self._writer is None else self._writer.program(text)
             self.programs.append(number)
         inputs = {name: (place, program.storages[name].bytes) for name, place in built.inputs.items()}
-        changed = {name for name in (*program.ends, *program.gone) if name.startswith("gradient/")}
-        dropped = frozenset(changed - program.state_names)
-        written = WrittenProgram(number, built.numbers_kept, inputs, dropped, shared)
+        written = WrittenProgram(number, built.numbers_kept, inputs, _dropped(path), shared)
         sizes = sizes_of(program)
         if built.origins.sizes(path) == sizes:
             key = hashlib.sha256(text.encode()).digest()
@@ -481,6 +479,19 @@ class WatchedSteps:
 
     def _gradients_of(self, optimizer: torch.optim.Optimizer) -> Any:
         return lambda: self.parts.gradients(optimizer)
+
+
+def _dropped(path: Path) -> frozenset[str]:
+    """Return the gradients of steps before that a step drops or replaces, and nothing in it has read.
+
+    Nor has what its program leaves out: Python may depend on numbers that no operation needs.
+    """
+    if path.read_unseen:
+        return frozenset()
+    read = {path.tensors[n].storage for each in path.operations for n in each.tensors_read()}
+    changed = {*path.gone, *(name for name, _ in path.ends)}
+    before = ((name, path.tensors[number].storage) for name, number in path.named if name in changed)
+    return frozenset(n for n, storage in before if n.startswith("gradient/") and storage not in read)
 
 
 def _module_of(name: str) -> str | None:
