@@ -332,6 +332,47 @@ def test_a_zero_grad_that_is_missing_is_called_by_its_name(said, to_none):
     assert said() == ["zero_grad: one drops the gradients of step 1, and other adds to them"]
 
 
+def test_an_optimizer_that_does_not_step_is_named_once(said):
+    def step(skipped, model, optimizer, x, y):
+        optimizer.zero_grad()
+        loss = functional.mse_loss(model(x), y)
+        loss.backward()
+        if not skipped:
+            optimizer.step()
+        return loss
+
+    both(step, False, True)
+    assert said() == ["another operation; only one has a step of SGD"]
+
+
+def test_parameters_that_only_one_run_trains_are_named(said):
+    loop("one", model=lambda: nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3)))
+    loop("other", model=lambda: nn.Sequential(nn.Linear(4, 3).requires_grad_(False), nn.Linear(3, 3)))
+    (cause,) = said()
+    assert "; only one computes the gradient of 0.weight, 0.bias; " in cause
+
+
+def test_settings_of_torch_s_own_optimizer_are_named_where_an_argument_is_computed_from_them(said):
+    def trained(name, every):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        optimizer = AdamW([{"params": [each]} for each in model.parameters()], lr=0.1)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, every)
+        parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+        with everystep.record(run=name, **parts) as recording:
+            for x in recording.steps([torch.randn(6, 4) for _ in range(4)]):
+                recording.log(loss=descend(optimizer, model(x).square().mean()))
+                scheduler.step()
+
+    trained("one", 2)
+    trained("other", 3)
+    assert said() == [
+        "one or more of: AdamW: lr 0.010000000000000002 | 0.1; AdamW: lr[1] 0.010000000000000002 | 0.1",
+        "scheduler StepLR: step_size 2 | 3",
+        "other of aten.mul_ 0.9999 | 0.999",
+    ]
+
+
 @pytest.mark.parametrize(
     ("loss", "cause"),
     [

@@ -172,6 +172,11 @@ def _texts(settings: Sequence[Setting | str]) -> list[str]:
     return texts[:NAMED] + ([f"{left} more"] if left > 0 else [])
 
 
+def _one_of(settings: Sequence[Setting]) -> str:
+    texts = _texts(settings)
+    return "one or more of: " * (len(texts) > 1) + "; ".join(texts)
+
+
 def _perhaps(settings: Sequence[Setting | str]) -> str:
     return f"; perhaps because of {'; '.join(_texts(settings))}" if settings else ""
 
@@ -186,15 +191,14 @@ def _of_another_operation(
     near = [each for side in found.sides for each in _near(side, evidence)]
     # What torch's own code does follows from its settings alone.
     if near and all(each.is_torchs for each in near):
-        texts = _texts(near)
-        return texts if len(texts) == 1 else [f"one or more of: {'; '.join(texts)}"]
+        return [_one_of(near)]
     if not near:
         is_update = all(side.operation.phase == "update" for side in found.sides)
         kinds = ("optimizer",) if is_update else ("model", "parameters", "loss", "part")
         near = evidence.of_kind(*kinds)
     if kept := _kept_gradients(found, evidence):
         return [kept]
-    known = [default, *_modes(found, evidence), *_calls(found, evidence)]
+    known = [default, *_trained(evidence), *_modes(found, evidence), *_calls(found, evidence)]
     # Settings of torch decide which operations the same Python runs.
     of_torch = [each for each in evidence.numerics if each.startswith("torch.")]
     return ["; ".join(known) + _perhaps([*near, *of_torch])]
@@ -239,17 +243,42 @@ def _kept_gradients(found: OperationDifference, evidence: Evidence) -> str | Non
     )
 
 
+def _trained(evidence: Evidence) -> Iterator[str]:
+    """Yield the parameters of both models that only one step computes gradients of, as text."""
+    one, other = (step.gradients.keys() for step in evidence.steps)
+    both = [{n for n in step.state if n.startswith("parameter/")} for step in evidence.steps]
+    for run, names in zip(evidence.names, (one - other, other - one), strict=True):
+        shown = [name for name in names if f"parameter/{name}" in both[0] & both[1]]
+        if shown and one and other:  # not without a backward pass
+            yield f"only {run} computes the gradient of {named(shown)}"
+
+
 def _calls(found: OperationDifference, evidence: Evidence) -> Iterator[str]:
-    """Yield the later operations that only one step has, or has more often, as text."""
-    counts = [
-        # The operations before this one are the same in both.
-        Counter((_name(each), each.operation.phase) for each in step.operations[found.index :])
+    """Yield the later operations that only one step has, or has more often, as text.
+
+    The operations of an optimizer that steps in only one of them count as one.
+    """
+    stepped = [
+        {each.operation.module for each in step.operations if each.operation.phase == "update"}
         for step in evidence.steps
     ]
-    for run, own, others in zip(evidence.names, counts, counts[::-1], strict=True):
+    counts = [
+        Counter(
+            (_name(each), each.operation.phase)
+            # The operations before this one are the same in both.
+            for each in step.operations[found.index :]
+            if each.operation.phase != "update" or each.operation.module in others
+        )
+        for step, others in zip(evidence.steps, stepped[::-1], strict=True)
+    ]
+    for place, run in enumerate(evidence.names):
         more = [
+            f"a step of {' '.join(filter(None, (name, evidence.optimizers.get(name or 'optimizer'))))}"
+            for name in sorted(stepped[place] - stepped[1 - place], key=str)
+        ]
+        more += [
             f"{name} ({phase}){f' {count} times' if count > 1 else ''}"
-            for (name, phase), count in (own - others).items()
+            for (name, phase), count in (counts[place] - counts[1 - place]).items()
         ]
         if more:
             yield f"only {run} has {named(more)}"
@@ -277,16 +306,19 @@ def _of_arguments(a: Observed, found: OperationDifference, evidence: Evidence) -
     known = _explaining(near, pairs)
     own = [each for each in known if each.name in {argument.name for argument in arguments}]
     if pairs:
-        is_sure = len(near) == 1 and near[0].is_torchs
+        # What torch's own code does follows from its settings alone.
+        is_sure = bool(near) and all(each.is_torchs for each in near)
         chosen = own or known or near * is_sure
-        yield from map(str, chosen)
-        if any(each in evidence.current for each in chosen):
+        yield from map(str, chosen) if known or len(chosen) < 2 else [_one_of(chosen)]
+        if any(each in evidence.current for each in chosen or near):
             yield from map(str, evidence.schedulers())
         if not known:
             texts = [_argument_text(a, each, evidence) for each in arguments]
             texts += [
                 f"{_called(each.name, evidence)}: {_pair_text(each.values[0])}" for each in numbers
             ]
+            if a.operation.phase == "backward":
+                texts += _trained(evidence)
             yield from (text + ("" if is_sure else _perhaps(near)) for text in texts)
     elif any(not each.positions for each in found.inputs):  # of another shape or dtype
         yield from (str(each) for each in near if each.kind == "model")
