@@ -126,19 +126,6 @@ def test_masks_of_a_count_met_before_are_followed(tmp_path):
     assert everystep.open(tmp_path / "run").verify(progress=False, processes=1).is_exact
 
 
-def test_batches_of_many_lengths_are_followed_when_they_come_again(tmp_path, followed):
-    model = torch.nn.Linear(1, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    batches = [torch.randn(length, 1) for length in range(1, 211)]
-    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
-        for _ in range(2):
-            for x in recording.steps(batches):
-                recording.log(loss=descend(optimizer, model(x).pow(2).mean()))
-    assert len(followed) == len(batches) - 1  # the first step has no gradients before it
-    assert len([*(tmp_path / "run" / "programs").iterdir()]) == 3
-    assert everystep.open(tmp_path / "run").verify(progress=False, processes=1).is_exact
-
-
 @pytest.mark.parametrize("first", [7, 12, 40])
 def test_steps_that_become_alike_are_followed_from_then_on(first, tmp_path, followed):
     def loss_of(model, batch):
@@ -152,11 +139,19 @@ def test_steps_that_become_alike_are_followed_from_then_on(first, tmp_path, foll
     assert run.verify(progress=False, processes=1).is_exact
 
 
-def test_steps_that_nothing_follows_are_not_remembered_for_a_while(tmp_path, followed, monkeypatch):
-    monkeypatch.setattr(known_paths, "_MOST_ENTRIES", 200)
-    monkeypatch.setattr(known_paths, "_NOT_REMEMBERED", 20)
-    lengths = [*range(1, 61), *([70] * 60)]
-    batches = [torch.randn(length, 1) for length in lengths]
-    run = looped(nn.Linear(1, 1), batches, lambda model, x: model(x).pow(2).mean(), run=tmp_path / "run")
-    assert 60 - 23 <= len(followed) < 60  # none of the first, and most of the others
-    assert run.verify(progress=False, processes=1).is_exact
+def test_after_many_steps_that_all_differ_one_of_eight_is_remembered(tmp_path, followed):
+    batches = [torch.randn(length, 1) for length in range(1, 201)]
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    counts = []
+    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
+        for epoch in range(3):
+            # In the second epoch the same batches in another order: it follows those that are remembered.
+            for x in recording.steps(batches[::-1] if epoch == 1 else batches):
+                recording.log(loss=descend(optimizer, model(x).pow(2).mean()))
+            counts.append(len(followed) - sum(counts))
+    assert counts[0] == 0
+    assert 64 + 136 // 8 - 2 <= counts[1] <= 64 + 136 // 8
+    assert counts[2] == 200  # each eighth was followed, so the others were worth remembering
+    assert len([*(tmp_path / "run" / "programs").iterdir()]) == 3
+    assert everystep.open(tmp_path / "run").verify(progress=False, processes=1).is_exact

@@ -21,9 +21,10 @@ __all__ = ["KnownPaths"]
 
 #: Entries that are remembered, about 2.5 kB each: a loop of steps that all differ would fill the memory.
 _MOST_ENTRIES = 100_000
-#: Steps that are not remembered once memory was filled by steps that nothing followed, such as those of
-#: graphs that all differ; then it is tried again.
-_NOT_REMEMBERED = 1000
+#: Graphs and random trees give steps that all differ, and a third of writing one down goes into
+#: remembering it: after as many in a row that followed none before, one of a few is remembered, which
+#: later steps can show to be worth it.
+_PATIENCE, _ONE_OF = 64, 8
 #: New objects between two collections. It is not disabled: a long step of the user's may leave much to
 #: collect, the user may disable it in the step, and a process that is forked there lives longer.
 _OBJECTS = 100_000
@@ -51,10 +52,8 @@ class KnownPaths:
         self._after: dict[int, tuple[Ending, Entry, int]] = {}
         self.has_ranks = has_ranks()
         self.partly_read: set[tuple[int, torch.dtype]] = set()
-        #: Whether a step has followed most of another since the paths were forgotten; and how many steps
-        #: from here on are not remembered.
-        self._is_followed = False
-        self._not_remembered = 0
+        #: Steps in a row, up to the last, that have followed none.
+        self._unlike = 0
         self._handles = -1
         self._without_hooks: dict[int, Any] = {}
 
@@ -121,20 +120,18 @@ class KnownPaths:
         return False
 
     def remembers_next(self) -> bool:
-        """Return whether the step that begins is remembered."""
-        self._not_remembered = max(0, self._not_remembered - 1)
-        return not self._not_remembered
+        """Return whether later steps may follow what the step that begins is the first to do."""
+        self._unlike += 1
+        return self._unlike <= _PATIENCE or self._unlike % _ONE_OF == 0
 
     def was_followed(self) -> None:
         """Note that a step has followed most of another one."""
-        self._is_followed = True
+        self._unlike = 0
 
     def make_room(self) -> None:
         """Forget all paths once they take too much memory; the next steps are new ones."""
         if self.size > _MOST_ENTRIES:
             self.size, self._roots, self._after = 0, {}, {}
-            self._not_remembered = 0 if self._is_followed else _NOT_REMEMBERED
-            self._is_followed = False
 
 
 class CollectorPause:

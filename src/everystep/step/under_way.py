@@ -95,6 +95,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         self.changed_unseen: list[str] = []
         self.is_paused = self.is_remembered = self.is_followed = self.has_saved_hooks = False
         self.is_compiled = False
+        self._remembers_new = True
         self.at: Entry
         self.loss_at: Entry | None = None
         self.followed: Entry | None = None
@@ -132,7 +133,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         left: how the step before ended, if nothing has changed the state since.
         """
         self.paths.step = self
-        self.is_remembered = self.paths.remembers_next()
+        self.is_remembered, self._remembers_new = True, self.paths.remembers_next()
         known = self.paths.beginning_after(left)
         if known is not None:
             # If nothing has changed since the last step, the tensors need not be compared again.
@@ -352,6 +353,8 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         if entry is None:
             if self.is_followed:
                 self.is_followed, self.followed = False, at
+            if not self._remembers_new:
+                self.leave()
             self.paths.pause.begin()
             entry = Entry(key, at, tuple(tensors.known[at.met :]), operation, tuple(marks))
             if operation is not None:
