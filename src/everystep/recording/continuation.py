@@ -35,6 +35,9 @@ __all__ = ["Continuation", "inherit", "tidy"]
 Measurements = Sequence[tuple[str, int, float]]
 
 
+# A run of 1,000 steps was killed; its newest snapshot is of step 960. The resumed training takes steps
+# 961 to 1,000 again, and each must be as recorded. Only with step 1,001 are its facts, and what it has
+# measured meanwhile, written: if a step differs, the run stays as it was.
 class Continuation:
     """Compares repeated steps, and keeps what will be written with the first new step.
 
@@ -45,6 +48,7 @@ class Continuation:
     def __init__(self, database: Database, facts: Mapping[str, Any]) -> None:
         self.recorded = database.newest_step()
         before = database.facts()
+        # If a repeated step differs, the run is left as it was, which includes how it had ended.
         self._before = {name: getattr(before, name) for name in ("status", "reason", "finished")}
         self._is_loop = before.trained is not None and before.trained.loop is not None
         self._fork = before.fork
@@ -73,6 +77,7 @@ class Continuation:
 
     def last_facts(self, facts: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the facts to close the run with: of a failure, those from before."""
+        # A run that could not be continued has not failed: what it was before still holds.
         return self._before if facts.get("status") == "failed" else facts
 
     def new_losses(self, first: int, losses: Sequence[float]) -> tuple[int, list[float]]:
@@ -97,6 +102,7 @@ class Continuation:
         again = cut(rows, 1, self.recorded)
         known = self._database.repeats(again[0].step, again[-1].last) if again else []
         for row in again:
+            # Either side may have several steps in a row: those of each known row are compared at once.
             for before in cut(known, row.step, row.last):
                 self._compare(row._replace(step=before.step), before)
         return cut(rows, self.recorded + 1, MOST_STEPS)
@@ -179,6 +185,7 @@ def inherit(database: Database, plan: SnapshotPlan, parent: RecordedRun, at: int
     # Changes of the parent's loop before its next step are up to the loop of the fork.
     last_change = at - is_loop
     experiments = {row.name: row for row in files if row.name.endswith(".toml")}
+    # Experiments get names of their own in a fork, below: it may have one of each stretch.
     taken = [row for row in files if row.step is None and row.name not in experiments]
     taken += [row for row in files if row.name.startswith(CHANGES) and (row.step or 0) <= last_change]
     taken += [file for state in states for file in state.files]

@@ -210,17 +210,21 @@ class RecordedRun:
 
     def _last_numbers(self, count: int | None) -> dict[str, Series]:
         """Return all series of the last steps, the losses in their own precision."""
+        # Before it is read: what is written meanwhile must not pass for checked.
         edition = fingerprint(self.directory)
         with reading(self._database_path) as database:
             facts = database.facts()
             since = 0 if count is None else database.newest_step() - count + 1
+            # 0 stands for all numbers: then they are checked as a whole.
             since = since if since > 1 else 0
+            # The digest of a block is of all its numbers, so these are read, too.
             begin = block_of(since) if since else None
             found = {LOSS: database.series(LOSS, begin)}
             with suppress(RunError):  # a finding reports more
                 measured = database.measurements(begin)
                 found |= {series_of(name): series for name, series in measured.items()}
             damage = self._findings_in(database, found, since)
+        # Only then have all numbers been looked at, so that `findings` need not read them again.
         if not since:
             self._found = edition, damage
         for name, (steps, values) in found.items() if since else ():
@@ -473,6 +477,7 @@ class RecordedRun:
         for place, stretch in enumerate(stretches):
             steps = {row.step for row in rows if stretch_at(stretches, row.step) == place}
             for each in self.ranks_of(place) if stretch.facts.ranks is not None and steps else ():
+                # A rank may have been killed before it wrote the state that the others have.
                 steps &= {row.step for row in each.own_snapshot_rows()}
             common |= steps
         return [row for row in rows if row.step in common]

@@ -53,6 +53,7 @@ class Summary(NamedTuple):
 def summary_of(name: str, facts: Facts, status: str, damage: str | None, database: Database) -> Summary:
     """Return a run in one line; its database is open for reading."""
     count, trained = database.newest_step(), facts.trained
+    # A step without a loss has NaN in the table, which is not a loss to show.
     newest = count if facts.has_loss else 0
     losses = (database.series(LOSS, step, step)[1].tolist() for step in (min(1, newest), newest))
     first, last = (next(iter(loss), None) for loss in losses)
