@@ -215,6 +215,7 @@ def _kind(dtype: str, shape: tuple[int, ...], is_by_row: bool) -> bytes:
 def _digest(kind: bytes, piece: memoryview | bytes) -> bytes:
     if len(piece) < _SHORT:
         return xxhash.xxh3_128_digest(kind + piece)
+    # `kind + piece` would copy the piece.
     machine = xxhash.xxh3_128(kind)
     machine.update(piece)
     return machine.digest()
@@ -262,6 +263,7 @@ def read_pieces(
     kind = _kind(given.dtype, given.shape, is_by_row)
     found: dict[int, StoredPiece] = {}
     with _BatchFiles(directory) as files:
+        # Pieces that lie side by side are read at once, and then compared one by one.
         for row, number, end in _side_by_side(index, given, known):
             if size > MEMORY or (row.size != each and row.source is None):
                 raise RunError(

@@ -257,6 +257,8 @@ class SnapshotPlan:
 
     def _take_out_between(self) -> list[int]:
         """Remove snapshots off the interval, except those that are always kept."""
+        # State 137 goes if the interval is 64, and 128 stays; of those before steps that are not kept,
+        # even 128 goes once there are two newer ones.
         newest, interval = sorted(self.kept)[-2:], self.interval or 1
         always = {*self.pinned, self.begin, newest[-1]}
         off = [

@@ -68,6 +68,7 @@ class Probe:
     def looks(self, program: Program) -> dict[int, list[Look]]:
         """Return what copies the values of a step: see `Hook`."""
         given_after, gradients = program.given_after(), gradient_places(program)
+        # A copy of the step before must not answer for a module that does not run in this one.
         found: dict[int, list[Look]] = {-1: [lambda tensor_of: self._copies.clear()]}
         for reference in self._copied:
             kind, name = reference.kind, reference.name

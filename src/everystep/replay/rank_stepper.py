@@ -38,6 +38,11 @@ SECONDS = 600
 Collective = tuple[str, tuple[Any, ...]]
 
 
+# Two ranks take a step, each in a thread. One runs at a time: all draw from torch's only generator,
+# which is set to that of the rank.
+#   rank 0   forward, backward up to all_reduce_   waits                            ... update
+#   rank 1                                         backward up to all_reduce_, too
+#   both are there: `_compute` lets gloo sum, as in the training, and both are ready to run again
 class RankStepper(ReplayStepper):
     """Repeats the steps of one rank, and with it those of all others.
 
@@ -129,6 +134,7 @@ class RankStepper(ReplayStepper):
             for tensor, result in zip(arguments[0], next(known), strict=True):
                 tensor.copy_(result)
 
+        # The other ranks are one step ahead already: their part is known.
         with taking_part(give):
             return super().observe()
 
@@ -217,6 +223,7 @@ def _in_turn(
             rank = ready.pop(0)
             with as_rank(rank):
                 turns[rank].put(True)
+                # All others wait for a turn, so this is from the rank that has it.
                 stop = stops.get()
             if isinstance(stop, BaseException):
                 raise stop
@@ -254,6 +261,7 @@ def _compute(calls: Mapping[int, Collective]) -> None:
     """
     name = next(iter(calls.values()))[0]
     given = [arguments for _, arguments in calls.values()]
+    # Its tensors may have other sizes on each rank; of all others, they are alike.
     if name == "all_to_all_from_" and _exchanged(given):
         about = {(name, ())}
     else:

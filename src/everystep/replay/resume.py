@@ -127,6 +127,7 @@ class Resume:
         job = replace(job, steps=self.last).numbered_as(facts)
         # Rows that the run was trained without stay left out.
         job = job.without_rows((), begin, facts.batches.without)
+        # By default, how often follows from the number of steps, which may be another one.
         if job.evaluation is not None and facts.evaluate_every is not None:
             job = job.with_facts(evaluate_every=facts.evaluate_every)
         # A metric more or less changes no step.
@@ -136,6 +137,7 @@ class Resume:
             check_rules(run, state.step)
             everything = ("model", "loss", "optimizer", "scheduler")
             job.training.restore(state, everything if self.is_accepted else None)
+        # With changes accepted, the steps after the snapshot are discarded; else repeated and compared.
         at = begin if self.is_accepted or run.others is not None else recorded
         known = {} if job.training.scheduler else job.training.hyperparameters()
         origin = StartingPoint(
@@ -237,6 +239,7 @@ def resume_experiment(
         text, name = None, facts.experiment_file
         if asked.last != _steps_of(known, facts):
             text = load(recorded, {"steps": asked.last}).to_toml()
+            # The file of before stays: it has the experiment of the steps so far.
             name = f"experiment-{len(asked) + 1}.toml"
         job = replace(job, experiment_toml=text)
         return asked.train(job.with_facts(experiment_file=name), progress)
@@ -263,6 +266,7 @@ def resume_objects(
         if asked.has_all:
             _restore_objects(run, objects)
             return Outcome(run.directory)
+        # Sums depend on the number of threads: the default is that of the run, not of this machine.
         iteration = iteration.model_copy(update={"threads": iteration.threads or facts.numerics.threads})
     else:
         asked.check()

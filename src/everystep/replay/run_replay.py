@@ -49,6 +49,10 @@ def uncounted(what: str, total: int) -> AbstractContextManager[Callable[[int], N
     return nullcontext(lambda steps: None)
 
 
+# Where the way to state 137 begins: the latest state up to it, of all that are there.
+#   disk     0, 64, 128       snapshots
+#   memory   110, 120, 130    kept on the way to earlier questions, with all ranks
+#   here     131              where the stepper itself is: six steps are left
 class LossDifference(NamedTuple):
     """A step with another loss in the replay."""
 

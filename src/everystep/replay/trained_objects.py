@@ -69,9 +69,6 @@ def objects_from(given: Objects, known: Objects | None) -> tuple[Objects | None,
 def state_to_continue(replay: Replay, number: int, objects: Objects | None) -> State:
     """Return a state from which Python can continue.
 
-    A replay of steps that Python took restores tensors only; for everything else that objects hold (a
-    counter, a scheduler's rate), Python repeats the steps since the last snapshot.
-
     number: the step before the state; objects: those that trained the run, if it has no experiment.
     """
     run = replay.run
@@ -81,6 +78,8 @@ def state_to_continue(replay: Replay, number: int, objects: Objects | None) -> S
     is_shared = stretch.facts.ranks is not None  # Python would need all ranks to repeat the steps
     if is_shared or turn is None or turn > number or number in run.snapshots:
         return replay.state(number)
+    # A replay of steps that Python took restores tensors only; for everything else that objects hold (a
+    # counter, a scheduler's rate), Python repeats the steps since the last snapshot.
     # The state that a stretch begins with has the objects of the stretch, not of the one before.
     begin = run.state_near(number, after=stretch.first - 2) or replay.state(stretch.first - 1)
     with replay.in_force(number):
@@ -233,6 +232,7 @@ class Living:
         if isinstance(built, str):
             raise RunError(f"step {number} cannot be observed: a program cannot hold what it does")
         inputs |= taken.inputs
+        # The step has been taken once, to see its operations, and is repeated from the same draws.
         generators.restore(device)
         interpreter, numbers = Interpreter(built.program, device).at(taken.numbers or ())
         observer = StepObserver(interpreter, numbers, state)
@@ -257,6 +257,7 @@ class Living:
                     copy_into(live[name], tensor)
         device = self._training.device
         if drawn := of_kind(tensors, "generator"):
+            # Only those that were drawn from are in a change: the others stay.
             Generators.from_tensors(Generators.capture(device).tensors() | drawn).restore(device)
 
     def _set_hyperparameters(self) -> int:

@@ -269,6 +269,7 @@ class _RankAlone:
         """Return what notes the numbers that a program logs."""
 
         def look(tensor_of: Callable[[str], Tensor]) -> None:
+            # Now, since the next step writes into the same tensors.
             self._logged = {name: float(tensor_of(each)) for name, each in program.logged.items()}
 
         return {len(program.operations) - 1: [look]}
@@ -294,6 +295,7 @@ class _RankAlone:
         last = self.facts.steps or 0
         for name in names:
             known = self.steps.run.measured(name) if lr is None else {at + 1: lr}
+            # Recorded rates end with the recorded steps; one for all steps holds until the last.
             end = min(last, self.steps.last) if lr is None else last
             for step, rate in known.items():
                 if at < step <= end:
@@ -356,6 +358,7 @@ class _StepsAlone:
         # Only code of the user's may act differently after another number that it reads.
         if not self.is_loop:
             return len(stepper.run(last, self.ranks[0])), None
+        # Where a step turns out to depend on Python, those before it are taken again from here.
         beginning = stepper.capture_ranks()
         try:
             count = len(stepper.run(last, self.ranks[0]))
