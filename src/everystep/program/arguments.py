@@ -29,6 +29,7 @@ DTYPES = {
         *(torch.float8_e4m3fn, torch.float8_e5m2),
     )
 }
+# e.g. {"memory_format": "preserve_format"}
 _ENUMERATIONS: dict[str, dict[str, Any]] = {
     "dtype": DTYPES,
     "layout": {"strided": torch.strided},

@@ -312,6 +312,7 @@ def fills(geometry: tuple[Any, ...]) -> bool:
     geometry: as of `extent_of`.
     """
     _, shape, stride, _ = geometry
+    # Strides from the smallest on: each must be the number of elements within it.
     expected = 1
     for step, size in sorted(zip(stride, shape, strict=True)):
         if step != expected and size > 1:

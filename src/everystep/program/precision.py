@@ -131,6 +131,7 @@ class Precision:
         }
         found = dict(contents)
         for name in contents.keys() & dtypes.keys():
+            # Memory may end with a part of a number.
             count = len(found[name]) // dtypes[name].itemsize * dtypes[name].itemsize
             numbers = found[name][:count].clone().view(dtypes[name])
             found[name] = numbers.to(self.dtype).view(torch.uint8)

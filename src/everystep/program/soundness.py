@@ -180,6 +180,8 @@ class _Check:
 
     def _check_forward(self, index: int) -> None:
         """Check that the forward operation of a kernel of the backward pass comes before it."""
+        # e.g. for `aten.nll_loss_backward`: is there an `aten.nll_loss_forward` before it, with the same
+        # target, and is `total_weight` its result?
         base, _ = FORWARD[self._operations[index].name]
         places = (*self._by_name.get(base, ()), *self._by_name.get(f"{base}_forward", ()))
         if not any(place < index and self._is_forward(place, index) for place in places):
@@ -195,6 +197,7 @@ class _Check:
         for parameter in parameters(operation.resolved):
             value = self._given[index].get(parameter.name, parameter.default)
             name = renamed.get(parameter.name, parameter.name)
+            # An argument that both passes have, e.g. the target, must be the same.
             if name in known:
                 if _listed(value, known[name].size) != _listed(theirs[name], known[name].size):
                     return False
@@ -203,12 +206,16 @@ class _Check:
                 integers = [n for n in tensors if not self._specs[n].torch_dtype.is_floating_point]
                 if self._is_changed(integers, place, index):
                     return False
+            # A gradient of a result: its shape is compared, below.
             elif name.startswith("grad") and "Tensor" in parameter.kind:
                 gradients.append(value)
+            # What the forward pass has kept: exactly its results, and unchanged.
             elif "Tensor" in parameter.kind:
                 kept.append(value)
             elif name not in OF_BACKWARD_ALONE:
                 return False
+            # The kernel makes a gradient of so many rows, and writes at the positions that are looked
+            # up.
             elif name == "num_weights":
                 weight = theirs.get("weight")
                 if not isinstance(weight, str) or self._specs[weight].shape[0] != value:
@@ -459,5 +466,6 @@ def _mark(text: bytes) -> Path:
 @cache
 def _checker() -> bytes:
     files = (__file__, allowed.__file__)
+    # With another check, all programs are checked again.
     source = b"".join(Path(file).read_bytes() for file in files)
     return f"{version('everystep')} {torch.__version__} ".encode() + hashlib.sha256(source).digest()
