@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cmath
 import math
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -328,7 +329,9 @@ class Session:
 
     def difference(self, text: str, after: Number, before: Number) -> Why:
         """Return the answer for what an update changed, by the numbers after and before it."""
-        value = (torch.tensor(after.value) - torch.tensor(before.value)).item()
+        # In the dtype of the parameter: torch makes float32 of a Python number.
+        pair = (torch.tensor(each.value, dtype=getattr(torch, each.dtype)) for each in (after, before))
+        value = operator.sub(*pair).item()
         own = replace(after, name=text, value=value, row=None)
         asked = Why(own, "difference", self.trace(after.step).step, formula="after - before")
         return _of_numbers(asked, {"after": after, "before": before})
