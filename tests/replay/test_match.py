@@ -1,6 +1,7 @@
 """Trainings of the same mathematics that are written differently, and mistakes in one of them."""
 
 import json
+import math
 import re
 from functools import partial
 
@@ -117,6 +118,20 @@ def test_other_modules_optimizers_and_kernels_of_the_same_mathematics_match(by_a
     other = everystep.train(own, (x, y), optimizer=descent, run=tmp_path / "a", **options)
     assert by_autograd.match(other).is_match
     assert other.match(by_autograd).is_match
+
+
+@pytest.mark.parametrize("factors", [(1e38, -1e38), (1e38, math.nan)])
+def test_infinities_of_two_signs_do_not_match_nor_an_infinity_and_nan(tmp_path, factors):
+    runs = []
+    for factor in factors:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        batches = [torch.ones(2, 3)]
+        # At rate 0: an update by an infinity would make one of the other sign, which is found, too.
+        options = {"run": tmp_path / f"of {factor}", "optimizer": partial(torch.optim.SGD, lr=0.0)}
+        runs.append(looped(model, batches, lambda m, x, f=factor: (m(x) * 1e38 * f).sum(), **options))
+    assert not runs[0].match(runs[1]).is_match
+    assert runs[0].match(runs[0]).is_match
 
 
 def test_other_weights_at_the_beginning_are_said_to_be_missing(by_autograd, tmp_path):

@@ -131,8 +131,8 @@ def tolerance(*dtypes: torch.dtype) -> float:
 def relative_difference(one: Tensor, other: Tensor) -> float:
     """Return the largest difference of two numbers, divided by the largest number of the first tensor.
 
-    Infinite for other shapes, other whole numbers, or where only one of two is finite. The tensors may
-    be on different devices.
+    Infinite for other shapes, other whole numbers, or where two numbers that are not both finite are not
+    the same: NaN is NaN. The tensors may be on different devices.
     """
     if one.shape != other.shape:
         return math.inf
@@ -142,9 +142,13 @@ def relative_difference(one: Tensor, other: Tensor) -> float:
     if not one.is_floating_point():
         return 0.0 if torch.equal(one, other) else math.inf
     a, b = one.double(), other.double()
-    if not torch.equal(a.isfinite(), b.isfinite()):
-        return math.inf
     is_finite = a.isfinite()
+    if not torch.equal(is_finite, b.isfinite()):
+        return math.inf
+    rest = ~is_finite
+    # No distance tells infinities of two signs apart, nor an infinity and NaN.
+    if bool(rest.any()) and not bool(torch.isclose(a[rest], b[rest], equal_nan=True).all()):
+        return math.inf
     a, b = a[is_finite], b[is_finite]
     largest = float(a.abs().max()) if a.numel() else 0.0
     difference = float((a - b).abs().max()) if a.numel() else 0.0
