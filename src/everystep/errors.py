@@ -189,6 +189,7 @@ def say(message: str) -> None:
 def size_text(count: float) -> str:
     """Return a number of bytes: `12 kB`, `3.4 MB`."""
     for unit, size in (("GB", 10**9), ("MB", 10**6)):
-        if count >= size:
-            return f"{count / size:,.3g} {unit}"
+        number = count / size
+        if number >= 0.9995:  # which three digits round to 1
+            return f"{number:.3g} {unit}" if number < 999.5 else f"{number:,.0f} {unit}"
     return f"{count / 1000:,.0f} kB" if count >= 1000 else f"{count:.0f} bytes"
