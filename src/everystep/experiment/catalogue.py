@@ -172,6 +172,7 @@ def _section_faults(section: str, name: str, keywords: Mapping[str, Any]) -> lis
     with _noted(faults, section):
         if section == "loss":
             _check_reduction(keywords.get("reduction", "mean"))
+        # A matrix, since Muon takes nothing else.
         given = [] if section == "loss" else [[nn.Parameter(torch.zeros(2, 2))]]
         _try(name, lambda: make(section, name, keywords, *given))
     return faults
@@ -208,6 +209,8 @@ def _class_of(section: str, name: str) -> Any:
     if section == "loss":
         wanted = [
             parameter.name
+            # Without `self`. A loss of three tensors, such as TripletMarginLoss, does not fit the
+            # chapter's loop.
             for parameter in list(inspect.signature(found.forward).parameters.values())[1:]
             if parameter.default is parameter.empty
         ]
@@ -225,10 +228,8 @@ def _class_of(section: str, name: str) -> Any:
 
 @contextmanager
 def _without_compiler() -> Iterator[None]:
-    """Create optimizers without importing torch's compiler, which takes a second.
-
-    `add_param_group` imports it only to keep it away from itself; nothing is compiled within.
-    """
+    """Create optimizers without importing torch's compiler, which takes a second."""
+    # `add_param_group` imports it only to keep it away from itself; nothing is compiled within.
     function = getattr(torch.optim.Optimizer.add_param_group, "__wrapped__", None)
     if function is None or "torch._dynamo" in sys.modules or _LEFT_OUT in vars(function):
         yield
