@@ -41,6 +41,11 @@ __all__ = ["Match", "Suspect", "match"]
 ROUNDING_IN_DOUBLE = 1e-7
 
 
+# Which results are suspect, e.g. where both programs have the same forward pass, A fuses bias and
+# product, and B forgets a factor of 2 in the backward pass:
+#   A addmm        B has it (its add)                   fine
+#   B mm           A does not have it, but the add that is computed from it is there: intermediate
+#   B d_output     A does not have it, and nothing computed from it is there: suspect
 class Suspect(NamedTuple):
     """The first result of a step that the other does not have, and no result computed from it either.
 
@@ -88,6 +93,7 @@ class Match(Shown):
 
 def match(one: Opener, other: Opener, step: int | None = None) -> Match:
     """Answer `Run.match`; without a step, for the first kept one that does not match, or the last."""
+    # Bisection and the answer ask for the same steps.
     matches = cache(partial(_match, one, other))
     if step is None:
         last = min(each.run.newest_step() for each in (one, other))
@@ -121,6 +127,7 @@ def _match(one: Opener, other: Opener, number: int) -> Match:
     others = _Values(steps[1], limit)
     begin = tuple(name for name, tensor in before if not others.has(tensor))
     if precisions is not None:
+        # After `begin`, which compares what the two programs were really given.
         steps, limit = _in_double(one, other, number), ROUNDING_IN_DOUBLE
     values = [_Values(step, limit) for step in steps]
     ends = dict(_after(steps[0]))
@@ -206,6 +213,7 @@ class _Values:
         ]
         self._counters = self._places([*counters, *filter(None, map(step.places.ends.get, counters))])
         self._limit = limit
+        #: Only tensors with as many numbers can be equal, whatever their shapes.
         self._by_size: dict[int, list[tuple[int | None, Tensor]]] = defaultdict(list)
         given = (*step.state.values(), *step.batch.tensors.values())
         for tensor in (*given, *step.gradients.values(), *step.end.values()):
@@ -219,14 +227,12 @@ class _Values:
         return self.nearest(tensor)[1] <= self._limit
 
     def nearest(self, tensor: Tensor) -> tuple[int | None, float]:
-        """Return the operation with the nearest result, and how far that is; None: no operation's.
-
-        Numbers count, not their shape; a matrix may be transposed.
-        """
+        """Return the operation with the nearest result, and how far that is; None: no operation's."""
         best: tuple[int | None, float] = (None, math.inf)
         if not tensor.numel() or not tensor.any():
             return None, 0.0  # empty and zero tensors match anything
         for index, candidate in self._by_size[tensor.numel()]:
+            # Numbers count, not their shape; a matrix may be transposed.
             for view in _views(tensor, candidate):
                 distance = relative_difference(view.flatten(), candidate.flatten())
                 if distance < best[1]:
@@ -236,14 +242,13 @@ class _Values:
         return best
 
     def suspect(self, others: _Values) -> Suspect | None:
-        """Return the first result that others do not have, and no result computed from it either.
-
-        Another program may count steps, or make constants, without tensors.
-        """
+        """Return the first result that others do not have, and no result computed from it either."""
+        # Another program may count steps, or make constants, without tensors.
         constant = self._of_constants()
         mains = [_main_result(seen).values() for seen in self._operations]
         known = [all(map(others.has, tensors)) for tensors in mains]
         for index in reversed(range(len(known))):
+            # From the end on, so that what uses an operation has been decided before it.
             known[index] = known[index] or any(known[later] for later in self._consumers(index))
         for index, seen in enumerate(self._operations):
             if known[index] or not seen.results or index in constant:
@@ -271,15 +276,13 @@ class _Values:
         return found
 
     def _consumers(self, index: int) -> Iterator[int]:
-        """Yield the operations that use what an operation is for, until it is overwritten.
-
-        Not those of optimizers: Adam, for one, makes the same first update of other gradients.
-        """
+        """Yield the operations that use what an operation is for, until it is overwritten."""
         made = self._places(_main_result(self._operations[index])) | self._places(
             self._operations[index].written
         )
         for later in range(index + 1, len(self._operations)):
             seen = self._operations[later]
+            # Not those of optimizers: Adam, for one, makes the same first update of other gradients.
             if seen.operation.phase != "update" and self._places(seen.read) & made:
                 yield later
             made -= self._places(self._operations[later].results)

@@ -83,6 +83,7 @@ def apart(own: Step, there: Step, limit: float) -> list[Apart]:
                 follows = any(read.partition("~")[0] in residues for read in one.read)
                 each = each._replace(residue=_residue(one, other, name, limit), follows=follows)
             found.append(each)
+            # By its memory: a view of a residue is one, until something else is written there.
             (residues.add if each.is_residue else residues.discard)(name.partition("~")[0])
     return found
 
@@ -96,6 +97,7 @@ def _residue(one: Observed, other: Observed, name: str, limit: float) -> Residue
     a, b = result.double(), there.double()
     sizes, distance = (_largest(a), _largest(b)), (a - b).abs()
     of = max(map(_largest, read.values()), default=0.0)
+    # Only where terms are added up can they cancel.
     is_sum = any(tensor.numel() > result.numel() for tensor in read.values())
     # With more digits, nothing would be left of it.
     if is_sum and min(sizes) <= limit * max(sizes) and max(sizes) <= limit * of:
@@ -107,6 +109,7 @@ def _residue(one: Observed, other: Observed, name: str, limit: float) -> Residue
         if tensor.shape != result.shape:
             continue
         x, y = tensor[beyond].double(), comparable(other.read[given])[beyond].double()
+        # Where the results differ beyond rounding, this input does, too, in relation to its own size.
         if bool(((x - y).abs() > limit * torch.maximum(x.abs(), y.abs())).all()):
             return Residue(_argument(one, given), _largest(x), _largest(y), _largest(tensor))
     return None

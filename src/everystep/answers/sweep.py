@@ -139,6 +139,7 @@ def note_settings(file: Path, runs: Mapping[str, Mapping[str, Any]]) -> None:
         raise RunError(f"{file} cannot be read: the sweep, which needs another directory") from None
     faults = []
     for name, now in wanted.items():
+        # A run that was not begun may still have other settings.
         known = before.get(name, now) if is_run(file.parent / name) else now
         for path in sorted({*known, *now}):
             if known.get(path) != now.get(path):
@@ -153,6 +154,7 @@ def sweep_of(directory: Path, cases: Iterable[SweepRun]) -> Sweep:
     """Return a sweep of these runs."""
     cases = [*cases]
     measured = {name for case in cases if case.run for name in case.run.measurement_names}
+    # By metric first: accuracy on validation rows, accuracy on all, r2 on validation rows, ...
     names = (f"{kind}{metric}" for metric in METRICS for kind in (VALIDATION, ""))
     metric = next((name for name in names if name in measured), None)
     about = metric_of(metric or "")
