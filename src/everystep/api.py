@@ -388,6 +388,7 @@ def _start(
     """
     from everystep.training.description import facts_from
 
+    # Only the first run of a call is the one of the sweep.
     place = AWAITED.pop("place", None) if run is None and resume is False else None
     if place is None:
         place = place_of(run)
@@ -513,6 +514,7 @@ def sweep(
     from everystep.views.progress import line_for_each
     from everystep.views.run_view import RunView
 
+    # The process of a training imports the function, and with it the script that calls the sweep.
     if AWAITED:
         raise UsageError(
             "a sweep is called where its function is imported or called; call it below "
@@ -547,7 +549,9 @@ def sweep(
         for name, (call, *given) in calls.items()
         if not cases[name].is_over
     }
+    # A pool of one process for each training at a time, so that one that is killed takes no other along.
     start = partial(on_ray, threads) if ray else partial(pool, 1, threads, {}, in_order=True)
+    # Ray itself decides how many its machines can run.
     cores = len(tasks) if ray else cpu_count() // threads
     count = max(1, min(processes or max(1, cores), len(tasks)))
     how = "by Ray" if ray else f"{count} at a time"

@@ -65,6 +65,7 @@ _CBWR_BRANCHES = {
 }
 _CBWR_STRICT = 0x10000
 
+#: Choices of a switch, torch's own first.
 _OFF, _ON = (False, True), (True, False)
 _PRECISIONS = ("ieee", "tf32", "bf16")
 _CUDA = "backends.cuda."
@@ -125,6 +126,11 @@ _SWITCH = re.compile(r"_get_\w*(enabled|deterministic|allow|tf32|benchmark|preci
 _CAPABILITIES = {"AVX512": "avx512", "AVX2": "avx2", "DEFAULT": "default", "NO AVX": "default"}
 
 
+# When each of these takes effect, and what a replay does where it differs:
+#   environment (MKL_CBWR, ...)   read once, when a library first computes: a replay starts a worker
+#   capability of the processor   read once by torch, from ATEN_CPU_CAPABILITY: a worker, too
+#   threads, settings of torch    at any time: set for the replay, and restored after it
+#   processor, torch, device      given: reported, and each loss is compared
 class Numerics(BaseModel):
     """Everything that the bits of a run depend on except its experiment, with the values in effect."""
 
@@ -262,6 +268,7 @@ def readers() -> dict[str, Callable[[], Any]]:
         for name in filter(_SWITCH.fullmatch, dir(torch._C)):
             read = getattr(torch._C, name)
             with suppress(TypeError, RuntimeError):  # it wants arguments, or another build
+                # It is called once, to see whether it can be.
                 read()
                 # A precision that was set in the new way has none in the old one.
                 may_raise = "precision" in name or "tf32" in name
@@ -339,6 +346,7 @@ def _apply(settings: Mapping[str, bool | str | None]) -> None:
 
     for name in _ALL_SETTINGS:
         value, now = settings.get(f"torch.{name}"), _setting(name)
+        # What is already so is not set: the setter of one sets others, too.
         if value is None or now is None or value == now:
             continue
         # This torch may be built without a library; reading the settings then shows the difference.

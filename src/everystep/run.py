@@ -106,10 +106,12 @@ class Run(RecordedRun):
     def __getitem__(self, step: int | slice) -> Step | Steps:
         if isinstance(step, slice):
             count = len(self)
+            # Steps are numbered from 1: in `run[:3]`, these are 1 and 2.
             begin = 1 if step.start is None and (step.step or 1) > 0 else step.start
             first, *others = slice(begin, step.stop, step.step).indices(count + 1)
             return Steps([(self, number) for number in range(first, *others) if number > 0])
         number = self._number(step)
+        # Others stay as they are, so that the error names the number that was asked for.
         number = len(self) + 1 + number if -len(self) <= number < 0 else number
         if self._last_opened is not None and self._last_opened[0].number != number:
             self._last_opened = None  # a large step goes before the next one needs its memory
@@ -119,6 +121,8 @@ class Run(RecordedRun):
         from everystep.views.run_view import RunView
 
         of_ranks = self._steps_of_ranks
+        # What `replace` returns has no cached results: it is kept, so that `run[137].rows` is computed
+        # once.
         shown = replace(opened, view=RunView(self), earlier=self.__getitem__, of_ranks=of_ranks)
         self._last_opened = opened, shown
         return shown
@@ -664,6 +668,7 @@ class Run(RecordedRun):
         """Return a question in the form that queries take, and its name."""
         from everystep import numerics
 
+        # As early as possible: MKL reads its environment when it first computes.
         numerics.prepare()
         if callable(question):
             return question, getattr(question, "__name__", "measurement")

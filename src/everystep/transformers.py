@@ -94,6 +94,7 @@ class RecordTraining(transformers.TrainerCallback):  # type: ignore[misc]  # unt
         if len(self._losses) == 1:
             self._recording.log(loss=self._losses[0])
         elif self._losses:
+            # Paused, since Trainer does not compute this sum: it is not an operation of the step.
             with self._recording.paused():
                 total = torch.stack(self._losses).float().sum()
             self._recording.log(loss=total)
@@ -126,4 +127,5 @@ class RecordTraining(transformers.TrainerCallback):  # type: ignore[misc]  # unt
                 self._losses.append(loss.detach())
             self._backward(accelerator, loss, *args, **kwargs)
 
+        # On the class, since callbacks are not given the accelerator.
         accelerate.Accelerator.backward = backward
