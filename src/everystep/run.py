@@ -169,8 +169,8 @@ class Run(RecordedRun):
             StepError: the run has no such step.
             RunError: a needed file is missing or unreadable.
         """
-        number = self._number(step)
-        return self._opener.state(number + len(self) + 1 if number < 0 else number).parameters
+        number, states = self._number(step), len(self) + 1
+        return self._opener.state(states + number if -states <= number < 0 else number).parameters
 
     def table(self, rows: int = 100_000) -> LossTable:
         """Return the losses as a browsable table (DataTables); shows in a notebook; `save(path)`.
