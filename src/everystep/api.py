@@ -514,18 +514,7 @@ def sweep(
     from everystep.views.progress import line_for_each
     from everystep.views.run_view import RunView
 
-    # The process of a training imports the function, and with it the script that calls the sweep.
-    if AWAITED:
-        raise UsageError(
-            "a sweep is called where its function is imported or called; call it below "
-            "if __name__ == '__main__':"
-        )
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        raise UsageError("a sweep starts its own processes; start it without torchrun")
-    if ray and find_spec("ray") is None:
-        raise UsageError("Ray is not installed: pip install ray; or leave out --ray (ray=True)")
-    if resume and run is None:
-        raise UsageError("to resume a sweep, name its directory: run=... (--run)")
+    _check_sweep(run, resume=resume, ray=ray)
     runs = combinations(settings, may_be_many=force)
     numerics.prepare()
     calls: dict[str, tuple[Any, ...]]  # what to call for each run, and with what after its directory
@@ -568,3 +557,19 @@ def sweep(
             f"{shlex.quote(str(place))} --resume (run={str(place)!r}, resume=True)"
         )
     return replace(sweep_of(place, cases.values()), view=RunView(None))
+
+
+def _check_sweep(run: str | Path | None, *, resume: bool, ray: bool) -> None:
+    """Check that a sweep can start here, and with what it needs."""
+    # The process of a training imports the function, and with it the script that calls the sweep.
+    if AWAITED:
+        raise UsageError(
+            "a sweep is called where its function is imported or called; call it below "
+            "if __name__ == '__main__':"
+        )
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise UsageError("a sweep starts its own processes; start it without torchrun")
+    if ray and find_spec("ray") is None:
+        raise UsageError("Ray is not installed: pip install ray; or leave out --ray (ray=True)")
+    if resume and run is None:
+        raise UsageError("to resume a sweep, name its directory: run=... (--run)")

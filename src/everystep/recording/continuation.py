@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from everystep.bounded import MOST_STEPS
@@ -23,6 +23,7 @@ from everystep.recording.files import (
     EXPERIMENT_FILE,
     PROGRAMS,
     SNAPSHOTS,
+    FileRow,
     batch_file,
     state_folder,
     take_file,
@@ -185,7 +186,7 @@ def inherit(database: Database, plan: SnapshotPlan, parent: RecordedRun, at: int
     # Changes of the parent's loop before its next step are up to the loop of the fork.
     last_change = at - is_loop
     experiments = {row.name: row for row in files if row.name.endswith(".toml")}
-    # Experiments get names of their own in a fork, below: it may have one of each stretch.
+    # Experiments get names of their own in a fork, which may have one of each stretch.
     taken = [row for row in files if row.step is None and row.name not in experiments]
     taken += [row for row in files if row.name.startswith(CHANGES) and (row.step or 0) <= last_change]
     taken += [file for state in states for file in state.files]
@@ -193,7 +194,27 @@ def inherit(database: Database, plan: SnapshotPlan, parent: RecordedRun, at: int
         take_file(parent.directory, file.name, database.directory)
     database.enter(taken)
     plan.kept |= {state.step: state.size for state in states}
-    earlier: list[EarlierFacts] = []
+    facts = parent.facts
+    kept: dict[str, Any] = {
+        "earlier": tuple(_earlier_facts(database, parent, at, experiments)),
+        "measured": facts.measured,
+        "loss_dtype": facts.loss_dtype,
+        "data_file": facts.training.data_file,
+    }
+    if facts.nonfinite_step is not None and facts.nonfinite_step <= at:
+        kept["nonfinite_step"] = facts.nonfinite_step
+    if facts.batches_lost_to is not None:
+        kept["batches_lost_to"] = min(facts.batches_lost_to, at)
+    return kept
+
+
+def _earlier_facts(
+    database: Database, parent: RecordedRun, at: int, experiments: Mapping[str, FileRow]
+) -> Iterator[EarlierFacts]:
+    """Yield how the parent's steps up to `at` were trained; take over the experiments that they name.
+
+    experiments: the files of the parent, by name.
+    """
     for stretch in parent.stretches:
         if stretch.first > at:
             continue
@@ -204,19 +225,7 @@ def inherit(database: Database, plan: SnapshotPlan, parent: RecordedRun, at: int
             take_file(parent.directory, experiment.name, database.directory, name)
             database.enter([experiment._replace(name=name)])
             training = training.model_copy(update={"experiment_file": name})
-        earlier.append(EarlierFacts(last=min(at, stretch.last or at), training=training))
-    facts = parent.facts
-    kept: dict[str, Any] = {
-        "earlier": tuple(earlier),
-        "measured": facts.measured,
-        "loss_dtype": facts.loss_dtype,
-        "data_file": facts.training.data_file,
-    }
-    if facts.nonfinite_step is not None and facts.nonfinite_step <= at:
-        kept["nonfinite_step"] = facts.nonfinite_step
-    if facts.batches_lost_to is not None:
-        kept["batches_lost_to"] = min(facts.batches_lost_to, at)
-    return kept
+        yield EarlierFacts(last=min(at, stretch.last or at), training=training)
 
 
 def tidy(database: Database, recorded: int, at: int, *, changes_again: bool = False) -> None:

@@ -161,14 +161,7 @@ def continue_alone(
         RunError: this process cannot compute as the run did, a replay differs from the recording, or no
             step can be taken.
     """
-    if needs_worker(run.facts):
-        environment = run.facts.training.numerics.environment()
-        error = RunError(
-            f"{run.name} was trained under numerics that this process can no longer have; start "
-            f"Python with {' '.join(f'{name}={value}' for name, value in environment.items())}"
-        )
-        error.environment = environment
-        raise error
+    _check_numerics(run)
     replay = Replay(run)
     with Interrupt() as interrupt, replay.in_force(at + 1):
         reached = replay.go_to(at)
@@ -191,16 +184,8 @@ def continue_alone(
                 )
             taken.begin(*beginning)
         del beginning
-        top, rates = taken.ranks[0], taken.stepper.rates()
-        states = taken.stepper.capture_ranks()  # with the rate of the steps
-        for rank, state in zip(taken.ranks, states, strict=True):
-            recorder, rank.facts = record(rank.steps.run, state)
-            shown = progress.notice, progress.advance if rank is top else None
-            rank.writer = RunWriter(recorder, at, rank.facts, *shown, rank.steps.run.facts)
-            rank.note_rates(rates, at, lr)
-            if at not in recorder.plan.kept:
-                recorder.snapshot(state)
-        del state, states
+        taken.begin_runs(at, record, progress, lr)
+        top = taken.ranks[0]
         writer, steps, place = top.writer, top.steps, top.writer.recorder.directory
         progress.begin(place, top.facts)
         lost = run.lost_experiment(run.facts.training)
@@ -229,6 +214,19 @@ def continue_alone(
         finally:
             progress.end()
     return Outcome(place, reason, interrupt.is_by_user)
+
+
+def _check_numerics(run: RecordedRun) -> None:
+    """Check that this process can compute as the run did."""
+    if needs_worker(run.facts):
+        environment = run.facts.training.numerics.environment()
+        error = RunError(
+            f"{run.name} was trained under numerics that this process can no longer have; start "
+            f"Python with {' '.join(f'{name}={value}' for name, value in environment.items())}"
+        )
+        # The command line runs the same command again in such a process.
+        error.environment = environment
+        raise error
 
 
 def facts_alone(run: RecordedRun, at: int, lr: float | None = None) -> TrainingFacts:
@@ -340,6 +338,24 @@ class _StepsAlone:
         self.ranks = [_RankAlone(each.steps, self) for each in (self.stepper, *ranks.values())]
         self.stepper.hooks = dict(zip(ranks, self.ranks[1:], strict=True))
         self.end = None
+
+    def begin_runs(
+        self,
+        at: int,
+        record: Callable[[RecordedRun, State], tuple[Recorder, Facts]],
+        progress: Progress,
+        lr: float | None,
+    ) -> None:
+        """Begin to write the run of each rank after step `at`; the others as in `continue_alone`."""
+        top, rates = self.ranks[0], self.stepper.rates()
+        states = self.stepper.capture_ranks()  # with the rate of the steps
+        for rank, state in zip(self.ranks, states, strict=True):
+            recorder, rank.facts = record(rank.steps.run, state)
+            shown = progress.notice, progress.advance if rank is top else None
+            rank.writer = RunWriter(recorder, at, rank.facts, *shown, rank.steps.run.facts)
+            rank.note_rates(rates, at, lr)
+            if at not in recorder.plan.kept:
+                recorder.snapshot(state)
 
     def _note_difference(self, number: int, difference: str) -> None:
         self.note_end(number, f"{difference}; your code could act differently from there")
