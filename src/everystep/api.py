@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 __all__ = ["doctor", "open", "record", "runs", "sweep", "train", "train_experiment"]
 
 
+# Functions import what they need when they are called: `import everystep` is quick, and commands that
+# need no torch do not wait for it.
 def open(
     run: str | Path,
     *,
@@ -369,6 +371,7 @@ def _forked(
     parent = fork if isinstance(fork, Run) else Run(find_run(fork))
     if resumed is None:
         return parent, at
+    # A script with fork= and resume=True makes the fork when it runs first, and continues it afterwards.
     made = resumed.facts.fork
     if made is None or (made.parent, made.at) != (parent.name, at):
         raise UsageError(

@@ -375,6 +375,7 @@ class Run(RecordedRun):
         """
         from everystep.answers.nonfinite import find_nonfinite
 
+        # Later steps are not looked at: the loss of this one shows it at the latest.
         count = self.facts.nonfinite_step or len(self)
         ask = partial(find_nonfinite, self._opener, self.__getitem__, processes)
         return self._answered("looking", count, progress, ask)
@@ -490,6 +491,7 @@ class Run(RecordedRun):
         without = [(row,) for row in rows] if each else [tuple(rows)]
         cases: Any = rates or ([targets] if targets else without)
         assert at is not None
+        # One training more: that without a change, which must be as recorded.
         steps = (until - at) * (len(cases) + 1)
         start = self._number(at)
         ask = partial(what_if, self._opener, start, until, cases, by, self._objects, processes)
@@ -649,6 +651,7 @@ class Run(RecordedRun):
         from everystep.replay.processes import Opener
 
         if self._own_opener is None:
+            # Only now: it imports torch, and a run may be opened for its losses alone.
             self._own_opener = Opener(self, self._objects, _counting)
         return self._own_opener
 

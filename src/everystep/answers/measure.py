@@ -71,6 +71,7 @@ class Query(Visitor):
 
     def begin(self, replay: Replay, span: Span) -> int:
         """Begin with the state before the span; a step earlier if it needs tensors of that step."""
+        # A visitor is used for many spans, one after the other.
         self._answers, self._probe, self._first = [], None, span.first
         # The first step of a stretch has none before it: its stepper begins with the state.
         earlier = self.looks_back and span.first > replay.stretches[span.at].first
@@ -88,6 +89,7 @@ class Query(Visitor):
             # The next multiple of `every`, and one step before it if that is looked at, too.
             next_due = -(-(number + 1) // self.every) * self.every
             until = min(last, next_due - 1 - self.looks_back)
+            # At least this step, though the next one may be looked at: else nothing would run.
             losses = stepper.run(max(number, until))
         elif self._opens:
             step = replay.next_step()

@@ -166,6 +166,7 @@ def sweep_of(directory: Path, cases: Iterable[SweepRun]) -> Sweep:
 
     def order(case: SweepRun) -> tuple[float, float]:
         numbers = case.best and sign * case.best, case.summary and case.summary.last_loss
+        # Runs without a number come last.
         one, other = (math.inf if n is None or math.isnan(n) else n for n in numbers)
         return one, other
 

@@ -274,6 +274,7 @@ class RowsOf:
             x.copy_(self._x)
             y.copy_(self.y)
         else:
+            # Straight into the memory of the caller: no tensor in between.
             torch.index_select(self._x, 0, indices, out=x)
             torch.index_select(self.y, 0, indices, out=y)
 

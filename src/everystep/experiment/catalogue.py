@@ -24,6 +24,7 @@ from everystep.gradient_descent import GradientDescent
 
 __all__ = ["build", "keyword_parameters", "make_layer", "metric_by_name", "names_faults", "parse_layer"]
 
+#: They hold other modules or parameters, which a line of a file cannot write.
 _CONTAINERS = {"Module", "Sequential", "ModuleList", "ModuleDict", "ParameterList", "ParameterDict"}
 #: The attribute in which `torch._compile` keeps the replacement of a function.
 _LEFT_OUT = "__dynamo_disable"
@@ -62,6 +63,7 @@ def parse_layer(text: str) -> tuple[str, list[Any], dict[str, Any]]:
         raise ValueError(f'{written!r}: write only the name of a torch.nn class, as in "ReLU()"')
     try:
         arguments = [ast.literal_eval(argument) for argument in call.args]
+        # Literals only: nothing of a stranger's text is executed.
         keywords = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg is not None}
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         raise ValueError(
@@ -160,6 +162,7 @@ def _section_faults(section: str, name: str, keywords: Mapping[str, Any]) -> lis
     for key in sorted({*keywords} - {*parameters}):
         cure = did_you_mean(key, list(parameters)) or listed
         faults.append(Fault(f"{section}.{key}", f"{name} has no such argument; {cure}"))
+    # torch would take True for 1.
     if isinstance(keywords.get("lr"), bool | str):
         faults.append(Fault(f"{section}.lr", f"must be a number, not {keywords['lr']!r}"))
     faults += [
@@ -217,6 +220,7 @@ def _class_of(section: str, name: str) -> Any:
         if len(wanted) != 2:
             raise ValueError(f"{name} takes {', '.join(wanted)}; use a loss of (prediction, target)")
     if section == "optimizer":
+        # LBFGS is the one: others take a closure, and need none.
         closure = inspect.signature(found.step).parameters.get("closure")
         if closure is not None and closure.default is closure.empty:
             raise ValueError(

@@ -79,6 +79,7 @@ def decode(value: Any, tensor_of: Callable[[str], Any]) -> Any:
         return tensor_of(value)
     if isinstance(value, list | tuple):
         return [decode(item, tensor_of) for item in value]
+    # Exactly one key: an object with more is not what `encode` writes.
     match [*value.items()] if isinstance(value, dict) else value:
         case [("text", str(text))]:
             return text

@@ -171,6 +171,7 @@ class Operation(StrictModel):
     @property
     def name(self) -> str:
         """The operator's name, without its overload."""
+        # `aten.add.Tensor` is called `add`.
         return self.operator.split(".")[1]
 
     def by_place(self) -> list[tuple[str, int | str, Any]]:

@@ -152,6 +152,7 @@ class Precision:
 
     def _operation(self, operation: Operation, program: Program, kept: set[str]) -> Operation:
         made = program.storages_of(filter(None, operation.results))
+        # What counts steps has its dtype, and so have its constants.
         if made and made <= kept:
             return operation
         keywords = {key: self._argument(value) for key, value in operation.keywords.items()}

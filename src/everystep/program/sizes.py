@@ -24,6 +24,9 @@ from everystep.program.step_program import Program
 
 __all__ = ["packed_sizes", "resized", "sizes_of"]
 
+# e.g. a batch of 32 sentences of 17 words, and a program of one with 20: of `x`, the shape (32, 17) in
+# place of (32, 20) is the difference (0, -3), the stride (17, 1) in place of (20, 1) is (-3, 0), and its
+# storage has 768 bytes fewer.
 _INTEGER = "<i8"
 
 

@@ -462,6 +462,7 @@ class Facts(_Fact):
         """Return the ranges of the steps up to `last` that are kept."""
         found, begin = [], 1
         for each in sorted(self.not_kept, key=lambda each: each.first):
+            # What lies before each range that is not kept; the last one follows below.
             found.append((begin, min(each.first - 1, last)))
             begin = max(begin, each.last + 1)
         return [(one, two) for one, two in (*found, (begin, last)) if one <= two]
@@ -533,6 +534,7 @@ def read_facts(rows: Iterable[tuple[Any, Any]], path: Path) -> Facts:
         return Facts.model_validate_json(to_json(own, inf_nan_mode="constants"))
     except ValidationError as error:
         place = error.errors(include_input=False)[0]["loc"]
+        # A fact of the training is a row of its own, so the message names that.
         key = place[1] if place[0] == "trained" else place[0]
     except (TypeError, ValueError):
         pass

@@ -115,6 +115,7 @@ def _is_ahead(database: Database, facts: Facts, newest: int) -> bool:
     """Return whether a process writes the run, or did so until now: its files are ahead of its rows."""
     if facts.status != "running" or is_locked(database.directory):
         return facts.status == "running"
+    # What `database` shows is older than the files by now: a new look decides.
     with reading(database.path) as now:
         return now.newest_step() > newest
 

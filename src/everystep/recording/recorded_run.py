@@ -65,12 +65,15 @@ class Stretch(NamedTuple):
 
 def stretch_at(stretches: Sequence[Stretch], step: int) -> int:
     """Return the place of the stretch that a step belongs to; of step 0, the first."""
+    # State 0 is before step 1, in the first stretch.
     return max(place for place, each in enumerate(stretches) if each.first <= max(step, 1))
 
 
 def _place_of_rank(top: Path, rank: int, stretches: Sequence[Stretch]) -> Path:
     """Return the directory of a rank that trained the last of some stretches. top: of rank 0."""
     count = stretches[-1].facts.processes
+    # Directories of ranks have other names once the number of processes has changed: see
+    # `rank_directory`.
     others = [each.last or 0 for each in stretches if each.facts.processes != count]
     return rank_directory(top, rank, count, max(others, default=0))
 
@@ -189,6 +192,7 @@ class RecordedRun:
 
     def status_by(self, facts: Facts) -> str:
         """Return the status, given facts already read."""
+        # "running" is what the writer has noted last: without its lock, it has ended without a word.
         if facts.status != "running" or is_locked(self.directory):
             return facts.status
         # It may have ended since the facts were read.
@@ -246,6 +250,7 @@ class RecordedRun:
             for name, (steps, values) in found.items()
         ]
         self._warn_of(self.findings())
+        # So that there are columns, and types, where nothing was measured.
         empty = pl.DataFrame(schema={"name": pl.String, "step": pl.Int64, "value": pl.Float64})
         return pl.concat([empty, *frames])
 

@@ -207,6 +207,7 @@ def _losses(one: LossFacts | None, other: LossFacts | None, of_own_classes: bool
     pair = [{} if loss is None else {"loss": loss} for loss in (one, other)]
     yield from _objects("loss", pair[0], pair[1], of_own_classes)
     if one is not None and other is not None and one.class_name == other.class_name:
+        # Without the loss itself, which was compared.
         inner = [{path: m for path, m in loss.modules.items() if path} for loss in (one, other)]
         yield from _objects("loss", inner[0], inner[1], of_own_classes)
 

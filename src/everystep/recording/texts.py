@@ -124,6 +124,7 @@ def shortest(number: float) -> str:
 
     with np.errstate(over="ignore"):
         single = np.float32(number)
+    # A loss of float32 is 0.1 here, not 0.10000000149011612, which float64 would show.
     return str(single) if float(single) == number or number != number else repr(number)
 
 

@@ -236,6 +236,7 @@ class Step(Shown):
         found: list[Segment] = []
         for index, (phase, seen) in enumerate(zip(self.phases, self.operations, strict=True)):
             path = seen.operation.module or ""
+            # Only these two belong to a part; what backward does is of the loss.
             own = path.partition(".")[0] if phase in ("forward", "update") else ""
             part = own if own in parts else None
             if found and (found[-1].phase, found[-1].part) == (phase, part):

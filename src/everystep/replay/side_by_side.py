@@ -71,6 +71,7 @@ def side_by_side(
     def stop() -> None:
         # A copy: a signal may come while the loop below changes it.
         for _, (_, connection, _) in [*busy.values()]:
+            # The process ends in order once the other end of its pipe has closed: see `pool`.
             connection.close()
 
     waiting = iter(tasks)

@@ -222,6 +222,7 @@ class Living:
             RunError: it fails, or no program can hold it.
         """
         number, watched, device = self._set_hyperparameters(), self._watched, self._training.device
+        # Python is about to change these, and the program takes the step again from them.
         state = {name: tensor.clone() for name, tensor in watched.parts.state().items()}
         generators = Generators.capture(device)
         with self._watching():
@@ -289,6 +290,7 @@ def _training(run: RecordedRun, stretch: Stretch, objects: Objects) -> Training:
     batch = batch_source(run, facts, objects.data, device)
     if objects.model is not None:
         objects.check_complete()
+        # The user's objects stay as they are: a what-if trains many times.
         own = objects.copied()
         own.model.to(device)
         norm = facts.max_grad_norm
