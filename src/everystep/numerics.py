@@ -351,6 +351,8 @@ def _apply(settings: Mapping[str, bool | str | None]) -> None:
             continue
         # This torch may be built without a library; reading the settings then shows the difference.
         with suppress(RuntimeError, ValueError):
+            # A setting of torch is an attribute, or has a function that sets it and another that reads
+            # it.
             if name in _READERS:
                 attrgetter(name)(torch)(value)
             else:
@@ -422,6 +424,7 @@ def _reproducible() -> Iterator[None]:
         if len(_before) == 1:
             # The same as use_deterministic_algorithms(True, warn_only=True), which imports the compiler.
             torch.set_deterministic_debug_mode("warn")
+            # With deterministic algorithms, torch would fill all new memory with NaN, which takes time.
             settings.fill_uninitialized_memory = False  # type: ignore[attr-defined]
             torch.set_flush_denormal(False)
     try:

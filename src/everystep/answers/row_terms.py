@@ -137,6 +137,7 @@ class RowsFollower:
         given = {name: memory.read(name, tensor) for name, tensor in seen.inputs.items()}
         results, why = self._results(seen, given)
         own = Reason(why or "mixes rows", index, operation.operator)
+        # A sum over rows that is used further mixes them: the reason is where the sum was made.
         sums = [each.summed for each in given.values() if each.summed and each.has(SUM)]
         mixing = [each.reason for each in given.values() if each.reason and each.has(MIXED)]
         earlier = Reason.first([*mixing, *(each.then(own) for each in sums)])

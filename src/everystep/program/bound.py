@@ -123,6 +123,7 @@ class BoundProgram:
         others = program.storages_of(program.tensors.keys() - {*self._batch})
         #: Storages of views of the batch, which may include bytes between the numbers of a tensor.
         self._viewed = program.storages_of(self._batch) & others
+        # A tensor of its own, which a stepper fills with the recorded loss: see `loss`.
         nan = torch.full((), math.nan, dtype=torch.float64)
         self.loss = nan if program.loss is None else self.tensor(program.loss)
         logged = {} if program.loss is None else {"loss": program.loss}

@@ -39,6 +39,7 @@ class Interpreter:
         self.program = program
         self._device = device
         self._calls = [_Instruction(operation) for operation in program.operations]
+        # Memory is freed as early as Python would free it: a step of a large model fits again.
         self._over_after = over_after(program)
         needed = program.state_names
         self.state = {name: spec for name, spec in program.tensors.items() if name in needed}

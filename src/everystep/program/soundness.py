@@ -108,6 +108,7 @@ class _Check:
             self._by_name.setdefault(operation.name, []).append(index)
             for name in {*operation.changed()}:
                 self._writers.setdefault(tensors[name].storage, []).append(index)
+        # Storages of meta have sizes, but take nothing.
         memory = {
             name: torch.empty(storage.bytes, dtype=torch.uint8, device=META).untyped_storage()
             for name, storage in storages.items()

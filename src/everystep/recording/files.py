@@ -163,6 +163,7 @@ def take_file(source: Path, name: str, target: Path, own_name: str | None = None
             if os.path.samestat(os.fstat(file.fileno()), taken.lstat()):
                 return
             taken.unlink()  # it was exchanged meanwhile
+        # Not over a file that is there: it may have been linked already, and be another run's, too.
         with taken.open("xb") as copy:
             shutil.copyfileobj(file, copy)
         shutil.copystat(source / name, taken, follow_symlinks=False)

@@ -135,6 +135,7 @@ class Repeats:
         self._newest = max(self.files, default=0)
         self._next = self._spans.rows[-1].end if self._spans.rows else 1
         self._forget_lost()
+        # With `keep`, files are given up by their last uses, which only the steps show.
         for repeat in () if keep is None else database.repeats(1):
             for name, each in inputs_of(repeat.inputs, f"step {repeat.step}").given.items():
                 self._use(repeat.last, name, self._files_of(each.numbers()))
@@ -169,6 +170,7 @@ class Repeats:
                 found[-1] = found[-1]._replace(count=found[-1].count + now.count)
             else:
                 found.append(now)
+        # Before anything is written: a step that differs raises, and the run stays as it was.
         new = compare(found)
         self._close_files(rows[-1].step)
         old = self.oldest(self._budget, spared=self._newest)  # the steps just taken need that file

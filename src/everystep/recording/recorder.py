@@ -575,6 +575,7 @@ class Recorder:
             self._snapshots_written += 1
             return
         started, began = clock.worked(), clock.now()
+        # Large parameters that are still as in state 0 are not written again.
         first = next((row for row in self._database.snapshots() if row.step == 0), None)
         try:
             row = write_snapshot(self._home.here, state, first)

@@ -329,6 +329,7 @@ def _fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome
         keywords = old.optimizer.keywords, new.optimizer.keywords
         keys = {*keywords[0], *keywords[1]}
         changed = {key for key in keys if keywords[0].get(key) != keywords[1].get(key)}
+        # A loss or an optimizer of another class begins without the state of the parent's.
         kinds = ["model", *["loss"] * (old.loss == new.loss), *["optimizer"] * same_optimizer]
         try:
             own = changed if same_scheduler else None

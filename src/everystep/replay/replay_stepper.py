@@ -114,6 +114,7 @@ class ReplayStepper:
         tensors, gone = self._run.change(self._between[self.state])
         for name in gone:
             self._tensors.pop(name, None)
+        # Generators are not of the state here: a step that draws has theirs among its inputs.
         self._tensors |= self._here({n: t for n, t in tensors.items() if not n.startswith("generator/")})
 
     def capture(self, *, is_live: bool = False) -> State:
