@@ -229,6 +229,7 @@ def train(
     place, resumed, user_facts = _start(run, resume, config, tags)
     watcher = progress_of(progress)
     if parts is not None:
+        # What only a model takes: `check_step` reports each that is given with a step function.
         others = {
             **{"loss": loss, "optimizer": optimizer, "batch_size": batch_size, "drop_last": drop_last},
             **{"device": device, "scheduler": scheduler, "max_grad_norm": max_grad_norm},
@@ -403,6 +404,7 @@ def _start(
     if resume is True:
         if place is None:
             raise UsageError("resume=True needs the run: run=...; or pass resume=RUN")
+        # A run that was killed before its first state has nothing to continue: it begins again.
         return place, None if remove_unbegun(place) else Run(place), user_facts
     if place is not None:
         raise UsageError("both run and resume name a run; pass one of them")

@@ -49,6 +49,7 @@ def free_memory() -> int:
     """Return about how many bytes of memory this process can still take, also in a container."""
     found = [MEMORY]
     with suppress(OSError, ValueError, IndexError):
+        # What the system can give without swapping: more than what is free, as caches can go.
         text = Path("/proc/meminfo").read_text()
         found.append(1024 * int(text.partition("MemAvailable:")[2].split()[0]))
     with suppress(OSError, ValueError):

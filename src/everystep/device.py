@@ -14,6 +14,7 @@ __all__ = ["available", "kinds", "on_cpu", "select"]
 
 def kinds() -> list[str]:
     """Return the kinds of devices that a name may begin with, available or not."""
+    # Whatever torch itself was built with, or a backend that extends it.
     accelerator = torch.accelerator.current_accelerator()
     here = [] if accelerator is None else [accelerator.type]
     return list(dict.fromkeys(["cpu", "cuda", "mps", "xpu", *here]))

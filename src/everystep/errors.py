@@ -172,6 +172,7 @@ def did_you_mean(name: str, known: Sequence[str] | Mapping[str, str]) -> str:
     near = [folded[match] for match in get_close_matches(name.lower(), folded, n=2, cutoff=0.6)]
     if near:
         return "did you mean " + " or ".join(near) + "?"
+    # More names than that would hide the message.
     if len(known) <= 12:
         return "known here: " + ", ".join(written.values())
     return ""

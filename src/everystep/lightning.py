@@ -102,6 +102,7 @@ class RecordFit(pl.Callback):  # type: ignore[misc]  # no types come with it
             return
         # Not kept: the loss would hold the graph of its step.
         output, self._output = self._output, None
+        # `training_step` may return a dict with the loss in it, or None to skip the batch.
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if isinstance(loss, Tensor) and loss.numel() == 1:
             self._recording.log(loss=loss)

@@ -121,6 +121,8 @@ _READERS = {
     _CUDA + "preferred_linalg_library": _CUDA + "preferred_linalg_library",
 }
 
+#: Functions of torch that report how kernels are chosen, e.g. `_get_cudnn_benchmark`,
+#: `_get_mkldnn_enabled`.
 _SWITCH = re.compile(r"_get_\w*(enabled|deterministic|allow|tf32|benchmark|precision|uninitialized)\w*")
 #: What `ATEN_CPU_CAPABILITY` takes, by what torch calls the capability.
 _CAPABILITIES = {"AVX512": "avx512", "AVX2": "avx2", "DEFAULT": "default", "NO AVX": "default"}
@@ -153,6 +155,7 @@ class Numerics(BaseModel):
     @field_validator("settings")
     @classmethod
     def _check(cls, settings: dict[str, bool | str]) -> dict[str, bool | str]:
+        # A run may be a stranger's, and these values are set in this process for a replay.
         for unknown in _unknown(settings):
             raise ValueError(unknown)
         return settings
@@ -167,6 +170,7 @@ class Numerics(BaseModel):
         import torch
 
         known = _values_of(_ALL_SETTINGS if device.type == "cuda" else _SETTINGS)
+        # What this torch does not have is not recorded: a later one may.
         settings = {name: value for name, value in known.items() if value is not None}
         if unknown := next(_unknown(settings), None):
             raise UsageError(f"{unknown}, as far as everystep knows; set it to another value")
@@ -201,6 +205,7 @@ class Numerics(BaseModel):
 
     def needs_other_process(self, other: Numerics) -> bool:
         """Return whether a difference can only be fixed in a new process."""
+        # All else can be set in a running process, or cannot be set at all.
         settled = ("cpu_capability", "mkl_cbwr") + ("cublas_workspace_config",) * (self.device != "cpu")
         return any(getattr(self, name) != getattr(other, name) for name in settled)
 
@@ -240,6 +245,7 @@ def prepare() -> None:
 def warning() -> str | None:
     """Return a warning for the user if `prepare` came too late for the matrix products."""
     asked = os.environ.get("MKL_CBWR") == ENVIRONMENT["MKL_CBWR"]
+    # It was asked for, but MKL had computed before the environment was set.
     if asked and _mkl_cbwr() == "off":
         return (
             "torch already computed something in this process, so the bits of this run may depend on "
@@ -421,6 +427,8 @@ def _reproducible() -> Iterator[None]:
     with _lock:
         fill = settings.fill_uninitialized_memory  # type: ignore[attr-defined]
         _before.append((torch.get_deterministic_debug_mode(), fill, _flushes_denormals()))
+        # Only the first sets, and only the last restores: a training that ends must not change
+        # another's.
         if len(_before) == 1:
             # The same as use_deterministic_algorithms(True, warn_only=True), which imports the compiler.
             torch.set_deterministic_debug_mode("warn")
@@ -469,6 +477,7 @@ def _torch_cpu_library() -> ctypes.CDLL | None:
 
     import torch
 
+    # MKL is linked into this library, so its functions are found there.
     suffix = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}.get(
         sys.platform, "libtorch_cpu.so"
     )

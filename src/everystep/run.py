@@ -128,6 +128,7 @@ class Run(RecordedRun):
         return shown
 
     def _steps_of_ranks(self, number: int) -> Steps:
+        # Of the processes that trained this step: a resumed run may have other numbers of them.
         ranks = self.ranks_of(stretch_at(self.stretches, number))
         return Steps([(rank, number) for rank in ranks])
 
@@ -355,6 +356,7 @@ class Run(RecordedRun):
 
         is_of_ranks = isinstance(condition, str) and condition.split() == RANKS_DIFFER.split()
         asked: Any = RANKS_DIFFER if is_of_ranks else self._question(condition)[0]
+        # Losses and measurements answer it: no step is replayed.
         if getattr(asked, "is_recorded", False):
             steps = [step for step, _ in ask_columns(asked, self, as_condition=True)]
             return self._shown(Found(chosen(steps, which)))

@@ -204,6 +204,7 @@ def measure(
             values.update(answers)
             is_new = False
 
+        # No step need be replayed: recorded columns have the answer.
         if isinstance(question, Expression) and question.is_recorded:
             last = run.newest_step()
             keep([(s, v) for s, v in ask_columns(question, run) if s % every == 0])

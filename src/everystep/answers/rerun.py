@@ -146,6 +146,7 @@ def rerun(
         threads = conditions.threads or known.threads
         process.call(opened, run.directory.absolute(), opener.data, threads, conditions.precision)
         replayed = _replayed(process, run, (first, last), threads, on_progress)
+        # In another precision, all bits differ, from the first step on.
         differ = range(0) if conditions.precision is not None else _suspicious(replayed)
         operation, diverges_at = None, _parting_step(opener, process, differ)
         if diverges_at is not None:

@@ -54,6 +54,7 @@ class SweepRun:
     @property
     def is_over(self) -> bool:
         """Whether there is nothing to continue: it is finished, or stopped by a condition of its own."""
+        # A run that the user stopped is not over, but one that has stopped itself, as at a NaN, is.
         if self.run is None or self.status != "stopped":
             return self.status == "finished"
         return self.run.facts.reason not in REASONS.values()
@@ -158,6 +159,7 @@ def sweep_of(directory: Path, cases: Iterable[SweepRun]) -> Sweep:
     names = (f"{kind}{metric}" for metric in METRICS for kind in (VALIDATION, ""))
     metric = next((name for name in names if name in measured), None)
     about = metric_of(metric or "")
+    # So that the smallest is the best, for every metric.
     sign = -1 if about is not None and about.better == "up" else 1
 
     def best(case: SweepRun) -> float | None:

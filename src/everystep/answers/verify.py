@@ -76,6 +76,7 @@ def verify(
     found = parallel(opener, spans(run, 1, steps), Visitor(), processes, on_progress)
     replayed = list(found) if steps else []
     damaged = [str(finding) for finding in (*run.findings(), *run.database_findings())]
+    # Their steps are compared with those of this run: what is left is the damage of their files.
     others = [each for each in run.ranks if each.directory != run.directory]
     for rank in others:
         damaged += [f"{rank.name}: {finding}" for finding in rank.findings()]

@@ -41,6 +41,7 @@ def numbers_named(text: str, session: Session, step: int) -> list[Number]:
     head = _HEAD.match(text)
     # `#7[17, 3]` is read as `loss[17, 3]`: the language has no names of operations.
     expression = parse(_STAND_IN + text[head.end() :] if head else text)
+    # `loss + 1` is a number, too, but no operation of the step has made it.
     if len(expression.references) != 1 or not _is_element(expression.text):
         example = f"; for example: {_example(trace.step)}"
         raise error_at(text, f"why follows one number of a tensor, not a computation{example}")
