@@ -174,6 +174,7 @@ def _diff(
     experiments = asked_differences(one.facts.training, other.facts.training)
     configs = config_differences(one.facts, other.facts)
     numerics = one.facts.training.numerics.differences(other.facts.training.numerics)
+    # The steps at which a difference is known to show: in a loss, or in a state on the disk.
     ends = [loss.step] if loss else []
     ends += [states[0].state or 1] if states else []
     asked = thorough
@@ -435,6 +436,7 @@ def in_lockstep(
     count = 1  # mostly, the first step differs already
     while first <= last:
         end = min(last, first + count - 1)
+        # Digests, not tensors: one of the two may be another process.
         one, other = (side.call(footprints, first, end, **how) for side in sides)
         yield from zip(range(first, end + 1), one, other, strict=True)
         first, count = end + 1, min(8 * count, STRIDE)

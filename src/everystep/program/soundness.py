@@ -79,6 +79,7 @@ def check_soundness(
     if _is_known_sound(text):
         return
     check = _Check(operations, tensors, storages)
+    # Below autograd, where a program runs: the kernels are those that will run.
     with torch.no_grad(), torch._C._AutoDispatchBelowAutograd(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for index, operation in enumerate(operations):
@@ -103,6 +104,8 @@ class _Check:
         self._bytes = sum(storage.bytes for storage in storages.values())
         self._given = [operation.given() for operation in operations]
         self._by_name: dict[str, list[int]] = {}
+        #: The operations that write on a storage: what a backward pass was left must not be changed
+        #: since.
         self._writers: dict[str, list[int]] = {}
         for index, operation in enumerate(operations):
             self._by_name.setdefault(operation.name, []).append(index)
@@ -360,6 +363,7 @@ def _fused_fit(given: Given) -> bool:
 
 def _attention_fits(given: Given) -> bool:
     q, k, v = (given[name].shape for name in ("query", "key", "value"))
+    # (N, heads, length, size) each; several heads of queries may share one of keys and values.
     if not len(q) == len(k) == len(v) == 4 or not k[1] or q[1] % k[1] or k[:3] != v[:3]:
         return False
     ends = [given[name].stride[3] for name in ("query", "key", "value")]
@@ -381,12 +385,14 @@ def _batch_norm_fits(given: Given) -> bool:
 def _weight_norm_fits(given: Given) -> bool:
     v, g, dim = given["v"].shape, given["g"].shape, given.get("dim", 0)
     norms = tuple(size if place == dim else 1 for place, size in enumerate(v))
+    # The kernel knows norms over all dimensions but the first, or but the last.
     return dim in (0, len(v) - 1) and g == norms and _are_dense(given)
 
 
 def _rnn_fits(given: Given) -> bool:
     """An LSTM's layer: four gates."""
     x, hidden = given["input"].shape, given["hidden_size"]
+    # As cuDNN counts them: 2 is an LSTM, 3 a GRU; with batch sizes, a sequence would be packed.
     if len(x) != 3 or hidden < 1 or given["mode"] != 2 or given["batch_sizes"]:
         return False
     shapes = [given[f"weight{number}"].shape for number in range(4)]

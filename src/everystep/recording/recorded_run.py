@@ -413,6 +413,7 @@ class RecordedRun:
     def findings(self) -> list[Finding]:
         """Return what is missing or altered among the numbers of the run; reads all of them."""
         edition = fingerprint(self.directory)
+        # Of the same edition, what was found still holds: all numbers need not be read again.
         if self._found is None or self._found[0] != edition:
             self._found = edition, self._read(lambda database: self._findings_in(database, {}, 0))
         return self._found[1]
@@ -480,6 +481,7 @@ class RecordedRun:
             return rows
         stretches, common = self.stretches, set[int]()
         for place, stretch in enumerate(stretches):
+            # The ranks of each stretch are other runs, so each is looked at by itself.
             steps = {row.step for row in rows if stretch_at(stretches, row.step) == place}
             for each in self.ranks_of(place) if stretch.facts.ranks is not None and steps else ():
                 # A rank may have been killed before it wrote the state that the others have.

@@ -149,6 +149,7 @@ def read_snapshot(run: Path, row: SnapshotRow) -> State:
         raise RunError(f"{place} has settings that everystep did not write") from None
     if known is not None:
         file = FileRow(f"{state_folder(0)}/{PARAMETERS}", known.size, known.digest)
+        # With the digest that this state has of it: another state 0 would give other parameters.
         first, _ = read_tensors(run, file)
         if {*known.unchanged} & parameters.keys() or not {*known.unchanged} <= first.keys():
             raise RunError(f"{place} has settings that everystep did not write")

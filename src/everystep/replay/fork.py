@@ -252,6 +252,7 @@ def _check_loop(asked: Fork, given: Objects) -> None:
     if asked.targets:
         run.check_alone("make a fork of such a run with other targets")
     others = {name for name, each in vars(given).items() if each is not None} | {*asked.settings}
+    # The last two have defaults, and so are always given.
     others -= {"lr", "steps", "scheduler_every", "dataset_limit"}
     if others or not (asked.targets or "lr" in asked.settings):
         raise RunError(

@@ -214,6 +214,7 @@ def _compare_state(found: Replayed, replay: Replay, span: Span) -> None:
     if all(row.step != span.last for row in replay.snapshot_rows()):
         return
     stepper = replay.go_to(span.last, span.at)
+    # They are only compared, before the next step: no copies are needed.
     states = stepper.capture_ranks(is_live=True)
     others = ((f"rank {number}: ", other.steps.run) for number, other in stepper.others.items())
     runs = [("", replay.run), *others]

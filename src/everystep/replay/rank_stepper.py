@@ -147,6 +147,7 @@ class RankStepper(ReplayStepper):
 
         done: as of `_in_turn`. It raises why a rank cannot repeat it, now or before.
         """
+        # Some ranks have ended the step, others have not: only `load` brings them together again.
         if self._reason is not None:
             raise self._reason
         before = self.state
@@ -201,6 +202,7 @@ def _in_turn(
 
     def meet(rank: int, name: str, arguments: tuple[Any, ...]) -> None:
         stops.put((name, arguments))
+        # False where another rank has failed: this one must not wait for a collective that never comes.
         if not turns[rank].get():
             raise RuntimeError("another rank has ended")
 
@@ -230,6 +232,7 @@ def _in_turn(
             if stop is None:
                 continue
             waiting[rank] = stop
+            # The last argument has the ranks, in the order of their group: see `collectives`.
             ranks = [*dict.fromkeys(stop[1][-1])]
             if rank not in ranks:
                 raise NotReplayedError(f"rank {rank} takes part in {stop[0]} of {ranks}")
@@ -272,6 +275,7 @@ def _compute(calls: Mapping[int, Collective]) -> None:
             + ", ".join(sorted({each for each, _ in about}))
         )
     try:
+        # All start before any is waited for, since each needs the others.
         works = [
             _STARTS[name](group, *each) for group, each in zip(_groups(len(calls)), given, strict=True)
         ]

@@ -169,6 +169,7 @@ class RecordedSteps:
         if key not in self._placed:
             if len(self._placed) >= KEPT_STEPS:
                 self._placed.clear()
+            # A window of a text moves in each step: the same program, with its tensors at other places.
             self._placed[key], _ = program.at(self.all_numbers(row))
         return self._placed[key]
 
@@ -265,6 +266,7 @@ class RecordedSteps:
         if row.inputs not in self._given:
             if len(self._given) >= KEPT_STEPS:
                 self._given.clear()
+            # By the bytes in the database: steps with the same inputs decode them once.
             self._given[row.inputs] = inputs_of(row.inputs, described(self.run, row.step))
         return self._given[row.inputs]
 

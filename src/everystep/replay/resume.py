@@ -99,6 +99,7 @@ class Resume:
         return replace(self, run=run_to_continue(self.run, agreement))
 
     def __len__(self) -> int:
+        # Ranks may have recorded different numbers of steps before they were killed.
         common = self.run.common_steps
         return self.run.newest_step() if common is None else common
 
@@ -274,6 +275,7 @@ def resume_objects(
     is_stored = objects.data is None
     # Its validation rows are no longer among the stored data.
     objects = replace(objects, validation=None) if is_stored else objects
+    # The order of batches follows from this seed, whether torch's generator was reseeded or not.
     in_order = iteration.model_copy(update={"seed": facts.batches.seed})
     # Without a seed, it began with the caller's generator, as it does again.
     with job_to_continue(objects, run, facts, in_order, "resume(..., ", facts.seed, progress) as job:

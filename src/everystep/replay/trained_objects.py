@@ -179,6 +179,7 @@ class Living:
                 "they were before training: everystep.open(run, model=..., loss=..., optimizer=...)"
             ) from None
         self._beginning = training.snapshot(state.step)
+        # Takes what the stepper would write: nothing of these steps is recorded.
         self._new = Unwritten()
         self._stepper = Stepper(training, self._new, MOST_STEPS, engine)
         self._watched = self._stepper.watched
@@ -193,6 +194,7 @@ class Living:
 
     def capture(self) -> State:
         """Return the current state in the form that is written to disk."""
+        # A rate that is a tensor is of the state: it is set before that is copied.
         if self._training.has_tensor_settings:
             self._set_hyperparameters()
         return self._training.snapshot(self._stepper.step)
@@ -307,4 +309,5 @@ def _training(run: RecordedRun, stretch: Stretch, objects: Objects) -> Training:
         training = experiment_job(load(experiment), device, stored_data(run, facts)).training
     except ExperimentError as error:
         raise RunError(f"the experiment of {run.name} cannot be used: {error}") from None
+    # The rates are the recorded ones, set before each step: see `_set_hyperparameters`.
     return replace(training, batch=batch, scheduler=None)

@@ -57,6 +57,7 @@ def check_alone(run: RecordedRun, stretch: Stretch, call: str, reason: str | Non
     elif facts.data.lazy or facts.data_file is None or not facts.data_file.stored:
         reason = "the run does not hold its data"
     else:
+        # What is wrong with the run comes before what was asked of it.
         reason = FurtherSteps(run, stretch).reason_against() or reason
     if reason is None:
         return
@@ -325,6 +326,7 @@ class _StepsAlone:
         at: int,
         steps_of: Callable[[RecordedRun, Stretch, RowsOf | None], ChangedSteps],
     ) -> None:
+        # The new stepper has a state of its own; a large one may not fit twice.
         replay.let_go()
         self.stepper = replay.stepper_for(replay.stretch_of(at + 1), steps_of, self._note_difference)
         self.is_loop = self.stepper.steps.facts.loop is not None

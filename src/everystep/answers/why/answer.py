@@ -231,6 +231,7 @@ class Session:
         value = origin.read(left)
         if not same_number_bits(value, now):
             return None
+        # The state may have another tensor after that step: a gradient that each step makes.
         name = before.places.ends.get(origin.name, origin.name)
         spot = Spot(name, origin.index, len(before.operations), half)
         return self.number(before.number, spot, value)
