@@ -57,13 +57,6 @@ MOST_WAITING = 512_000_000
 _SPARE = 65_536
 
 
-# The order in which a step reaches the disk:
-#   training   losses(first_step, losses, taken=...)  puts a job into the queue, and returns
-#   recorder   1. contents of new inputs, and the rows that repeat the steps  (one transaction)
-#              2. measurements, facts and losses                              (one transaction)
-#              3. the losses go to `written`, to be shown; old steps are given up
-#   training   check() raises what went wrong in the thread, at the next step
-# Between the constructor and `finish`, only the recorder thread uses the database.
 P = ParamSpec("P")
 
 
@@ -79,6 +72,13 @@ def _in_thread(
     return put
 
 
+# The order in which a step reaches the disk:
+#   training   losses(first_step, losses, taken=...)  puts a job into the queue, and returns
+#   recorder   1. contents of new inputs, and the rows that repeat the steps  (one transaction)
+#              2. measurements, facts and losses                              (one transaction)
+#              3. the losses go to `written`, to be shown; old steps are given up
+#   training   check() raises what went wrong in the thread, at the next step
+# Between the constructor and `finish`, only the recorder thread uses the database.
 class Recorder:
     """The one writer of a run: takes losses, measurements and states, and writes them in a thread.
 
