@@ -29,6 +29,7 @@ from everystep.device import on_cpu
 from everystep.errors import RunError
 from everystep.experiment.preparation import TablePreparation
 from everystep.program.operators import draws_random_numbers, resolve
+from everystep.recording.blocks import same_number
 from everystep.recording.contents import digest_of
 from everystep.recording.facts import TrainingFacts
 from everystep.recording.files import bytes_of, program_file
@@ -38,7 +39,6 @@ from everystep.recording.settings_diff import asked_differences, config_differen
 from everystep.replay.opened_step import Step
 from everystep.replay.processes import Opener
 from everystep.replay.recorded_columns import recorded_at
-from everystep.replay.recorded_steps import same_number
 from everystep.replay.run_replay import LossDifference, Replay
 from everystep.replay.shown import Shown
 from everystep.step.state import State, StateDifference, same_bits, state_differences

@@ -14,7 +14,7 @@ from everystep.ops import RECORDS
 from everystep.ops.labels import MIXED, SHARED, SUM, Reason, Tracked, compressed
 from everystep.ops.row_rules import MixesError, Result, RowsCall, filled
 from everystep.program.observed import Observed
-from everystep.program.operation import TensorSpec
+from everystep.program.operation import TensorSpec, fills
 from everystep.replay.opened_step import Step
 from everystep.step.observe import ValuePlace, makes_gradients
 
@@ -356,10 +356,6 @@ def _covers(new: TensorSpec, old: TensorSpec) -> bool:
     """Return whether a tensor overwrites another for sure: the same place, or all of a dense range."""
     if _same_place(new, old):
         return True
-    count = 1
-    for size, stride in sorted(zip(new.shape, new.stride, strict=True), key=lambda each: each[1]):
-        if size != 1 and stride != count:
-            return False
-        count *= size
     inside = new.offset <= old.offset and new.end >= old.end
-    return inside and new.torch_dtype.itemsize == old.torch_dtype.itemsize
+    is_alike = new.torch_dtype.itemsize == old.torch_dtype.itemsize
+    return inside and is_alike and fills(new.geometry)

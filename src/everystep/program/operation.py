@@ -115,9 +115,14 @@ class TensorSpec(StrictModel):
         return self.dtype.endswith(_CONJUGATED)
 
     @property
+    def geometry(self) -> tuple[Any, ...]:
+        """Its dtype, shape, stride and offset, as `extent_of` and `fills` take them."""
+        return self.torch_dtype, self.shape, self.stride, self.offset
+
+    @property
     def extent(self) -> tuple[int, int]:
         """Its first byte in its storage, and the one after its last."""
-        return extent_of((self.torch_dtype, self.shape, self.stride, self.offset))
+        return extent_of(self.geometry)
 
     @property
     def end(self) -> int:

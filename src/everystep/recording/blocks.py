@@ -28,7 +28,18 @@ if TYPE_CHECKING:
     #: Steps in their order, and their numbers.
     Series = tuple[NDArray[np.int64], NDArray[np.float64]]
 
-__all__ = ["BLOCK", "FACTS", "LOSS", "Block", "Blocks", "block_of", "digests_of", "fits", "series_of"]
+__all__ = [
+    "BLOCK",
+    "FACTS",
+    "LOSS",
+    "Block",
+    "Blocks",
+    "block_of",
+    "digests_of",
+    "fits",
+    "same_number",
+    "series_of",
+]
 
 #: Steps of a block; it begins at a multiple of this.
 BLOCK = 4096
@@ -58,6 +69,11 @@ def series_of(measurement: str) -> str:
 def block_of(step: int) -> int:
     """Return the first step of the block that a step belongs to."""
     return step - step % BLOCK
+
+
+def same_number(one: float, two: float) -> bool:
+    """Return whether two numbers of a run are equal; NaN equals NaN."""
+    return one == two or (one != one and two != two)
 
 
 def digests_of(steps: NDArray[np.int64], values: NDArray[np.float64]) -> dict[int, int]:

@@ -6,14 +6,13 @@ recording. The run does not change before the first new step.
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from everystep.bounded import MOST_STEPS
 from everystep.errors import RunError, named, say
-from everystep.recording.blocks import LOSS, series_of
+from everystep.recording.blocks import LOSS, same_number, series_of
 from everystep.recording.contents import inputs_of
 from everystep.recording.database import FILE_NAME, Database, Repeat, cut, reading
 from everystep.recording.facts import EarlierFacts
@@ -68,7 +67,7 @@ class Continuation:
                 known = self._database.series(series_of(name), step, step)[1].tolist()
             if not known:
                 self.measured.append((name, step, value))
-            elif not self._has_differed and not _is_same(value, known[0]):
+            elif not self._has_differed and not same_number(value, known[0]):
                 self._has_differed = True
                 say(
                     f"when step {step} of {self._name} is repeated, {name} is {value!r}; the recorded "
@@ -90,7 +89,7 @@ class Continuation:
         again = [*losses[: max(0, self.recorded - first + 1)]]
         known = self._database.series(LOSS, first, first + len(again) - 1)[1].tolist()
         for step, (loss, recorded) in enumerate(zip(again, known, strict=True), start=first):
-            if not _is_same(loss, recorded):
+            if not same_number(loss, recorded):
                 raise self.differs(step, f"the loss is {loss!r}, but {recorded!r} was recorded")
         return first + len(again), [*losses[len(again) :]]
 
@@ -147,11 +146,6 @@ class Continuation:
             f"run is unchanged. {cure}. Or resume with --force (force=True), which discards the "
             "recorded steps after the snapshot"
         )
-
-
-def _is_same(number: float, recorded: float) -> bool:
-    """Return whether a number is the recorded one; NaN is NaN."""
-    return number == recorded or (math.isnan(number) and math.isnan(recorded))
 
 
 def inherit(database: Database, plan: SnapshotPlan, parent: RecordedRun, at: int) -> dict[str, Any]:

@@ -23,8 +23,9 @@ from everystep.program.calls import without_autograd
 from everystep.program.collectives import taking_part
 from everystep.program.memory import copied_together
 from everystep.program.operators import REFUSALS
+from everystep.recording.blocks import same_number
 from everystep.replay.bound_steps import Hook
-from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps, same_number
+from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps
 from everystep.replay.replay_stepper import ReplayStepper
 from everystep.step.generators import Generators
 from everystep.step.observe import Observation

@@ -45,7 +45,6 @@ __all__ = [
     "check_kept",
     "described",
     "read_program",
-    "same_number",
 ]
 
 #: Rows of the database, and losses, to read at once.
@@ -368,11 +367,6 @@ def read_program(run: RecordedRun, number: int) -> Program:
         return Program.from_json(content)
     except ProgramError as error:
         raise ProgramError(f"{run.directory / name}: {error}") from None
-
-
-def same_number(one: float, two: float) -> bool:
-    """Return whether two losses are equal; NaN equals NaN."""
-    return one == two or (one != one and two != two)
 
 
 def _size(given: Given) -> int:

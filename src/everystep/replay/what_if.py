@@ -14,13 +14,14 @@ from functools import partial
 from everystep.device import select
 from everystep.errors import ExpressionError, RunError, UsageError
 from everystep.expression import Expression
+from everystep.recording.blocks import same_number
 from everystep.recording.recorded_run import RecordedRun
 from everystep.replay.changed_steps import ChangedSteps
 from everystep.replay.probe import check_question, opened_value
 from everystep.replay.processes import Opener, process_count, shared
 from everystep.replay.recorded_batches import batches_of
 from everystep.replay.recorded_columns import Evaluator, read_question
-from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps, same_number
+from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps
 from everystep.replay.replay_stepper import ReplayStepper
 from everystep.replay.run_replay import Replay, no_such_step
 from everystep.replay.shown import Shown
