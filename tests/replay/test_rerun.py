@@ -130,6 +130,25 @@ def test_a_recorded_loop_is_taken_in_double_precision(small, tmp_path, kind):
     assert (found.compared[0], found.compared[-1]) == (1, len(found.losses))
 
 
+@pytest.mark.parametrize("name", ["NAdam", "ASGD", "Adafactor", "Rprop"])
+@pytest.mark.parametrize("foreach", [False, True])
+def test_what_an_optimizer_counts_with_keeps_its_dtype(small, tmp_path, name, foreach):
+    model, x, y = small
+
+    def optimizer():
+        options = {"t0": 3} if name == "ASGD" else {}
+        return getattr(torch.optim, name)(model.parameters(), lr=0.01, foreach=foreach, **options)
+
+    start = {name: value.double() for name, value in model.state_dict().items()}
+    parts = {"model": model, "optimizer": optimizer()}
+    with everystep.record(**parts, run=tmp_path / "loop") as recording:
+        loop(parts["optimizer"], x, y, model, lambda loss: recording.log(loss=loss), recording.steps)
+    found = recording.run.rerun(precision="float64", progress=False)
+    model.double().load_state_dict(start)
+    assert found.losses.tolist() == loop(optimizer(), x.double(), y.double(), model)
+    assert recording.run.rerun(precision="bfloat16", progress=False).relative.max() < 0.1
+
+
 def test_weights_that_are_not_laid_row_after_row_go_elsewhere(tmp_path):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 1))

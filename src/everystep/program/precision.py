@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from everystep.errors import ProgramError
-from everystep.program.arguments import DTYPES, references
+from everystep.program.arguments import DTYPES, decode, references
 from everystep.program.operators import draws_random_numbers, parameters
+from everystep.program.optimizer_operator import OPTIMIZERS
 from everystep.program.soundness import WITH_STATISTICS, results_on_meta
 from everystep.program.step_program import Operation, Program, Storage
 
@@ -24,6 +26,9 @@ _FIXED_ARGUMENTS = {
     "_amp_foreach_": ("found_inf", "inv_scale"),
     "_amp_update_": ("self", "growth_tracker", "found_inf"),
 }
+#: What torch's optimizers keep as one number for each parameter, in a dtype that is not the parameter's:
+#: how many steps, the product of momenta of NAdam, the rate and the weight of the average of ASGD.
+_COUNTERS = {"step", "mu_product", "eta", "mu"}
 #: Kernels of oneDNN that compute in float32, or return gradients in float32 for any input.
 _ONLY_FLOAT32 = {"mkldnn_rnn_layer", "mkldnn_rnn_layer_backward"}
 
@@ -187,7 +192,19 @@ def counters(program: Program) -> set[str]:
     found = [*filter(_is_counter, program.tensors)]
     found += [tensor for name, tensor in program.ends.items() if _is_counter(name)]
     for operation in program.operations:
+        if operation.operator in OPTIMIZERS:
+            found += _counted_with(operation)
         fixed = (names for kind, names in _FIXED_ARGUMENTS.items() if operation.name.startswith(kind))
         for name in next(fixed, ()):
             found += references(operation.given().get(name))
     return program.storages_of(found)
+
+
+def _counted_with(operation: Operation) -> Iterator[str]:
+    """Yield the tensors that the step of one of torch's optimizers counts with."""
+    _, _, kept, made = decode(operation.arguments, str)
+    for items in chain.from_iterable(kept):
+        pairs = zip(items[::2], items[1::2], strict=True)
+        yield from (name for key, name in pairs if key in _COUNTERS)
+    named = zip(made, operation.results, strict=True)
+    yield from (name for (_, _, key), name in named if name is not None and key in _COUNTERS)
