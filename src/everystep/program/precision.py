@@ -193,7 +193,8 @@ def counters(program: Program) -> set[str]:
     found += [tensor for name, tensor in program.ends.items() if _is_counter(name)]
     for operation in program.operations:
         if operation.operator in OPTIMIZERS:
-            found += _counted_with(operation)
+            # A rate that is a tensor keeps its number, as one that is a number does.
+            found += [*_counted_with(operation), *references([*operation.keywords.values()])]
         fixed = (names for kind, names in _FIXED_ARGUMENTS.items() if operation.name.startswith(kind))
         for name in next(fixed, ()):
             found += references(operation.given().get(name))
