@@ -149,12 +149,34 @@ def test_other_weights_at_the_beginning_are_said_to_be_missing(by_autograd, tmp_
         by_autograd.match("other")
 
 
-def rounded(directory, dtype=torch.float32, *, autocast=False, module=nn.Tanh, noise=False, seed=0):
+class Renamed(nn.Module):
+    """The layers of a sequence by other names, in another order."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.head, self.body = layers[-1], nn.ModuleList(layers[:-1])
+
+    def forward(self, x):
+        for layer in self.body:
+            x = layer(x)
+        return self.head(x)
+
+
+def rounded(
+    directory,
+    dtype=torch.float32,
+    *,
+    autocast=False,
+    module=nn.Tanh,
+    noise=False,
+    seed=0,
+    network=nn.Sequential,
+):
     """A classifier with dropout; its loop computes in bfloat16 in some way."""
     torch.manual_seed(seed)
     x, y = torch.randn(32, 10), torch.randint(0, 4, (32,))
     layers = nn.Linear(10, 16), module(), nn.LayerNorm(16), nn.Dropout(0.2), nn.Linear(16, 4)
-    model = nn.Sequential(*layers).to(dtype)
+    model = network(*layers).to(dtype)
     torch.manual_seed(1)
 
     def loss_of(model, batch):
@@ -173,7 +195,13 @@ def in_single(tmp_path_factory):
     return rounded(tmp_path_factory.mktemp("precision") / "single")
 
 
-@pytest.mark.parametrize("how", [{"dtype": torch.bfloat16}, {"autocast": True}])
+@pytest.mark.parametrize(
+    "how",
+    [
+        *({"dtype": torch.bfloat16}, {"autocast": True}),
+        *({"autocast": True, "network": Renamed}, {"dtype": torch.bfloat16, "network": Renamed}),
+    ],
+)
 def test_the_same_in_bfloat16_matches_in_double_precision(in_single, tmp_path, how):
     other = rounded(tmp_path / "bfloat16", **how)
     assert other.losses["loss"].to_list() != in_single.losses["loss"].to_list()

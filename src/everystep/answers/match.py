@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import NamedTuple
@@ -128,7 +128,7 @@ def _match(one: Opener, other: Opener, number: int) -> Match:
     begin = tuple(name for name, tensor in before if not others.has(tensor))
     if precisions is not None:
         # After `begin`, which compares what the two programs were really given.
-        steps, limit = _in_double(one, other, number), ROUNDING_IN_DOUBLE
+        steps, limit = _in_double(one, other, number, limit), ROUNDING_IN_DOUBLE
     values = [_Values(step, limit) for step in steps]
     ends = dict(_after(steps[0]))
     end = tuple(name for name, tensor in ends.items() if not values[1].has(tensor))
@@ -154,13 +154,17 @@ def _coarsest(step: Step) -> torch.dtype:
     return max(found, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
 
-def _in_double(one: Opener, other: Opener, number: int) -> tuple[Step, Step]:
-    """Return a step of two runs in double precision, both from the state of the first."""
+def _in_double(one: Opener, other: Opener, number: int, limit: float) -> tuple[Step, Step]:
+    """Return a step of two runs in double precision, both from the state of the first.
+
+    limit: how far apart numbers are by rounding, as the runs compute.
+    """
     first, own = one.state(number - 1), other.state(number - 1)
+    names = _counterparts(other.state(0), one.state(0), limit)
     second = replace(
         own,
-        parameters=_shared(own.parameters, first.parameters),
-        rest=_shared(own.rest, first.rest),
+        parameters=_shared(own.parameters, first.parameters, names),
+        rest=_shared(own.rest, first.rest, names),
     )
     try:
         return one.call(_step_in_double, first), other.call(_step_in_double, second)
@@ -171,10 +175,33 @@ def _in_double(one: Opener, other: Opener, number: int) -> tuple[Step, Step]:
         ) from None
 
 
-def _shared(own: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors, those of the same name and shape from others."""
-    shapes = {name: tensor.shape for name, tensor in others.items()}
-    return {n: others[n] if shapes.get(n) == tensor.shape else tensor for n, tensor in own.items()}
+def _counterparts(own: State, first: State, limit: float) -> dict[str, str]:
+    """Return what tensors of a model are called in the first run, by another name in its own.
+
+    own, first: states 0, in which both have the same numbers; of several alike, such as biases of zeros,
+    the first one in the order of the model.
+    """
+    left = {name: tensor for name, tensor in first.parameters.items() if name not in own.parameters}
+    found: dict[str, str] = {}
+    for name, tensor in own.parameters.items():
+        if name not in first.parameters:
+            alike = (n for n, each in left.items() if relative_difference(each, tensor) <= limit)
+            if (known := next(alike, None)) is not None:
+                found[name] = known
+                del left[known]
+    return found
+
+
+def _shared(
+    own: dict[str, Tensor], others: dict[str, Tensor], names: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """Return tensors, those of the same shape and name from others; names: the other names there."""
+    found = {}
+    for name, tensor in own.items():
+        # e.g. `optimizer/first.weight/exp_avg` is `optimizer/0.weight/exp_avg` there.
+        there = others.get("/".join(names.get(part, part) for part in name.split("/")))
+        found[name] = there if there is not None and there.shape == tensor.shape else tensor
+    return found
 
 
 def _step_in_double(replay: Replay, state: State) -> Step:
