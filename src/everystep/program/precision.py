@@ -36,7 +36,8 @@ _ONLY_FLOAT32 = {"mkldnn_rnn_layer", "mkldnn_rnn_layer_backward"}
 class Precision:
     """A dtype for all floating-point numbers of a program, its state and its inputs.
 
-    What counts the steps of an optimizer keeps its dtype. dtype: torch.float64 or torch.bfloat16.
+    What an optimizer counts with, and a rate that is a tensor, keep theirs. dtype: torch.float64 or
+    torch.bfloat16.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -188,7 +189,7 @@ def _is_counter(name: str) -> bool:
 
 
 def counters(program: Program) -> set[str]:
-    """Return the storages that count the steps of optimizers, or have a fixed dtype."""
+    """Return the storages that optimizers count with, or that have a fixed dtype."""
     found = [*filter(_is_counter, program.tensors)]
     found += [tensor for name, tensor in program.ends.items() if _is_counter(name)]
     for operation in program.operations:
