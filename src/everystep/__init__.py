@@ -61,6 +61,7 @@ _SUBMODULES = ("lightning", "numerics", "transformers")
 def __getattr__(name: str) -> Any:
     if name in __all__:
         return getattr(import_module(_MODULES.get(name, "everystep.api")), name)
+    # Without an import of their own: `everystep.lightning` needs a package that may not be there.
     if name in _SUBMODULES:
         return import_module(f"everystep.{name}")
     raise AttributeError(f"module 'everystep' has no attribute {name!r}")

@@ -15,6 +15,7 @@ _ALLOCATIONS = 100_000
 
 def main() -> None:
     """Import the commands, and run the one that was typed."""
+    # Unless the caller ignores it, as a shell does for a command in the background.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupted)
     # Importing torch allocates many objects and drops few, and searching them takes a tenth of a second.
@@ -35,6 +36,7 @@ def _interrupted(number: int, frame: FrameType | None) -> None:
     """
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
+            # Not `print`: a signal may come in the middle of one.
             os.write(2, b"\n")
             os._exit(130)
         frame = frame.f_back

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 __all__ = ["doctor", "open", "record", "runs", "sweep", "train", "train_experiment"]
 
 
+# Functions import what they need when they are called: `import everystep` is quick, and commands that
+# need no torch do not wait for it.
 def open(
     run: str | Path,
     *,
@@ -227,6 +229,7 @@ def train(
     place, resumed, user_facts = _start(run, resume, config, tags)
     watcher = progress_of(progress)
     if parts is not None:
+        # What only a model takes: `check_step` reports each that is given with a step function.
         others = {
             **{"loss": loss, "optimizer": optimizer, "batch_size": batch_size, "drop_last": drop_last},
             **{"device": device, "scheduler": scheduler, "max_grad_norm": max_grad_norm},
@@ -369,6 +372,7 @@ def _forked(
     parent = fork if isinstance(fork, Run) else Run(find_run(fork))
     if resumed is None:
         return parent, at
+    # A script with fork= and resume=True makes the fork when it runs first, and continues it afterwards.
     made = resumed.facts.fork
     if made is None or (made.parent, made.at) != (parent.name, at):
         raise UsageError(
@@ -388,6 +392,7 @@ def _start(
     """
     from everystep.training.description import facts_from
 
+    # Only the first run of a call is the one of the sweep.
     place = AWAITED.pop("place", None) if run is None and resume is False else None
     if place is None:
         place = place_of(run)
@@ -399,6 +404,7 @@ def _start(
     if resume is True:
         if place is None:
             raise UsageError("resume=True needs the run: run=...; or pass resume=RUN")
+        # A run that was killed before its first state has nothing to continue: it begins again.
         return place, None if remove_unbegun(place) else Run(place), user_facts
     if place is not None:
         raise UsageError("both run and resume name a run; pass one of them")
@@ -513,17 +519,7 @@ def sweep(
     from everystep.views.progress import line_for_each
     from everystep.views.run_view import RunView
 
-    if AWAITED:
-        raise UsageError(
-            "a sweep is called where its function is imported or called; call it below "
-            "if __name__ == '__main__':"
-        )
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        raise UsageError("a sweep starts its own processes; start it without torchrun")
-    if ray and find_spec("ray") is None:
-        raise UsageError("Ray is not installed: pip install ray; or leave out --ray (ray=True)")
-    if resume and run is None:
-        raise UsageError("to resume a sweep, name its directory: run=... (--run)")
+    _check_sweep(run, resume=resume, ray=ray)
     runs = combinations(settings, may_be_many=force)
     numerics.prepare()
     calls: dict[str, tuple[Any, ...]]  # what to call for each run, and with what after its directory
@@ -547,7 +543,9 @@ def sweep(
         for name, (call, *given) in calls.items()
         if not cases[name].is_over
     }
+    # A pool of one process for each training at a time, so that one that is killed takes no other along.
     start = partial(on_ray, threads) if ray else partial(pool, 1, threads, {}, in_order=True)
+    # Ray itself decides how many its machines can run.
     cores = len(tasks) if ray else cpu_count() // threads
     count = max(1, min(processes or max(1, cores), len(tasks)))
     how = "by Ray" if ray else f"{count} at a time"
@@ -564,3 +562,19 @@ def sweep(
             f"{shlex.quote(str(place))} --resume (run={str(place)!r}, resume=True)"
         )
     return replace(sweep_of(place, cases.values()), view=RunView(None))
+
+
+def _check_sweep(run: str | Path | None, *, resume: bool, ray: bool) -> None:
+    """Check that a sweep can start here, and with what it needs."""
+    # The process of a training imports the function, and with it the script that calls the sweep.
+    if AWAITED:
+        raise UsageError(
+            "a sweep is called where its function is imported or called; call it below "
+            "if __name__ == '__main__':"
+        )
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise UsageError("a sweep starts its own processes; start it without torchrun")
+    if ray and find_spec("ray") is None:
+        raise UsageError("Ray is not installed: pip install ray; or leave out --ray (ray=True)")
+    if resume and run is None:
+        raise UsageError("to resume a sweep, name its directory: run=... (--run)")

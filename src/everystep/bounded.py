@@ -49,9 +49,12 @@ def free_memory() -> int:
     """Return about how many bytes of memory this process can still take, also in a container."""
     found = [MEMORY]
     with suppress(OSError, ValueError, IndexError):
+        # What the system can give without swapping: more than what is free, as caches can go.
         text = Path("/proc/meminfo").read_text()
         found.append(1024 * int(text.partition("MemAvailable:")[2].split()[0]))
     with suppress(OSError, ValueError):
+        # The limit of a container, in which /proc/meminfo shows the whole machine; without one, the text
+        # is "max".
         limit, used = (
             Path("/sys/fs/cgroup", f"memory.{name}").read_text() for name in ("max", "current")
         )
@@ -79,9 +82,11 @@ def open_regular(path: Path, *, follows_links: bool = True) -> BinaryIO:
     Raises:
         OSError: it cannot be opened, or is not a regular file.
     """
+    # Without O_NONBLOCK, opening a pipe would wait for its other end.
     flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
     flags |= 0 if follows_links else getattr(os, "O_NOFOLLOW", 0)
     file = os.fdopen(os.open(path, flags), "rb")
+    # Of the open file: a look at the path before might be of another one.
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
@@ -112,6 +117,7 @@ def decompressed(content: bytes, limit: int) -> bytes:
     """
     machine = zlib.decompressobj()
     try:
+        # One byte more than allowed shows that there are more.
         found = machine.decompress(content, limit + 1)
     except zlib.error as error:
         raise ValueError(str(error)) from None
@@ -126,6 +132,7 @@ def parse_json(text: bytes | str, **options: Any) -> Any:
     Raises:
         ValueError: it is not JSON, is nested too deep, or has too many values.
     """
+    # A value is preceded by one of these signs, mostly: to count them takes far less than to parse.
     marks = ("[", "{", ",") if isinstance(text, str) else (b"[", b"{", b",")
     if sum(map(text.count, marks)) > _MOST_VALUES:  # type: ignore[arg-type]
         raise ValueError(f"it has more than {_MOST_VALUES:,} values")

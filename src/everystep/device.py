@@ -14,6 +14,7 @@ __all__ = ["available", "kinds", "on_cpu", "select"]
 
 def kinds() -> list[str]:
     """Return the kinds of devices that a name may begin with, available or not."""
+    # Whatever torch itself was built with, or a backend that extends it.
     accelerator = torch.accelerator.current_accelerator()
     here = [] if accelerator is None else [accelerator.type]
     return list(dict.fromkeys(["cpu", "cuda", "mps", "xpu", *here]))
@@ -43,6 +44,7 @@ def select(name: str) -> torch.device:
     kind, _, index = name.partition(":")
     has_number = kind not in ("cpu", "mps")
     if kind not in kinds() or (":" in name and not (has_number and index.isdecimal())):
+        # Names that people type, which are like none of torch's.
         is_gpu = kind.lower() in ("gpu", "nvidia", "rocm")
         cure = did_you_mean("cuda" if is_gpu else name, ["auto", *kinds(), "cuda:0"])
         raise DeviceError(f"unknown device {name!r}; {cure}".rstrip("; "))
@@ -58,6 +60,7 @@ def select(name: str) -> torch.device:
 @contextmanager
 def on_cpu() -> Iterator[None]:
     """Make new tensors on the CPU inside, whatever default device the caller has set."""
+    # A mode makes every call of torch slower, so it is entered only if it changes something.
     if torch.get_default_device().type == "cpu":
         yield
         return

@@ -81,6 +81,7 @@ class UsageError(EverystepError, ValueError):
     def __init__(self, faults: str | Sequence[Fault], where: str = "") -> None:
         self.faults = [Fault("", faults)] if isinstance(faults, str) else list(faults)
         self.where = where
+        # One fault is a sentence; several are a list under a heading.
         if len(self.faults) == 1:
             super().__init__(f"{where}: {self.faults[0]}" if where else str(self.faults[0]))
             return
@@ -166,10 +167,12 @@ def did_you_mean(name: str, known: Sequence[str] | Mapping[str, str]) -> str:
     if not known:
         return "there are none"
     written = known if isinstance(known, Mapping) else {candidate: candidate for candidate in known}
+    # Without case: `adam` is like `Adam`.
     folded = {candidate.lower(): text for candidate, text in written.items()}
     near = [folded[match] for match in get_close_matches(name.lower(), folded, n=2, cutoff=0.6)]
     if near:
         return "did you mean " + " or ".join(near) + "?"
+    # More names than that would hide the message.
     if len(known) <= 12:
         return "known here: " + ", ".join(written.values())
     return ""
@@ -183,12 +186,14 @@ def named(things: Sequence[object], most: int = NAMED) -> str:
 
 def say(message: str) -> None:
     """Print a notice on stderr while a run is recorded."""
+    # stdout is for what a command returns, which a program may read.
     print(f"everystep: {message}", file=sys.stderr)
 
 
 def size_text(count: float) -> str:
     """Return a number of bytes: `12 kB`, `3.4 MB`."""
     for unit, size in (("GB", 10**9), ("MB", 10**6)):
-        if count >= size:
-            return f"{count / size:,.3g} {unit}"
+        number = count / size
+        if number >= 0.9995:  # which three digits round to 1
+            return f"{number:.3g} {unit}" if number < 999.5 else f"{number:,.0f} {unit}"
     return f"{count / 1000:,.0f} kB" if count >= 1000 else f"{count:.0f} bytes"

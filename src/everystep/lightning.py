@@ -65,6 +65,7 @@ class RecordFit(pl.Callback):  # type: ignore[misc]  # no types come with it
             for place, each in enumerate(trainer.optimizers)
         }
         self._recording = record(run=self._run, model=pl_module, **optimizers, **self._options)
+        # Not `with`: the fit calls back at its beginning and at its end.
         self._recording.__enter__()
         self._watch_training_step(trainer.strategy)
 
@@ -77,6 +78,7 @@ class RecordFit(pl.Callback):  # type: ignore[misc]  # no types come with it
             self._output = training_step(*args, **kwargs)
             return self._output
 
+        # On the object, so that the method of its class is in force again once this is deleted.
         strategy.training_step = watched
 
     def on_train_batch_start(
@@ -98,7 +100,9 @@ class RecordFit(pl.Callback):  # type: ignore[misc]  # no types come with it
         """Log the loss that `training_step` returned, and end the step."""
         if self._recording is None or self._recording.is_stopping:
             return
+        # Not kept: the loss would hold the graph of its step.
         output, self._output = self._output, None
+        # `training_step` may return a dict with the loss in it, or None to skip the batch.
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if isinstance(loss, Tensor) and loss.numel() == 1:
             self._recording.log(loss=loss)

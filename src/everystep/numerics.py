@@ -65,6 +65,7 @@ _CBWR_BRANCHES = {
 }
 _CBWR_STRICT = 0x10000
 
+#: Choices of a switch, torch's own first.
 _OFF, _ON = (False, True), (True, False)
 _PRECISIONS = ("ieee", "tf32", "bf16")
 _CUDA = "backends.cuda."
@@ -120,11 +121,18 @@ _READERS = {
     _CUDA + "preferred_linalg_library": _CUDA + "preferred_linalg_library",
 }
 
+#: Functions of torch that report how kernels are chosen, e.g. `_get_cudnn_benchmark`,
+#: `_get_mkldnn_enabled`.
 _SWITCH = re.compile(r"_get_\w*(enabled|deterministic|allow|tf32|benchmark|precision|uninitialized)\w*")
 #: What `ATEN_CPU_CAPABILITY` takes, by what torch calls the capability.
 _CAPABILITIES = {"AVX512": "avx512", "AVX2": "avx2", "DEFAULT": "default", "NO AVX": "default"}
 
 
+# When each of these takes effect, and what a replay does where it differs:
+#   environment (MKL_CBWR, ...)   read once, when a library first computes: a replay starts a worker
+#   capability of the processor   read once by torch, from ATEN_CPU_CAPABILITY: a worker, too
+#   threads, settings of torch    at any time: set for the replay, and restored after it
+#   processor, torch, device      given: reported, and each loss is compared
 class Numerics(BaseModel):
     """Everything that the bits of a run depend on except its experiment, with the values in effect."""
 
@@ -147,6 +155,7 @@ class Numerics(BaseModel):
     @field_validator("settings")
     @classmethod
     def _check(cls, settings: dict[str, bool | str]) -> dict[str, bool | str]:
+        # A run may be a stranger's, and these values are set in this process for a replay.
         for unknown in _unknown(settings):
             raise ValueError(unknown)
         return settings
@@ -161,6 +170,7 @@ class Numerics(BaseModel):
         import torch
 
         known = _values_of(_ALL_SETTINGS if device.type == "cuda" else _SETTINGS)
+        # What this torch does not have is not recorded: a later one may.
         settings = {name: value for name, value in known.items() if value is not None}
         if unknown := next(_unknown(settings), None):
             raise UsageError(f"{unknown}, as far as everystep knows; set it to another value")
@@ -195,6 +205,7 @@ class Numerics(BaseModel):
 
     def needs_other_process(self, other: Numerics) -> bool:
         """Return whether a difference can only be fixed in a new process."""
+        # All else can be set in a running process, or cannot be set at all.
         settled = ("cpu_capability", "mkl_cbwr") + ("cublas_workspace_config",) * (self.device != "cpu")
         return any(getattr(self, name) != getattr(other, name) for name in settled)
 
@@ -234,6 +245,7 @@ def prepare() -> None:
 def warning() -> str | None:
     """Return a warning for the user if `prepare` came too late for the matrix products."""
     asked = os.environ.get("MKL_CBWR") == ENVIRONMENT["MKL_CBWR"]
+    # It was asked for, but MKL had computed before the environment was set.
     if asked and _mkl_cbwr() == "off":
         return (
             "torch already computed something in this process, so the bits of this run may depend on "
@@ -262,6 +274,7 @@ def readers() -> dict[str, Callable[[], Any]]:
         for name in filter(_SWITCH.fullmatch, dir(torch._C)):
             read = getattr(torch._C, name)
             with suppress(TypeError, RuntimeError):  # it wants arguments, or another build
+                # It is called once, to see whether it can be.
                 read()
                 # A precision that was set in the new way has none in the old one.
                 may_raise = "precision" in name or "tf32" in name
@@ -339,10 +352,13 @@ def _apply(settings: Mapping[str, bool | str | None]) -> None:
 
     for name in _ALL_SETTINGS:
         value, now = settings.get(f"torch.{name}"), _setting(name)
+        # What is already so is not set: the setter of one sets others, too.
         if value is None or now is None or value == now:
             continue
         # This torch may be built without a library; reading the settings then shows the difference.
         with suppress(RuntimeError, ValueError):
+            # A setting of torch is an attribute, or has a function that sets it and another that reads
+            # it.
             if name in _READERS:
                 attrgetter(name)(torch)(value)
             else:
@@ -411,9 +427,12 @@ def _reproducible() -> Iterator[None]:
     with _lock:
         fill = settings.fill_uninitialized_memory  # type: ignore[attr-defined]
         _before.append((torch.get_deterministic_debug_mode(), fill, _flushes_denormals()))
+        # Only the first sets, and only the last restores: a training that ends must not change
+        # another's.
         if len(_before) == 1:
             # The same as use_deterministic_algorithms(True, warn_only=True), which imports the compiler.
             torch.set_deterministic_debug_mode("warn")
+            # With deterministic algorithms, torch would fill all new memory with NaN, which takes time.
             settings.fill_uninitialized_memory = False  # type: ignore[attr-defined]
             torch.set_flush_denormal(False)
     try:
@@ -458,6 +477,7 @@ def _torch_cpu_library() -> ctypes.CDLL | None:
 
     import torch
 
+    # MKL is linked into this library, so its functions are found there.
     suffix = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}.get(
         sys.platform, "libtorch_cpu.so"
     )

@@ -106,10 +106,12 @@ class Run(RecordedRun):
     def __getitem__(self, step: int | slice) -> Step | Steps:
         if isinstance(step, slice):
             count = len(self)
+            # Steps are numbered from 1: in `run[:3]`, these are 1 and 2.
             begin = 1 if step.start is None and (step.step or 1) > 0 else step.start
             first, *others = slice(begin, step.stop, step.step).indices(count + 1)
             return Steps([(self, number) for number in range(first, *others) if number > 0])
         number = self._number(step)
+        # Others stay as they are, so that the error names the number that was asked for.
         number = len(self) + 1 + number if -len(self) <= number < 0 else number
         if self._last_opened is not None and self._last_opened[0].number != number:
             self._last_opened = None  # a large step goes before the next one needs its memory
@@ -119,11 +121,14 @@ class Run(RecordedRun):
         from everystep.views.run_view import RunView
 
         of_ranks = self._steps_of_ranks
+        # What `replace` returns has no cached results: it is kept, so that `run[137].rows` is computed
+        # once.
         shown = replace(opened, view=RunView(self), earlier=self.__getitem__, of_ranks=of_ranks)
         self._last_opened = opened, shown
         return shown
 
     def _steps_of_ranks(self, number: int) -> Steps:
+        # Of the processes that trained this step: a resumed run may have other numbers of them.
         ranks = self.ranks_of(stretch_at(self.stretches, number))
         return Steps([(rank, number) for rank in ranks])
 
@@ -165,8 +170,8 @@ class Run(RecordedRun):
             StepError: the run has no such step.
             RunError: a needed file is missing or unreadable.
         """
-        number = self._number(step)
-        return self._opener.state(number + len(self) + 1 if number < 0 else number).parameters
+        number, states = self._number(step), len(self) + 1
+        return self._opener.state(states + number if -states <= number < 0 else number).parameters
 
     def table(self, rows: int = 100_000) -> LossTable:
         """Return the losses as a browsable table (DataTables); shows in a notebook; `save(path)`.
@@ -351,6 +356,7 @@ class Run(RecordedRun):
 
         is_of_ranks = isinstance(condition, str) and condition.split() == RANKS_DIFFER.split()
         asked: Any = RANKS_DIFFER if is_of_ranks else self._question(condition)[0]
+        # Losses and measurements answer it: no step is replayed.
         if getattr(asked, "is_recorded", False):
             steps = [step for step, _ in ask_columns(asked, self, as_condition=True)]
             return self._shown(Found(chosen(steps, which)))
@@ -371,6 +377,7 @@ class Run(RecordedRun):
         """
         from everystep.answers.nonfinite import find_nonfinite
 
+        # Later steps are not looked at: the loss of this one shows it at the latest.
         count = self.facts.nonfinite_step or len(self)
         ask = partial(find_nonfinite, self._opener, self.__getitem__, processes)
         return self._answered("looking", count, progress, ask)
@@ -486,6 +493,7 @@ class Run(RecordedRun):
         without = [(row,) for row in rows] if each else [tuple(rows)]
         cases: Any = rates or ([targets] if targets else without)
         assert at is not None
+        # One training more: that without a change, which must be as recorded.
         steps = (until - at) * (len(cases) + 1)
         start = self._number(at)
         ask = partial(what_if, self._opener, start, until, cases, by, self._objects, processes)
@@ -645,6 +653,7 @@ class Run(RecordedRun):
         from everystep.replay.processes import Opener
 
         if self._own_opener is None:
+            # Only now: it imports torch, and a run may be opened for its losses alone.
             self._own_opener = Opener(self, self._objects, _counting)
         return self._own_opener
 
@@ -664,6 +673,7 @@ class Run(RecordedRun):
         """Return a question in the form that queries take, and its name."""
         from everystep import numerics
 
+        # As early as possible: MKL reads its environment when it first computes.
         numerics.prepare()
         if callable(question):
             return question, getattr(question, "__name__", "measurement")

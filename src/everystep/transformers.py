@@ -68,6 +68,7 @@ class RecordTraining(transformers.TrainerCallback):  # type: ignore[misc]  # unt
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Begin the run; one that Trainer left with an error is closed."""
+        # It still listens to the model and to the accelerator, and would record this training, too.
         if RecordTraining._begun is not None:
             RecordTraining._begun._close(RuntimeError("the training ended with an error"))
         optimizer = given["optimizer"]
@@ -91,9 +92,11 @@ class RecordTraining(transformers.TrainerCallback):  # type: ignore[misc]  # unt
         """Log the loss, and end the step."""
         if self._recording is None or not self._is_in_step:
             return
+        # The loss itself, so that the run knows which operation made it.
         if len(self._losses) == 1:
             self._recording.log(loss=self._losses[0])
         elif self._losses:
+            # Paused, since Trainer does not compute this sum: it is not an operation of the step.
             with self._recording.paused():
                 total = torch.stack(self._losses).float().sum()
             self._recording.log(loss=total)
@@ -126,4 +129,5 @@ class RecordTraining(transformers.TrainerCallback):  # type: ignore[misc]  # unt
                 self._losses.append(loss.detach())
             self._backward(accelerator, loss, *args, **kwargs)
 
+        # On the class, since callbacks are not given the accelerator.
         accelerate.Accelerator.backward = backward

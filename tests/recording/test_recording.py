@@ -139,6 +139,9 @@ def test_a_state_that_was_not_reached_is_an_error(small):
     with pytest.raises(everystep.RunError, match="no step 6: it has steps 1 to 5"):
         run.parameters(6)
     assert torch.equal(run.parameters(-1)["0.bias"], model[0].bias)
+    assert torch.equal(run.parameters(-6)["0.bias"], run.parameters(0)["0.bias"])
+    with pytest.raises(everystep.RunError, match="no step -7: it has steps 1 to 5"):
+        run.parameters(-7)
 
 
 @given(st.integers(1, 200), st.floats(1e-6, 1.0), st.floats(1e-6, 0.1), st.integers(1, 400))

@@ -14,6 +14,18 @@ from tests.snapshots import take_snapshots_every
 from torch import nn
 
 import everystep
+from everystep.errors import size_text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        *((12, "12 bytes"), (12_300, "12 kB"), (3_400_000, "3.4 MB"), (999_400_000, "999 MB")),
+        *((999_600_000, "1 GB"), (12_345_678_901, "12.3 GB"), (1_234_567_890_123, "1,235 GB")),
+    ],
+)
+def test_sizes_have_three_digits_and_no_exponent(count, text):
+    assert size_text(count) == text
 
 
 def sum_of(model, x):

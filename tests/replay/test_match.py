@@ -1,6 +1,7 @@
 """Trainings of the same mathematics that are written differently, and mistakes in one of them."""
 
 import json
+import math
 import re
 from functools import partial
 
@@ -119,6 +120,20 @@ def test_other_modules_optimizers_and_kernels_of_the_same_mathematics_match(by_a
     assert other.match(by_autograd).is_match
 
 
+@pytest.mark.parametrize("factors", [(1e38, -1e38), (1e38, math.nan)])
+def test_infinities_of_two_signs_do_not_match_nor_an_infinity_and_nan(tmp_path, factors):
+    runs = []
+    for factor in factors:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        batches = [torch.ones(2, 3)]
+        # At rate 0: an update by an infinity would make one of the other sign, which is found, too.
+        options = {"run": tmp_path / f"of {factor}", "optimizer": partial(torch.optim.SGD, lr=0.0)}
+        runs.append(looped(model, batches, lambda m, x, f=factor: (m(x) * 1e38 * f).sum(), **options))
+    assert not runs[0].match(runs[1]).is_match
+    assert runs[0].match(runs[0]).is_match
+
+
 def test_other_weights_at_the_beginning_are_said_to_be_missing(by_autograd, tmp_path):
     torch.manual_seed(9)
     model = nn.Sequential(nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 4))
@@ -134,12 +149,34 @@ def test_other_weights_at_the_beginning_are_said_to_be_missing(by_autograd, tmp_
         by_autograd.match("other")
 
 
-def rounded(directory, dtype=torch.float32, *, autocast=False, module=nn.Tanh, noise=False, seed=0):
+class Renamed(nn.Module):
+    """The layers of a sequence by other names, in another order."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.head, self.body = layers[-1], nn.ModuleList(layers[:-1])
+
+    def forward(self, x):
+        for layer in self.body:
+            x = layer(x)
+        return self.head(x)
+
+
+def rounded(
+    directory,
+    dtype=torch.float32,
+    *,
+    autocast=False,
+    module=nn.Tanh,
+    noise=False,
+    seed=0,
+    network=nn.Sequential,
+):
     """A classifier with dropout; its loop computes in bfloat16 in some way."""
     torch.manual_seed(seed)
     x, y = torch.randn(32, 10), torch.randint(0, 4, (32,))
     layers = nn.Linear(10, 16), module(), nn.LayerNorm(16), nn.Dropout(0.2), nn.Linear(16, 4)
-    model = nn.Sequential(*layers).to(dtype)
+    model = network(*layers).to(dtype)
     torch.manual_seed(1)
 
     def loss_of(model, batch):
@@ -158,7 +195,13 @@ def in_single(tmp_path_factory):
     return rounded(tmp_path_factory.mktemp("precision") / "single")
 
 
-@pytest.mark.parametrize("how", [{"dtype": torch.bfloat16}, {"autocast": True}])
+@pytest.mark.parametrize(
+    "how",
+    [
+        *({"dtype": torch.bfloat16}, {"autocast": True}),
+        *({"autocast": True, "network": Renamed}, {"dtype": torch.bfloat16, "network": Renamed}),
+    ],
+)
 def test_the_same_in_bfloat16_matches_in_double_precision(in_single, tmp_path, how):
     other = rounded(tmp_path / "bfloat16", **how)
     assert other.losses["loss"].to_list() != in_single.losses["loss"].to_list()

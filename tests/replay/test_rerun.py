@@ -130,6 +130,32 @@ def test_a_recorded_loop_is_taken_in_double_precision(small, tmp_path, kind):
     assert (found.compared[0], found.compared[-1]) == (1, len(found.losses))
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *(("NAdam", {"foreach": False}), ("NAdam", {"foreach": True}), ("Adafactor", {})),
+        *(("ASGD", {"foreach": False, "t0": 3}), ("ASGD", {"foreach": True, "t0": 3})),
+        ("Adam", {"lr": torch.tensor(0.01)}),
+    ],
+)
+def test_what_an_optimizer_counts_with_and_its_rate_keep_their_dtype(small, tmp_path, name, options):
+    model, x, y = small
+
+    def optimizer():
+        return getattr(torch.optim, name)(model.parameters(), **{"lr": 0.01} | options)
+
+    start = {name: value.double() for name, value in model.state_dict().items()}
+    parts = {"model": model, "optimizer": optimizer()}
+    with everystep.record(**parts, run=tmp_path / "loop") as recording:
+        loop(parts["optimizer"], x, y, model, lambda loss: recording.log(loss=loss), recording.steps)
+    found = recording.run.rerun(precision="float64", progress=False)
+    model.double().load_state_dict(start)
+    assert found.losses.tolist() == loop(optimizer(), x.double(), y.double(), model)
+    found = recording.run.rerun(precision="bfloat16", progress=False)
+    model.bfloat16().load_state_dict(start)
+    assert found.losses.tolist() == loop(optimizer(), x.bfloat16(), y.bfloat16(), model)
+
+
 def test_weights_that_are_not_laid_row_after_row_go_elsewhere(tmp_path):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 1))

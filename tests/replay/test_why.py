@@ -93,6 +93,21 @@ def test_an_update_is_the_difference_of_two_numbers(run):
     assert answer.causes[0].number.value == after.value
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_an_update_is_computed_in_the_dtype_of_the_parameter(tmp_path, dtype):
+    torch.manual_seed(0)
+    batches = [torch.randn(8, 3, dtype=dtype) for _ in range(2)]
+    run = looped(
+        nn.Linear(3, 1, dtype=dtype),
+        batches,
+        lambda model, x: model(x).square().mean(),
+        run=tmp_path / "a",
+    )
+    change = run[2].updates["weight"].change
+    for place in range(3):
+        assert run.why(2, f"updates['weight'][0, {place}]").number.value == change[0, place].item()
+
+
 def test_the_numbers_of_an_answer_are_expressions(run):
     answer = run.why(7, "loss")
     for number in answer.numbers:

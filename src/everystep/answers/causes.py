@@ -39,6 +39,13 @@ _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _NAMES_OF_REDUCTIONS = {number: name for name, number in _REDUCTIONS.items()}
 
 
+# The way from a result to a cause, e.g. of `aten.native_dropout` in the forward pass of module 3:
+#   another operator there     a setting of the module (eval mode does nothing), or a call of one run
+#   another argument           p 0.2 | 0.21: the setting that torch makes this number of
+#   another input              the batch (its rows, their order, the data), the state, or NumPy
+#   another draw               the seed, or the state of the generator
+#   another layout             the same numbers with other strides
+#   none of these              the numerics: threads, processor, versions
 class Evidence(StepPair):
     """A step of two runs, and everything known about both except its operations.
 
@@ -102,6 +109,7 @@ class Evidence(StepPair):
         prefix, _, rest = name.partition(".")
         path, key = (prefix, rest) if prefix in self.optimizers and rest else ("optimizer", name)
         owner = self.optimizers.get(path) or next(iter(self.optimizers.values()), "optimizer")
+        # A rate may be a float32 tensor: 0.1, not 0.10000000149011612.
         pair = float(shortest(values[0])), float(shortest(values[1]))
         return Setting("optimizer", "" if path == "optimizer" else path, owner, key, pair)
 
@@ -122,6 +130,7 @@ class Evidence(StepPair):
     def schedulers(self) -> list[Setting]:
         """Return what differs in schedulers, unless the numbers that they start from differ."""
         names = {(each.path, each.name) for each in self.of_kind("optimizer")}
+        # A scheduler starts from these: where they differ, its rates differ in any case.
         is_start = any((each.path, each.name) in names for each in self.current)
         return [] if is_start else self.of_kind("scheduler")
 
@@ -129,6 +138,7 @@ class Evidence(StepPair):
 def _generators(replay: Replay, number: int) -> dict[str, Tensor]:
     """Return the states of the random generators that a step draws from, by name."""
     with replay.in_force(number):
+        # In the stretch of the step: the state before it may be the last of another one.
         stepper = replay.go_to(number - 1, replay.stretch_of(number))
         stepper.settle()
         return stepper.generators(number)
@@ -184,10 +194,7 @@ def _perhaps(settings: Sequence[Setting | str]) -> str:
 def _of_another_operation(
     found: OperationDifference, evidence: Evidence, default: str = "another operation"
 ) -> list[str]:
-    """Return the settings that explain, or may explain, why the operations differ; if none, `default`.
-
-    Without such a setting of torch's own code, return the calls that only one step has.
-    """
+    """Return the settings that may explain why the operations differ; if there are none, `default`."""
     near = [each for side in found.sides for each in _near(side, evidence)]
     # What torch's own code does follows from its settings alone.
     if near and all(each.is_torchs for each in near):
@@ -198,6 +205,7 @@ def _of_another_operation(
         near = evidence.of_kind(*kinds)
     if kept := _kept_gradients(found, evidence):
         return [kept]
+    # Without a setting of torch's own code, the calls that only one step has may show the reason.
     known = [default, *_trained(evidence), *_modes(found, evidence), *_calls(found, evidence)]
     # Settings of torch decide which operations the same Python runs.
     of_torch = [each for each in evidence.numerics if each.startswith("torch.")]
@@ -232,6 +240,7 @@ def _modes(found: OperationDifference, evidence: Evidence) -> list[str]:
 def _kept_gradients(found: OperationDifference, evidence: Evidence) -> str | None:
     """Return which run drops the gradients of the step before, if the other adds to these there."""
     one, other = evidence.steps
+    # Those that only one of the two runs drops.
     pending = {f"gradient/{name}" for name in one.dropped.keys() ^ other.dropped.keys()}
     pending &= one.state.keys() & other.state.keys()
     if not pending & {memory_of(name) for side in found.sides for name in side.inputs}:
@@ -245,12 +254,14 @@ def _kept_gradients(found: OperationDifference, evidence: Evidence) -> str | Non
 
 def _trained(evidence: Evidence) -> Iterator[str]:
     """Yield the parameters of both models that only one step computes gradients of, as text."""
-    one, other = (step.gradients.keys() for step in evidence.steps)
-    both = [{n for n in step.state if n.startswith("parameter/")} for step in evidence.steps]
-    for run, names in zip(evidence.names, (one - other, other - one), strict=True):
-        shown = [name for name in names if f"parameter/{name}" in both[0] & both[1]]
-        if shown and one and other:  # not without a backward pass
-            yield f"only {run} computes the gradient of {named(shown)}"
+    gradients = [step.gradients for step in evidence.steps]
+    if not all(gradients):  # one has no backward pass
+        return
+    for run, own, others in zip(evidence.names, gradients, gradients[::-1], strict=True):
+        only = [name for name in own if name not in others]
+        both = [name for name in only if all(f"parameter/{name}" in s.state for s in evidence.steps)]
+        if both:
+            yield f"only {run} computes the gradient of {named(both)}"
 
 
 def _calls(found: OperationDifference, evidence: Evidence) -> Iterator[str]:
@@ -294,11 +305,9 @@ def _name(seen: Observed) -> str:
 
 
 def _of_arguments(a: Observed, found: OperationDifference, evidence: Evidence) -> Iterator[str]:
-    """Yield the settings that arguments come from; the arguments too, if the settings do not show it.
-
-    A number of a setting may also come as a tensor: a constant of the step, or its learning rate.
-    """
+    """Yield the settings that arguments come from; the arguments too, if the settings do not show it."""
     arguments = evidence.operation(found.index).arguments
+    # A number of a setting may also come as a tensor: a constant of the step, or its learning rate.
     numbers = [each for each in found.inputs if _is_number_of_step(each, evidence)]
     pairs = [pair for argument in arguments for pair in _pairs_within(argument.values)]
     pairs += [pair for each in numbers for pair in each.values]
@@ -335,6 +344,7 @@ def _near(seen: Observed, evidence: Evidence) -> list[Setting]:
     phase, module = seen.operation.phase, seen.operation.module
     if phase == "update":
         return evidence.of_update(module)
+    # Backward of what runs outside of modules is mostly that of the loss.
     is_of_loss = phase == "loss" or (phase == "backward" and module is None)
     found = evidence.of_kind("loss") * is_of_loss
     is_of_model = phase == "forward" or (phase == "backward" and module is not None) or not found
@@ -355,6 +365,8 @@ def _explaining(settings: list[Setting], pairs: list[tuple[Any, Any]]) -> list[S
     found: list[Setting] = []
     for pair in pairs:
         ranked = [(each, _way_to(each, pair)) for each in settings]
+        # The setting itself, before its negative, before 1 minus it: the fewer steps of torch's, the
+        # surer.
         best = min((way for _, way in ranked if way is not None), default=None)
         found += [each for each, way in ranked if way is not None and way == best]
     return [each for each in settings if each in found]
@@ -375,6 +387,7 @@ def _as_arguments(value: Any) -> tuple[Any, Any, Any]:
         # -1 is what torch passes for no `padding_idx`.
         known = -1 if value is None else _REDUCTIONS.get(value, value)
         return known, value, value
+    # e.g. lr 0.1 is alpha=-0.1 of `add_`, and p 0.2 of a dropout is p=0.8 of `bernoulli_`.
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value, value, value
     return value, -value, 1 - value
@@ -493,6 +506,7 @@ def _of_state(name: str, evidence: Evidence) -> Iterator[str]:
     first = [state.named().get(name) for state in evidence.first_states]
     since = evidence.number - 1
     if first[0] is not None and first[1] is not None and not same_bits(first[0], first[1]):
+        # Already state 0 differs, so nothing of later steps is the cause.
         (one, other), since = first, 0
         if evidence.is_seeded and (seeds := evidence.of_kind("seed")):
             yield from map(str, seeds)
@@ -515,6 +529,7 @@ def _of_state(name: str, evidence: Evidence) -> Iterator[str]:
 def _of_draw(evidence: Evidence) -> Iterator[str]:
     """Yield why different random numbers are drawn, if the generators differ."""
     one, other = evidence.generators
+    # No operation of torch draws from these two.
     names = dict.fromkeys(n for n in (*one, *other) if n not in ("python", "numpy"))
     differing = [n for n in names if n not in one or n not in other or not same_bits(one[n], other[n])]
     if not differing:
@@ -546,12 +561,10 @@ def _tensor_text(
 
 
 def _of_layout(found: OperationDifference, evidence: Evidence) -> Iterator[str]:
-    """Yield the tensors of the same numbers with another layout in memory, on which bits may depend.
-
-    If the step made all of these, also yield the first such input of an earlier operation.
-    """
+    """Yield the tensors of the same numbers with another layout in memory, on which bits may depend."""
     own = [*_other_layouts(found.index, evidence)]
     yield from (text for text, _ in own)
+    # If the step made all of these, the layout began at the first such input of an earlier operation.
     if own and all(is_made for _, is_made in own):
         earlier = (each for index in range(found.index) for each in _other_layouts(index, evidence))
         yield from islice((text for text, is_made in earlier if not is_made), 1)

@@ -29,6 +29,7 @@ from everystep.device import on_cpu
 from everystep.errors import RunError
 from everystep.experiment.preparation import TablePreparation
 from everystep.program.operators import draws_random_numbers, resolve
+from everystep.recording.blocks import same_number
 from everystep.recording.contents import digest_of
 from everystep.recording.facts import TrainingFacts
 from everystep.recording.files import bytes_of, program_file
@@ -38,7 +39,6 @@ from everystep.recording.settings_diff import asked_differences, config_differen
 from everystep.replay.opened_step import Step
 from everystep.replay.processes import Opener
 from everystep.replay.recorded_columns import recorded_at
-from everystep.replay.recorded_steps import same_number
 from everystep.replay.run_replay import LossDifference, Replay
 from everystep.replay.shown import Shown
 from everystep.step.state import State, StateDifference, same_bits, state_differences
@@ -52,6 +52,11 @@ THOROUGH_SECONDS = 4.0
 STRIDE = 64
 
 
+# How the first differing operation is found:
+#   recorded      losses and digests of snapshots: the runs agree up to state 64, and differ at step 70
+#   in lockstep   both replay from state 64: digests of each step, 1, then 8, then 64 steps at a time
+#   opened        the first step that differs is opened in both, and compared operation by operation
+#   causes        of the first operation with a different result: see `causes`
 class DataDifference(NamedTuple):
     """How a tensor of the data differs.
 
@@ -129,8 +134,6 @@ def diff(
 ) -> Difference:
     """Answer `Run.diff`; for runs of equally many processes, about the rank that differs first.
 
-    A difference on one rank reaches all others with the next collective, often in the same step.
-
     thorough: done anyway if it takes only seconds, and the experiments or the numerics differ; objects:
     that trained each run, for the data of one that does not hold it; on_progress: called with the number
     of steps just replayed.
@@ -141,6 +144,8 @@ def diff(
         ranks, others = one.ranks, other.ranks
         if len(ranks) == len(others):
             pairs = [*zip(ranks, others, strict=True)]
+    # A difference on one rank reaches all others with the next collective, often in the same step, so
+    # the first operation of all decides.
     found = [_diff(*each, thorough=thorough, objects=objects, on_progress=on_progress) for each in pairs]
 
     def place(each: Difference) -> tuple[bool, float, float]:
@@ -169,6 +174,7 @@ def _diff(
     experiments = asked_differences(one.facts.training, other.facts.training)
     configs = config_differences(one.facts, other.facts)
     numerics = one.facts.training.numerics.differences(other.facts.training.numerics)
+    # The steps at which a difference is known to show: in a loss, or in a state on the disk.
     ends = [loss.step] if loss else []
     ends += [states[0].state or 1] if states else []
     asked = thorough
@@ -208,6 +214,7 @@ def _diff(
         except RunError as error:
             if asked and not ends:  # the complete comparison is not possible
                 raise
+            # What is left of the answer, the losses and the settings, is still true.
             thorough = False
             problems.append(str(error))
     return Difference(
@@ -278,6 +285,7 @@ def _measured(one: RecordedRun, other: RecordedRun) -> Iterator[tuple[str, LossD
     last = min(one.newest_step(), other.newest_step())
     for name in sorted({*one.measurement_names} & {*other.measurement_names}):
         steps = sorted(step for step in {*one.measured(name), *other.measured(name)} if step <= last)
+        # A setting is recorded where it changes: at other steps, it has the number of before.
         at = recorded_at(one, name), recorded_at(other, name)
         difference = _first_number((step, (at[0](step), at[1](step))) for step in steps)
         if difference is not None:
@@ -313,6 +321,8 @@ def _snapshots(
         return found if len(found) == 2 else []
 
     for step in sorted(rows[0].keys() & rows[1].keys()):
+        # Files with the same bytes have the same state; others may, since names and settings are in
+        # them, too.
         if rows[0][step].digests != rows[1][step].digests:
             pair = states(step)
             if not pair:
@@ -349,6 +359,7 @@ class _Lockstep:
         self._on_progress = on_progress
         self._numerics = [f"{name} {a} and {b}" for name, (a, b) in numerics.items()]
         # Under the same numerics, the same program gives the same for the same inputs.
+        # Python of a user's loop may act on numbers, so its programs alone do not show what steps do.
         is_own_loop = any(run.facts.training.loop for run in runs)
         is_same = not is_own_loop and not numerics and _programs_of(runs[0]) == _programs_of(runs[1])
         self._by_operation = not is_same
@@ -425,6 +436,7 @@ def in_lockstep(
     count = 1  # mostly, the first step differs already
     while first <= last:
         end = min(last, first + count - 1)
+        # Digests, not tensors: one of the two may be another process.
         one, other = (side.call(footprints, first, end, **how) for side in sides)
         yield from zip(range(first, end + 1), one, other, strict=True)
         first, count = end + 1, min(8 * count, STRIDE)

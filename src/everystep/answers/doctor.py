@@ -103,6 +103,7 @@ def _own(directory: Path) -> Diagnosis:
     checked.append("states")
     if facts.trained is not None:
         files = [*_files(run)]
+        # Reading is checking: what is read is compared with its digest.
         problems = ((place, _problem(read)) for _, place, read in files)
         found += [Finding(place, each, _RESTORE) for place, each in problems if each is not None]
         found += _batch_findings(run)
@@ -181,6 +182,7 @@ def _batch_findings(run: RecordedRun) -> Iterator[Finding]:
             for given, new in _given(database):
                 index = database.contents(new)
                 files = {n: row.file for n in new if (row := index.of(n)) is not None}
+                # One finding for each file is enough: the cure is the same.
                 for file in sorted({*files.values()} - altered):
                     own = given._replace(runs=runs_of(n for n in new if files.get(n) == file))
                     problem = _problem(partial(read_pieces, run.directory, index, own))
@@ -195,10 +197,12 @@ def _given(database: Database) -> Iterator[tuple[Given, list[int]]]:
     """Yield the inputs of steps, and the numbers of their pieces that no earlier one has, in order."""
     seen: set[int] = set()
     step = 0
+    # A long run has more rows than the memory should hold.
     while rows := database.repeats(step + 1, most=BLOCK):
         for row in rows:
             for given in inputs_of(row.inputs, f"the input of step {row.step}").given.values():
                 new = sorted({*given.numbers()} - seen)
+                # Each piece is read once, by the first step that has it.
                 seen.update(new)
                 yield given, new
         step = rows[-1].last

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import NamedTuple
@@ -41,6 +41,11 @@ __all__ = ["Match", "Suspect", "match"]
 ROUNDING_IN_DOUBLE = 1e-7
 
 
+# Which results are suspect, e.g. where both programs have the same forward pass, A fuses bias and
+# product, and B forgets a factor of 2 in the backward pass:
+#   A addmm        B has it (its add)                   fine
+#   B mm           A does not have it, but the add that is computed from it is there: intermediate
+#   B d_output     A does not have it, and nothing computed from it is there: suspect
 class Suspect(NamedTuple):
     """The first result of a step that the other does not have, and no result computed from it either.
 
@@ -88,6 +93,7 @@ class Match(Shown):
 
 def match(one: Opener, other: Opener, step: int | None = None) -> Match:
     """Answer `Run.match`; without a step, for the first kept one that does not match, or the last."""
+    # Bisection and the answer ask for the same steps.
     matches = cache(partial(_match, one, other))
     if step is None:
         last = min(each.run.newest_step() for each in (one, other))
@@ -121,7 +127,8 @@ def _match(one: Opener, other: Opener, number: int) -> Match:
     others = _Values(steps[1], limit)
     begin = tuple(name for name, tensor in before if not others.has(tensor))
     if precisions is not None:
-        steps, limit = _in_double(one, other, number), ROUNDING_IN_DOUBLE
+        # After `begin`, which compares what the two programs were really given.
+        steps, limit = _in_double(one, other, number, limit), ROUNDING_IN_DOUBLE
     values = [_Values(step, limit) for step in steps]
     ends = dict(_after(steps[0]))
     end = tuple(name for name, tensor in ends.items() if not values[1].has(tensor))
@@ -147,13 +154,17 @@ def _coarsest(step: Step) -> torch.dtype:
     return max(found, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
 
-def _in_double(one: Opener, other: Opener, number: int) -> tuple[Step, Step]:
-    """Return a step of two runs in double precision, both from the state of the first."""
+def _in_double(one: Opener, other: Opener, number: int, limit: float) -> tuple[Step, Step]:
+    """Return a step of two runs in double precision, both from the state of the first.
+
+    limit: how far apart numbers are by rounding, as the runs compute.
+    """
     first, own = one.state(number - 1), other.state(number - 1)
+    names = _counterparts(other.state(0), one.state(0), limit)
     second = replace(
         own,
-        parameters=_shared(own.parameters, first.parameters),
-        rest=_shared(own.rest, first.rest),
+        parameters=_shared(own.parameters, first.parameters, names),
+        rest=_shared(own.rest, first.rest, names),
     )
     try:
         return one.call(_step_in_double, first), other.call(_step_in_double, second)
@@ -164,10 +175,33 @@ def _in_double(one: Opener, other: Opener, number: int) -> tuple[Step, Step]:
         ) from None
 
 
-def _shared(own: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors, those of the same name and shape from others."""
-    shapes = {name: tensor.shape for name, tensor in others.items()}
-    return {n: others[n] if shapes.get(n) == tensor.shape else tensor for n, tensor in own.items()}
+def _counterparts(own: State, first: State, limit: float) -> dict[str, str]:
+    """Return what tensors of a model are called in the first run, by another name in its own.
+
+    own, first: states 0, in which both have the same numbers; of several alike, such as biases of zeros,
+    the first one in the order of the model.
+    """
+    left = {name: tensor for name, tensor in first.parameters.items() if name not in own.parameters}
+    found: dict[str, str] = {}
+    for name, tensor in own.parameters.items():
+        if name not in first.parameters:
+            alike = (n for n, each in left.items() if relative_difference(each, tensor) <= limit)
+            if (known := next(alike, None)) is not None:
+                found[name] = known
+                del left[known]
+    return found
+
+
+def _shared(
+    own: dict[str, Tensor], others: dict[str, Tensor], names: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """Return tensors, those of the same shape and name from others; names: the other names there."""
+    found = {}
+    for name, tensor in own.items():
+        # e.g. `optimizer/first.weight/exp_avg` is `optimizer/0.weight/exp_avg` there.
+        there = others.get("/".join(names.get(part, part) for part in name.split("/")))
+        found[name] = there if there is not None and there.shape == tensor.shape else tensor
+    return found
 
 
 def _step_in_double(replay: Replay, state: State) -> Step:
@@ -206,6 +240,7 @@ class _Values:
         ]
         self._counters = self._places([*counters, *filter(None, map(step.places.ends.get, counters))])
         self._limit = limit
+        #: Only tensors with as many numbers can be equal, whatever their shapes.
         self._by_size: dict[int, list[tuple[int | None, Tensor]]] = defaultdict(list)
         given = (*step.state.values(), *step.batch.tensors.values())
         for tensor in (*given, *step.gradients.values(), *step.end.values()):
@@ -219,14 +254,12 @@ class _Values:
         return self.nearest(tensor)[1] <= self._limit
 
     def nearest(self, tensor: Tensor) -> tuple[int | None, float]:
-        """Return the operation with the nearest result, and how far that is; None: no operation's.
-
-        Numbers count, not their shape; a matrix may be transposed.
-        """
+        """Return the operation with the nearest result, and how far that is; None: no operation's."""
         best: tuple[int | None, float] = (None, math.inf)
         if not tensor.numel() or not tensor.any():
             return None, 0.0  # empty and zero tensors match anything
         for index, candidate in self._by_size[tensor.numel()]:
+            # Numbers count, not their shape; a matrix may be transposed.
             for view in _views(tensor, candidate):
                 distance = relative_difference(view.flatten(), candidate.flatten())
                 if distance < best[1]:
@@ -236,14 +269,13 @@ class _Values:
         return best
 
     def suspect(self, others: _Values) -> Suspect | None:
-        """Return the first result that others do not have, and no result computed from it either.
-
-        Another program may count steps, or make constants, without tensors.
-        """
+        """Return the first result that others do not have, and no result computed from it either."""
+        # Another program may count steps, or make constants, without tensors.
         constant = self._of_constants()
         mains = [_main_result(seen).values() for seen in self._operations]
         known = [all(map(others.has, tensors)) for tensors in mains]
         for index in reversed(range(len(known))):
+            # From the end on, so that what uses an operation has been decided before it.
             known[index] = known[index] or any(known[later] for later in self._consumers(index))
         for index, seen in enumerate(self._operations):
             if known[index] or not seen.results or index in constant:
@@ -271,15 +303,13 @@ class _Values:
         return found
 
     def _consumers(self, index: int) -> Iterator[int]:
-        """Yield the operations that use what an operation is for, until it is overwritten.
-
-        Not those of optimizers: Adam, for one, makes the same first update of other gradients.
-        """
+        """Yield the operations that use what an operation is for, until it is overwritten."""
         made = self._places(_main_result(self._operations[index])) | self._places(
             self._operations[index].written
         )
         for later in range(index + 1, len(self._operations)):
             seen = self._operations[later]
+            # Not those of optimizers: Adam, for one, makes the same first update of other gradients.
             if seen.operation.phase != "update" and self._places(seen.read) & made:
                 yield later
             made -= self._places(self._operations[later].results)

@@ -71,7 +71,9 @@ class Query(Visitor):
 
     def begin(self, replay: Replay, span: Span) -> int:
         """Begin with the state before the span; a step earlier if it needs tensors of that step."""
+        # A visitor is used for many spans, one after the other.
         self._answers, self._probe, self._first = [], None, span.first
+        # The first step of a stretch has none before it: its stepper begins with the state.
         earlier = self.looks_back and span.first > replay.stretches[span.at].first
         earlier = earlier and is_kept(span.first - 1, replay.run.facts.not_kept)
         start = span.first - 1 - earlier
@@ -84,8 +86,10 @@ class Query(Visitor):
         stepper = replay.stepper
         number = stepper.state + 1
         if not self._is_looked_at(number):  # up to the next step to look at, without stopping
+            # The next multiple of `every`, and one step before it if that is looked at, too.
             next_due = -(-(number + 1) // self.every) * self.every
             until = min(last, next_due - 1 - self.looks_back)
+            # At least this step, though the next one may be looked at: else nothing would run.
             losses = stepper.run(max(number, until))
         elif self._opens:
             step = replay.next_step()
@@ -200,6 +204,7 @@ def measure(
             values.update(answers)
             is_new = False
 
+        # No step need be replayed: recorded columns have the answer.
         if isinstance(question, Expression) and question.is_recorded:
             last = run.newest_step()
             keep([(s, v) for s, v in ask_columns(question, run) if s % every == 0])
@@ -234,6 +239,7 @@ def when(
     if isinstance(condition, str) and run.known_ranks is None:
         raise UsageError(f"{run.name} was trained by one process, and has no ranks that could differ")
     query = Query(condition, run, as_condition=True, only_first=which == "first")
+    # For the last step, the spans are replayed from the end.
     due = query.due(run)[:: -1 if which == "last" else 1]
 
     def is_found(each: Replayed) -> bool:
@@ -259,6 +265,7 @@ def until(
     with closing(replayed):  # type: ignore[type-var]  # a generator
         for each in replayed:
             done[each.span] = each
+            # Only once all spans before are done: one of them might have an earlier answer.
             if any(is_found(done[span]) for span in takewhile(done.__contains__, due)):
                 break
     return [*done.values()]

@@ -87,6 +87,9 @@ class NonFinite(Shown):
         return why(self.step, Spot(self.name, tuple(place), self.index + 1))
 
 
+# How it is found: the steps run with a check of each result (fast, and in parallel). The first step with
+# a value that is not finite is opened, and either an operation made it by mistake, or all that it has is
+# meant, such as -inf in a mask: then these places are noted, and the search continues after it.
 class FiniteCheck(Visitor):
     """Runs steps, and stops at the first with a value that is unintentionally not finite.
 
@@ -127,13 +130,11 @@ class FiniteCheck(Visitor):
         return self._found
 
     def looks(self, program: Program) -> dict[int, list[Look]]:
-        """Return what checks each result of a step: see `Hook`.
-
-        An opened step has the single operations of an optimizer. So later operations have different
-        numbers there, and all infinities count here: opening the step decides.
-        """
+        """Return what checks each result of a step: see `Hook`."""
         inputs = [n for n in program.tensors if program.storage_of(n).kind == "input" and "~" not in n]
         found: dict[int, list[Look]] = {-1: [self._begin_step, *self._checks(program, inputs, ())]}
+        # An opened step has the single operations of an optimizer. So later operations have different
+        # numbers there, and all infinities count here: opening the step decides.
         is_same_place = True
         for index, operation in enumerate(program.operations):
             names = {*operation.changed()} - unset_results(operation)
@@ -159,6 +160,7 @@ class FiniteCheck(Visitor):
     def _check(
         self, name: str, test: Callable[[Tensor], Tensor], tensor_of: Callable[[str], Tensor]
     ) -> None:
+        # A tensor, not a number of Python: on an accelerator, each `bool` would wait for it.
         self._is_finite = self._is_finite & test(comparable(tensor_of(name))).all()
 
 
@@ -199,6 +201,7 @@ def find_nonfinite(
         found = min((each.result for each in done if each.result is not None), default=None)
         diverged = [each.first_loss.step for each in done if each.first_loss]
         diverged += [each.stopped_at for each in done if each.stopped_at]
+        # After a step that differs, the values are not those of the recording.
         if diverged and (found is None or min(diverged) <= found):
             differs = f"the replay of {run.name} differs from its recording at step {min(diverged)}"
             raise RunError(

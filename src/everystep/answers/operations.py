@@ -95,6 +95,9 @@ class OperationDifference:
         return len(operations) == 2 and len({(o.phase, o.module, o.operator) for o in operations}) == 1
 
 
+# Names differ between programs, sources do not: e.g. the first argument of operation 7 is `mm_3` in one
+# run and `mm_4` in the other, and both are the first result of operation 5: Source("mm_3", (5, 0), ((8,
+# 4), (4, 1), 0)).
 class Source(NamedTuple):
     """The source of an input of an operation.
 
@@ -123,6 +126,7 @@ class _Sources:
             read |= {*map(memory_of, seen.inputs)}
             for place, name in enumerate(map(memory_of, seen.results)):
                 if name not in read:  # else it was there before, and is only changed in place
+                    # The first that made it: later ones write in place.
                     self._made.setdefault(name, (index, place))
 
     def of(self, name: str) -> Source:
@@ -243,12 +247,7 @@ class OperationPair:
 
     @property
     def others(self) -> tuple[list[str], list[str]]:
-        """The tensors from different sources in the two runs, for both, as text.
-
-        Another view of a tensor that the step made is a different source, if its numbers differ. Of
-        lists of different lengths, these are the tensors that only one of them has. Tensors from before
-        the step, each under a name that the other run does not have, may be the same.
-        """
+        """The tensors from different sources in the two runs, for both, as text."""
         found: tuple[list[Source], list[Source]] = ([], [])
         for _, a, b in self._arguments:
             names = [*references(a)], [*references(b)]
@@ -261,6 +260,7 @@ class OperationPair:
                     and not (pair[0] in self._unread and one[place].view[0] == other[place].view[0])
                 ]
                 one, other = ([each[place] for place in places] for each in (one, other))
+            # Of lists of different lengths, these are the tensors that only one of them has.
             elif isinstance(a, list | tuple) and isinstance(b, list | tuple):
                 one, other = (
                     [x for x in one if not any(self._is_one_memory(x, y) for y in other)],
@@ -297,6 +297,7 @@ class OperationPair:
     def _is_one_memory(self, x: Source, y: Source) -> bool:
         if x.made_by or y.made_by:
             return x.made_by == y.made_by
+        # From before the step, each under a name that the other run does not have: it may be the same.
         return x.name == y.name or not (
             x.name in self._sources[1].known or y.name in self._sources[0].known
         )
@@ -341,6 +342,7 @@ def _all_given(operation: Operation) -> dict[str, Any]:
     for parameter in parameters(operation.resolved):
         default = parameter.default
         value = given.get(parameter.name, {"text": default} if isinstance(default, str) else default)
+        # torch takes one number for a list of a fixed length: stride=1 is stride=[1, 1].
         if parameter.size and isinstance(value, int) and not isinstance(value, bool):
             value = [value] * parameter.size
         found[parameter.name] = value
@@ -365,11 +367,7 @@ def _is_tensors(value: Any) -> bool:
 
 
 def _different_rows(one: Step, other: Step, has_rows: bool) -> list[tuple[int, int, int]]:
-    """Return the positions of a batch that differ, with their row numbers in the data.
-
-    If the runs do not know these numbers, and the second run's batch has the same rows in another order,
-    a row's number is its position in the first run's batch.
-    """
+    """Return the positions of a batch that differ, with their row numbers in the data."""
     tensors = one.batch.tensors, other.batch.tensors
     if not tensors[0] or tensors[0].keys() != tensors[1].keys():
         return []
@@ -381,7 +379,10 @@ def _different_rows(one: Step, other: Step, has_rows: bool) -> list[tuple[int, i
     moved = [(pair, rows) for pair, rows in differing if rows.any()]
     places = sorted({place for _, rows in moved for place in torch.nonzero(rows).flatten().tolist()})
     numbers = [range(count) if step.batch.rows is None else step.batch.rows for step in (one, other)]
+    # Where the runs do not know these numbers, and the second batch has the same rows in another order,
+    # a row's number is its position in the first one.
     if not has_rows:
+        # By content: the same bytes are the same row, whatever its place.
         contents = [
             [tuple(bytes_of(pair[side][place]).tobytes() for pair, _ in moved) for place in places]
             for side in (0, 1)
@@ -402,6 +403,7 @@ def _in_order(
     one: dict[str, Tensor], other: dict[str, Tensor]
 ) -> Iterator[tuple[str, Tensor, Tensor | None]]:
     """Yield results at the same place, under any names."""
+    # By place, since names are those of one program.
     others = list(other.values())
     for place, (name, tensor) in enumerate(one.items()):
         yield name, tensor, others[place] if place < len(others) else None
@@ -418,6 +420,7 @@ def tensor_difference(name: str, one: Tensor, other: Tensor | None) -> TensorDif
         return TensorDifference(name, one.numel(), one.numel(), [], [])
     other = other.to(one.device)
     differs = as_integers(one) != as_integers(other)
+    # As integers, a complex number is two.
     differs = differs.any(-1) if one.is_complex() else differs
     positions = _first_places(differs)
     values = [(one[p].item(), other[p].item()) for p in positions]

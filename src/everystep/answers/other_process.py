@@ -127,6 +127,7 @@ class OtherProcess:
         self._process = process
         self._folder = folder
         self._conditions = conditions
+        # The first answer is sent without a task: it shows that everystep could be imported there.
         if self._answer() != PROTOCOL:
             raise TrainingError(f"{conditions.interpreter} has a different everystep; {self._cure}")
 
@@ -193,6 +194,7 @@ def other_process(conditions: Conditions, environment: dict[str, str]) -> Iterat
             yield OtherProcess(process, Path(folder), conditions)
         finally:
             process.kill()
+            # It closes the pipes, and waits, so that no zombie is left.
             process.communicate()
 
 
@@ -210,6 +212,7 @@ def main() -> None:
     end_with_stdin()
     warnings.simplefilter("ignore", DamageWarning)  # who asks reports damage
     _send(PROTOCOL)
+    # One replay for all tasks, so that states in memory serve the next one, too.
     replay: Replay | None = None
     with suppress(EOFError):
         while True:
@@ -219,6 +222,8 @@ def main() -> None:
                     replay = opened(*given)
                 _send(None if task is opened else task(replay, *given, **named))
             except (EverystepError, RuntimeError, OSError) as error:
+                # Only the text: an error of this process may be of a class that the other one does not
+                # have.
                 _send(RuntimeError(str(error).strip().partition("\n")[0] or type(error).__name__))
 
 

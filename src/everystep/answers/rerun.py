@@ -128,8 +128,7 @@ def rerun(
     """Answer `Run.rerun`, from the first state of the run.
 
     For a fork, the steps are those since it began; of a recording with `keep`, the last kept ones in a
-    row. Then single steps run from recorded states, which separates the difference that each operation
-    adds from that of its inputs.
+    row. Then single steps run from recorded states.
 
     on_progress: called with the number of steps just taken.
     """
@@ -147,17 +146,21 @@ def rerun(
         threads = conditions.threads or known.threads
         process.call(opened, run.directory.absolute(), opener.data, threads, conditions.precision)
         replayed = _replayed(process, run, (first, last), threads, on_progress)
+        # In another precision, all bits differ, from the first step on.
         differ = range(0) if conditions.precision is not None else _suspicious(replayed)
         operation, diverges_at = None, _parting_step(opener, process, differ)
         if diverges_at is not None:
             operation = _taken_twice(opener, process, diverges_at).first_difference()
         size = max(1, opener.step(first).bytes)
+        # At least the first and the last one. Of a large model, each takes much memory.
         count = min(max(2, min(COMPARED, MOST_BYTES // size)), last - first + 1)
         steps = np.linspace(first, last, count).round().astype(int).tolist()
         own = "float64" if facts.loss_dtype == "float64" else "float32"
         dtypes = (own,) if conditions.precision is None else (own, conditions.precision)
         limit = tolerance(*(getattr(torch, dtype) for dtype in dtypes))
         found: list[Apart] = []
+        # From recorded states: so each operation shows the difference that it adds, not that of all
+        # steps before.
         for step in steps:
             found += apart(*_taken_twice(opener, process, step).steps, limit)
     numbers = [each for each in found if not each.is_residue]
@@ -201,6 +204,7 @@ def _replayed(
     found = []
     for whole in spans(run, *steps):
         for first in range(whole.first, whole.last + 1, STRIDE):
+            # In short spans, so that the progress is shown.
             span = whole._replace(first=first, last=min(first + STRIDE - 1, whole.last))
             found.append(process.call(_replayed_span, span, threads))
             on_progress(span.steps)
@@ -214,6 +218,7 @@ def _suspicious(replayed: Sequence[Replayed]) -> range:
         if not each.is_exact:
             last = each.first_loss.step if each.first_loss else each.span.last
             return range(first, last + 1)
+        # Losses can agree where a state does not: only a compared state clears the steps before it.
         first = each.span.last + 1 if each.compared else first
     return range(0)
 
@@ -258,6 +263,7 @@ def _reads_numbers(program: Program) -> bool:
     """Return whether Python read numbers of a step, other than counters of steps."""
     if program.left_out:
         return True
+    # How many steps an optimizer has taken does not depend on the conditions.
     known = counters(program)
     read = (name for each in program.operations if each.operator == READ for name in each.reads())
     return any(program.tensors[name].storage not in known for name in read)

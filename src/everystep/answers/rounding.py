@@ -83,6 +83,7 @@ def apart(own: Step, there: Step, limit: float) -> list[Apart]:
                 follows = any(read.partition("~")[0] in residues for read in one.read)
                 each = each._replace(residue=_residue(one, other, name, limit), follows=follows)
             found.append(each)
+            # By its memory: a view of a residue is one, until something else is written there.
             (residues.add if each.is_residue else residues.discard)(name.partition("~")[0])
     return found
 
@@ -96,6 +97,7 @@ def _residue(one: Observed, other: Observed, name: str, limit: float) -> Residue
     a, b = result.double(), there.double()
     sizes, distance = (_largest(a), _largest(b)), (a - b).abs()
     of = max(map(_largest, read.values()), default=0.0)
+    # Only where terms are added up can they cancel.
     is_sum = any(tensor.numel() > result.numel() for tensor in read.values())
     # With more digits, nothing would be left of it.
     if is_sum and min(sizes) <= limit * max(sizes) and max(sizes) <= limit * of:
@@ -107,6 +109,7 @@ def _residue(one: Observed, other: Observed, name: str, limit: float) -> Residue
         if tensor.shape != result.shape:
             continue
         x, y = tensor[beyond].double(), comparable(other.read[given])[beyond].double()
+        # Where the results differ beyond rounding, this input does, too, in relation to its own size.
         if bool(((x - y).abs() > limit * torch.maximum(x.abs(), y.abs())).all()):
             return Residue(_argument(one, given), _largest(x), _largest(y), _largest(tensor))
     return None
@@ -131,8 +134,8 @@ def tolerance(*dtypes: torch.dtype) -> float:
 def relative_difference(one: Tensor, other: Tensor) -> float:
     """Return the largest difference of two numbers, divided by the largest number of the first tensor.
 
-    Infinite for other shapes, other whole numbers, or where only one of two is finite. The tensors may
-    be on different devices.
+    Infinite for other shapes, other whole numbers, or where two numbers that are not both finite are not
+    the same: NaN is NaN. The tensors may be on different devices.
     """
     if one.shape != other.shape:
         return math.inf
@@ -142,9 +145,13 @@ def relative_difference(one: Tensor, other: Tensor) -> float:
     if not one.is_floating_point():
         return 0.0 if torch.equal(one, other) else math.inf
     a, b = one.double(), other.double()
-    if not torch.equal(a.isfinite(), b.isfinite()):
-        return math.inf
     is_finite = a.isfinite()
+    if not torch.equal(is_finite, b.isfinite()):
+        return math.inf
+    rest = ~is_finite
+    # No distance tells infinities of two signs apart, nor an infinity and NaN.
+    if bool(rest.any()) and not bool(torch.isclose(a[rest], b[rest], equal_nan=True).all()):
+        return math.inf
     a, b = a[is_finite], b[is_finite]
     largest = float(a.abs().max()) if a.numel() else 0.0
     difference = float((a - b).abs().max()) if a.numel() else 0.0

@@ -14,7 +14,7 @@ from everystep.ops import RECORDS
 from everystep.ops.labels import MIXED, SHARED, SUM, Reason, Tracked, compressed
 from everystep.ops.row_rules import MixesError, Result, RowsCall, filled
 from everystep.program.observed import Observed
-from everystep.program.operation import TensorSpec
+from everystep.program.operation import TensorSpec, fills
 from everystep.replay.opened_step import Step
 from everystep.step.observe import ValuePlace, makes_gradients
 
@@ -41,14 +41,16 @@ class Followed(NamedTuple):
     penalized: frozenset[str]
 
 
+# What is followed, e.g. of `mean(square(x @ w - y))` with 3 rows:
+#   x, y           row of each number: its place along the first axis
+#   x @ w - y      the same rows: each is computed from its own
+#   mean           SUM: one number, with a term of each row
+#   w.grad         SUM again: a term of each row, in all of its numbers
+# What several rows go into without a sum, such as a maximum over the batch, is MIXED.
 class RowsFollower:
     """Follows the operations of a step, with the rows that make their results.
 
     Tensors from before the step, and those that an optimizer wrote, belong to no row.
-
-    A parameter that enters the loss only through numbers of rows has a gradient that is a sum over rows:
-    its rest is not a penalty, but numbers that are the same for all rows. So the state is followed
-    through the forward pass, too, until it meets numbers of rows.
     """
 
     def __init__(self, step: Step, rows: int) -> None:
@@ -65,6 +67,9 @@ class RowsFollower:
         #: Why the loss is not a sum of losses of single rows; None: it may be one.
         self._mixed: Reason | None = None
         self._terms = self._storages_of_terms()
+        # A parameter that enters the loss only through numbers of rows has a gradient that is a sum over
+        # rows: its rest is not a penalty, but numbers that are the same for all rows. So the state is
+        # followed through the forward pass, too, until it meets numbers of rows.
         #: The parameters that a storage was computed from without rows; at first, those in it.
         self._ways: dict[str, frozenset[str]] = {}
         for name, spec in self._places.tensors.items():
@@ -84,6 +89,7 @@ class RowsFollower:
         for index in range(len(step.operations) + 1):
             for parameter in due.get(index, ()):
                 place = places.gradients[parameter]
+                # Clipping has changed the gradient since, so it is read where backward left it.
                 left = None if index == place.after else memory.value(place.names[0])
                 value = step.gradients[parameter] if left is None else left
                 tracked = memory.read(place.names[0], value)
@@ -107,6 +113,7 @@ class RowsFollower:
         names = [place.names[0] for place in self._places.gradients.values()]
         names += [] if self._places.loss is None else [self._places.loss]
         terms = {self._trace.storage(name) for name in names}
+        # From the loss and the gradients back to what was added up to them.
         for seen in reversed(self._step.operations):
             name = seen.operation.name.rstrip("_")
             made = {self._trace.storage(each) for each in (*seen.results, *seen.written)}
@@ -130,6 +137,7 @@ class RowsFollower:
         given = {name: memory.read(name, tensor) for name, tensor in seen.inputs.items()}
         results, why = self._results(seen, given)
         own = Reason(why or "mixes rows", index, operation.operator)
+        # A sum over rows that is used further mixes them: the reason is where the sum was made.
         sums = [each.summed for each in given.values() if each.summed and each.has(SUM)]
         mixing = [each.reason for each in given.values() if each.reason and each.has(MIXED)]
         earlier = Reason.first([*mixing, *(each.then(own) for each in sums)])
@@ -258,6 +266,7 @@ class _Memory:
         """Note the new content of a tensor."""
         spec = self._trace.spec(name)
         before = self._written.get(spec.storage, [])
+        # Only writes that can still be seen are kept: a loop writes the same memory again and again.
         kept = [each for each in before if not _covers(spec, each.spec)]
         tracked = tracked._replace(labels=compressed(tracked.labels))
         self._written[spec.storage] = [*kept, _Written(spec, tracked)]
@@ -323,6 +332,7 @@ def _laid(
     start: fills its memory before (0-dimensional); of: returns the content of a write.
     """
     specs = spec, *(each.spec for each in written)
+    # As the storage lay in memory: writes to any view of it are copied there, one after the other.
     flat = start.repeat(max(each.end // each.torch_dtype.itemsize for each in specs))
     for each in written:
         content = of(each.tracked)
@@ -346,10 +356,6 @@ def _covers(new: TensorSpec, old: TensorSpec) -> bool:
     """Return whether a tensor overwrites another for sure: the same place, or all of a dense range."""
     if _same_place(new, old):
         return True
-    count = 1
-    for size, stride in sorted(zip(new.shape, new.stride, strict=True), key=lambda each: each[1]):
-        if size != 1 and stride != count:
-            return False
-        count *= size
     inside = new.offset <= old.offset and new.end >= old.end
-    return inside and new.torch_dtype.itemsize == old.torch_dtype.itemsize
+    is_alike = new.torch_dtype.itemsize == old.torch_dtype.itemsize
+    return inside and is_alike and fills(new.geometry)

@@ -99,6 +99,7 @@ class Rows(Shown):
             share = self.gradients[name]
             if isinstance(share, Reason):
                 raise RunError(f"the rows of the gradient of {name} are unknown: {share}")
+            # The square of a norm of all gradients is the sum of the squares of each.
             squares += share.norms**2
         return squares.sqrt()
 
@@ -140,6 +141,7 @@ def rows_of(step: Step) -> Rows:
 
     def share_of(name: str, tracked: Tracked) -> Share | Reason:
         before = step.state.get(f"gradient/{name}")
+        # A penalty belongs to no row, so the rest of such a gradient may be anything.
         rests = None if name in followed.penalized else () if before is None else (before,)
         return _share(tracked, count, _Asked("the gradient", rounding, floor, rests))
 
@@ -204,6 +206,7 @@ def _checked(tracked: Tracked, count: int, asked: _Asked) -> Share | Reason:
             f"the terms of the rows add up to {asked.what} only within {off:.3g}, more than rounding"
         )
     if asked.rests is not None:
+        # What belongs to no row may be nothing, or a gradient that was there before the step.
         strange = [rest, *(rest - known.double() for known in asked.rests if known.shape == rest.shape)]
         if not min(float(each[each.isfinite()].norm()) for each in strange) <= allowed:
             return Reason("it adds up numbers that are the same for all rows")

@@ -54,6 +54,7 @@ class SweepRun:
     @property
     def is_over(self) -> bool:
         """Whether there is nothing to continue: it is finished, or stopped by a condition of its own."""
+        # A run that the user stopped is not over, but one that has stopped itself, as at a NaN, is.
         if self.run is None or self.status != "stopped":
             return self.status == "finished"
         return self.run.facts.reason not in REASONS.values()
@@ -139,6 +140,7 @@ def note_settings(file: Path, runs: Mapping[str, Mapping[str, Any]]) -> None:
         raise RunError(f"{file} cannot be read: the sweep, which needs another directory") from None
     faults = []
     for name, now in wanted.items():
+        # A run that was not begun may still have other settings.
         known = before.get(name, now) if is_run(file.parent / name) else now
         for path in sorted({*known, *now}):
             if known.get(path) != now.get(path):
@@ -153,9 +155,11 @@ def sweep_of(directory: Path, cases: Iterable[SweepRun]) -> Sweep:
     """Return a sweep of these runs."""
     cases = [*cases]
     measured = {name for case in cases if case.run for name in case.run.measurement_names}
+    # By metric first: accuracy on validation rows, accuracy on all, r2 on validation rows, ...
     names = (f"{kind}{metric}" for metric in METRICS for kind in (VALIDATION, ""))
     metric = next((name for name in names if name in measured), None)
     about = metric_of(metric or "")
+    # So that the smallest is the best, for every metric.
     sign = -1 if about is not None and about.better == "up" else 1
 
     def best(case: SweepRun) -> float | None:
@@ -164,6 +168,7 @@ def sweep_of(directory: Path, cases: Iterable[SweepRun]) -> Sweep:
 
     def order(case: SweepRun) -> tuple[float, float]:
         numbers = case.best and sign * case.best, case.summary and case.summary.last_loss
+        # Runs without a number come last.
         one, other = (math.inf if n is None or math.isnan(n) else n for n in numbers)
         return one, other
 

@@ -23,6 +23,9 @@ __all__ = ["Origin", "Part", "Spot", "Trace", "same_number_bits"]
 
 
 @dataclass(frozen=True)
+# Why places, not names: e.g. operation 3 writes `mm` (8, 4), and operation 5 reads `mm~1`, its
+# transpose, at [2, 7]. Both lie on one storage: the byte of mm~1[2, 7] is that of mm[7, 2], and the last
+# write of that byte before operation 5 is by operation 3.
 class Spot:
     """A number at the time it was read: its tensor, its index, the number of operations before.
 
@@ -155,13 +158,16 @@ class Trace:
         begin, dtype = _byte(spec, spot.index), spec.torch_dtype
         if spot.half is not None:
             dtype = dtype.to_real()
+            # The real part lies first, then the imaginary part.
             begin += spot.half * dtype.itemsize
         # Only where numbers of other sizes lie can its parts come from different operations.
         if dtype.is_complex and self._sizes[spec.storage] != {dtype.itemsize}:
             real, imaginary = (self.origin(each) for each in spot.halves)
             assert real is not None and imaginary is not None
+            # Two operations wrote the two parts, e.g. through `view_as_real`.
             if replace(real, part=None) != replace(imaginary, part=None):
                 return None
+        # The latest first: what it wrote there hides what was written before.
         for write in reversed(self._writes.get(spec.storage, [])):
             if write.operation < spot.after:
                 index = index_at(self.spec(write.name), begin)
@@ -189,6 +195,7 @@ class Trace:
             is_conjugated = self.spec(spot.name).is_conjugated and spot.half != 0
             return (-found if spot.half else found.conj().resolve_conj()) if is_conjugated else found
         for number, seen in enumerate(self.step.operations):
+            # What was not seen when it was written may have been seen when it was read.
             if spot.name in seen.inputs and self.origin(replace(spot, after=number)) == origin:
                 element = seen.inputs[spot.name][spot.index]
                 return element if spot.half is None else torch.view_as_real(element)[spot.half]
@@ -241,6 +248,7 @@ def _byte(spec: TensorSpec, index: tuple[int, ...]) -> int:
 def index_at(spec: TensorSpec, byte: int) -> tuple[int, ...] | None:
     """Return the index of the element that holds a byte of its storage, None if none does."""
     dims = range(len(spec.shape))
+    # Along other dimensions, nothing moves: their index is 0.
     moving = [dim for dim in dims if spec.shape[dim] > 1 and spec.stride[dim]]
     moving.sort(key=lambda dim: spec.stride[dim], reverse=True)
     rest = byte // spec.torch_dtype.itemsize - spec.offset

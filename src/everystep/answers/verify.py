@@ -76,6 +76,7 @@ def verify(
     found = parallel(opener, spans(run, 1, steps), Visitor(), processes, on_progress)
     replayed = list(found) if steps else []
     damaged = [str(finding) for finding in (*run.findings(), *run.database_findings())]
+    # Their steps are compared with those of this run: what is left is the damage of their files.
     others = [each for each in run.ranks if each.directory != run.directory]
     for rank in others:
         damaged += [f"{rank.name}: {finding}" for finding in rank.findings()]
@@ -83,9 +84,11 @@ def verify(
     if longest.newest_step() > steps:  # the steps that this rank does not have
         more = verify(Opener(longest), processes, on_progress)
         damaged += [f"{longest.name}: {each}" for each in ([] if more.is_exact else [repr(more)])]
+    # Processes end in any order.
     replayed.sort(key=lambda each: each.span)
     firsts = [each.first_loss for each in replayed if each.first_loss is not None]
     dtype = getattr(torch, run.facts.loss_dtype)
+    # The distance counts numbers of the dtype that the loss is computed in.
     pair = [torch.tensor([n], dtype=dtype) for each in firsts[:1] for n in each[1:]]
     numerics = run.facts.training.numerics.differences(replayed[0].numerics) if replayed else {}
     numerics.pop("threads", None)  # those that were set are counted below

@@ -99,6 +99,7 @@ class Batches:
     def _own(self, rows: int) -> slice:
         """Return the places of this process's share among the rows of a batch."""
         rank, count = self.share or (0, 1)
+        # Side by side, without a gap, and as equal as they can be.
         return slice(rows * rank // count, rows * (rank + 1) // count)
 
     def places(self, rows: Collection[int]) -> Tensor:
@@ -115,6 +116,7 @@ class Batches:
         indices = self.indices(step)
         if self.numbers is None:
             return indices
+        # `indices` are places among the rows to train on, which may be only some of the source.
         return self.numbers if indices is None else self.numbers[indices]
 
     @property
@@ -182,6 +184,7 @@ class Batches:
         before = replace(self, without=tuple(sorted({*self.without, *inherited})))
         left = replace(before, without=tuple(sorted({*before.without, *rows})))
         steps = range(first, last + 1)
+        # Fewer rows than that cannot empty a batch, and to look at all steps takes long.
         if len(left.without) >= self.smallest:
             empty = next((step for step in steps if not left.rows_of(step)), None)
             if empty is not None:
@@ -214,6 +217,7 @@ class Batches:
 
     def _shuffled(self, epoch: int) -> _Order:
         key = self.rows, self.seed, epoch
+        # Copies of these batches, such as those of each case of a what-if, use the same order.
         if (order := _ORDERS.get(key)) is None:
             generator = derived_generator(self.seed, "epoch", epoch)
             # The same order in half the memory.
@@ -260,6 +264,7 @@ class RowsOf:
         indices = self._indices(step)
         if indices is not None:
             return self._taken(indices)
+        # As a loop that reads a Dataset has new tensors in each step.
         return (self._x, self.y) if self.is_fixed else (self._x.clone(), self.y.clone())
 
     def into(self, step: int, x: Tensor, y: Tensor) -> None:
@@ -269,6 +274,7 @@ class RowsOf:
             x.copy_(self._x)
             y.copy_(self.y)
         else:
+            # Straight into the memory of the caller: no tensor in between.
             torch.index_select(self._x, 0, indices, out=x)
             torch.index_select(self.y, 0, indices, out=y)
 

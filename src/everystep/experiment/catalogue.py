@@ -24,6 +24,7 @@ from everystep.gradient_descent import GradientDescent
 
 __all__ = ["build", "keyword_parameters", "make_layer", "metric_by_name", "names_faults", "parse_layer"]
 
+#: They hold other modules or parameters, which a line of a file cannot write.
 _CONTAINERS = {"Module", "Sequential", "ModuleList", "ModuleDict", "ParameterList", "ParameterDict"}
 #: The attribute in which `torch._compile` keeps the replacement of a function.
 _LEFT_OUT = "__dynamo_disable"
@@ -62,6 +63,7 @@ def parse_layer(text: str) -> tuple[str, list[Any], dict[str, Any]]:
         raise ValueError(f'{written!r}: write only the name of a torch.nn class, as in "ReLU()"')
     try:
         arguments = [ast.literal_eval(argument) for argument in call.args]
+        # Literals only: nothing of a stranger's text is executed.
         keywords = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg is not None}
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         raise ValueError(
@@ -160,6 +162,7 @@ def _section_faults(section: str, name: str, keywords: Mapping[str, Any]) -> lis
     for key in sorted({*keywords} - {*parameters}):
         cure = did_you_mean(key, list(parameters)) or listed
         faults.append(Fault(f"{section}.{key}", f"{name} has no such argument; {cure}"))
+    # torch would take True for 1.
     if isinstance(keywords.get("lr"), bool | str):
         faults.append(Fault(f"{section}.lr", f"must be a number, not {keywords['lr']!r}"))
     faults += [
@@ -172,6 +175,7 @@ def _section_faults(section: str, name: str, keywords: Mapping[str, Any]) -> lis
     with _noted(faults, section):
         if section == "loss":
             _check_reduction(keywords.get("reduction", "mean"))
+        # A matrix, since Muon takes nothing else.
         given = [] if section == "loss" else [[nn.Parameter(torch.zeros(2, 2))]]
         _try(name, lambda: make(section, name, keywords, *given))
     return faults
@@ -208,12 +212,15 @@ def _class_of(section: str, name: str) -> Any:
     if section == "loss":
         wanted = [
             parameter.name
+            # Without `self`. A loss of three tensors, such as TripletMarginLoss, does not fit the
+            # chapter's loop.
             for parameter in list(inspect.signature(found.forward).parameters.values())[1:]
             if parameter.default is parameter.empty
         ]
         if len(wanted) != 2:
             raise ValueError(f"{name} takes {', '.join(wanted)}; use a loss of (prediction, target)")
     if section == "optimizer":
+        # LBFGS is the one: others take a closure, and need none.
         closure = inspect.signature(found.step).parameters.get("closure")
         if closure is not None and closure.default is closure.empty:
             raise ValueError(
@@ -225,10 +232,8 @@ def _class_of(section: str, name: str) -> Any:
 
 @contextmanager
 def _without_compiler() -> Iterator[None]:
-    """Create optimizers without importing torch's compiler, which takes a second.
-
-    `add_param_group` imports it only to keep it away from itself; nothing is compiled within.
-    """
+    """Create optimizers without importing torch's compiler, which takes a second."""
+    # `add_param_group` imports it only to keep it away from itself; nothing is compiled within.
     function = getattr(torch.optim.Optimizer.add_param_group, "__wrapped__", None)
     if function is None or "torch._dynamo" in sys.modules or _LEFT_OUT in vars(function):
         yield

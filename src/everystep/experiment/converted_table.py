@@ -45,6 +45,11 @@ _EXACT = {pl.Float32, pl.Boolean, pl.Int8, pl.Int16, pl.UInt8, pl.UInt16}
 
 
 @dataclass(frozen=True)
+# A table and its conversion, e.g. of the columns `age` and `colour`, and the target `price`:
+#   file            31, red, 10.5     17, blue, 8.0     (none), red, 9.0
+#   words           colour: blue, red                   all words of the file, in alphabetical order
+#   x               31.0, 1.0         17.0, 0.0         NaN, 1.0       places of words, NaN for missing
+#   trained on      fills NaN, scales, and makes a column of 0 and 1 of each word: see `TablePreparation`
 class ConvertedTable:
     """A table as an array x (rows, columns) and its targets y.
 
@@ -89,6 +94,7 @@ class ConvertedTable:
         found = column.model_copy(
             update={"categories": _words(values), "unseen": self.specification.unseen}
         )
+        # What only held-out rows have: no number of the model would stand for it.
         new = sorted({*column.categories} - {*found.categories})
         if new and found.unseen == "error":
             raise DataError(
@@ -137,6 +143,7 @@ def convert_table(
         frame, is_text = table_frame(data, in_memory=False)
         with read_errors(data.path):
             if is_text:  # each look at a column would read all of it
+                # The Parquet file is expected to take half the bytes of the text.
                 check_room(folder, sum(each.bytes for each in sources) // 2)
                 frame.sink_parquet(folder / _TEXT, compression="lz4")
                 frame = scan_parquet(folder / _TEXT)
@@ -175,6 +182,8 @@ def _checked_table(
     """Return a table, which of its lines are rows to train on, and what its columns are."""
     is_row = np.ones(frame.select(pl.len()).collect().item(), dtype=bool)
     if is_text:
+        # An empty line of a text is a row of missing values to polars; in other formats, such a row is
+        # meant.
         is_empty = frame.select(pl.all_horizontal(pl.all().is_null())).collect(engine="streaming")
         is_row = ~is_empty.to_series().to_numpy()
     columns = TableColumns(frame, is_row)
@@ -214,6 +223,7 @@ def _parts(
     frame: pl.LazyFrame, is_kept: np.ndarray, whole: TablePreparation, data: TableData
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield x and y of the rows that are kept, some at a time."""
+    # 8 bytes a number, whatever they are converted to in the end.
     size, line = max(1, _ROWS // (8 * len(whole.columns))), 0
     wanted = frame.select([*(each.name for each in whole.columns), *whole.target])
     with read_errors(data.path):
@@ -230,6 +240,7 @@ def _features(frame: pl.DataFrame, whole: TablePreparation) -> np.ndarray:
     for each in whole.columns:
         column = frame[each.name]
         if isinstance(each, CategoricalColumn):
+            # The place of each word among the categories.
             column = column.cast(pl.String).cast(pl.Enum(each.categories)).to_physical()
         else:
             is_exact = is_exact and column.dtype in _EXACT

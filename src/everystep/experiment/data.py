@@ -50,6 +50,11 @@ __all__ = ["Data", "Numbering", "Target", "derived_generator", "make_data", "reo
 Target = Literal["classes", "values"]
 
 
+# Rows have one number from the source of the data to every answer, e.g. of a file with 6 rows, row 2
+# dropped for a missing value, two of the others held out:
+#   source       0  1  2  3  4  5
+#   held out        1        4           split by the seed, in ascending order
+#   trained on   0        3     5        `numbers` maps their places 0, 1, 2 in x to these
 class Numbering(NamedTuple):
     """How rows are numbered: by their places in the source of the data, from 0.
 
@@ -69,6 +74,7 @@ class Numbering(NamedTuple):
         if self == Numbering():
             return None
         is_split = self.split_seed is not None
+        # Held-out rows of another source are not among those of this one.
         kept = torch.ones(rows + is_split * held_out + len(self.dropped), dtype=torch.bool)
         kept[list(self.dropped)] = False
         numbers = kept.nonzero().flatten()
@@ -199,6 +205,7 @@ def _is_large(experiment: Experiment) -> bool:
     """Return whether the data stays in its files."""
     size = 0
     for file in chain(*_paths(experiment.data).values()):
+        # A missing file is reported where it is read, with what to do.
         with suppress(OSError):
             size += file.stat().st_size
     if size > MEMORY and experiment.batch_size is None:
@@ -216,6 +223,7 @@ def _paths(data: DataSpecification) -> dict[Path, list[Path]]:
         from everystep.experiment.images import image_files
 
         return {files[0]: image_files(files[0])}
+    # A directory is one table, and each of its files has a digest.
     if isinstance(data, TableData) and files[0].is_dir():
         from everystep.experiment.table import table_files
 

@@ -69,6 +69,7 @@ def combinations(settings: Mapping[str, Any], *, may_be_many: bool = False) -> d
         faults += [Fault(path, f"has the value {text} twice") for text in twice]
     if faults:
         raise ExperimentError(faults, "the sweep")
+    # What is the same in all runs need not be in their names.
     varied = [path for path, each in values.items() if len(each) > 1] or [*values]
     # `lr=0.1` is enough, unless two settings end in the same word.
     short = {path: _plain_name(path.rpartition(".")[2]) for path in varied}
@@ -126,6 +127,7 @@ def experiments_of(
             faults |= dict.fromkeys(error.faults)
             continue
         found[name] = experiment.model_copy(update={"threads": experiment.threads or threads})
+        # Different texts may be the same setting, such as max_grad_norm=1 and 1.0.
         if (other := first.setdefault(found[name].to_toml(), name)) != name:
             faults[Fault("", f"{other} and {name} would be the same run")] = None
     if faults:

@@ -90,6 +90,7 @@ def _parts(files: list[Path], data: ImagesData) -> Iterator[tuple[np.ndarray, np
                 problem = f"has {size} pixels, but {first[0]} has {its}"
                 faults.append(Fault(str(name), f"{problem}; set data.size = [height, width]"))
             images.append(image)
+        # All images are looked at, so that every fault is reported; with one, nothing is kept.
         if not faults:
             yield np.stack(images).transpose(0, 3, 1, 2), classes[part]
     if faults:

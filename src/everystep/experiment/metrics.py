@@ -51,6 +51,7 @@ def _r2(prediction: Tensor, target: Tensor) -> Tensor:
 
     A column with equal targets has 1 if each is predicted exactly, else 0.
     """
+    # On the CPU, since not every accelerator has double precision (MPS).
     target, prediction = target.cpu().double(), prediction.cpu().double()
     residual = (target - prediction).square().sum(0)
     total = (target - target.mean(0)).square().sum(0)

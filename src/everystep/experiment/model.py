@@ -46,6 +46,7 @@ def try_model(model: nn.Sequential, x: Tensor, layers: list[str], origin: str = 
     Raises:
         ModelError: names the first layer that does not fit, the expected and the actual shape.
     """
+    # Dropout draws in the copy, and the training must begin with the same draws as without the trial.
     with torch.random.fork_rng(devices=[]):
         return _run_through(copy.deepcopy(model), x, layers, origin)
 

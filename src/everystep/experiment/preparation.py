@@ -44,6 +44,7 @@ class Scaling(Fitted):
     @classmethod
     def fit(cls, parts: Parts) -> Scaling:
         """Fit to rows (N, ...), each position on its own, in float64."""
+        # One pass sums and notes these, since the rows may lie in a large file.
         counts, lows, highs = [], [], []
 
         def seen() -> Iterator[np.ndarray]:
@@ -170,6 +171,9 @@ class TablePreparation(Fitted):
         Raises:
             ValueError: it is another table.
         """
+        # For each column of x: the place of its column in the table, the place of its word (NaN for a
+        # number), the value for a missing one, the mean and the deviation. e.g. (1, 0.0, nan, 0, 1) is
+        # `colour=blue`.
         rules: list[tuple[float, ...]] = []  # for each column of x
         for place, (column, known) in enumerate(zip(self.columns, whole.columns, strict=True)):
             if (column.kind, column.name) != (known.kind, known.name):
@@ -204,16 +208,15 @@ def _flat(parts: Parts) -> Iterator[np.ndarray]:
 
 
 def _sum(parts: Iterator[np.ndarray]) -> np.ndarray:
-    """Return the sum of rows (N, K), given in parts, with the bits of NumPy's sum of all at once.
-
-    NumPy adds the rows of several columns one after the other, but a single column by halves (pairwise
-    summation), so that this one is joined.
-    """
+    """Return the sum of rows (N, K), given in parts, with the bits of NumPy's sum of all at once."""
     first = next(parts)
+    # NumPy adds the rows of several columns one after the other, but a single column by halves (pairwise
+    # summation), so that this one is joined.
     if first.shape[1] == 1:
         first = np.concatenate([first, *parts])
     total: np.ndarray = np.add.reduce(first, axis=0)
     for part in parts:
+        # So the sum begins with what the parts before have added up to, as one sum of all rows would.
         part[0] += total
         total = np.add.reduce(part, axis=0)
     return total

@@ -46,6 +46,7 @@ class SourceArray:
 
     def __init__(self, array: np.ndarray, unit: int | None = None) -> None:
         self._unit = unit
+        # Only of a memory map can pages be given back to the system.
         self._map: Any = array.base if isinstance(array.base, mmap.mmap) else None
         self.array = array.view(np.ndarray)
 
@@ -108,6 +109,7 @@ def rows_at_once(size: int) -> int:
 def _mapped_bytes() -> int:
     """Return how many bytes of files this process holds in memory; 0 if that is unknown."""
     try:
+        # The third number: pages that are shared with files (proc(5)).
         pages = int(Path("/proc/self/statm").read_bytes().split()[2])
     except OSError:
         return 0
@@ -161,8 +163,10 @@ class PreparedRows:
     ) -> None:
         self._source, self._rows = source, rows
         self._prepare, self._conversion = prepare, conversion
+        # One row shows the shape and the dtype that the preparation makes.
         first = self[:1]
         count = len(source) if rows is None else len(rows)
+        # Attributes of a tensor, since code that takes data takes both.
         self.shape = torch.Size((count, *first.shape[1:]))
         self.ndim, self.dtype, self.device = first.ndim, first.dtype, first.device
 

@@ -150,6 +150,7 @@ def source_file(path: Path, progress: Callable[[int], None], files: Sequence[Pat
     files = tuple(files or [path])
     note = _cache() / "digests" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()}.json"
     began = time.time_ns()
+    # Before it is read: what is changed meanwhile has another status afterwards.
     *_, size, changed, noticed = known = _status(files)
     with suppress(OSError, ValueError, TypeError):
         *noted, digest = json.loads(read_regular(note, 1000))
@@ -157,6 +158,7 @@ def source_file(path: Path, progress: Callable[[int], None], files: Sequence[Pat
             return SourceFile(str(path), size, digest, known, files)
     found, read = xxhash.xxh3_128(), 0
     for each in files:
+        # Of a directory, the names are digested, too: a class of images is the name of its folder.
         found.update(b"" if each == path else os.fsencode(each.relative_to(path)) + b"\0")
         with open_regular(each) as file:
             while piece := file.read(_PIECE):
@@ -207,8 +209,6 @@ def converted(
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any], Path]:
     """Return x and y, mapped from the cache directory, what they are, and where in it they are.
 
-    They are converted if they are not there, or of other files, or have been changed.
-
     Args:
         name: of the directory; each thing that was `asked` for has its own.
         sources: the files.
@@ -218,13 +218,17 @@ def converted(
     Raises:
         DataError: the disk does not have enough room for the cache, or fails.
     """
+    # Of what was asked for, not of the files: when these change, the new cache takes the old one's
+    # place.
     key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
     place = _cache() / f"{name}-{key}"
     digests = [each.digest for each in sources]
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
+        # Two trainings that begin together convert the data once.
         with FileLock(f"{place}.lock"):
             about = _about(place)
+            # They are converted if they are not there, or of other files, or have been changed.
             if about.get("sources") != digests or about.get("files") != _files(place):
                 unfinished = place.with_name(f".{place.name}.tmp")
                 for old in (place, unfinished):  # of a process that was killed
@@ -264,6 +268,7 @@ def _write(folder: Path, conversion: Conversion, progress: Reading) -> None:
     rows, end = conversion.rows, 0
     with (folder / "x.npy").open("wb") as x, (folder / "y.npy").open("wb") as y:
         for pair in conversion.parts:
+            # The first part shows how many bytes a row has.
             if not x.tell():
                 row = sum(each.dtype.itemsize * math.prod(each.shape[1:]) for each in pair)
                 check_room(folder, rows * row)
@@ -271,6 +276,7 @@ def _write(folder: Path, conversion: Conversion, progress: Reading) -> None:
                 if not file.tell():
                     dtype = np.lib.format.dtype_to_descr(part.dtype)
                     about = {"descr": dtype, "fortran_order": False, "shape": (rows, *part.shape[1:])}
+                    # A file of NumPy's, written in parts: the shape is known before the numbers are.
                     np.lib.format.write_array_header_1_0(file, about)
                 part.tofile(file)
             end += len(pair[0])

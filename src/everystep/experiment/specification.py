@@ -50,6 +50,11 @@ Pixels = Annotated[int, Field(ge=1, le=10_000)]
 BundledName = Literal["digits", "diabetes", "wine", "iris", "breast_cancer"]
 
 
+# An experiment passes through these forms:
+#   TOML or a dict       {"optimizer": {"name": "SGD", "lr": 0.1}, "steps": 500, ...}
+#   with settings        {"optimizer.lr": 1e-3} puts a value into the dict, by path
+#   Experiment           validated: Optimizer(name="SGD", lr=0.1); all faults are reported at once
+#   TOML in the run      written with all defaults, and with absolute paths
 class NamedSection(StrictModel):
     """A torch class by name; the other keys are its keyword arguments."""
 
@@ -190,14 +195,14 @@ class Experiment(Iteration):
     def with_fused(self, device: str) -> Experiment:
         """Return the experiment with `fused = true` if the optimizer supports it and nothing is set.
 
-        torch's fused, foreach and for-loop implementations differ in their last bits, and the default
-        differs by device: so the experiment records which one it uses.
-
-        device: its kind. torch has fused kernels of all but one optimizer on every kind of device.
+        device: its kind.
         """
         from everystep.experiment.catalogue import keyword_parameters
 
         optimizer = self.optimizer
+        # torch's fused, foreach and for-loop implementations differ in their last bits, and the default
+        # differs by device: so the experiment records which one it uses. torch has fused kernels of all
+        # but one optimizer on every kind of device.
         is_chosen = {"fused", "foreach", "differentiable"} & optimizer.keywords.keys()
         has_it = "fused" in keyword_parameters("optimizer", optimizer.name)
         if is_chosen or not has_it or (optimizer.name == "Adagrad" and device != "cpu"):
@@ -247,10 +252,13 @@ def load(
     try:
         experiment = Experiment.model_validate(raw)
     except ValidationError as error:
+        # By path: a value that fits no branch of a union has a fault of each.
         faults = {fault.path: fault for fault in (_fault(each, raw) for each in error.errors())}
 
     from everystep.experiment.catalogue import names_faults
 
+    # Names are looked up in what was written, so that their faults are reported together with the
+    # others.
     of_names = [fault for fault in names_faults(raw) if fault.path not in faults]
     if faults or of_names:
         raise ExperimentError([*faults.values(), *of_names], where)
@@ -301,6 +309,7 @@ def parse(content: bytes, where: str) -> dict[str, Any]:
 
 def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str, Path]:
     """Return the content of an experiment, its name for messages, and the folder of its file."""
+    # A copy, since settings are put into it.
     if isinstance(source, Mapping):
         return _copied(source), "the experiment", Path.cwd()
     path, where = Path(source), str(source)
@@ -326,7 +335,9 @@ def _copied(value: Any) -> Any:
 
 def _override(raw: dict[str, Any], path: str, value: Any) -> None:
     keys: list[str | int] = [
-        int(index) if index else name for name, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", path)
+        # `model.layers[1]` becomes "model", "layers", 1.
+        int(index) if index else name
+        for name, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", path)
     ]
     place: Any = raw
     # A path of dots alone has no key; it is refused as an index at the top is.
@@ -337,6 +348,7 @@ def _override(raw: dict[str, Any], path: str, value: Any) -> None:
         if following is not None and is_item:
             place = place[key]
         elif following is not None:
+            # A section that is not there yet is made, so that a setting can add one.
             place = place.setdefault(key, [] if isinstance(following, int) else {})
         elif value is None and not is_item:
             place.pop(key, None)
@@ -375,6 +387,8 @@ def _fault(detail: ErrorDetails, raw: Mapping[str, Any]) -> Fault:
             problem = f"{tag!r} is not a data source; {did_you_mean(tag, _SOURCES)}"
         case "extra_forbidden":
             cure = f"{key} belongs at the top of the file, before the first [section]"
+            # A key of the top that follows a section belongs to that section in TOML, which is easily
+            # missed.
             if len(location) == 1 or key not in Experiment.model_fields:
                 cure = did_you_mean(key, _known_keys(location[0] if location[1:] else None, raw))
             problem = f"unknown key; {cure}".removesuffix("; ")

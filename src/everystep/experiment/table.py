@@ -74,6 +74,7 @@ class TableColumns:
     def __getitem__(self, name: str) -> pl.Series:
         if name not in self._read:
             begin = self.names.index(name)
+            # One read of a file gives several columns: they are mostly asked for in their order.
             wanted = self._frame.select(self.names[begin : begin + self._together])
             self._read = {}  # not both in memory
             self._read = wanted.collect(engine="streaming").to_dict()
@@ -162,14 +163,14 @@ def _frame_of(path: Path, separator: str | None, *, in_memory: bool) -> tuple[pl
 
 
 def _check_text(path: Path, separator: str) -> None:
-    """Check that a file is complete text, with one name for each column.
-
-    Unchecked, polars would misread words, cut the last number, or give a second column another name.
-    """
+    """Check that a file is complete text, with one name for each column."""
+    # Unchecked, polars would misread words, cut the last number, or give a second column another name.
     quotes, wrong, lines, begin = 0, "", 1, 0
     with open_regular(path) as file:
         # Up to the end of a line, so that no character of several bytes is cut.
         while piece := file.read(_PIECE) + file.readline():
+            # A quotation mark within a value is written twice, so a complete file has an even number of
+            # them.
             quotes += piece.count(b'"')
             place = None if wrong else _first_wrong_byte(piece)
             if place is not None:
@@ -181,6 +182,7 @@ def _check_text(path: Path, separator: str) -> None:
         raise DataError(f"{path} is not UTF-8 text ({wrong}); save it as UTF-8")
     names = Counter(name.strip() for name in next(_rows(path, separator), []))
     others = [each for each in ";\t|," if each != separator and any(each in name for name in names)]
+    # A wrong separator leaves one column, with the names of all in its heading.
     if len(names) == 1 and others:
         raise DataError(
             f"{path.name} has one column, {next(iter(names))!r:.80}; if {others[0]!r} separates its "
@@ -365,6 +367,7 @@ def _slip(columns: TableColumns, name: str) -> str:
     if is_numeric(column):
         return ""
     words = column.cast(pl.String).drop_nulls()
+    # More than half are numbers: the others are taken for slips.
     if _are_numbers(words).sum() * 2 > len(words):
         return (
             f"text in a numeric column{_first_word(columns, name)}; correct it, leave the value "

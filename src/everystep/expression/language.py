@@ -24,6 +24,8 @@ __all__ = [
     "truth",
 ]
 
+# Lambdas, not `operator.truediv` itself: of plain numbers, Python raises where torch has infinity or
+# NaN.
 OPERATIONS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Add: lambda a, b: bounded(a + b),
     ast.Sub: lambda a, b: bounded(a - b),
@@ -78,6 +80,7 @@ def _where(condition: Any, yes: Any, no: Any) -> Any:
     import torch
 
     device = next(value.device for value in values if not is_number(value))
+    # Numbers as float64 tensors: of one element, they leave the dtype of the others as it is.
     condition, yes, no = (
         torch.tensor(value, dtype=None if isinstance(value, bool) else torch.float64, device=device)
         if is_number(value)
@@ -103,6 +106,7 @@ def _divide(operation: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
     except ZeroDivisionError:  # of plain numbers only; torch's is another
         if operation is operator.mod or a == 0 or math.isnan(a):
             return math.nan
+        # The sign of a zero counts: 1 / -0.0 is -inf, as in torch.
         return math.copysign(math.inf, a) * math.copysign(1, b)
 
 
@@ -114,6 +118,7 @@ def _power(a: Any, b: Any) -> Any:
     except (ValueError, OverflowError):
         if a < 0 and b % 1:
             return math.nan
+        # As IEEE 754 has it: an odd power of a negative number, or of -0.0, keeps the sign.
         return -math.inf if math.copysign(1, a) < 0 and b % 2 == 1 else math.inf
 
 
@@ -187,6 +192,7 @@ def _extreme(choose: Callable[[list[Any]], Any], values: tuple[Any, ...]) -> Any
             raise ValueError(f"a tensor of shape {shape} is empty and has no {name}")
         return getattr(values[0], name)()
     numbers = [*map(plain, values)]
+    # Python's min and max ignore NaN or not, by its place.
     return math.nan if any(map(math.isnan, numbers)) else choose(numbers)
 
 
@@ -213,6 +219,7 @@ def _dot(a: Any, b: Any) -> Any:
     shapes = [() if is_number(x) else tuple(x.shape) for x in (a, b)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"the shapes {shapes[0]} and {shapes[1]} do not match")
+    # Not torch.dot, which takes vectors only.
     product = _floating(a) * _floating(b)
     return bounded(product) if is_number(product) else product.sum()
 

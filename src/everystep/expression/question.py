@@ -12,6 +12,8 @@ from everystep.expression.language import plain, truth
 __all__ = ["Evaluate", "Expression", "Reference", "ValueOf", "column", "error_at"]
 
 
+# e.g. in `norm(gradients['0.weight']) > 2 * previous.loss`: Reference("gradients", "0.weight", False)
+# and Reference("loss", "", True).
 class Reference(NamedTuple):
     """Something of a step that an expression names."""
 
@@ -110,6 +112,7 @@ def error_at(text: str, problem: str, start: int = 0, end: int = 0) -> Expressio
 
 def excerpt(text: str, start: int = 0) -> tuple[str, int]:
     """Return what fits on a line of the text around a place, and the column of that place in it."""
+    # A character that moves the cursor would put the marks in the wrong place.
     text = "".join(character if character.isprintable() else "\ufffd" for character in text)
     first = max(start - 60, 0) if len(text) > 100 else 0
     before, after = "..." * (first > 0), "..." * (len(text) > first + 100)

@@ -81,6 +81,7 @@ def parse(text: str, measurements: Collection[str] = ()) -> Expression:
     Raises:
         ExpressionError: the expression is invalid.
     """
+    # Line breaks, too: an expression may be written over several lines.
     text = re.sub(r"\s", " ", text).strip()
     if len(text) > _LONGEST:
         raise error_at(text, f"an expression has at most {_LONGEST:,} characters; split it")
@@ -93,14 +94,20 @@ def parse(text: str, measurements: Collection[str] = ()) -> Expression:
         raise error_at(text, "the expression is nested too deeply; split it") from None
     except ValueError as error:  # half a character
         raise error_at(text, f"the expression is invalid: {error}") from None
+    # `ast` counts bytes, and a message shows characters.
     end = column(text, body.end_col_offset)
+    # `ast` drops comments, and with them the rest of a condition.
     if "#" in text[end:]:
         raise error_at(text, "comments are not supported", text.index("#", end), len(text))
+    # A measurement named `loss` must not hide the loss: it takes measurements['loss'].
     reader = _Compiler(text, frozenset(measurements) - _LANGUAGE)
     evaluate = reader.read(body)
     return Expression(text, frozenset(reader.references), evaluate)
 
 
+# `norm(gradients['0.weight']) > 2` becomes nested functions, each of `value_of`:
+#   compare( apply(norm, recall(Reference("gradients", "0.weight"))), constant(2) )
+# Nothing of the text is executed as Python: only the nodes with a `visit_` method are known.
 class _Compiler(ast.NodeVisitor):
     """Turns the nodes of an expression into closures, and notes what they refer to."""
 
@@ -111,6 +118,7 @@ class _Compiler(ast.NodeVisitor):
         self.depth = 0
 
     def read(self, node: ast.expr) -> Evaluate:
+        # Python itself would overflow its stack, at a depth that depends on the caller.
         self.depth += 1
         if self.depth > _DEEPEST:
             raise self.error(node, "the expression is nested too deeply; split it")
@@ -251,12 +259,15 @@ class _Compiler(ast.NodeVisitor):
         def chain(*values: Any) -> Any:  # elementwise
             neighbours = zip(comparisons, values, values[1:], strict=False)
             results = (compare(a, b) for compare, a, b in neighbours)
+            # `&` of tensors is for each element; Python's `and` would ask whether the whole is true.
             return reduce(lambda so_far, result: result & so_far, results)
 
         return self.apply(node, chain, node.left, *node.comparators)
 
     def visit_BoolOp(self, node: ast.BoolOp) -> Evaluate:
         operands = [(place, self.read(place)) for place in node.values]
+        # What decides is returned without a look at the rest, which may not exist: previous.loss at step
+        # 1.
         decides = isinstance(node.op, ast.Or)
 
         def connected(value_of: ValueOf) -> Any:

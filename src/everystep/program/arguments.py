@@ -29,6 +29,7 @@ DTYPES = {
         *(torch.float8_e4m3fn, torch.float8_e5m2),
     )
 }
+# e.g. {"memory_format": "preserve_format"}
 _ENUMERATIONS: dict[str, dict[str, Any]] = {
     "dtype": DTYPES,
     "layout": {"strided": torch.strided},
@@ -78,6 +79,7 @@ def decode(value: Any, tensor_of: Callable[[str], Any]) -> Any:
         return tensor_of(value)
     if isinstance(value, list | tuple):
         return [decode(item, tensor_of) for item in value]
+    # Exactly one key: an object with more is not what `encode` writes.
     match [*value.items()] if isinstance(value, dict) else value:
         case [("text", str(text))]:
             return text

@@ -64,6 +64,12 @@ SAME_BEFORE = 3
 MOST_BYTES = 4_000_000
 
 
+# Where the tensors of a bound program lie; `_Anchor` is where a storage of the program begins:
+#   state        on the live tensors of the training, which must not move
+#   batch        on memory of its own, which `load` fills
+#   inputs       on the bytes that are given
+#   temporary    in one block, which is used again within the step; what is shown at its end, or
+#                computed once for all steps, has memory of its own
 class BoundProgram:
     """A program, bound to the live tensors of a training, and to its own memory for all others.
 
@@ -117,6 +123,7 @@ class BoundProgram:
         others = program.storages_of(program.tensors.keys() - {*self._batch})
         #: Storages of views of the batch, which may include bytes between the numbers of a tensor.
         self._viewed = program.storages_of(self._batch) & others
+        # A tensor of its own, which a stepper fills with the recorded loss: see `loss`.
         nan = torch.full((), math.nan, dtype=torch.float64)
         self.loss = nan if program.loss is None else self.tensor(program.loss)
         logged = {} if program.loss is None else {"loss": program.loss}
@@ -124,6 +131,7 @@ class BoundProgram:
         self.ends = {name: self.tensor(tensor) for name, tensor in program.ends.items()}
         self.draws = any(draws_random_numbers(each.resolved) for each in program.operations)
         with without_autograd():
+            # By operation, so that `calls_with` can put what looks at the step in between.
             self._calls_of = [self._bound(each) for each in program.operations]
             # In their order, since they read results of each other.
             for place in sorted(steady):
@@ -338,6 +346,8 @@ class _SteadyOptimizer:
             for call in self._calls:
                 call()
             return
+        # Three steps by torch's class, the fourth is watched, and from the fifth on its operators are
+        # called, as long as `settle` finds the settings as they were.
         self._same += 1
         if self._same <= SAME_BEFORE or not self._is_steady:
             self._optimizer.step(self._settings)

@@ -62,6 +62,7 @@ class without_autograd:  # noqa: N801  # used as a function, and much faster tha
     def __enter__(self) -> None:
         self._before = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)
+        # Without gradients alone, each call would still go through the kernels of autograd.
         self._guard = torch._C._AutoDispatchBelowAutograd()
         self._guard.__enter__()  # type: ignore[no-untyped-call]
 
@@ -153,6 +154,8 @@ def _loss_calls(operator: Any, arguments: list[Any], result: Tensor) -> list[Cal
     In one call, ATen would resize the result tensor twice.
     """
     parameters = operator._schema.arguments
+    # All arguments, since `reduction` is put among them: 0 for each element, 1 for their mean, 2 for the
+    # sum.
     given = [*arguments, *(p.default_value for p in parameters[len(arguments) :])]
     place = [p.name for p in parameters].index("reduction")
     reduction, given[place] = given[place], 0
@@ -193,6 +196,7 @@ def _quickest(operator: Any, arguments: Sequence[Any], keywords: dict[str, Any])
     return _chosen[kinds]
 
 
+#: By operator and kinds of arguments: what `_quickest` found, for all programs of the process.
 _chosen: dict[Any, Callable[..., Any]] = {}
 
 

@@ -32,6 +32,7 @@ _SCHEMAS = {
     "reduce_scatter_from_": "Tensor(a!)[] results, Tensor given, str reduce",
     "all_to_all_from_": "Tensor(a!)[] results, Tensor given, int[] result_sizes, int[] given_sizes",
 }
+#: Each rank of a replay has a thread of this process, with a part of its own.
 _here = threading.local()
 
 
@@ -56,6 +57,7 @@ def _take_part(name: str, *arguments: Any) -> None:
 _library: Any = torch.library.Library(_NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 for _name, _schema in _SCHEMAS.items():
     _library.define(f"{_name}({_schema}, int[] ranks) -> ()")
+    # A kernel for all devices; it computes nothing itself.
     _library.impl(_name, partial(_take_part, _name), "CompositeExplicitAutograd")
     _library.impl(_name, lambda *_: None, "Meta")  # shapes stay as they are
 

@@ -39,6 +39,7 @@ class Interpreter:
         self.program = program
         self._device = device
         self._calls = [_Instruction(operation) for operation in program.operations]
+        # Memory is freed as early as Python would free it: a step of a large model fits again.
         self._over_after = over_after(program)
         needed = program.state_names
         self.state = {name: spec for name, spec in program.tensors.items() if name in needed}
@@ -168,6 +169,8 @@ class Interpreter:
                 continue
             if spec.storage not in found:
                 size = self.program.storages[spec.storage].bytes
+                # Zeros between the numbers of a tensor with gaps, so that each replay has the same bytes
+                # there.
                 found[spec.storage] = torch.zeros(size, dtype=torch.uint8)
             target = tensor_on(found[spec.storage].untyped_storage(), spec)
             if target.shape != leaf.shape or target.dtype != leaf.dtype:
@@ -232,6 +235,7 @@ class _Instruction:
         result = self._call(*arguments, **keywords)
         if self._reads_number:
             return read_difference(result, numbers[-1])
+        # An operator that writes in place returns what it was given, which has a name already.
         for name, tensor in zip(self.operation.results, flattened(result), strict=False):
             if name is not None:
                 environment.put(name, tensor)

@@ -62,6 +62,8 @@ def plan_memory(program: Program, names: Collection[str]) -> tuple[dict[str, int
     Returns the offset of each, and the size of all memory, in bytes.
     """
     lives, offsets = _lives(program), dict[str, int]()
+    # e.g. a: 100 bytes, operations 0 to 3; b: 50 bytes, 1 to 2; c: 40 bytes, 3 to 5. They become 128, 64
+    # and 64 bytes; a lies at 0, b at 128, and c, which begins after b has ended, at 128 as well.
     sizes = {name: -(-program.storages[name].bytes // ALIGNMENT) * ALIGNMENT for name in names}
     for name in sorted(names, key=lambda name: (-program.storages[name].bytes, lives[name][0])):
         first, last = lives[name]
@@ -72,6 +74,7 @@ def plan_memory(program: Program, names: Collection[str]) -> tuple[dict[str, int
         )
         place = 0
         for start, other in at_once:
+            # The first gap between those that live at the same time, from the lowest on.
             if place + sizes[name] <= start:
                 break
             place = max(place, start + sizes[other])
@@ -136,6 +139,7 @@ def tensor_on(storage: torch.UntypedStorage, spec: TensorSpec, start: int = 0) -
     if 0 not in spec.shape and start + spec.end > storage.nbytes():
         size = storage.nbytes() - start
         raise ProgramError(f"a tensor needs {spec.end} bytes, but the storage has {size}")
+    # `start` is aligned, so it is a whole number of elements.
     offset = spec.offset + start // spec.torch_dtype.itemsize
     empty = torch.empty(0, dtype=spec.torch_dtype, device=storage.device)
     found = empty.set_(storage, offset, spec.shape, spec.stride)

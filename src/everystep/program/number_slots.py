@@ -43,6 +43,9 @@ def slot_names(operator: Any) -> frozenset[str]:
     )
 
 
+# e.g. in `aten.add.Tensor(x, y, alpha=0.5)`: Slot("alpha", ("alpha",), float); in the settings of an
+# optimizer with two param groups, lr=[0.1, 0.01]: Slot("lr", ("lr", 0), float), Slot("lr", ("lr", 1),
+# float).
 class Slot(NamedTuple):
     """A number of a step among the arguments of an operation.
 
@@ -78,8 +81,10 @@ def _within(value: Any, name: str, path: tuple[int | str, ...]) -> Iterator[Slot
     if isinstance(value, list | tuple):
         for place, item in enumerate(value):
             yield from _within(item, name, (*path, place))
+    # A flag decides which operations there are, so it stays with the program.
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield Slot(name, path, int if isinstance(value, int) else float)
+    # Infinity or NaN: see `encode`.
     elif isinstance(value, dict) and "float" in value:
         yield Slot(name, path, float)
 

@@ -64,6 +64,7 @@ def unread_inputs(operation: Operation) -> frozenset[str]:
     given = operation.given()
     is_unread = uses_only_shape(operation.operator) or operation.name in OVERWRITING
     unread = _MEMORY_ARGUMENTS | ({"self"} if is_unread else set())
+    # A tensor that is given twice is read if either argument is.
     sides: tuple[set[str], set[str]] = (set(), set())
     for argument, value in given.items():
         sides[argument in unread].update(references(value))

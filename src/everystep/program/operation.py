@@ -115,9 +115,14 @@ class TensorSpec(StrictModel):
         return self.dtype.endswith(_CONJUGATED)
 
     @property
+    def geometry(self) -> tuple[Any, ...]:
+        """Its dtype, shape, stride and offset, as `extent_of` and `fills` take them."""
+        return self.torch_dtype, self.shape, self.stride, self.offset
+
+    @property
     def extent(self) -> tuple[int, int]:
         """Its first byte in its storage, and the one after its last."""
-        return extent_of((self.torch_dtype, self.shape, self.stride, self.offset))
+        return extent_of(self.geometry)
 
     @property
     def end(self) -> int:
@@ -171,6 +176,7 @@ class Operation(StrictModel):
     @property
     def name(self) -> str:
         """The operator's name, without its overload."""
+        # `aten.add.Tensor` is called `add`.
         return self.operator.split(".")[1]
 
     def by_place(self) -> list[tuple[str, int | str, Any]]:
@@ -312,6 +318,7 @@ def fills(geometry: tuple[Any, ...]) -> bool:
     geometry: as of `extent_of`.
     """
     _, shape, stride, _ = geometry
+    # Strides from the smallest on: each must be the number of elements within it.
     expected = 1
     for step, size in sorted(zip(stride, shape, strict=True)):
         if step != expected and size > 1:

@@ -209,6 +209,7 @@ def out_variant(operator: Any) -> tuple[Any, tuple[str, ...]] | None:
         candidate = getattr(packet, overload)
         arguments = candidate._schema.arguments
         outs = [a for a in arguments if a.is_out]
+        # All else must be the same: an overload may take other arguments, too.
         rest = [(a.name, str(a.real_type)) for a in arguments if not a.is_out]
         same_results = [str(a.type) for a in outs] == [str(r.type) for r in schema.returns]
         if outs and same_results and rest == wanted:

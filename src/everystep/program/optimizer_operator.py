@@ -45,6 +45,7 @@ class OptimizerOperator:
     def __init__(self, kind: type[torch.optim.Optimizer]) -> None:
         self.kind = kind
         bases = kind.__mro__[: kind.__mro__.index(torch.optim.Optimizer)]
+        # Of the base classes, too: AdamW sets `decoupled_weight_decay` of Adam.
         known = dict.fromkeys(n for base in bases for n in inspect.signature(base).parameters)
         self.settings = tuple(name for name in known if name not in ("self", "params"))
         self.overloadpacket = SimpleNamespace(__name__=kind.__name__)
@@ -151,6 +152,7 @@ class BoundOptimizer:
         self._optimizer.defaults = {}
         self._optimizer.state = defaultdict(dict)
         self._optimizer.param_groups = [{"params": [*group]} for group in parameters]
+        # So that torch does not warn again, at a replay, of `capturable` without a CUDA graph.
         self._optimizer._warned_capturable_if_run_uncaptured = True
         flat = [*chain.from_iterable(parameters)]
         self._given = [*zip(flat, chain.from_iterable(gradients), strict=True)]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from everystep.errors import ProgramError
-from everystep.program.arguments import DTYPES, references
+from everystep.program.arguments import DTYPES, decode, references
 from everystep.program.operators import draws_random_numbers, parameters
+from everystep.program.optimizer_operator import OPTIMIZERS
 from everystep.program.soundness import WITH_STATISTICS, results_on_meta
 from everystep.program.step_program import Operation, Program, Storage
 
@@ -24,6 +26,9 @@ _FIXED_ARGUMENTS = {
     "_amp_foreach_": ("found_inf", "inv_scale"),
     "_amp_update_": ("self", "growth_tracker", "found_inf"),
 }
+#: What torch's optimizers keep as one number for each parameter, in a dtype that is not the parameter's:
+#: how many steps, the product of momenta of NAdam, the rate and the weight of the average of ASGD.
+_COUNTERS = {"step", "mu_product", "eta", "mu"}
 #: Kernels of oneDNN that compute in float32, or return gradients in float32 for any input.
 _ONLY_FLOAT32 = {"mkldnn_rnn_layer", "mkldnn_rnn_layer_backward"}
 
@@ -31,7 +36,8 @@ _ONLY_FLOAT32 = {"mkldnn_rnn_layer", "mkldnn_rnn_layer_backward"}
 class Precision:
     """A dtype for all floating-point numbers of a program, its state and its inputs.
 
-    What counts the steps of an optimizer keeps its dtype. dtype: torch.float64 or torch.bfloat16.
+    What an optimizer counts with, and a rate that is a tensor, keep theirs. dtype: torch.float64 or
+    torch.bfloat16.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -131,6 +137,7 @@ class Precision:
         }
         found = dict(contents)
         for name in contents.keys() & dtypes.keys():
+            # Memory may end with a part of a number.
             count = len(found[name]) // dtypes[name].itemsize * dtypes[name].itemsize
             numbers = found[name][:count].clone().view(dtypes[name])
             found[name] = numbers.to(self.dtype).view(torch.uint8)
@@ -151,6 +158,7 @@ class Precision:
 
     def _operation(self, operation: Operation, program: Program, kept: set[str]) -> Operation:
         made = program.storages_of(filter(None, operation.results))
+        # What counts steps has its dtype, and so have its constants.
         if made and made <= kept:
             return operation
         keywords = {key: self._argument(value) for key, value in operation.keywords.items()}
@@ -181,11 +189,24 @@ def _is_counter(name: str) -> bool:
 
 
 def counters(program: Program) -> set[str]:
-    """Return the storages that count the steps of optimizers, or have a fixed dtype."""
+    """Return the storages that optimizers count with, or that have a fixed dtype."""
     found = [*filter(_is_counter, program.tensors)]
     found += [tensor for name, tensor in program.ends.items() if _is_counter(name)]
     for operation in program.operations:
+        if operation.operator in OPTIMIZERS:
+            # A rate that is a tensor keeps its number, as one that is a number does.
+            found += [*_counted_with(operation), *references([*operation.keywords.values()])]
         fixed = (names for kind, names in _FIXED_ARGUMENTS.items() if operation.name.startswith(kind))
         for name in next(fixed, ()):
             found += references(operation.given().get(name))
     return program.storages_of(found)
+
+
+def _counted_with(operation: Operation) -> Iterator[str]:
+    """Yield the tensors that the step of one of torch's optimizers counts with."""
+    _, _, kept, made = decode(operation.arguments, str)
+    for items in chain.from_iterable(kept):
+        pairs = zip(items[::2], items[1::2], strict=True)
+        yield from (name for key, name in pairs if key in _COUNTERS)
+    named = zip(made, operation.results, strict=True)
+    yield from (name for (_, _, key), name in named if name is not None and key in _COUNTERS)

@@ -79,6 +79,7 @@ def check_soundness(
     if _is_known_sound(text):
         return
     check = _Check(operations, tensors, storages)
+    # Below autograd, where a program runs: the kernels are those that will run.
     with torch.no_grad(), torch._C._AutoDispatchBelowAutograd(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for index, operation in enumerate(operations):
@@ -103,11 +104,14 @@ class _Check:
         self._bytes = sum(storage.bytes for storage in storages.values())
         self._given = [operation.given() for operation in operations]
         self._by_name: dict[str, list[int]] = {}
+        #: The operations that write on a storage: what a backward pass was left must not be changed
+        #: since.
         self._writers: dict[str, list[int]] = {}
         for index, operation in enumerate(operations):
             self._by_name.setdefault(operation.name, []).append(index)
             for name in {*operation.changed()}:
                 self._writers.setdefault(tensors[name].storage, []).append(index)
+        # Storages of meta have sizes, but take nothing.
         memory = {
             name: torch.empty(storage.bytes, dtype=torch.uint8, device=META).untyped_storage()
             for name, storage in storages.items()
@@ -180,6 +184,8 @@ class _Check:
 
     def _check_forward(self, index: int) -> None:
         """Check that the forward operation of a kernel of the backward pass comes before it."""
+        # e.g. for `aten.nll_loss_backward`: is there an `aten.nll_loss_forward` before it, with the same
+        # target, and is `total_weight` its result?
         base, _ = FORWARD[self._operations[index].name]
         places = (*self._by_name.get(base, ()), *self._by_name.get(f"{base}_forward", ()))
         if not any(place < index and self._is_forward(place, index) for place in places):
@@ -195,6 +201,7 @@ class _Check:
         for parameter in parameters(operation.resolved):
             value = self._given[index].get(parameter.name, parameter.default)
             name = renamed.get(parameter.name, parameter.name)
+            # An argument that both passes have, e.g. the target, must be the same.
             if name in known:
                 if _listed(value, known[name].size) != _listed(theirs[name], known[name].size):
                     return False
@@ -203,12 +210,16 @@ class _Check:
                 integers = [n for n in tensors if not self._specs[n].torch_dtype.is_floating_point]
                 if self._is_changed(integers, place, index):
                     return False
+            # A gradient of a result: its shape is compared, below.
             elif name.startswith("grad") and "Tensor" in parameter.kind:
                 gradients.append(value)
+            # What the forward pass has kept: exactly its results, and unchanged.
             elif "Tensor" in parameter.kind:
                 kept.append(value)
             elif name not in OF_BACKWARD_ALONE:
                 return False
+            # The kernel makes a gradient of so many rows, and writes at the positions that are looked
+            # up.
             elif name == "num_weights":
                 weight = theirs.get("weight")
                 if not isinstance(weight, str) or self._specs[weight].shape[0] != value:
@@ -352,6 +363,7 @@ def _fused_fit(given: Given) -> bool:
 
 def _attention_fits(given: Given) -> bool:
     q, k, v = (given[name].shape for name in ("query", "key", "value"))
+    # (N, heads, length, size) each; several heads of queries may share one of keys and values.
     if not len(q) == len(k) == len(v) == 4 or not k[1] or q[1] % k[1] or k[:3] != v[:3]:
         return False
     ends = [given[name].stride[3] for name in ("query", "key", "value")]
@@ -373,12 +385,14 @@ def _batch_norm_fits(given: Given) -> bool:
 def _weight_norm_fits(given: Given) -> bool:
     v, g, dim = given["v"].shape, given["g"].shape, given.get("dim", 0)
     norms = tuple(size if place == dim else 1 for place, size in enumerate(v))
+    # The kernel knows norms over all dimensions but the first, or but the last.
     return dim in (0, len(v) - 1) and g == norms and _are_dense(given)
 
 
 def _rnn_fits(given: Given) -> bool:
     """An LSTM's layer: four gates."""
     x, hidden = given["input"].shape, given["hidden_size"]
+    # As cuDNN counts them: 2 is an LSTM, 3 a GRU; with batch sizes, a sequence would be packed.
     if len(x) != 3 or hidden < 1 or given["mode"] != 2 or given["batch_sizes"]:
         return False
     shapes = [given[f"weight{number}"].shape for number in range(4)]
@@ -459,5 +473,6 @@ def _mark(text: bytes) -> Path:
 @cache
 def _checker() -> bytes:
     files = (__file__, allowed.__file__)
+    # With another check, all programs are checked again.
     source = b"".join(Path(file).read_bytes() for file in files)
     return f"{version('everystep')} {torch.__version__} ".encode() + hashlib.sha256(source).digest()

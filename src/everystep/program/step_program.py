@@ -47,6 +47,14 @@ FORMAT_VERSION = 1
 MOST_BYTES, MOST_ENTRIES = 100_000_000, 200_000
 
 
+# A program as JSON, e.g. of `((model(x) - y) ** 2).mean().backward()`, in parts:
+#   storages     "parameter/0.weight": {"kind": "state", "bytes": 48}, "addmm": {"kind": "temporary"...}
+#   tensors      "parameter/0.weight": {"dtype": "float32", "shape": [3, 4]}        on its own storage
+#                "parameter/0.weight~1": {"storage": "parameter/0.weight", ..., "stride": [1, 4]}  a view
+#   operations   {"phase": "forward", "module": "0", "operator": "aten.addmm.default",
+#                 "arguments": ["parameter/0.bias", "x", "parameter/0.weight~1"], "results": ["addmm"]}
+#   ends         {"gradient/0.weight": "gradient/0.weight"}       the state has it after the step
+# The numbers of a step are in the run: of `aten.pow.Tensor_Scalar` 2, of `optim.SGD.step` lr, momentum.
 class Program(StrictModel):
     """The operations of a step, in order, and their tensors.
 
@@ -102,6 +110,7 @@ class Program(StrictModel):
             for name in operation.changed():
                 first.setdefault(self.tensors[name].storage, index)
             if operation.phase == "forward" and operation.module:
+                # What runs in a module runs in all that it is in.
                 parts = operation.module.split(".")
                 last |= {".".join(parts[: depth + 1]): index for depth in range(len(parts))}
         found: dict[str, int] = {}
@@ -186,6 +195,7 @@ class Program(StrictModel):
                 "upgrade everystep"
             )
         try:
+            # As JSON again: exact types accept a list for a tuple only from there.
             program = cls.model_validate_json(json.dumps(_completed(data)))
             content = text.encode() if isinstance(text, str) else text
             check_soundness(program.operations, program.tensors, program.storages, content)
@@ -207,6 +217,7 @@ class Program(StrictModel):
         for name, tensor in self.tensors.items():
             tensor.check(name, self.storages)
         for place, line in enumerate(self.lines):
+            # So `line_of` ends: no line is above itself.
             if line.above is not None and line.above >= place:
                 raise ValueError(f"lines.{place}: a line of code is called by a later one")
         for index, operation in enumerate(self.operations):

@@ -28,7 +28,18 @@ if TYPE_CHECKING:
     #: Steps in their order, and their numbers.
     Series = tuple[NDArray[np.int64], NDArray[np.float64]]
 
-__all__ = ["BLOCK", "FACTS", "LOSS", "Block", "Blocks", "block_of", "digests_of", "fits", "series_of"]
+__all__ = [
+    "BLOCK",
+    "FACTS",
+    "LOSS",
+    "Block",
+    "Blocks",
+    "block_of",
+    "digests_of",
+    "fits",
+    "same_number",
+    "series_of",
+]
 
 #: Steps of a block; it begins at a multiple of this.
 BLOCK = 4096
@@ -37,6 +48,8 @@ LOSS, FACTS = "loss", "facts"
 #: The smallest and the largest whole number of SQLite.
 _LEAST, _MOST = -(2**63), 2**63 - 1
 
+# e.g. the losses of 9,000 steps are in three blocks, each of the step where it begins: ("loss", 0) has
+# steps 1 to 4,095, and ("loss", 4096) and ("loss", 8192) have the others.
 Row = TypeVar("Row", bound=tuple[Any, ...])
 
 
@@ -58,6 +71,11 @@ def block_of(step: int) -> int:
     return step - step % BLOCK
 
 
+def same_number(one: float, two: float) -> bool:
+    """Return whether two numbers of a run are equal; NaN equals NaN."""
+    return one == two or (one != one and two != two)
+
+
 def digests_of(steps: NDArray[np.int64], values: NDArray[np.float64]) -> dict[int, int]:
     """Return the digests of the numbers of a series, by the first step of each block.
 
@@ -71,6 +89,7 @@ def digests_of(steps: NDArray[np.int64], values: NDArray[np.float64]) -> dict[in
 
     if not len(steps):
         return {}
+    # NaN has many forms, and SQLite keeps none of them; to add 0.0 makes 0.0 of -0.0.
     bits = np.where(np.isnan(values), np.nan, values + 0.0).view(np.uint64)
     hashes = _mixed(_mixed(steps.astype(np.int64).view(np.uint64)) + bits).view(np.int64)
     firsts, begins = np.unique(steps - steps % BLOCK, return_index=True)
@@ -116,6 +135,7 @@ class Blocks:
     def rows(self, row: Callable[..., Row], query: str, *arguments: Any) -> list[Row]:
         """Return the rows of a query as named tuples; the fields of `row` have the types of columns."""
         found = self._fetched(query, arguments)
+        # Not strict: without rows, there is nothing in columns.
         for (name, kind), column in zip(_fields(row).items(), zip(*found, strict=True), strict=False):
             self._check(column, kind, f"a value of another type than that of {name!r}")
         return [row(*values) for values in found]
@@ -155,6 +175,7 @@ class Blocks:
         import numpy as np
 
         ends = (_LEAST if first is None else first), (_MOST if last is None else last)
+        # A larger number is an OverflowError in Python's module, not an empty answer.
         given: list[Any] = [max(_LEAST, min(end, _MOST)) for end in ends]
         column, table, among = "loss", "steps", ""
         if name != LOSS:
@@ -292,6 +313,7 @@ class Blocks:
     def _digest_of_facts(self) -> int:
         """Return XXH3, 64 bits, of the rows of all facts as JSON, in order of their keys."""
         rows = self._fetched("SELECT key, value FROM facts ORDER BY key", ())
+        # `repr` is for blobs, which everystep does not write, and JSON cannot hold.
         digest = xxhash.xxh3_64_digest(json.dumps(rows, default=repr).encode())
         return int.from_bytes(digest, "big", signed=True)
 

@@ -32,6 +32,7 @@ __all__ = [
 
 FILE_NAME = "run.sqlite"
 LOCK_NAME = "run.lock"
+# Takes space while the run is written, so that its last facts fit on a full disk.
 SPARE_NAME = "run.spare"
 APPLICATION_ID = 0x65767374  # "evst"
 SCHEMA_VERSION = 12
@@ -112,6 +113,7 @@ def begin_database(path: Path) -> None:
         OSError, sqlite3.Error: it cannot be written.
     """
     new = path.with_name(f"{path.name}-new")
+    # A log of another database of this name would be played into the new one.
     for suffix in ("", "-wal", "-shm"):  # of a process that was killed
         new.with_name(f"{new.name}{suffix}").unlink(missing_ok=True)
     # No reader knows the file yet, so one sync when it is complete is enough.
@@ -121,6 +123,7 @@ def begin_database(path: Path) -> None:
         connection.executescript(f"{modes} BEGIN; {identity} {SCHEMA} COMMIT;")
     with new.open("rb+") as file:
         os.fsync(file.fileno())
+    # Only a complete database gets the name by which a directory is a run.
     new.rename(path)
 
 
@@ -200,6 +203,7 @@ def _check_size(path: Path) -> None:
     with path.open("rb") as file:
         header = file.read(32)
         size = file.seek(0, os.SEEK_END)
+    # A page of 65,536 bytes is written as 1: two bytes hold no larger number.
     page, pages = int.from_bytes(header[16:18], "big"), int.from_bytes(header[28:32], "big")
     expected = (65_536 if page == 1 else page) * pages
     if header.startswith(b"SQLite format 3\0") and size < expected:
@@ -209,6 +213,7 @@ def _check_size(path: Path) -> None:
 
 
 def _connect(path: Path, *, has_log: bool, is_whole: bool) -> sqlite3.Connection:
+    # It quotes ?, # and %, which SQLite would take for parts of the URI; and it must be absolute.
     uri = path.resolve().as_uri()
     opened = partial(sqlite3.connect, uri=True, isolation_level=None, timeout=_PATIENCE)
     # On a read-only file system SQLite cannot make the files that reading a database with a log takes,
@@ -220,10 +225,12 @@ def _connect(path: Path, *, has_log: bool, is_whole: bool) -> sqlite3.Connection
         try:
             connection = connect()
             connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST_VALUE)
+            # The file may be a stranger's: no functions in its schema, no cells outside of their pages.
             connection.execute("PRAGMA trusted_schema = OFF")
             connection.execute("PRAGMA cell_size_check = ON")
             if not is_whole:  # SQLite reads the pages that are there
                 connection.execute("PRAGMA writable_schema = ON")
+            # Opening reads nothing: only a query shows whether the database can be read.
             connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
         except (OSError, sqlite3.Error, UnicodeError) as error:  # the last of a message with bad bytes
             if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
@@ -239,6 +246,7 @@ def _connect(path: Path, *, has_log: bool, is_whole: bool) -> sqlite3.Connection
 def _with_log(path: Path) -> sqlite3.Connection:
     """Return a connection to a copy, in memory, of a database and its log."""
     found = sqlite3.connect(":memory:", isolation_level=None)
+    # SQLite plays the log into the copy, next to which it can make files.
     with tempfile.TemporaryDirectory(prefix="everystep-") as folder:
         copy = Path(folder, path.name)
         for suffix in ("", "-wal"):
@@ -267,6 +275,7 @@ def _check_identity(connection: sqlite3.Connection, path: Path) -> None:
 
 
 def _tables(connection: sqlite3.Connection) -> set[tuple[str, str, str | None]]:
+    # SQLite keeps the text of each CREATE as it was, with its comments, so texts can be compared.
     return set(connection.execute("SELECT type, name, sql FROM sqlite_master"))
 
 

@@ -56,6 +56,7 @@ DRAW = "draw/"
 #: itself, of a run with too many for a file of each.
 SIZES, PROGRAM = "sizes", "program"
 #: Rows of fewer bytes than this get no digests of their own.
+#: A digest itself takes 16 bytes.
 _SMALLEST_ROW = 64
 #: A tensor with more rows is one piece.
 _MOST_ROWS = 2**20
@@ -63,6 +64,9 @@ _MOST_ROWS = 2**20
 _SHORT = 4096
 
 
+# The inputs of a step as the database has them, e.g. of a batch of 3 rows (JSON, compressed):
+#   {"nesting": ..., "given": {"batch/x": ["float32", [3, 784], "9c0f...", [5, 1, 9, 2]]}}
+# The runs [5, 1, 9, 2] are pieces 5, 9 and 10: its rows. `contents` has the place of each piece.
 class Given(NamedTuple):
     """An input of a step: dtype, shape, a digest of its content, and the pieces that a run has of it.
 
@@ -158,6 +162,7 @@ def inputs_of(content: bytes | None, what: str) -> Inputs:
         for name, (dtype, shape, digest, runs) in found["given"].items():
             if not isinstance(dtype, str) or not all(type(x) is int and x >= 0 for x in (*shape, *runs)):
                 raise ValueError("an input without dtype, shape and pieces")
+            # One piece, or one for each row: a stranger could ask for billions.
             if sum(runs[1::2]) not in (1, *shape[:1]) or sum(runs[1::2]) > _MOST_ROWS:
                 raise ValueError("an input with other pieces than its rows")
             pairs = tuple(zip(runs[::2], runs[1::2], strict=True))
@@ -203,12 +208,14 @@ def digest_of(tensor: Tensor) -> str:
 
 def _kind(dtype: str, shape: tuple[int, ...], is_by_row: bool) -> bytes:
     """Return what a digest covers in addition to bytes: the dtype and the shape."""
+    # Not how many rows there are: a row is the same one in a batch of another size.
     return f"{dtype} {shape[1:] if is_by_row else shape}".encode()
 
 
 def _digest(kind: bytes, piece: memoryview | bytes) -> bytes:
     if len(piece) < _SHORT:
         return xxhash.xxh3_128_digest(kind + piece)
+    # `kind + piece` would copy the piece.
     machine = xxhash.xxh3_128(kind)
     machine.update(piece)
     return machine.digest()
@@ -218,6 +225,7 @@ def runs_of(numbers: Iterable[int]) -> tuple[tuple[int, int], ...]:
     """Return runs of consecutive numbers: the first, and how many."""
     found: list[list[int]] = []
     for number in numbers:
+        # 0, a piece that the run does not have, has no successor.
         if number and found and number == found[-1][0] + found[-1][1]:
             found[-1][1] += 1
         else:
@@ -255,6 +263,7 @@ def read_pieces(
     kind = _kind(given.dtype, given.shape, is_by_row)
     found: dict[int, StoredPiece] = {}
     with _BatchFiles(directory) as files:
+        # Pieces that lie side by side are read at once, and then compared one by one.
         for row, number, end in _side_by_side(index, given, known):
             if size > MEMORY or (row.size != each and row.source is None):
                 raise RunError(
@@ -314,6 +323,7 @@ def _cut_out(files: _BatchFiles, begins: memoryview, source: Pieces | None, size
     """Return what was cut out of data: `size` bytes in parts that begin at places in it."""
     if source is None:
         return b""
+    # A stranger's size may leave a part of a number at the end, which `iter_unpack` refuses.
     at = [begin for (begin,) in struct.iter_unpack("<i", begins[: len(begins) // 4 * 4])]
     each = size // max(len(at), 1)
     is_within = source.source is None and all(0 <= begin <= source.size - each for begin in at)
@@ -344,6 +354,7 @@ def as_tensor(given: Given, content: bytearray) -> Tensor:
     dtype = DTYPES.get(given.dtype)
     if dtype is None or len(content) != math.prod(given.shape) * dtype.itemsize:
         raise RunError("an input of a step has another dtype or size: the database was changed")
+    # `frombuffer` refuses a buffer without bytes.
     if not content:
         return torch.empty(given.shape, dtype=dtype)
     return torch.frombuffer(content, dtype=dtype).reshape(given.shape)

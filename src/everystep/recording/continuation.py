@@ -6,14 +6,13 @@ recording. The run does not change before the first new step.
 
 from __future__ import annotations
 
-import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from everystep.bounded import MOST_STEPS
 from everystep.errors import RunError, named, say
-from everystep.recording.blocks import LOSS, series_of
+from everystep.recording.blocks import LOSS, same_number, series_of
 from everystep.recording.contents import inputs_of
 from everystep.recording.database import FILE_NAME, Database, Repeat, cut, reading
 from everystep.recording.facts import EarlierFacts
@@ -23,6 +22,7 @@ from everystep.recording.files import (
     EXPERIMENT_FILE,
     PROGRAMS,
     SNAPSHOTS,
+    FileRow,
     batch_file,
     state_folder,
     take_file,
@@ -35,6 +35,9 @@ __all__ = ["Continuation", "inherit", "tidy"]
 Measurements = Sequence[tuple[str, int, float]]
 
 
+# A run of 1,000 steps was killed; its newest snapshot is of step 960. The resumed training takes steps
+# 961 to 1,000 again, and each must be as recorded. Only with step 1,001 are its facts, and what it has
+# measured meanwhile, written: if a step differs, the run stays as it was.
 class Continuation:
     """Compares repeated steps, and keeps what will be written with the first new step.
 
@@ -45,6 +48,7 @@ class Continuation:
     def __init__(self, database: Database, facts: Mapping[str, Any]) -> None:
         self.recorded = database.newest_step()
         before = database.facts()
+        # If a repeated step differs, the run is left as it was, which includes how it had ended.
         self._before = {name: getattr(before, name) for name in ("status", "reason", "finished")}
         self._is_loop = before.trained is not None and before.trained.loop is not None
         self._fork = before.fork
@@ -63,7 +67,7 @@ class Continuation:
                 known = self._database.series(series_of(name), step, step)[1].tolist()
             if not known:
                 self.measured.append((name, step, value))
-            elif not self._has_differed and not _is_same(value, known[0]):
+            elif not self._has_differed and not same_number(value, known[0]):
                 self._has_differed = True
                 say(
                     f"when step {step} of {self._name} is repeated, {name} is {value!r}; the recorded "
@@ -73,6 +77,7 @@ class Continuation:
 
     def last_facts(self, facts: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the facts to close the run with: of a failure, those from before."""
+        # A run that could not be continued has not failed: what it was before still holds.
         return self._before if facts.get("status") == "failed" else facts
 
     def new_losses(self, first: int, losses: Sequence[float]) -> tuple[int, list[float]]:
@@ -84,7 +89,7 @@ class Continuation:
         again = [*losses[: max(0, self.recorded - first + 1)]]
         known = self._database.series(LOSS, first, first + len(again) - 1)[1].tolist()
         for step, (loss, recorded) in enumerate(zip(again, known, strict=True), start=first):
-            if not _is_same(loss, recorded):
+            if not same_number(loss, recorded):
                 raise self.differs(step, f"the loss is {loss!r}, but {recorded!r} was recorded")
         return first + len(again), [*losses[len(again) :]]
 
@@ -97,6 +102,7 @@ class Continuation:
         again = cut(rows, 1, self.recorded)
         known = self._database.repeats(again[0].step, again[-1].last) if again else []
         for row in again:
+            # Either side may have several steps in a row: those of each known row are compared at once.
             for before in cut(known, row.step, row.last):
                 self._compare(row._replace(step=before.step), before)
         return cut(rows, self.recorded + 1, MOST_STEPS)
@@ -142,11 +148,6 @@ class Continuation:
         )
 
 
-def _is_same(number: float, recorded: float) -> bool:
-    """Return whether a number is the recorded one; NaN is NaN."""
-    return number == recorded or (math.isnan(number) and math.isnan(recorded))
-
-
 def inherit(database: Database, plan: SnapshotPlan, parent: RecordedRun, at: int) -> dict[str, Any]:
     """Take over a parent's recording up to state `at`; hard-link files if possible.
 
@@ -179,6 +180,7 @@ def inherit(database: Database, plan: SnapshotPlan, parent: RecordedRun, at: int
     # Changes of the parent's loop before its next step are up to the loop of the fork.
     last_change = at - is_loop
     experiments = {row.name: row for row in files if row.name.endswith(".toml")}
+    # Experiments get names of their own in a fork, which may have one of each stretch.
     taken = [row for row in files if row.step is None and row.name not in experiments]
     taken += [row for row in files if row.name.startswith(CHANGES) and (row.step or 0) <= last_change]
     taken += [file for state in states for file in state.files]
@@ -186,7 +188,27 @@ def inherit(database: Database, plan: SnapshotPlan, parent: RecordedRun, at: int
         take_file(parent.directory, file.name, database.directory)
     database.enter(taken)
     plan.kept |= {state.step: state.size for state in states}
-    earlier: list[EarlierFacts] = []
+    facts = parent.facts
+    kept: dict[str, Any] = {
+        "earlier": tuple(_earlier_facts(database, parent, at, experiments)),
+        "measured": facts.measured,
+        "loss_dtype": facts.loss_dtype,
+        "data_file": facts.training.data_file,
+    }
+    if facts.nonfinite_step is not None and facts.nonfinite_step <= at:
+        kept["nonfinite_step"] = facts.nonfinite_step
+    if facts.batches_lost_to is not None:
+        kept["batches_lost_to"] = min(facts.batches_lost_to, at)
+    return kept
+
+
+def _earlier_facts(
+    database: Database, parent: RecordedRun, at: int, experiments: Mapping[str, FileRow]
+) -> Iterator[EarlierFacts]:
+    """Yield how the parent's steps up to `at` were trained; take over the experiments that they name.
+
+    experiments: the files of the parent, by name.
+    """
     for stretch in parent.stretches:
         if stretch.first > at:
             continue
@@ -197,19 +219,7 @@ def inherit(database: Database, plan: SnapshotPlan, parent: RecordedRun, at: int
             take_file(parent.directory, experiment.name, database.directory, name)
             database.enter([experiment._replace(name=name)])
             training = training.model_copy(update={"experiment_file": name})
-        earlier.append(EarlierFacts(last=min(at, stretch.last or at), training=training))
-    facts = parent.facts
-    kept: dict[str, Any] = {
-        "earlier": tuple(earlier),
-        "measured": facts.measured,
-        "loss_dtype": facts.loss_dtype,
-        "data_file": facts.training.data_file,
-    }
-    if facts.nonfinite_step is not None and facts.nonfinite_step <= at:
-        kept["nonfinite_step"] = facts.nonfinite_step
-    if facts.batches_lost_to is not None:
-        kept["batches_lost_to"] = min(facts.batches_lost_to, at)
-    return kept
+        yield EarlierFacts(last=min(at, stretch.last or at), training=training)
 
 
 def tidy(database: Database, recorded: int, at: int, *, changes_again: bool = False) -> None:

@@ -41,6 +41,11 @@ __all__ = [
 PATIENCE = 60.0
 
 
+# The rows that repeat a step refer to other tables, e.g. of a loop that shuffles its rows:
+#   repeats   step 17, count 1, program 2, numbers [0.01], inputs {"batch/x": pieces 5, 9, 10, ...}
+#   contents  number 1, file 1, place 0, size 784, 1,024 digests: piece 5 begins at byte 4 * 784
+#   files     programs/2.json, snapshots/000016/parameters.safetensors, ...; not batches/1.bin
+# Batches by a rule need one row for many steps: `count` of them.
 class MeasurementEnds(NamedTuple):
     """How many values a measurement has, and its values at its first and its last step."""
 
@@ -161,12 +166,10 @@ class Database(Blocks):
         self.connection.execute("PRAGMA busy_timeout = 0")
 
     def close(self) -> None:
-        """Close the connection; committed data stays.
-
-        A run that no process writes has no log, so that readers make no files next to its database.
-        """
+        """Close the connection; committed data stays."""
         with suppress(sqlite3.Error):  # another process reads it now
             self.hurry()  # the end of a training must not wait for a reader
+            # Without a log, readers make no files next to the database.
             self.connection.execute("PRAGMA journal_mode = DELETE")
         self.connection.close()
 
@@ -198,6 +201,7 @@ class Database(Blocks):
         with self.transaction():
             for name in replaced:
                 self.connection.execute("DELETE FROM measurements WHERE name = ?", (name,))
+                # Their digests, too: those of the new values are added to what is there.
                 self.connection.execute("DELETE FROM blocks WHERE name = ?", (series_of(name),))
             if meanings:
                 self.write_facts({"measured": self.facts().measured | dict(meanings)})
@@ -222,7 +226,7 @@ class Database(Blocks):
         """Forget files in a transaction, with what is written inside; then remove them.
 
         names: within the run: `batches/3.bin`, `changes/000007.safetensors`; `snapshots/000137` is a
-        state. What cannot be removed does no harm, because the database no longer names it.
+        state.
 
         Raises:
             RunError: one is not of the run.
@@ -232,12 +236,16 @@ class Database(Blocks):
         paths = [own_path(self.directory, name) for name in names]
         with self.transaction():
             yield
+            # A state is a directory, so the pattern is that of its files. A file of batches has no row
+            # in `files`: the rows of its contents name it.
             some = [(name, f"{name}/*") for name in names]
             self.connection.executemany("DELETE FROM files WHERE name = ? OR name GLOB ?", some)
             batches = [(int(Path(name).stem),) for name in names if name.startswith(f"{BATCHES}/")]
             self.connection.executemany("DELETE FROM contents WHERE file = ?", batches)
+        # After the commit: a process that is killed here leaves files that nothing names, which `tidy`
+        # removes, and never a row without its file.
         for path in paths:
-            with suppress(OSError):
+            with suppress(OSError):  # what stays does no harm: nothing names it
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def forget_repeats(self, first: int, last: int, since: int) -> list[Repeat]:
@@ -256,6 +264,7 @@ class Database(Blocks):
         """Delete losses, measurements and what repeats later steps."""
         self.forget_numbers_after(step)
         self.connection.execute("DELETE FROM repeats WHERE step > ?", (step,))
+        # Only the last of the rows that are left can reach beyond the step.
         shorten = "UPDATE repeats SET count = min(count, ? - step + 1)"
         self.connection.execute(f"{shorten} WHERE step = (SELECT max(step) FROM repeats)", (step,))
 
@@ -333,6 +342,7 @@ class Database(Blocks):
     def _among(self, numbers: Iterable[int]) -> dict[int, Pieces]:
         found: dict[int, Pieces] = {}
         row: Pieces | None = None
+        # In order, so that one query finds the row of all pieces that lie together.
         for number in sorted({*numbers}):
             if row is None or number >= row.end:
                 rows = self._pieces("WHERE number <= ? ORDER BY number DESC LIMIT 1", number)
@@ -357,6 +367,7 @@ class Database(Blocks):
 
 
 def _connected(path: Path) -> sqlite3.Connection:
+    # `transaction` begins and commits by itself. The thread of a recorder uses what another opened.
     found = sqlite3.connect(path, PATIENCE, isolation_level=None, check_same_thread=False)
     found.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST_VALUE)
     found.execute("PRAGMA journal_mode = WAL")  # processes read while this one writes
@@ -383,12 +394,14 @@ def reading(path: Path) -> Iterator[Database]:
     """
     try:
         connection = connect_reading(path)
+        # All queries inside see the same moment, though a training writes meanwhile.
         connection.execute("BEGIN")
     except (OSError, sqlite3.Error, UnicodeError) as error:  # removed, or replaced, between two looks
         raise RunError(f"{path} cannot be read: {error}") from None
     try:
         yield Database(connection, path)
     except FileNotFoundError:
+        # Another file of the run was missing: either it alone, or the whole run was removed.
         if path.is_file():
             raise
         raise RunError(f"{path.parent} is no longer a run: {path.name} is missing") from None

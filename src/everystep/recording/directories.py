@@ -79,6 +79,7 @@ def rank_directory(top: Path, rank: int, count: int = 0, since: int = 0) -> Path
     top: of that of rank 0; rank: its number; count: how many they are; since: the state from which on
     they are as many, if the run began with others.
     """
+    # e.g. `runs/net/ranks/1`, and `runs/net/ranks/1-of-4-from-101` where 4 continued what 2 began.
     name = f"{rank}-of-{count}-from-{since + 1}" if since else str(rank)
     return top / RANKS / name if rank else top
 
@@ -89,6 +90,7 @@ def name_of(directory: Path) -> str:
     Of a rank, it begins with that of the run; of a run of a sweep, with that of the sweep.
     """
     place = directory.resolve()
+    # e.g. `net/ranks/1`, `lr-sweep/lr=0.1`, `net`.
     parts = 3 if place.parent.name == RANKS else 2 if is_sweep(place.parent) else 1
     name = "/".join(place.parts[-parts:])
     return name.encode("utf-8", "replace").decode()
@@ -173,6 +175,8 @@ def create_directory(directory: Path | None, name: str) -> Path:
     for candidate in candidates:
         try:
             candidate.parent.mkdir(parents=True, exist_ok=True)
+            # It fails if the directory exists, so trainings that begin at the same time get different
+            # ones.
             candidate.mkdir()
         except FileExistsError:
             if directory is not None and directory.exists():
@@ -243,6 +247,7 @@ def _space_of(directory: Path, seen: set[tuple[int, int]]) -> Space:
         key = about.st_dev, about.st_ino
         if stat.S_ISREG(about.st_mode) and key not in seen:
             seen.add(key)
+            # In units of 512 bytes, on any file system; Windows does not have it.
             blocks = getattr(about, "st_blocks", None)
             kind = _kind(path.relative_to(directory))
             sizes[kind] += about.st_size if blocks is None else 512 * blocks
@@ -295,6 +300,7 @@ def remove_run(directory: Path) -> list[str]:
                     whole = [remove_run(each) for each in path.iterdir() if is_run(each)]
                     if not any(whole) and not any(path.iterdir()):
                         path.rmdir()
+                # The lock is held until all else is removed.
                 elif path.name != LOCK_NAME and _kind(Path(path.name)) != "others":
                     path.unlink()
         (directory / LOCK_NAME).unlink(missing_ok=True)
@@ -347,6 +353,7 @@ class Home:
     def __init__(self, directory: Path) -> None:
         self.here = directory.absolute()
         self._given = directory
+        # Device and number stay with a directory when it gets another name.
         found = self.here.stat()
         self._key = found.st_dev, found.st_ino
         # An open directory can be asked for its name, on Linux.

@@ -85,6 +85,7 @@ Time = Annotated[
 class _Fact(BaseModel):
     """Frozen, and of exact types; a later everystep may add fields."""
 
+    # A stranger's `"yes"` must not become True, nor `"3"` a number.
     model_config = ConfigDict(frozen=True, strict=True, ser_json_inf_nan="constants")
 
 
@@ -334,6 +335,7 @@ class TrainingFacts(_Fact):
     def is_learning_rate(self, measurement: str) -> bool:
         """Return whether a measurement is a learning rate of an optimizer, by its name."""
         found = _LEARNING_RATE.fullmatch(measurement)
+        # An only optimizer has no name in `lr`: its owner is None.
         owners = self.optimizers if len(self.optimizers) > 1 else [None] * len(self.optimizers)
         return found is not None and found[1] in owners
 
@@ -452,6 +454,7 @@ class Facts(_Fact):
     def begins(self) -> set[int]:
         """The states with which the steps after them begin: on disk, whatever the budget."""
         firsts = {each.first for each in self.not_kept}
+        # The state before a window; a range that another one follows directly leads to none.
         windows = {each.last for each in self.not_kept if each.last + 1 not in firsts}
         return {0, *(each.last for each in self.earlier), *windows}
 
@@ -459,6 +462,7 @@ class Facts(_Fact):
         """Return the ranges of the steps up to `last` that are kept."""
         found, begin = [], 1
         for each in sorted(self.not_kept, key=lambda each: each.first):
+            # What lies before each range that is not kept; the last one follows below.
             found.append((begin, min(each.first - 1, last)))
             begin = max(begin, each.last + 1)
         return [(one, two) for one, two in (*found, (begin, last)) if one <= two]
@@ -488,6 +492,7 @@ class Facts(_Fact):
     def rows(self) -> dict[str, Any]:
         """Return the known facts, each as a row of the database."""
         known = {name: value for name, value in self if name in self.model_fields_set}
+        # Its facts are rows of their own, next to those of the run.
         known.pop("trained", None)
         trained = self.trained.model_fields_set if self.trained else ()
         return known | {name: value for name, value in self.trained or () if name in trained}
@@ -506,6 +511,7 @@ def rows_of(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         key: json.dumps(to_jsonable_python(fact, inf_nan_mode="constants"), ensure_ascii=False)
         for key, fact in facts.items()
     }
+    # Such a half can be in the name of a file; SQLite takes only valid UTF-8.
     return [(key, text.encode("utf-8", "replace").decode()) for key, text in texts.items()]
 
 
@@ -521,11 +527,14 @@ def read_facts(rows: Iterable[tuple[Any, Any]], path: Path) -> Facts:
         for key, text in rows:
             known[key] = from_json(text)
         own = {key: known[key] for key in known if key in _OF_RUN}
+        # A run that is just being created has only a few facts, none of its training.
         if known.keys() >= _FROM_THE_BEGINNING:
             own["trained"] = {key: known[key] for key in known if key in _OF_TRAINING}
+        # As JSON: only from there do exact types accept a list for a tuple, and a text for a time.
         return Facts.model_validate_json(to_json(own, inf_nan_mode="constants"))
     except ValidationError as error:
         place = error.errors(include_input=False)[0]["loc"]
+        # A fact of the training is a row of its own, so the message names that.
         key = place[1] if place[0] == "trained" else place[0]
     except (TypeError, ValueError):
         pass

@@ -63,6 +63,7 @@ __all__ = [
 
 BATCHES, CHANGES, PROGRAMS, SNAPSHOTS = "batches", "changes", "programs", "snapshots"
 #: Names of files that belong to a step.
+# e.g. `changes/000007.safetensors`, `snapshots/000007/rest.safetensors`; 18 digits fit into 64 bits.
 _OF_STEP = re.compile(rf"(?:{CHANGES}|{SNAPSHOTS})/(\d{{1,18}})[./].+")
 #: The key of plain data in the metadata of a safetensors file.
 _ABOUT = "everystep"
@@ -162,6 +163,7 @@ def take_file(source: Path, name: str, target: Path, own_name: str | None = None
             if os.path.samestat(os.fstat(file.fileno()), taken.lstat()):
                 return
             taken.unlink()  # it was exchanged meanwhile
+        # Not over a file that is there: it may have been linked already, and be another run's, too.
         with taken.open("xb") as copy:
             shutil.copyfileobj(file, copy)
         shutil.copystat(source / name, taken, follow_symlinks=False)
@@ -223,6 +225,7 @@ def check_writable_files(directory: Path) -> None:
         is_file = stat.S_ISREG(status.st_mode)
         if not is_file and not stat.S_ISDIR(status.st_mode):
             problem = "is a link, or no regular file"
+        # Files that never change may have more names: a fork shares those of its parent.
         elif is_file and path.name in _CHANGED and status.st_nlink > 1:
             problem = "has a second name (a hard link)"
         else:
@@ -257,6 +260,7 @@ def write_whole(path: Path, content: bytes) -> None:
     """
     with completed(path) as temporary, temporary.open("wb") as file:
         file.write(content)
+        # Both before the rename: the name must not lead to bytes that a power failure can still lose.
         file.flush()
         os.fsync(file.fileno())
 
@@ -266,11 +270,11 @@ def write_tensors(
 ) -> FileRow:
     """Write tensors (on the CPU), and plain data about them, as safetensors; return the row of the file.
 
-    path: of the file now; name: within the run, once it is complete. A training computes meanwhile: the
-    bytes are copied once, into the file, and Python's lock is released.
+    path: of the file now; name: within the run, once it is complete.
     """
     from safetensors.torch import save_file
 
+    # A training computes meanwhile: this copies the bytes once, into the file, without Python's lock.
     # One key only: safetensors writes several in no fixed order, and the digest must hold.
     metadata = None if about is None else {_ABOUT: json.dumps(about)}
     save_file(_unshared(tensors), path, metadata)
@@ -297,6 +301,7 @@ def read_tensors(directory: Path, row: FileRow) -> tuple[dict[str, Tensor], Any]
     content = read_file(directory, row)
     try:
         tensors = load(content)
+        # `load` drops the plain data. The header is JSON, after its length in 8 bytes.
         header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
         return tensors, parse_json((header.get("__metadata__") or {}).get(_ABOUT, "null"))
     except (SafetensorError, ValueError, TypeError, AttributeError) as error:
@@ -390,6 +395,7 @@ def _laid_out(tensor: Tensor, stride: tuple[int, ...] | None) -> Tensor:
     """Return the tensor as it lay in memory when it was trained on."""
     import torch
 
+    # Where elements share memory (stride 0), `copy_` refuses to write.
     if stride is None or len(stride) != tensor.ndim or 0 in stride:
         return tensor.clone()  # in memory of torch's own alignment, which kernels are faster with
     return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)

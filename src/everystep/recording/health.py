@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 #: Queries for losses, measurements and digests, and the type of their last column.
+#: Each is read from both ends, so the order has a place in it: see `_rows`.
 _LOSSES = "SELECT 'loss', step, loss FROM steps ORDER BY step {0}", float | None
 _MEASUREMENTS = (
     "SELECT 'measurement/' || name, step, value FROM measurements ORDER BY name {0}, step {0}",
@@ -84,6 +85,7 @@ def structure_findings(database: Database, facts: Facts) -> Iterator[Finding]:
         ends = f"the database ends at step {newest:,}, but the state after step {later:,} is on disk"
         yield _in_table("steps", f"steps {newest + 1:,} to {later:,} are missing: {ends}")
     begins = [block.first for block in database.blocks(LOSS)]
+    # Steps have no gaps, so neither have their blocks, up to that of the newest step.
     is_closed = facts.status in _CLOSED and newest > 0
     if max(begins, default=-1) > newest or (is_closed and len(begins) != newest // BLOCK + 1):
         yield _in_table("blocks", "the digests of the losses do not belong to these steps")
@@ -113,6 +115,7 @@ def _is_ahead(database: Database, facts: Facts, newest: int) -> bool:
     """Return whether a process writes the run, or did so until now: its files are ahead of its rows."""
     if facts.status != "running" or is_locked(database.directory):
         return facts.status == "running"
+    # What `database` shows is older than the files by now: a new look decides.
     with reading(database.path) as now:
         return now.newest_step() > newest
 
@@ -158,9 +161,11 @@ def number_findings(
             now = digests_of(*series)
         was = recorded[name]
         blocks = sorted(now.keys() | was.keys())
+        # Without numbers, a block has the digest 0: the exclusive or of nothing.
         altered += [(name, first) for first in blocks if now.get(first, 0) != was.get(first, 0)]
     newest = database.newest_step()
     for name, first in altered[:_MOST_NAMED]:
+        # The first block begins at step 1, the last one may end before its last number.
         which = _span(max(1, first), max(first, min(first + BLOCK - 1, newest)))
         table, what = "steps", "losses"
         if name != LOSS:
@@ -228,6 +233,7 @@ def _rows(connection: sqlite3.Connection, query: str, kind: Any) -> list[tuple[s
         try:
             for row in connection.execute(query.format(direction)):
                 if type(row[0]) is str and type(row[1]) is int and fits(row[2:], kind):
+                    # By series and step, since the two directions meet where nothing is damaged.
                     found[row[:2]] = row
             break
         except (sqlite3.Error, UnicodeError):  # damaged from here; `doctor` reports it

@@ -38,6 +38,10 @@ _TOGETHER = 1024
 _PLACE = "<i4"
 
 
+# How a batch is stored, e.g. of 3 rows; the run has two of them already:
+#   digests of its rows       a, b, c          known: {a: 5, c: 9}
+#   written                   b                as piece 12, at the end of the current file
+#   the step refers to        5, 12, 9         as runs ((5, 1), (12, 1), (9, 1))
 class Taken(NamedTuple):
     """Watched steps, as they are written: `count` of them, from `step` on.
 
@@ -117,17 +121,21 @@ class Repeats:
         self._known: dict[bytes, int] = {}
         self._spans = PieceIndex[_Span]([])
         self._rows: list[Pieces] = []
+        #: By the id of a tensor that is alive: the same one, such as a mask, is often given at each
+        #: step.
         self._given: dict[int, tuple[Any, Given, set[int]]] = {}
         self._packed_key: Any = None
         self._packed = b""
         for row in database.all_contents():
             self._know(row)
+            # Without `keep`, which step needs a file last is not looked up: that reads all steps.
             newest_step = recorded if keep is None else 0
             file = self.files.setdefault(row.file, BatchFile(newest_step=newest_step))
             file.size = max(file.size, row.place + row.size * (row.end - row.number))
         self._newest = max(self.files, default=0)
         self._next = self._spans.rows[-1].end if self._spans.rows else 1
         self._forget_lost()
+        # With `keep`, files are given up by their last uses, which only the steps show.
         for repeat in () if keep is None else database.repeats(1):
             for name, each in inputs_of(repeat.inputs, f"step {repeat.step}").given.items():
                 self._use(repeat.last, name, self._files_of(each.numbers()))
@@ -141,6 +149,7 @@ class Repeats:
         """
         found: list[Repeat] = []
         for row in rows:
+            # Only steps of everystep's own come several in a row, and these have no `keep`.
             last = row.step + row.count - 1
             if last > self._recorded and not self._is_kept(last):
                 draws = {name: each for name, each in row.inputs.items() if name.startswith(DRAW)}
@@ -161,6 +170,7 @@ class Repeats:
                 found[-1] = found[-1]._replace(count=found[-1].count + now.count)
             else:
                 found.append(now)
+        # Before anything is written: a step that differs raises, and the run stays as it was.
         new = compare(found)
         self._close_files(rows[-1].step)
         old = self.oldest(self._budget, spared=self._newest)  # the steps just taken need that file
@@ -213,14 +223,12 @@ class Repeats:
         return {number: file for number, file in self.files.items() if number not in written}
 
     def oldest(self, budget: float, spared: int = 0) -> list[int]:
-        """Return the complete files to give up to stay within a budget; draws, of a resume, go last.
-
-        A batch that comes again is stored once, so later steps may need its file, too: the files that no
-        step has needed for longest go first. spared: a file that stays.
-        """
+        """Return the complete files to give up to stay within a budget. spared: a file that stays."""
         closed = {n: file for n, file in self._closed_files().items() if n != spared}
         has_only_draws = {n: file.draws > (0, 0) and not file.newest_step for n, file in closed.items()}
         found, left = [], self.size
+        # A batch that comes again is stored once, so later steps may need its file, too: the files that
+        # no step has needed for longest go first, and draws, of a resume, last.
         for number in sorted(closed, key=lambda n: (has_only_draws[n], closed[n].newest_step, n)):
             if left <= budget:
                 break
@@ -238,6 +246,7 @@ class Repeats:
 
     def _packed_inputs(self, inputs: Inputs) -> bytes:
         """Return the inputs of a step in database form; pack repeated ones only once."""
+        # Packing takes longer than a small step, and many steps have the inputs of the one before.
         key = repr(inputs.nesting), inputs
         if key != self._packed_key:
             self._packed_key, self._packed = key, inputs.packed()
@@ -271,6 +280,7 @@ class Repeats:
                 del new[digest]
         # Repeated steps are only compared: the run does not change before the first new one.
         if new and step > self._recorded:
+            # What was cut out is given as its bytes (bytes,), which are one piece.
             places = None if cut is None else self._places(step, pieces[0], cut)
             if places is None:
                 self._write(step, is_draw, new)
@@ -280,6 +290,7 @@ class Repeats:
         given = given._replace(runs=runs_of(numbers))
         files = self._files_of(filter(None, numbers))
         self._use(step, name, files)
+        # If a piece was not written (of a repeated step), a later step may have to.
         if all(numbers):
             self._given[id(tensor)] = weakref.ref(tensor), given, files
         return given
@@ -291,6 +302,7 @@ class Repeats:
 
         source, begins = bytes_of(cut.source), np.asarray(cut.begins, np.int64)
         size = piece.nbytes // max(len(begins), 1)
+        # Places take 4 bytes each: to be worth it, the pieces must be longer than two of them.
         is_within = size * len(begins) == piece.nbytes > 8 * len(begins)
         is_all = piece.nbytes == len(source)  # its digest would be that of the data
         if not is_within or is_all or begins.min() < 0 or begins.max() + size > len(source):
@@ -319,6 +331,7 @@ class Repeats:
     def _know(self, row: Pieces) -> None:
         """Add pieces to those that are known."""
         self._known |= zip(row.digests_from(row.number, row.end), count(row.number), strict=False)
+        # Rows that follow each other become one span, so a few stand for millions of pieces.
         new, spans = _Span(row.number, row.end, row.file, row.source), self._spans.rows
         if spans and (spans[-1].end, *spans[-1][2:]) == (new.number, *new[2:]):
             new = new._replace(number=spans.pop().number)
@@ -326,6 +339,7 @@ class Repeats:
 
     def _are_fresh(self, files: set[int], step: int) -> bool:
         """Return whether steps may refer to files; old ones could not be given up then."""
+        # A file is given up as a whole: one step that refers to an old one would keep all of it.
         newest = self._keep and self._keep.newest
         known = [self.files[each] for each in files if each in self.files]
         are_old = newest is not None and any(step - file.begun > newest for file in known)
@@ -350,6 +364,7 @@ class Repeats:
         source: int | None = None,
     ) -> None:
         """Write pieces of a tensor, by their digest; with a source, places in that."""
+        # Draws have files of their own, since they may have to stay when the others go.
         if is_draw not in self._open:
             self._newest += 1
             path = self._database.directory / batch_file(self._newest)

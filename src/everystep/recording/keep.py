@@ -27,6 +27,8 @@ _LARGE = 1_000_000_000
 RECENT = 8
 
 
+# e.g. keep=[(0, 500), (9000, 10000)] has text "[(0, 500), (9000, 10000)]" and these windows; steps 501
+# to 8,999, and those from 10,001 on, become `NotKeptFacts`.
 class Keep(NamedTuple):
     """The steps that stay: the newest ones, or those of windows.
 
@@ -50,6 +52,7 @@ class Keep(NamedTuple):
         before = [each.model_copy(update={"last": min(each.last, at)}) for each in known]
         found = [each for each in before if each.first <= each.last]
         ends = [0, *(last for _, last in self.windows)]
+        # What is not kept lies between the end of each window and the beginning of the next.
         begins = [*(first for first, _ in self.windows), MOST_STEPS + 1]
         for end, begin in zip(ends, begins, strict=True) if self.windows else ():
             first, last = max(end, at) + 1, begin - 1
@@ -155,6 +158,7 @@ class Outlook(NamedTuple):
         )
         cures = []
         if self.rate:
+            # A round number of steps, with half of what makes a run large: snapshots take space, too.
             count = 10 ** int(math.log10(max(1, _LARGE / 2 / self.rate)))
             cures.append(f'keep="last {count} steps"' if self.keep is None else "fewer steps in keep")
         if self.rate and (batches > self.batch_budget or ahead.total is None):

@@ -48,6 +48,7 @@ def locked(directory: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
+        # Without locks, only the facts show a writer. They may still name this process, from before.
         if _names_a_writer(directory, other=True):
             raise _being_written(directory) from None
         _say_without_locks(directory.absolute())
@@ -120,6 +121,7 @@ def _names_a_writer(directory: Path, *, other: bool = False) -> bool:
         return False
     if writer.host == platform.node():
         return not (other and writer.process == os.getpid()) and _is_alive(writer.process)
+    # Another host cannot be asked for its processes; that it writes shows in the time of its files.
     with suppress(RunError):
         return time.time() - last_written(directory / FILE_NAME) < _RECENT
     return False
@@ -129,6 +131,7 @@ def _is_alive(process: int) -> bool:
     if os.name == "nt":  # where signal 0 ends a process
         return True
     try:
+        # Signal 0 does nothing to a process, but raises if there is none.
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):  # a run from a stranger may name any number
         return False

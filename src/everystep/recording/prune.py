@@ -56,11 +56,13 @@ def pruning_of(directory: Path, snapshots: int | None, batches: int | None) -> P
     whole = sum(kept.values())
     # The first state behind what is lost: from there, steps open without it.
     pinned = facts.begins | set(sorted(step for step in kept if lost and step >= lost)[:1])
+    # Interval 1: `thin` doubles it from there until the rest fits.
     plan = SnapshotPlan(whole if snapshots is None else snapshots, 1, kept, pinned)
     states = plan.thin()
     left = sorted(kept)
     lost = max(lost, facts.batches_lost_to or 0)
     behind = [step for step in left if step >= lost and step < newest]
+    # A step is replayed from the state before it, but never through steps that are not kept.
     gaps = [
         min(two, last) - max(one, first - 1)
         for one, two in pairwise([*left, newest])

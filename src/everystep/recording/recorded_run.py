@@ -65,12 +65,15 @@ class Stretch(NamedTuple):
 
 def stretch_at(stretches: Sequence[Stretch], step: int) -> int:
     """Return the place of the stretch that a step belongs to; of step 0, the first."""
+    # State 0 is before step 1, in the first stretch.
     return max(place for place, each in enumerate(stretches) if each.first <= max(step, 1))
 
 
 def _place_of_rank(top: Path, rank: int, stretches: Sequence[Stretch]) -> Path:
     """Return the directory of a rank that trained the last of some stretches. top: of rank 0."""
     count = stretches[-1].facts.processes
+    # Directories of ranks have other names once the number of processes has changed: see
+    # `rank_directory`.
     others = [each.last or 0 for each in stretches if each.facts.processes != count]
     return rank_directory(top, rank, count, max(others, default=0))
 
@@ -189,6 +192,7 @@ class RecordedRun:
 
     def status_by(self, facts: Facts) -> str:
         """Return the status, given facts already read."""
+        # "running" is what the writer has noted last: without its lock, it has ended without a word.
         if facts.status != "running" or is_locked(self.directory):
             return facts.status
         # It may have ended since the facts were read.
@@ -210,17 +214,21 @@ class RecordedRun:
 
     def _last_numbers(self, count: int | None) -> dict[str, Series]:
         """Return all series of the last steps, the losses in their own precision."""
+        # Before it is read: what is written meanwhile must not pass for checked.
         edition = fingerprint(self.directory)
         with reading(self._database_path) as database:
             facts = database.facts()
             since = 0 if count is None else database.newest_step() - count + 1
+            # 0 stands for all numbers: then they are checked as a whole.
             since = since if since > 1 else 0
+            # The digest of a block is of all its numbers, so these are read, too.
             begin = block_of(since) if since else None
             found = {LOSS: database.series(LOSS, begin)}
             with suppress(RunError):  # a finding reports more
                 measured = database.measurements(begin)
                 found |= {series_of(name): series for name, series in measured.items()}
             damage = self._findings_in(database, found, since)
+        # Only then have all numbers been looked at, so that `findings` need not read them again.
         if not since:
             self._found = edition, damage
         for name, (steps, values) in found.items() if since else ():
@@ -242,6 +250,7 @@ class RecordedRun:
             for name, (steps, values) in found.items()
         ]
         self._warn_of(self.findings())
+        # So that there are columns, and types, where nothing was measured.
         empty = pl.DataFrame(schema={"name": pl.String, "step": pl.Int64, "value": pl.Float64})
         return pl.concat([empty, *frames])
 
@@ -404,6 +413,7 @@ class RecordedRun:
     def findings(self) -> list[Finding]:
         """Return what is missing or altered among the numbers of the run; reads all of them."""
         edition = fingerprint(self.directory)
+        # Of the same edition, what was found still holds: all numbers need not be read again.
         if self._found is None or self._found[0] != edition:
             self._found = edition, self._read(lambda database: self._findings_in(database, {}, 0))
         return self._found[1]
@@ -471,8 +481,10 @@ class RecordedRun:
             return rows
         stretches, common = self.stretches, set[int]()
         for place, stretch in enumerate(stretches):
+            # The ranks of each stretch are other runs, so each is looked at by itself.
             steps = {row.step for row in rows if stretch_at(stretches, row.step) == place}
             for each in self.ranks_of(place) if stretch.facts.ranks is not None and steps else ():
+                # A rank may have been killed before it wrote the state that the others have.
                 steps &= {row.step for row in each.own_snapshot_rows()}
             common |= steps
         return [row for row in rows if row.step in common]

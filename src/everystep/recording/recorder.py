@@ -72,6 +72,13 @@ def _in_thread(
     return put
 
 
+# The order in which a step reaches the disk:
+#   training   losses(first_step, losses, taken=...)  puts a job into the queue, and returns
+#   recorder   1. contents of new inputs, and the rows that repeat the steps  (one transaction)
+#              2. measurements, facts and losses                              (one transaction)
+#              3. the losses go to `written`, to be shown; old steps are given up
+#   training   check() raises what went wrong in the thread, at the next step
+# Between the constructor and `finish`, only the recorder thread uses the database.
 class Recorder:
     """The one writer of a run: takes losses, measurements and states, and writes them in a thread.
 
@@ -115,6 +122,7 @@ class Recorder:
         #: The first step of the call of `steps` that a snapshot is in: a resume draws from there on.
         self._call_begins: dict[int, int] = {}
         if keep is not None and keep.newest is not None:
+            # Steps are given up back to a snapshot, so these are about as many apart as are to stay.
             self.plan.longest = 2 ** math.ceil(math.log2(keep.newest))
         self._snapshot_seconds = 0.0
         self._snapshot_bytes = 0
@@ -127,6 +135,7 @@ class Recorder:
         self._is_late = False
         #: What compares steps with recorded ones, until the first new step.
         self._again: Continuation | None = None
+        # If anything here fails, what has begun ends; `pop_all` keeps it for `finish`.
         with ExitStack() as closing:
             closing.callback(self._home.close)
             try:
@@ -134,6 +143,7 @@ class Recorder:
                 closing.callback(self._remove_spare)
                 # Room for the last facts on a full disk; no file system can compress random bytes.
                 (self._home.here / SPARE_NAME).write_bytes(os.urandom(_SPARE))
+                # A new run must not take over a directory with states of another.
                 (self._home.here / SNAPSHOTS).mkdir(exist_ok=is_resumed)
                 contents = {name: text.encode() for name, text in texts.items()}
                 for name, content in contents.items():
@@ -219,6 +229,7 @@ class Recorder:
         taken: the data that repeats the steps, if they were watched. Steps that were passed before are
         left out: Ctrl-C may come before the caller notes it.
         """
+        # Before the job is in the queue: `wait` compares this with what is written.
         self._bytes_asked += sum(row.bytes for row in taken)
         self._write_steps(first_step, losses, measured, facts, taken)
 
@@ -275,6 +286,7 @@ class Recorder:
         """
         self.check()
         began = time.monotonic()
+        # Each number is changed by one thread only, so neither needs a lock.
         while (waiting := self._bytes_asked - self._bytes_written) > MOST_WAITING:
             time.sleep(0.001)
             self.check()
@@ -294,10 +306,11 @@ class Recorder:
     def choose_interval(self, step_seconds: float, size: int, waited: float) -> None:
         """Choose the snapshot interval from the time of a step.
 
-        size: bytes of the current state: the first snapshot has no optimizer state; waited: seconds for
-        which the training waited for the newest snapshot, before it was passed on.
+        size: bytes of the current state; waited: seconds for which the training waited for the newest
+        snapshot, before it was passed on.
         """
         self._chosen_after = self._snapshots_written
+        # The first snapshot has no optimizer state, so the next ones may take longer.
         growth = size / self._snapshot_bytes if self._snapshot_bytes > LARGE_BYTES else 1.0
         self.plan.choose_interval(step_seconds, (waited + self._snapshot_seconds) * max(1.0, growth))
 
@@ -311,6 +324,7 @@ class Recorder:
 
         Report a write that takes long.
         """
+        # Read once: the thread may set it to None in between.
         began = self._job_began
         if began is not None and not self._is_late and time.monotonic() - began > LATE_SECONDS:
             self._is_late = True
@@ -362,6 +376,7 @@ class Recorder:
             here, database, inherited = self._home.here, self._database, dict[str, Any]()
             if parent is not None:
                 inherited = inherit(database, self.plan, parent, at)
+            # A fork of a loop may have inherited it.
             if beginning is not None and at not in self.plan.kept:
                 row = write_snapshot(here, beginning)
                 database.enter(row.files)
@@ -421,6 +436,7 @@ class Recorder:
             return
         if keep.newest is not None:  # up to a snapshot, with which the others begin
             last = max((step for step in self.plan.kept if step <= last - keep.newest), default=0)
+        # Not at every step: it looks through all rows that are left, and removes files.
         if last - self._given_up_to < keep.chunk:
             return
         self._given_up_to = last
@@ -433,6 +449,7 @@ class Recorder:
             if row.step in self.plan.kept.keys() - self._call_begins:
                 with suppress(RunError):
                     self._note_call(read_snapshot(self._home.here, row))
+        # A resume draws again from where the call of `steps` began that the snapshot is in.
         resumed = [(self._call_begins.get(step, 1), step) for step in self.plan.kept]
         # The next snapshot may lie in the current call of `steps`: a resume from it needs these draws.
         resumed.append((max(self.plan.kept) + 1, MOST_STEPS))
@@ -522,6 +539,7 @@ class Recorder:
         self._write_numbers(measured, facts, losses, first)
         self._passed = max(self._passed, last)
         # After the commit, so that no loss that was shown can be lost.
+        # Repeated steps were shown when they were recorded.
         shown = max(first, self.recorded + 1)
         if losses[shown - first :]:
             self._written.put((shown, losses[shown - first :]))
@@ -551,15 +569,18 @@ class Recorder:
     def _write_snapshot(self, state: State) -> None:
         import safetensors.torch  # noqa: F401  # so that the first snapshot does not seem slow
 
+        # Repeated steps had their states, which may have been thinned out since.
         is_missing = state.step >= self.recorded or state.step in self.plan.pinned
         if not is_missing or state.step in self.plan.kept:
             self._snapshots_written += 1
             return
         started, began = clock.worked(), clock.now()
+        # Large parameters that are still as in state 0 are not written again.
         first = next((row for row in self._database.snapshots() if row.step == 0), None)
         try:
             row = write_snapshot(self._home.here, state, first)
         except Exception:  # safetensors raises errors of its own
+            # The run may have been moved while it was written; in its new place, it is tried once more.
             if not self._follow():
                 raise
             row = write_snapshot(self._home.here, state, first)
@@ -573,6 +594,7 @@ class Recorder:
         self._snapshots_written += 1
 
     def _note_call(self, state: State) -> None:
+        # How many batches the current call of `steps` had drawn when the state was taken.
         taken = (state.settings.get("place") or {}).get("taken", 0)
         self._call_begins[state.step] = state.step - taken + 1
 

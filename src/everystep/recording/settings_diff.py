@@ -33,6 +33,8 @@ __all__ = [
 Pair = tuple[Any, Any]
 
 
+# e.g. Setting("optimizer", "", "SGD", "lr", (0.1, 0.2)), shown as `SGD: lr 0.1 | 0.2`, and
+# Setting("model", "3", None, None, ("ReLU()", "Tanh()"), True), shown as `module 3: ReLU() | Tanh()`.
 class Setting(NamedTuple):
     """A setting that differs between two trainings.
 
@@ -120,6 +122,7 @@ def settings_that_differ(
         *_batches(one, other),
         *_objects("model", one.modules, other.modules, of_own_classes),
     ]
+    # Their number follows from the modules: it is a difference only where these show none.
     if not any(each.kind == "model" for each in found):
         found += _plain("parameters", one.parameters, other.parameters)
     found += _losses(one.loss, other.loss, of_own_classes)
@@ -144,6 +147,8 @@ def _plain(kind: str, one: Any, other: Any) -> list[Setting]:
 
 def _batches(one: TrainingFacts, other: TrainingFacts) -> Iterator[Setting]:
     """Yield what differs in the rule for batches, except for what follows from other settings."""
+    # These follow from the rows and the batch size, and the seed from that of the training if it is the
+    # same number.
     pair = [each.batches.model_dump(exclude={"steps_per_epoch"}) for each in (one, other)]
     seeds = pair[0]["seed"], pair[1]["seed"]
     follows = {"seed"} if seeds == (one.seed, other.seed) else set()
@@ -173,6 +178,7 @@ def _objects(
     for name in dict.fromkeys((*one, *other)):
         a, b = one.get(name), other.get(name)
         is_module = isinstance(a or b, ModuleFacts)
+        # An only optimizer is called `optimizer`, which would be shown twice.
         path = "" if name == kind and not is_module else name
         if a is None or b is None or a.class_name != b.class_name:
             # The contents of a module that only one of them has are not listed again.
@@ -201,6 +207,7 @@ def _losses(one: LossFacts | None, other: LossFacts | None, of_own_classes: bool
     pair = [{} if loss is None else {"loss": loss} for loss in (one, other)]
     yield from _objects("loss", pair[0], pair[1], of_own_classes)
     if one is not None and other is not None and one.class_name == other.class_name:
+        # Without the loss itself, which was compared.
         inner = [{path: m for path, m in loss.modules.items() if path} for loss in (one, other)]
         yield from _objects("loss", inner[0], inner[1], of_own_classes)
 

@@ -99,6 +99,7 @@ def write_snapshot(run: Path, state: State, first: SnapshotRow | None = None) ->
         file = first.files[0]
         written = {name: each for name, each in written.items() if name not in unchanged}
         about = {"unchanged": unchanged, "size": file.size, "digest": file.digest.hex()}
+    # Two files, so that the first one is exactly what `load_state_dict` of the model takes.
     files = (PARAMETERS, written, about), (REST, state.rest, state.settings)
     with completed(run / name) as temporary:
         # A process that was killed may have left it.
@@ -115,6 +116,7 @@ def _unchanged(run: Path, state: State, first: SnapshotRow) -> list[str]:
     from everystep.step.state import same_bits
 
     whole = sum(tensor.nbytes for tensor in state.parameters.values())
+    # The comparison reads all of state 0, which small parameters are not worth.
     if whole < LARGE_BYTES or state.step == first.step:
         return []
     try:
@@ -147,6 +149,7 @@ def read_snapshot(run: Path, row: SnapshotRow) -> State:
         raise RunError(f"{place} has settings that everystep did not write") from None
     if known is not None:
         file = FileRow(f"{state_folder(0)}/{PARAMETERS}", known.size, known.digest)
+        # With the digest that this state has of it: another state 0 would give other parameters.
         first, _ = read_tensors(run, file)
         if {*known.unchanged} & parameters.keys() or not {*known.unchanged} <= first.keys():
             raise RunError(f"{place} has settings that everystep did not write")
@@ -225,6 +228,7 @@ class SnapshotPlan:
         # A coarse clock may show 0 seconds, and the loops below would not end.
         seconds = max(step_seconds, 1e-9)
         self.interval = self.least
+        # Doubled, so that each interval divides all larger ones: see the class.
         while 2 * self.interval * seconds <= REPLAY_SECONDS:
             self.interval *= 2
         while self.interval * seconds * TIME_SHARE < snapshot_seconds:
@@ -254,6 +258,8 @@ class SnapshotPlan:
 
     def _take_out_between(self) -> list[int]:
         """Remove snapshots off the interval, except those that are always kept."""
+        # State 137 goes if the interval is 64, and 128 stays; of those before steps that are not kept,
+        # even 128 goes once there are two newer ones.
         newest, interval = sorted(self.kept)[-2:], self.interval or 1
         always = {*self.pinned, self.begin, newest[-1]}
         off = [

@@ -36,6 +36,7 @@ def step_columns(facts: Facts, measurements: Iterable[str], ranks: int) -> list[
     titles = ["loss", *(f"loss (rank {rank})" for rank in range(1, ranks))]
     found = [StepColumn(title, None, rank) for rank, title in enumerate(titles) if facts.has_loss]
     for name in measurements:
+        # Titles are the keys of the table, so no two may be the same.
         title = f"{name} (measured)" if name in ("step", *titles) else name
         found.append(StepColumn(title, name, holds=facts.is_setting(name)))
     return found
@@ -51,6 +52,7 @@ def numbers_at(series: Series, steps: NDArray[np.int64], *, holds: bool) -> Any:
     at, values = series
     if not len(at):
         return np.ma.array(np.zeros(len(steps), values.dtype), mask=True)
+    # The newest number up to each step; -1 before the first one.
     places = np.searchsorted(at, steps, side="right") - 1
     is_there = (places >= 0) & (holds | (at[places] == steps))
     return np.ma.array(values[places], mask=~is_there)

@@ -53,7 +53,9 @@ class Summary(NamedTuple):
 def summary_of(name: str, facts: Facts, status: str, damage: str | None, database: Database) -> Summary:
     """Return a run in one line; its database is open for reading."""
     count, trained = database.newest_step(), facts.trained
+    # A step without a loss has NaN in the table, which is not a loss to show.
     newest = count if facts.has_loss else 0
+    # Two numbers, not all losses: lists show many runs.
     losses = (database.series(LOSS, step, step)[1].tolist() for step in (min(1, newest), newest))
     first, last = (next(iter(loss), None) for loss in losses)
     groups = [g for o in trained.optimizers.values() for g in o.groups] if trained else []
@@ -102,5 +104,6 @@ def in_own_precision(losses: NDArray[np.float64], facts: Facts) -> NDArray[Any]:
     """Return losses in the precision that the run computes them in: at least float32."""
     if facts.loss_dtype == "float64":
         return losses
+    # A changed database may have larger numbers than float32.
     with np.errstate(over="ignore"):
         return losses.astype(np.float32)

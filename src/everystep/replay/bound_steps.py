@@ -62,6 +62,7 @@ class BoundStep:
         if not _can_be_bound(program):
             raise ProgramError("it cannot run many steps on the same memory")
         #: The bytes of its inputs, by storage.
+        # Memory of its own: the calls read it in every step, whatever the next row has.
         self._contents = {
             name: laid[name].to(interpreter.place_of(name), copy=True)
             for name in program.of_kind("input")
@@ -73,6 +74,7 @@ class BoundStep:
         self.digests: dict[str, str] = {}
         self._steps = steps
         #: Its tensors of the rows, x and y, as far as it reads them.
+        # The rule writes rows straight to where the calls read them.
         self._rows = [self.live.tensor(name) for name in "xy" if name in interpreter.inputs]
         #: The source of its batch, None if it is among the recorded inputs.
         self._rule = steps.rule_for(row)
@@ -95,6 +97,8 @@ class BoundStep:
             self._loaded = _NOTHING
             self._load(row, is_new=is_new)
             self._loaded = row.inputs
+        # Steps with the same numbers have the same bytes in the database, so nothing is decoded for
+        # these.
         if row.numbers != self._put:
             # Until all are in place: a `put` that fails leaves some numbers of each step.
             self._put, self._recorded = _NOTHING, self._steps.numbers(row)
@@ -195,6 +199,7 @@ class BoundSteps:
             self._left.add(key)
             return None
         known = self._bound
+        # The oldest go first; the newest is about to run.
         while len(known) > 1 and sum(each.live.temporary_bytes for each in known.values()) > MOST_BYTES:
             del known[next(iter(known))]
         return bound
@@ -211,6 +216,7 @@ class BoundSteps:
         moved = {name: mine for name, mine in bound.own.items() if self._state[name] is not mine}
         # Copies first: one tensor may lie where another one belongs.
         values = {name: self._state[name].clone() for name in moved}
+        # What stays must not lie where something else is about to be written; empty tensors lie at 0.
         held = {_place(tensor) for name, tensor in self._state.items() if name not in moved}
         if not (held - {0}).isdisjoint(map(_place, moved.values())):
             del self._bound[next(n for n, each in self._bound.items() if each is bound)]
@@ -225,18 +231,18 @@ def _place(tensor: Tensor) -> int:
 
 
 def _can_be_bound(program: Program) -> bool:
-    """Return whether a program can run many steps in a row on the same memory.
-
-    Not if it has shapes or places that depend on numbers, writes into its inputs, or reads leftovers of
-    an earlier step in memory that it writes into again.
-    """
+    """Return whether a program can run many steps in a row on the same memory."""
     written = {program.tensors[name].storage for each in program.operations for name in each.changed()}
     inputs = {*program.of_kind("input")}
     ends = {program.storage_of(name).kind for name in program.ends.values()}
     return (
+        # Shapes and places are those of all steps.
         has_fixed_shapes(program)
         and not program.moves
+        # An input is put in place once for all steps that have it.
         and written.isdisjoint(inputs)
+        # What a step leaves in the program's own memory must not be read by the next one, which writes
+        # there again.
         and ends <= {"temporary"}
         and program.state_names.isdisjoint(program.ends)
     )

@@ -33,6 +33,10 @@ _BATCH, _INPUT = "batch/", "input/"
 _WHAT = "the other targets"
 
 
+# What changes what, e.g. with other targets of rows 3 and 8:
+#   batches by a rule      the rule hands out other targets; the rows have their numbers in the data
+#   batches by content     the bytes of rows 3 and 8 of the first batch are looked for in each batch
+#   a number Python reads  where it differs, or may: from that step on, user code could act differently
 class ChangedSteps(RecordedSteps):
     """Recorded steps with something changed: their losses and states are not those of the recording.
 
@@ -116,12 +120,14 @@ class ChangedSteps(RecordedSteps):
     def taken(self, number: int) -> Taken:
         """Return a step in its stored form."""
         row = self.row(number)
+        # By program, numbers and inputs: of batches by a rule, all steps have the same.
         if (known := self._taken.get(row[1:4])) is not None:
             return known._replace(step=number)
         given, tensors = self.given(row), self.stored(row)
         tensors |= self.stored_program(row)
         size = sum(tensor.nbytes for tensor in tensors.values())
         recorded, own = self.all_numbers(row), self.numbers(row)
+        # Before the numbers of operations come the places of what moves, which stay.
         numbers = [*recorded[: len(recorded) - len(own)], *own]
         found = Taken(number, row.program, numbers, tensors, given.nesting, size, {})
         if not tensors:
@@ -138,6 +144,7 @@ class ChangedSteps(RecordedSteps):
         for operation, own in zip(operations, interpreter.numbers_of(numbers), strict=True):
             if isinstance(operation.resolved, OptimizerOperator):
                 names = [slot.name for slot in slots_of(operation)]
+                # One rate for all param groups, so each slot of `lr` gets it.
                 own = [self.lr if name == "lr" else n for name, n in zip(names, own, strict=True)]
             found += own
         return found
@@ -219,13 +226,11 @@ class ChangedSteps(RecordedSteps):
             )
 
     def _check_not_from_parameters(self, steps: range) -> None:
-        """Check that the steps read nothing that code may have computed from the parameters.
-
-        What steps before these have read, too, is data; and so is what was cut out of the same data.
-        """
+        """Check that the steps read nothing that code may have computed from the parameters."""
         read = {name: each for name, each in self._read_by(steps, _INPUT).items() if len(each) > 1}
         if not read:
             return
+        # What steps before these have read, too, is data; and so is what was cut out of the same data.
         before = {
             number
             for row in self.run.repeats(1, steps[0] - 1)
@@ -257,13 +262,13 @@ class ChangedSteps(RecordedSteps):
             )
 
     def _check_not_from_targets(self, steps: range) -> None:
-        """Check that the steps read nothing that code may have made from the targets, outside of torch.
-
-        A tensor that is the same with several batches is none of these.
-        """
+        """Check that the steps read nothing that code may have made from the targets."""
+        # One batch for all steps leaves nothing to compare: what is the same might still be made from
+        # it.
         read, batches = (self._read_by(steps, kind) for kind in (_INPUT, _BATCH))
         is_alone = all(len(each) == 1 for each in batches.values())
         is_alone &= self.rule is None or self.rule.is_fixed
+        # What is the same with several batches was not made from one; NumPy is not seen.
         unsure = [name for name, each in read.items() if is_alone or len(each) > 1]
         if unsure:
             raise RunError(
@@ -307,14 +312,13 @@ class FurtherSteps(ChangedSteps):
     def given(self, row: Repeat) -> Inputs:
         """Return the inputs of a step, which draws from where the step before left the generator."""
         found = super().given(row)
+        # The row is that of an earlier step, which drew from another state of the generator.
         given = {name: each for name, each in found.given.items() if not name.startswith("generator/")}
         return found._replace(given=given)
 
     def reason_against(self) -> str | None:
-        """Return why no steps can follow the run's last, None if they can.
-
-        What code between the steps draws matters only if steps draw, too.
-        """
+        """Return why no steps can follow the run's last, None if they can."""
+        # A later epoch has batches of the same sizes, so one is enough to know.
         epoch = range(self.last + 1, self.last + 1 + self._batches.steps_per_epoch)
         if not all(map(self._can_take, epoch)):
             return "it has too few steps: no program takes later ones"
@@ -326,6 +330,7 @@ class FurtherSteps(ChangedSteps):
                     return f"code after step {step} changed {name.partition('/')[2]}"
         programs = map(self.program, self.facts.programs)
         operations = (each for program in programs for each in program.program.operations)
+        # What code between the steps draws matters only if steps draw, too.
         if changes and any(draws_random_numbers(each.resolved) for each in operations):
             return "code between the steps drew random numbers, and the steps draw, too"
         return None
@@ -336,6 +341,7 @@ class FurtherSteps(ChangedSteps):
             ends = self.program_of(self._like(number)).program.ends
         except RunError:
             return False
+        # The first step of an optimizer creates its state, which all later ones change in place.
         return all(name.startswith("gradient/") for name in ends)
 
     def _like(self, number: int) -> Repeat:
@@ -353,9 +359,7 @@ class FurtherSteps(ChangedSteps):
 def _updated(program: Program) -> tuple[set[str], set[str]]:
     """Return what torch's optimizers train at a rate that is a number, and what may have another rate.
 
-    Both are names of the state. What follows gradients in another way may have a rate that is unknown:
-    not a target network, or an average, which follow the parameters only, and not what such an optimizer
-    trains, too, since a sharpness-aware step moves that along the gradient. But each optimizer has one.
+    Both are names of the state.
     """
     gradients = {name for name in program.tensors if name.startswith("gradient/")}
     paths = {name.partition("/")[2] for name in gradients} | program.gradients.keys()
@@ -365,11 +369,14 @@ def _updated(program: Program) -> tuple[set[str], set[str]]:
         if name.startswith("parameter/") or name.partition("/")[2] in paths
     }
     own = program.storages_of(trained)
+    # What follows gradients in another way may have a rate that is unknown. A target network, or an
+    # average, follows the parameters only: a parameter that is changed passes nothing on (`- own`).
     following = program.storages_of(gradients | {*program.gradients.values()})
     by_optimizers, by_updates, by_gradients = set[str](), set[str](), set[str]()
     for operation in program.operations:
         changed = program.storages_of(operation.changed())
         is_whole = isinstance(operation.resolved, OptimizerOperator)
+        # A rate that is a tensor is not a number of the step: it is part of the state.
         if is_whole and any(slot.name == "lr" for slot in slots_of(operation)):
             by_optimizers |= changed
         elif operation.phase == "update":
@@ -381,6 +388,7 @@ def _updated(program: Program) -> tuple[set[str], set[str]]:
     def of(changed: set[str]) -> set[str]:
         return {name for name, storages in trained.items() if storages & changed}
 
+    # A sharpness-aware step moves what an optimizer trains along the gradient, too, and back again.
     known = of(by_optimizers)
     return known, of(by_gradients) - known | of(by_updates)
 
@@ -394,6 +402,7 @@ def _is_read(name: str, program: Program) -> bool:
 def _target(batch: Mapping[str, Tensor], what: str) -> str:
     """Return the name of the tensor that has the target of each row; what: names the batch."""
     found = [n for n, t in batch.items() if t.dim() and t.numel() == len(t) > 0 and not t.is_complex()]
+    # Two such columns, e.g. the index of a row and its label: the usual names decide.
     if len(found) > 1:
         found = [name for name in found if name.rpartition(".")[2] in _TARGETS] or found
     if len(found) == 1 and any(

@@ -186,11 +186,9 @@ class Fork:
         return before
 
     def _with_scheduler(self, training: Training, state: State) -> State:
-        """Bring a scheduler to the parent's state; return the state with what the scheduler set.
-
-        A replayed state has no scheduler: it continues from the snapshot before.
-        """
+        """Bring a scheduler to the parent's state; return the state with what the scheduler set."""
         scheduler = training.scheduler
+        # A replayed state has no scheduler: it continues from the snapshot before.
         known = self.run.state_near(self.at, after=self.stretch.first - 2)
         if scheduler is None or known is None:
             return state
@@ -223,6 +221,7 @@ def fork(
     Returns what was trained, and the objects that trained it.
     """
     if asked.run.facts.training.loop:
+        # The run of any rank stands for the whole: a fork is made from that of rank 0.
         asked = replace(asked, run=asked.run.ranks[0])
     run = asked.run
     if isinstance(asked.settings.get("steps"), int):
@@ -233,6 +232,7 @@ def fork(
         _check_loop(asked, given)
         return _fork_alone(asked, progress), None
     if (run.directory / EXPERIMENT_FILE).exists() and given.model is None:
+        # `lr` is what a run from objects has; an experiment calls it `optimizer.lr`.
         settings = {"optimizer.lr" if k == "lr" else k: v for k, v in asked.settings.items()}
         return _fork_experiment(replace(asked, settings=settings), opener, progress), None
     objects, is_own = objects_from(given, known)
@@ -252,6 +252,7 @@ def _check_loop(asked: Fork, given: Objects) -> None:
     if asked.targets:
         run.check_alone("make a fork of such a run with other targets")
     others = {name for name, each in vars(given).items() if each is not None} | {*asked.settings}
+    # The last two have defaults, and so are always given.
     others -= {"lr", "steps", "scheduler_every", "dataset_limit"}
     if others or not (asked.targets or "lr" in asked.settings):
         raise RunError(
@@ -319,6 +320,7 @@ def _fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome
         data = None
         if new.data == old.data:  # also where the seed that it was drawn with changes
             data = stored_data(asked.run, facts)
+            # The run does not hold it; from the old experiment, since data is drawn with its seed.
             if data is None:
                 data = experiment_job(old, torch.device("cpu")).data
         job = experiment_job(new, device, data)
@@ -328,6 +330,7 @@ def _fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome
         keywords = old.optimizer.keywords, new.optimizer.keywords
         keys = {*keywords[0], *keywords[1]}
         changed = {key for key in keys if keywords[0].get(key) != keywords[1].get(key)}
+        # A loss or an optimizer of another class begins without the state of the parent's.
         kinds = ["model", *["loss"] * (old.loss == new.loss), *["optimizer"] * same_optimizer]
         try:
             own = changed if same_scheduler else None
@@ -335,6 +338,7 @@ def _fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome
         except RunError as error:
             fault = Fault("model.layers", f"the parent's parameters do not fit: {error}")
             raise ExperimentError([fault], "the fork") from None
+        # `bring` has set it in the param groups, but a scheduler also knows the rate that it began with.
         if same_scheduler and training.scheduler is not None and "lr" in changed:
             _set_rate(training, training.optimizer.param_groups[0]["lr"])
         # After the parent's state, which includes the parent's random generators.
@@ -397,6 +401,8 @@ def _check_kept(
     optimizer: torch.optim.Optimizer, group: Mapping[str, Any], chosen: Mapping[str, Any]
 ) -> None:
     """Check that an optimizer which has taken steps has all the state that changed settings need."""
+    # Adam creates `max_exp_avg_sq` in its first step, with amsgrad only, and RMSprop its averages: a
+    # later step that needs them would fail, or begin them in the middle.
     names = ("amsgrad", "centered") + ("momentum",) * isinstance(optimizer, torch.optim.RMSprop)
     kind = type(optimizer).__name__
     faults = [
@@ -416,6 +422,7 @@ def _set_rate(training: Training, lr: float) -> None:
     """Set the learning rate; a scheduler continues from it."""
     for group in training.optimizer.param_groups:
         group["lr"] = lr
+        # A scheduler computes from this rate, and most of them from `base_lrs`, below.
         if "initial_lr" in group:
             group["initial_lr"] = lr
     if training.scheduler is not None and hasattr(training.scheduler, "base_lrs"):

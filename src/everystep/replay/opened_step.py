@@ -200,6 +200,7 @@ class Step(Shown):
     def _is_added_to(self, parameter: str) -> bool:
         """Return whether the step adds to the gradient of the step before, rather than dropping it."""
         tensors = self.places.tensors
+        # The first operation on its memory decides: a `zero_` or a `copy_` drops what was there.
         spec = tensors.get(f"gradient/{parameter}")
         if spec is None:
             return False
@@ -235,6 +236,7 @@ class Step(Shown):
         found: list[Segment] = []
         for index, (phase, seen) in enumerate(zip(self.phases, self.operations, strict=True)):
             path = seen.operation.module or ""
+            # Only these two belong to a part; what backward does is of the loss.
             own = path.partition(".")[0] if phase in ("forward", "update") else ""
             part = own if own in parts else None
             if found and (found[-1].phase, found[-1].part) == (phase, part):
@@ -272,6 +274,7 @@ class Step(Shown):
         unset: dict[str, bool] = {}  # by name, as of the operations run so far
         for number, seen in enumerate(self.operations):
             for name in seen.inputs:
+                # `relu~2` is another view of the memory of `relu`.
                 base = name.partition("~")[0]
                 # A program has no operations that only allocate memory.
                 is_first = base not in unset and "/" not in base and name in seen.results
@@ -289,6 +292,7 @@ class Step(Shown):
         tensors = [*self.batch.tensors.values(), *self.state.values(), *self.end.values()]
         for seen in self.operations:
             tensors += [*seen.inputs.values(), *seen.results.values()]
+        # By storage: many operations show the same copy.
         storages = (tensor.untyped_storage() for tensor in tensors)
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
@@ -356,6 +360,7 @@ def statistics(tensor: Tensor) -> Statistics:
         if not len(finite):
             return Statistics(math.nan, math.nan, math.nan, math.nan, zeros, count)
         mean = float(finite.mean())
+    # From the mean, not by squares: these would cancel where the mean is large.
     deviations = finite - mean
     minimum, maximum = torch.aminmax(finite)
     return Statistics(
@@ -371,4 +376,5 @@ def statistics(tensor: Tensor) -> Statistics:
 def norm(tensor: Tensor) -> float:
     """Return the 2-norm of a tensor."""
     magnitudes = (tensor.abs() if tensor.is_complex() else tensor).detach()
+    # In float64: squares overflow float32 from about 1e19 on, and float16 from 256.
     return float(torch.linalg.vector_norm(magnitudes.double()))

@@ -129,6 +129,7 @@ def spans(run: RecordedRun, first: int, last: int, *, are_long: bool = False) ->
         from loky import cpu_count
 
         size = max(1, -(-len(ends) // (SPANS_EACH * cpu_count())))
+    # A span has one stretch: another one may need other programs, data and numerics.
     begins = {stretch.first - 1 for stretch in stretches if first <= stretch.first - 1 < last}
     between = {*ends[::size], *begins}
     found = []
@@ -161,8 +162,11 @@ def parallel(
         return
     left = [*wanted]
     # A run that was trained with more threads, which matters, is not continued with one.
+    # First with one thread for each process. As soon as a span differs, all that are left are replayed
+    # by one process with as many threads as the training had, which decides.
     for each in (1, threads) if count > 1 else (threads,):
         tasks = [(span, visitor, each) for span in left]
+        # A `break` must end the processes, not leave them to compute the other spans.
         with closing(shared(opener, count if each == 1 else 1, each, replay_span, tasks)) as found:
             for replayed in found:
                 if not replayed.is_exact and threads != each:
@@ -210,6 +214,7 @@ def _compare_state(found: Replayed, replay: Replay, span: Span) -> None:
     if all(row.step != span.last for row in replay.snapshot_rows()):
         return
     stepper = replay.go_to(span.last, span.at)
+    # They are only compared, before the next step: no copies are needed.
     states = stepper.capture_ranks(is_live=True)
     others = ((f"rank {number}: ", other.steps.run) for number, other in stepper.others.items())
     runs = [("", replay.run), *others]
@@ -220,6 +225,7 @@ def _compare_state(found: Replayed, replay: Replay, span: Span) -> None:
         recorded = run.state_near(span.last, after=span.last - 1, on_problem=problems.append)
         replay.problems += [f"{rank}{problem}" for problem in problems]
         if recorded is not None:
+            # Of the run itself; what other ranks have is compared, too, but not counted.
             found.compared |= not rank
             differences = state_differences(recorded, here, only_model=is_fork, only_seen=True)
             found.states += [each._replace(tensor=f"{rank}{each.tensor}") for each in differences]

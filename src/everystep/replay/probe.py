@@ -40,6 +40,7 @@ def check_question(expression: Expression, opener: Opener) -> None:
     replay = opener.replay_here()
     step = replay.step(next((first for first, _ in replay.run.facts.kept(replay.run.newest_step())), 1))
     known = {kind: [*getattr(step, kind)] for kind in ("parameters", "buffers", "updates")}
+    # A parameter without a gradient in this step may have one in others.
     gradients = [*(step.gradients | step.parameters)]
     expression.check(known | {"gradients": gradients, "activations": replay.stepper.module_paths()})
 
@@ -68,6 +69,7 @@ class Probe:
     def looks(self, program: Program) -> dict[int, list[Look]]:
         """Return what copies the values of a step: see `Hook`."""
         given_after, gradients = program.given_after(), gradient_places(program)
+        # A copy of the step before must not answer for a module that does not run in this one.
         found: dict[int, list[Look]] = {-1: [lambda tensor_of: self._copies.clear()]}
         for reference in self._copied:
             kind, name = reference.kind, reference.name
@@ -147,6 +149,7 @@ def opened_value(step: Step, reference: Reference) -> Tensor | None:
     if kind == "updates" and value is not None:
         value = getattr(value, reference.part or "change")
     if isinstance(value, tuple):  # the outputs of a module
+        # The first, as `Probe` copies it.
         value = value[0] if value else None
     found: Tensor | None = value
     return found

@@ -61,8 +61,6 @@ def end_with_stdin(*, in_order: bool = False) -> None:
     """End this process once the other end of its stdin has closed, whatever it computes.
 
     in_order: as in `_end`.
-
-    Where the system cannot watch a pipe that is read as well (Windows), the next read ends it.
     """
 
     def watch() -> None:
@@ -71,6 +69,7 @@ def end_with_stdin(*, in_order: bool = False) -> None:
         found.poll()
         _end(in_order=in_order)
 
+    # Where the system cannot watch a pipe that is read as well (Windows), the next read ends it.
     if hasattr(select, "poll"):
         Thread(target=watch, daemon=True).start()
 
@@ -80,6 +79,7 @@ def _end(*, in_order: bool) -> None:
     if in_order:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(_PATIENCE)
+    # `sys.exit` would only end the thread that watches.
     os._exit(1)
 
 
@@ -124,6 +124,7 @@ def pool(
     from loky.backend.reduction import register
 
     register(Tensor, sent_tensor)
+    # The parent holds one end and never writes: when it ends in any way, the system closes it.
     alive, of_parent = Pipe(duplex=False)
     environment = environment | {"OMP_NUM_THREADS": str(threads)}
     # loky restarts a process that grew by 300 MB, as a leak, with a warning; the new one would have no
@@ -154,6 +155,7 @@ def process_count(run: RecordedRun, steps: int, asked: int | None, tasks: int, t
     enough; threads: of each.
     """
     facts = run.facts
+    # Several processes would share one accelerator, and its memory.
     if facts.training.device != "cpu":
         return 1
     if asked is None:
@@ -281,12 +283,14 @@ class Opener:
         numerics.prepare()
         self.run = run
         self._counting = counting
+        # Data is sent to each worker, so only where the run cannot give it to them.
         files = [stretch.facts.data_file for stretch in run.stretches]
         holds_all = all(file is None or file.stored for file in files)
         self.data = None if objects is None or holds_all else objects.data
         self._replay: Replay | None = None
         self._worker: ProcessPoolExecutor | None = None
         self._workers = ExitStack()
+        # It must not refer to the opener itself, which would then live as long as the program.
         weakref.finalize(self, self._workers.close)
         #: The state of the run when its process was last chosen.
         self._known: tuple[Edition, EngineFacts | None] | None = None

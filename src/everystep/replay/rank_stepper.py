@@ -23,8 +23,9 @@ from everystep.program.calls import without_autograd
 from everystep.program.collectives import taking_part
 from everystep.program.memory import copied_together
 from everystep.program.operators import REFUSALS
+from everystep.recording.blocks import same_number
 from everystep.replay.bound_steps import Hook
-from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps, same_number
+from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps
 from everystep.replay.replay_stepper import ReplayStepper
 from everystep.step.generators import Generators
 from everystep.step.observe import Observation
@@ -38,6 +39,11 @@ SECONDS = 600
 Collective = tuple[str, tuple[Any, ...]]
 
 
+# Two ranks take a step, each in a thread. One runs at a time: all draw from torch's only generator,
+# which is set to that of the rank.
+#   rank 0   forward, backward up to all_reduce_   waits                            ... update
+#   rank 1                                         backward up to all_reduce_, too
+#   both are there: `_compute` lets gloo sum, as in the training, and both are ready to run again
 class RankStepper(ReplayStepper):
     """Repeats the steps of one rank, and with it those of all others.
 
@@ -129,6 +135,7 @@ class RankStepper(ReplayStepper):
             for tensor, result in zip(arguments[0], next(known), strict=True):
                 tensor.copy_(result)
 
+        # The other ranks are one step ahead already: their part is known.
         with taking_part(give):
             return super().observe()
 
@@ -141,6 +148,7 @@ class RankStepper(ReplayStepper):
 
         done: as of `_in_turn`. It raises why a rank cannot repeat it, now or before.
         """
+        # Some ranks have ended the step, others have not: only `load` brings them together again.
         if self._reason is not None:
             raise self._reason
         before = self.state
@@ -195,6 +203,7 @@ def _in_turn(
 
     def meet(rank: int, name: str, arguments: tuple[Any, ...]) -> None:
         stops.put((name, arguments))
+        # False where another rank has failed: this one must not wait for a collective that never comes.
         if not turns[rank].get():
             raise RuntimeError("another rank has ended")
 
@@ -217,12 +226,14 @@ def _in_turn(
             rank = ready.pop(0)
             with as_rank(rank):
                 turns[rank].put(True)
+                # All others wait for a turn, so this is from the rank that has it.
                 stop = stops.get()
             if isinstance(stop, BaseException):
                 raise stop
             if stop is None:
                 continue
             waiting[rank] = stop
+            # The last argument has the ranks, in the order of their group: see `collectives`.
             ranks = [*dict.fromkeys(stop[1][-1])]
             if rank not in ranks:
                 raise NotReplayedError(f"rank {rank} takes part in {stop[0]} of {ranks}")
@@ -254,6 +265,7 @@ def _compute(calls: Mapping[int, Collective]) -> None:
     """
     name = next(iter(calls.values()))[0]
     given = [arguments for _, arguments in calls.values()]
+    # Its tensors may have other sizes on each rank; of all others, they are alike.
     if name == "all_to_all_from_" and _exchanged(given):
         about = {(name, ())}
     else:
@@ -264,6 +276,7 @@ def _compute(calls: Mapping[int, Collective]) -> None:
             + ", ".join(sorted({each for each, _ in about}))
         )
     try:
+        # All start before any is waited for, since each needs the others.
         works = [
             _STARTS[name](group, *each) for group, each in zip(_groups(len(calls)), given, strict=True)
         ]

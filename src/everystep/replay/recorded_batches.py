@@ -24,6 +24,12 @@ from everystep.training.dataset import DatasetBatches, length_of, read_rows
 __all__ = ["batch_source", "batches_of", "stored_data"]
 
 
+# Where the rows of a step come from:
+#   in the run          small data: a file, checked by its digest
+#   in files            large data of an experiment: read from there again, if their digests are the same
+#   passed by the user  everystep.open(run, data=...): checked by the digest of all rows
+#   made again          data that an experiment draws: checked in the same way
+#   a Dataset           read again; recorded steps have their batches by content, and need it not
 def batches_of(facts: TrainingFacts) -> Batches:
     """Return which rows each step saw."""
     known = facts.batches
@@ -77,6 +83,7 @@ def batch_source(
         )
     if facts.data.lazy:
         return DatasetBatches(data, batches, device)
+    # As in the training, where steps of a Dataset see new tensors, at other places in memory.
     return batches.of(x, y, is_read=facts.data.source == "dataset")
 
 
@@ -86,6 +93,7 @@ def _rows_of(run: RecordedRun, facts: TrainingFacts, given: Any) -> tuple[Tensor
         raise RunError(f"{run.name} has no data yet; training has only just started")
     if given is not None and fact.sources:
         raise RunError(f"the data of {run.name} is checked by its files: open the run without data=")
+    # First what the run holds: it need not be compared with anything.
     if (stored := stored_data(run, facts)) is not None:
         return stored.x, stored.y
     if given is not None:
@@ -101,6 +109,7 @@ def _rows_of(run: RecordedRun, facts: TrainingFacts, given: Any) -> tuple[Tensor
         )
     from everystep.training.from_experiment import experiment_job
 
+    # Drawn on the CPU, whatever the device of the training: as it was.
     made = experiment_job(load(experiment), torch.device("cpu")).data
     assert made is not None
     check_data(made.tensors(), fact, f"the data that the experiment of {run.name} names")
@@ -132,6 +141,7 @@ def _data_in_files(run: RecordedRun, facts: TrainingFacts, digests: tuple[str, .
     if experiment is None:
         raise RunError(f"the data of {run.name} is in files that its experiment names, but it has none")
     given = load(experiment)
+    # The experiment may be a stranger's, who may name any file of this user.
     check_may_be_read(given.data)
     try:
         return reopened(given, facts.preparation or {}, digests)

@@ -84,6 +84,7 @@ def _held(changes: Mapping[int, float]) -> Callable[[int], float | None]:
     changes: by the first step that uses each, in order.
     """
     steps, values = [*changes], [None, *changes.values()]
+    # `values` has one more, for the steps before the first change.
     return lambda step: values[bisect_right(steps, step)]
 
 

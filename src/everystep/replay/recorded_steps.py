@@ -45,7 +45,6 @@ __all__ = [
     "check_kept",
     "described",
     "read_program",
-    "same_number",
 ]
 
 #: Rows of the database, and losses, to read at once.
@@ -79,9 +78,6 @@ class ProgramKey(NamedTuple):
 
 class RecordedSteps:
     """The recorded data that repeats each step of a stretch.
-
-    Steps share contents: the rows of a batch return in each epoch. They are read once, for many steps
-    together, up to `KEPT_BYTES`.
 
     rule: returns the batches of everystep's own steps, None if each row holds its batch; conversion: of
     the programs and their inputs, None for none.
@@ -119,7 +115,8 @@ class RecordedSteps:
         self._rows: dict[int, Repeat] = {}
         self._losses: dict[int, float] = {}
         self._given: dict[bytes | None, Inputs] = {}
-        #: Pieces of inputs, by their numbers.
+        #: Pieces of inputs by number. Steps share them: the rows of a batch return in each epoch.
+        #: They are read once, for many steps together, up to `KEPT_BYTES`.
         self._pieces: dict[int, StoredPiece] = {}
         self._bytes = 0
         if conversion is not None:
@@ -132,6 +129,7 @@ class RecordedSteps:
             last = number + BLOCK - 1
             rows = cut(self.run.repeats(number, last), number, last)
             steps = ((row, step) for row in rows for step in range(row.step, row.last + 1))
+            # One row for each step, whatever they share, so that callers need no ranges.
             self._rows = {step: row._replace(step=step, count=1) for row, step in steps}
         if number not in self._rows:
             check_kept(self.run, number)
@@ -170,6 +168,7 @@ class RecordedSteps:
         if key not in self._placed:
             if len(self._placed) >= KEPT_STEPS:
                 self._placed.clear()
+            # A window of a text moves in each step: the same program, with its tensors at other places.
             self._placed[key], _ = program.at(self.all_numbers(row))
         return self._placed[key]
 
@@ -256,6 +255,7 @@ class RecordedSteps:
 
     def digested_before(self, number: int) -> int:
         """Return the last step before one with digests of the state, 0 if there is none."""
+        # Digests were taken after steps 1, 2, 4, 8 and so on, where there was time for them.
         earlier = [2**power for power in range(number.bit_length()) if 2**power < number]
         rows = ((step, row) for step in reversed(earlier) for row in self.run.repeats(step, step))
         return next((step for step, row in rows if self.given(row).digests), 0)
@@ -265,6 +265,7 @@ class RecordedSteps:
         if row.inputs not in self._given:
             if len(self._given) >= KEPT_STEPS:
                 self._given.clear()
+            # By the bytes in the database: steps with the same inputs decode them once.
             self._given[row.inputs] = inputs_of(row.inputs, described(self.run, row.step))
         return self._given[row.inputs]
 
@@ -275,6 +276,7 @@ class RecordedSteps:
             rows = zip("xy", rule(row.step), strict=True)
             tensors |= {f"batch/{name}": copy_on_cpu(part) for name, part in rows}
         if self.conversion is not None and row.program is not None:
+            # How an input is converted follows from what its program reads it as.
             self.program(*self.key_of(row))
             bytes_of = of_kind(tensors, "input")
             cast = self.conversion.contents(self._recorded[self.key_of(row)], bytes_of)
@@ -295,6 +297,7 @@ class RecordedSteps:
         for name, given in wanted.items():
             content = self._content(given, described(self.run, row.step), name)
             tensor = as_tensor(given, content)
+            # The bytes of memory may have been stored in rows; a program takes them as (bytes,).
             found[name] = tensor.flatten() if name.startswith("input/") else tensor
         return found
 
@@ -364,11 +367,6 @@ def read_program(run: RecordedRun, number: int) -> Program:
         return Program.from_json(content)
     except ProgramError as error:
         raise ProgramError(f"{run.directory / name}: {error}") from None
-
-
-def same_number(one: float, two: float) -> bool:
-    """Return whether two losses are equal; NaN equals NaN."""
-    return one == two or (one != one and two != two)
 
 
 def _size(given: Given) -> int:

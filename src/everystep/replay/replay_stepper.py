@@ -43,6 +43,12 @@ _NO_NUMBERS = torch.empty(0)
 _GENERATOR = re.compile(r"generator/[0-9]{1,9}")
 
 
+# One step, from the state of the step before it:
+#   settle     what code changed between the two steps is put into the state
+#   row        program, numbers and inputs of the step, from the run
+#   take       by a program bound to the state, if many steps have it, else by the interpreter
+#   compare    numbers that Python read, and digests of the state, with the recording
+# The caller compares the losses.
 class ReplayStepper:
     """Repeats steps; states can be loaded and steps run in any order.
 
@@ -62,6 +68,7 @@ class ReplayStepper:
         self._diverged = diverged
         self._expanders: dict[Interpreter, Expander] = {}
         self._tensors: dict[str, Tensor] = {}
+        # Shared: a program that is bound writes into the very tensors of the state.
         self._bound = BoundSteps(self._tensors)
         #: The last state from disk, without its numbers.
         self._loaded: State | None = None
@@ -107,6 +114,7 @@ class ReplayStepper:
         tensors, gone = self._run.change(self._between[self.state])
         for name in gone:
             self._tensors.pop(name, None)
+        # Generators are not of the state here: a step that draws has theirs among its inputs.
         self._tensors |= self._here({n: t for n, t in tensors.items() if not n.startswith("generator/")})
 
     def capture(self, *, is_live: bool = False) -> State:
@@ -172,6 +180,7 @@ class ReplayStepper:
     @property
     def has_gradients(self) -> bool:
         """Whether the gradients of the last step are available."""
+        # States of everystep's own steps lack the gradients that the next step drops.
         return self._is_own_loop or self._loaded_at != self.state
 
     def hyperparameters(self) -> dict[str, float]:
@@ -181,6 +190,7 @@ class ReplayStepper:
             return known
         rates = {}
         for index, group in enumerate(self._groups()):
+            # A rate that is a tensor is in the state, by this name.
             rate = group.get("lr", self._tensors.get(f"group/{index}/lr"))
             if isinstance(rate, int | float | Tensor):
                 rates[f"lr[{index}]" if index else "lr"] = float(rate)
@@ -225,6 +235,7 @@ class ReplayStepper:
         given = repr(sorted(self.steps.given(row).given.items())).encode()
         if self.steps.rule is not None:
             tensors = self.steps.inputs(row)
+            # By a rule, the row in the database has no batch: its content is compared instead.
             given += b"".join(digest_of(tensors[f"batch/{name}"]).encode() for name in "xy")
         return (row.numbers or b"") + given
 
@@ -322,6 +333,7 @@ class ReplayStepper:
         self._bound.end(bound)
         self.state = number
         if live.program.loss is None:
+            # No operation returns the loss, so the recorded one stands for it.
             live.loss.fill_(self.steps.loss(number))
         self._compare(number, bound.different_read() if live.reads else None, bound.digests)
         return live.loss.item()
@@ -360,6 +372,7 @@ class ReplayStepper:
         other = [n.partition("/")[2] for n, digest in present if digest_of(self._tensors[n]) != digest]
         if not other:
             return
+        # Once: the digests of all later states differ, too.
         self._has_diverged, before = True, self.steps.digested_before(number)
         self._diverged(
             number,

@@ -99,6 +99,7 @@ class Resume:
         return replace(self, run=run_to_continue(self.run, agreement))
 
     def __len__(self) -> int:
+        # Ranks may have recorded different numbers of steps before they were killed.
         common = self.run.common_steps
         return self.run.newest_step() if common is None else common
 
@@ -127,6 +128,7 @@ class Resume:
         job = replace(job, steps=self.last).numbered_as(facts)
         # Rows that the run was trained without stay left out.
         job = job.without_rows((), begin, facts.batches.without)
+        # By default, how often follows from the number of steps, which may be another one.
         if job.evaluation is not None and facts.evaluate_every is not None:
             job = job.with_facts(evaluate_every=facts.evaluate_every)
         # A metric more or less changes no step.
@@ -136,6 +138,7 @@ class Resume:
             check_rules(run, state.step)
             everything = ("model", "loss", "optimizer", "scheduler")
             job.training.restore(state, everything if self.is_accepted else None)
+        # With changes accepted, the steps after the snapshot are discarded; else repeated and compared.
         at = begin if self.is_accepted or run.others is not None else recorded
         known = {} if job.training.scheduler else job.training.hyperparameters()
         origin = StartingPoint(
@@ -237,6 +240,7 @@ def resume_experiment(
         text, name = None, facts.experiment_file
         if asked.last != _steps_of(known, facts):
             text = load(recorded, {"steps": asked.last}).to_toml()
+            # The file of before stays: it has the experiment of the steps so far.
             name = f"experiment-{len(asked) + 1}.toml"
         job = replace(job, experiment_toml=text)
         return asked.train(job.with_facts(experiment_file=name), progress)
@@ -263,6 +267,7 @@ def resume_objects(
         if asked.has_all:
             _restore_objects(run, objects)
             return Outcome(run.directory)
+        # Sums depend on the number of threads: the default is that of the run, not of this machine.
         iteration = iteration.model_copy(update={"threads": iteration.threads or facts.numerics.threads})
     else:
         asked.check()
@@ -270,6 +275,7 @@ def resume_objects(
     is_stored = objects.data is None
     # Its validation rows are no longer among the stored data.
     objects = replace(objects, validation=None) if is_stored else objects
+    # The order of batches follows from this seed, whether torch's generator was reseeded or not.
     in_order = iteration.model_copy(update={"seed": facts.batches.seed})
     # Without a seed, it began with the caller's generator, as it does again.
     with job_to_continue(objects, run, facts, in_order, "resume(..., ", facts.seed, progress) as job:

@@ -18,12 +18,13 @@ from everystep.device import select
 from everystep.errors import RunError, StepError, say
 from everystep.experiment.batches import RowsOf
 from everystep.program.precision import Precision
+from everystep.recording.blocks import same_number
 from everystep.recording.recorded_run import RecordedRun, Stretch, stretch_at
 from everystep.recording.snapshots import SnapshotRow
 from everystep.replay.opened_step import Step
 from everystep.replay.rank_stepper import RankStepper
 from everystep.replay.recorded_batches import batch_source
-from everystep.replay.recorded_steps import RecordedSteps, check_kept, same_number
+from everystep.replay.recorded_steps import RecordedSteps, check_kept
 from everystep.replay.replay_stepper import NOWHERE, ReplayStepper
 from everystep.step.generators import Generators, generators_preserved
 from everystep.step.state import State
@@ -49,6 +50,10 @@ def uncounted(what: str, total: int) -> AbstractContextManager[Callable[[int], N
     return nullcontext(lambda steps: None)
 
 
+# Where the way to state 137 begins: the latest state up to it, of all that are there.
+#   disk     0, 64, 128       snapshots
+#   memory   110, 120, 130    kept on the way to earlier questions, with all ranks
+#   here     131              where the stepper itself is: six steps are left
 class LossDifference(NamedTuple):
     """A step with another loss in the replay."""
 

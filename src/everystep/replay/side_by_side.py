@@ -69,7 +69,9 @@ def side_by_side(
     busy: dict[Future[TrainingEnd], tuple[str, Any]] = {}
 
     def stop() -> None:
+        # A copy: a signal may come while the loop below changes it.
         for _, (_, connection, _) in [*busy.values()]:
+            # The process ends in order once the other end of its pipe has closed: see `pool`.
             connection.close()
 
     waiting = iter(tasks)
@@ -136,6 +138,7 @@ def _ended(train: Callable[..., TrainingEnd], *given: Any) -> TrainingEnd:
     """Train in this process, and let Ctrl-C end that; return how it ended, in any case."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        # Ctrl-C may have come before the handler was there.
         return TrainingEnd() if is_ending.is_set() else train(*given)
     except KeyboardInterrupt:
         return TrainingEnd()
@@ -202,18 +205,17 @@ def place_of_function(
 @cache
 def _imported(module: str, name: str) -> Any:
     is_script = module.endswith(".py")
+    # As multiprocessing names the main module of a child, so that `if __name__ == "__main__"` is off.
     found = runpy.run_path(module, run_name="__mp_main__") if is_script else vars(import_module(module))
     return found[name]
 
 
 def call_function(place: Path, module: str, name: str, settings: Mapping[str, Any]) -> TrainingEnd:
-    """Call a user's function; the first run that it records without a name goes to `place`.
-
-    Each call begins with the same random numbers.
-    """
+    """Call a user's function; the first run that it records without a name goes to `place`."""
     AWAITED.update(place=place, settings=settings)
     try:
         function = _imported(module, name)
+        # Each call begins with the same random numbers, whatever ran in this process before.
         torch.manual_seed(0)
         np.random.seed(0)
         random.seed(0)

@@ -69,9 +69,6 @@ def objects_from(given: Objects, known: Objects | None) -> tuple[Objects | None,
 def state_to_continue(replay: Replay, number: int, objects: Objects | None) -> State:
     """Return a state from which Python can continue.
 
-    A replay of steps that Python took restores tensors only; for everything else that objects hold (a
-    counter, a scheduler's rate), Python repeats the steps since the last snapshot.
-
     number: the step before the state; objects: those that trained the run, if it has no experiment.
     """
     run = replay.run
@@ -81,6 +78,8 @@ def state_to_continue(replay: Replay, number: int, objects: Objects | None) -> S
     is_shared = stretch.facts.ranks is not None  # Python would need all ranks to repeat the steps
     if is_shared or turn is None or turn > number or number in run.snapshots:
         return replay.state(number)
+    # A replay of steps that Python took restores tensors only; for everything else that objects hold (a
+    # counter, a scheduler's rate), Python repeats the steps since the last snapshot.
     # The state that a stretch begins with has the objects of the stretch, not of the one before.
     begin = run.state_near(number, after=stretch.first - 2) or replay.state(stretch.first - 1)
     with replay.in_force(number):
@@ -180,6 +179,7 @@ class Living:
                 "they were before training: everystep.open(run, model=..., loss=..., optimizer=...)"
             ) from None
         self._beginning = training.snapshot(state.step)
+        # Takes what the stepper would write: nothing of these steps is recorded.
         self._new = Unwritten()
         self._stepper = Stepper(training, self._new, MOST_STEPS, engine)
         self._watched = self._stepper.watched
@@ -194,6 +194,7 @@ class Living:
 
     def capture(self) -> State:
         """Return the current state in the form that is written to disk."""
+        # A rate that is a tensor is of the state: it is set before that is copied.
         if self._training.has_tensor_settings:
             self._set_hyperparameters()
         return self._training.snapshot(self._stepper.step)
@@ -223,6 +224,7 @@ class Living:
             RunError: it fails, or no program can hold it.
         """
         number, watched, device = self._set_hyperparameters(), self._watched, self._training.device
+        # Python is about to change these, and the program takes the step again from them.
         state = {name: tensor.clone() for name, tensor in watched.parts.state().items()}
         generators = Generators.capture(device)
         with self._watching():
@@ -233,6 +235,7 @@ class Living:
         if isinstance(built, str):
             raise RunError(f"step {number} cannot be observed: a program cannot hold what it does")
         inputs |= taken.inputs
+        # The step has been taken once, to see its operations, and is repeated from the same draws.
         generators.restore(device)
         interpreter, numbers = Interpreter(built.program, device).at(taken.numbers or ())
         observer = StepObserver(interpreter, numbers, state)
@@ -257,6 +260,7 @@ class Living:
                     copy_into(live[name], tensor)
         device = self._training.device
         if drawn := of_kind(tensors, "generator"):
+            # Only those that were drawn from are in a change: the others stay.
             Generators.from_tensors(Generators.capture(device).tensors() | drawn).restore(device)
 
     def _set_hyperparameters(self) -> int:
@@ -288,6 +292,7 @@ def _training(run: RecordedRun, stretch: Stretch, objects: Objects) -> Training:
     batch = batch_source(run, facts, objects.data, device)
     if objects.model is not None:
         objects.check_complete()
+        # The user's objects stay as they are: a what-if trains many times.
         own = objects.copied()
         own.model.to(device)
         norm = facts.max_grad_norm
@@ -304,4 +309,5 @@ def _training(run: RecordedRun, stretch: Stretch, objects: Objects) -> Training:
         training = experiment_job(load(experiment), device, stored_data(run, facts)).training
     except ExperimentError as error:
         raise RunError(f"the experiment of {run.name} cannot be used: {error}") from None
+    # The rates are the recorded ones, set before each step: see `_set_hyperparameters`.
     return replace(training, batch=batch, scheduler=None)

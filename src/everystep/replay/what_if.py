@@ -14,13 +14,14 @@ from functools import partial
 from everystep.device import select
 from everystep.errors import ExpressionError, RunError, UsageError
 from everystep.expression import Expression
+from everystep.recording.blocks import same_number
 from everystep.recording.recorded_run import RecordedRun
 from everystep.replay.changed_steps import ChangedSteps
 from everystep.replay.probe import check_question, opened_value
 from everystep.replay.processes import Opener, process_count, shared
 from everystep.replay.recorded_batches import batches_of
 from everystep.replay.recorded_columns import Evaluator, read_question
-from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps, same_number
+from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps
 from everystep.replay.replay_stepper import ReplayStepper
 from everystep.replay.run_replay import Replay, no_such_step
 from everystep.replay.shown import Shown
@@ -144,6 +145,7 @@ def what_if(
     for found in results:
         others += found
         on_progress((until - at) * len(found))
+    # None and NaN last: they have no order.
     others.sort(key=lambda case: (case.value is None or case.value != case.value, case.value or 0.0))
     facts = run.facts.training
     source = "" if facts.loop or facts.data.lazy else batches_of(facts).source
@@ -185,6 +187,7 @@ def _train_alone(
     taken, found = range(at + 1, until + 1), list[Case]()
     device = select(replay.stretches[place].facts.device)
     with replay.in_force(at + 1):
+        # Not `state` alone: with several ranks, each begins with its own.
         states = replay.go_to(at, place).capture_ranks()
     with replay.in_force(at + 1), generators_preserved(device):
         for change in cases:
@@ -215,15 +218,14 @@ def _outcome(
     states: tuple[int, int],
     training: Living | ReplayStepper,
 ) -> tuple[float | None, tuple[float, ...]]:
-    """Train from a state to another one; return the answer to a question there, and the losses.
-
-    The last step is opened only if the question needs more than its loss.
-    """
+    """Train from a state to another one; return the answer to a question there, and the losses."""
+    # The last step is opened only if the question needs more than its loss: that takes longer.
     is_of_loss = all(each.kind in ("loss", "step") for each in question.references)
     at, until = states
     count = until - at if is_of_loss else until - at - 1
     losses: list[float] = []
     while len(losses) < count:
+        # A step that cannot be taken ends the call before it, and the next call raises why.
         losses += training.run(at + count)
     evaluator = Evaluator(question, run)
     if is_of_loss:

@@ -57,6 +57,7 @@ def check_alone(run: RecordedRun, stretch: Stretch, call: str, reason: str | Non
     elif facts.data.lazy or facts.data_file is None or not facts.data_file.stored:
         reason = "the run does not hold its data"
     else:
+        # What is wrong with the run comes before what was asked of it.
         reason = FurtherSteps(run, stretch).reason_against() or reason
     if reason is None:
         return
@@ -161,14 +162,7 @@ def continue_alone(
         RunError: this process cannot compute as the run did, a replay differs from the recording, or no
             step can be taken.
     """
-    if needs_worker(run.facts):
-        environment = run.facts.training.numerics.environment()
-        error = RunError(
-            f"{run.name} was trained under numerics that this process can no longer have; start "
-            f"Python with {' '.join(f'{name}={value}' for name, value in environment.items())}"
-        )
-        error.environment = environment
-        raise error
+    _check_numerics(run)
     replay = Replay(run)
     with Interrupt() as interrupt, replay.in_force(at + 1):
         reached = replay.go_to(at)
@@ -191,16 +185,8 @@ def continue_alone(
                 )
             taken.begin(*beginning)
         del beginning
-        top, rates = taken.ranks[0], taken.stepper.rates()
-        states = taken.stepper.capture_ranks()  # with the rate of the steps
-        for rank, state in zip(taken.ranks, states, strict=True):
-            recorder, rank.facts = record(rank.steps.run, state)
-            shown = progress.notice, progress.advance if rank is top else None
-            rank.writer = RunWriter(recorder, at, rank.facts, *shown, rank.steps.run.facts)
-            rank.note_rates(rates, at, lr)
-            if at not in recorder.plan.kept:
-                recorder.snapshot(state)
-        del state, states
+        taken.begin_runs(at, record, progress, lr)
+        top = taken.ranks[0]
         writer, steps, place = top.writer, top.steps, top.writer.recorder.directory
         progress.begin(place, top.facts)
         lost = run.lost_experiment(run.facts.training)
@@ -229,6 +215,19 @@ def continue_alone(
         finally:
             progress.end()
     return Outcome(place, reason, interrupt.is_by_user)
+
+
+def _check_numerics(run: RecordedRun) -> None:
+    """Check that this process can compute as the run did."""
+    if needs_worker(run.facts):
+        environment = run.facts.training.numerics.environment()
+        error = RunError(
+            f"{run.name} was trained under numerics that this process can no longer have; start "
+            f"Python with {' '.join(f'{name}={value}' for name, value in environment.items())}"
+        )
+        # The command line runs the same command again in such a process.
+        error.environment = environment
+        raise error
 
 
 def facts_alone(run: RecordedRun, at: int, lr: float | None = None) -> TrainingFacts:
@@ -269,6 +268,7 @@ class _RankAlone:
         """Return what notes the numbers that a program logs."""
 
         def look(tensor_of: Callable[[str], Tensor]) -> None:
+            # Now, since the next step writes into the same tensors.
             self._logged = {name: float(tensor_of(each)) for name, each in program.logged.items()}
 
         return {len(program.operations) - 1: [look]}
@@ -294,6 +294,7 @@ class _RankAlone:
         last = self.facts.steps or 0
         for name in names:
             known = self.steps.run.measured(name) if lr is None else {at + 1: lr}
+            # Recorded rates end with the recorded steps; one for all steps holds until the last.
             end = min(last, self.steps.last) if lr is None else last
             for step, rate in known.items():
                 if at < step <= end:
@@ -325,6 +326,7 @@ class _StepsAlone:
         at: int,
         steps_of: Callable[[RecordedRun, Stretch, RowsOf | None], ChangedSteps],
     ) -> None:
+        # The new stepper has a state of its own; a large one may not fit twice.
         replay.let_go()
         self.stepper = replay.stepper_for(replay.stretch_of(at + 1), steps_of, self._note_difference)
         self.is_loop = self.stepper.steps.facts.loop is not None
@@ -338,6 +340,24 @@ class _StepsAlone:
         self.ranks = [_RankAlone(each.steps, self) for each in (self.stepper, *ranks.values())]
         self.stepper.hooks = dict(zip(ranks, self.ranks[1:], strict=True))
         self.end = None
+
+    def begin_runs(
+        self,
+        at: int,
+        record: Callable[[RecordedRun, State], tuple[Recorder, Facts]],
+        progress: Progress,
+        lr: float | None,
+    ) -> None:
+        """Begin to write the run of each rank after step `at`; the others as in `continue_alone`."""
+        top, rates = self.ranks[0], self.stepper.rates()
+        states = self.stepper.capture_ranks()  # with the rate of the steps
+        for rank, state in zip(self.ranks, states, strict=True):
+            recorder, rank.facts = record(rank.steps.run, state)
+            shown = progress.notice, progress.advance if rank is top else None
+            rank.writer = RunWriter(recorder, at, rank.facts, *shown, rank.steps.run.facts)
+            rank.note_rates(rates, at, lr)
+            if at not in recorder.plan.kept:
+                recorder.snapshot(state)
 
     def _note_difference(self, number: int, difference: str) -> None:
         self.note_end(number, f"{difference}; your code could act differently from there")
@@ -356,6 +376,7 @@ class _StepsAlone:
         # Only code of the user's may act differently after another number that it reads.
         if not self.is_loop:
             return len(stepper.run(last, self.ranks[0])), None
+        # Where a step turns out to depend on Python, those before it are taken again from here.
         beginning = stepper.capture_ranks()
         try:
             count = len(stepper.run(last, self.ranks[0]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cmath
 import math
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -39,6 +40,10 @@ Kind = Literal["operation", "batch", "outside", "state", "constant", "unseen", "
 
 
 @dataclass(frozen=True)
+# An answer is a tree that grows where it is asked to, e.g. of a gradient of a linear layer:
+#   Why(gradients['0.weight'][3, 5])    operation #21 mm, a sum; its largest terms:
+#     Group("self * mat2")  Term(self: #20[17, 3], mat2: batch.x[17, 5])  ...  and the rest
+#   Number(#20[17, 3]).why()            operation #20 threshold_backward: a formula of its inputs
 class Number:
     """A number of a step.
 
@@ -163,9 +168,8 @@ class Why(Shown):
 class Session:
     """The steps of an answer.
 
-    step: where it begins; back: how many earlier steps are followed, if possible; they are opened in the
-    order in which they ran, since a replay goes forward; terms: how many terms of a sum the answers of
-    followed numbers have; rank: of the process that a collective led to.
+    step: where it begins; back: how many earlier steps are followed, if possible; terms: how many terms
+    of a sum the answers of followed numbers have; rank: of the process that a collective led to.
     """
 
     def __init__(self, step: Step, back: int, terms: int, rank: int | None = None) -> None:
@@ -194,6 +198,7 @@ class Session:
                 "this step does not know the run that it is of, so the steps before cannot be "
                 "followed; use everystep.open(run).why(step, expression, back=...)"
             )
+        # In the order in which they ran: a replay goes forward, and going back takes a way of its own.
         for each in range(max(number - self._together + 1, 1), number):
             # A step on the way may be lost; only the wanted one must open.
             with suppress(NotReplayedError):
@@ -226,6 +231,7 @@ class Session:
         value = origin.read(left)
         if not same_number_bits(value, now):
             return None
+        # The state may have another tensor after that step: a gradient that each step makes.
         name = before.places.ends.get(origin.name, origin.name)
         spot = Spot(name, origin.index, len(before.operations), half)
         return self.number(before.number, spot, value)
@@ -284,6 +290,7 @@ class Session:
             asked = (own.operator, *own.arguments[1:])
             return [number for number, each in enumerate(found) if each == asked]
 
+        # The same collective may run several times in a step; on all ranks in the same order.
         turn, place = alike(made.step).index(made.operation or 0), own.arguments[0].index(name)
         numbers: dict[str, Number] = {}
         for rank in own.arguments[2]:
@@ -311,6 +318,7 @@ class Session:
         if half is None:
             note = f"it wrote {dtype} there, and these are some of its bits".replace("torch.", "")
             return replace(made, unknown=tuple(trace.call(origin).inputs), note=note)
+        # As the operation left it: later ones may have written there.
         spot = Spot(origin.name, origin.index, origin.operation + 1)
         whole = self.why(self.number(number.step, spot), terms)
         if whole.origin == "unseen":
@@ -328,7 +336,9 @@ class Session:
 
     def difference(self, text: str, after: Number, before: Number) -> Why:
         """Return the answer for what an update changed, by the numbers after and before it."""
-        value = (torch.tensor(after.value) - torch.tensor(before.value)).item()
+        # In the dtype of the parameter: torch makes float32 of a Python number.
+        pair = (torch.tensor(each.value, dtype=getattr(torch, each.dtype)) for each in (after, before))
+        value = operator.sub(*pair).item()
         own = replace(after, name=text, value=value, row=None)
         asked = Why(own, "difference", self.trace(after.step).step, formula="after - before")
         return _of_numbers(asked, {"after": after, "before": before})
@@ -369,6 +379,7 @@ class Session:
             yield replace(answer, note=note)
 
     def _one(self, number: Number, depth: int, back: int) -> Iterator[Why]:
+        # A number that is not made in the step may be read at two times, before and after a write.
         at = number.spot.after if not number.is_made else ""
         place = number.step, f"{number.rank} {number.name} {at}"
         # Several ways may lead to one number, which is answered once.
@@ -541,6 +552,7 @@ def _answered(asked: Why, call: Call, at: NumberAt, count: int) -> Why:
             groups, value = _of_formula(made, call, at, count)
     except TypeError as error:  # a function of real numbers only
         raise NoRuleError("the rule does not give this complex number") from error
+    # Rules are those of real numbers: for complex ones, they may leave out a conjugate.
     if np.iscomplexobj(value) and not np.isclose(value, number.value, rtol=1e-3, equal_nan=True):
         raise NoRuleError("the rule does not give this complex number")
     recomputed = _rounded(value, getattr(torch, number.dtype))

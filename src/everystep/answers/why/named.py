@@ -39,7 +39,9 @@ def numbers_named(text: str, session: Session, step: int) -> list[Number]:
     half = next((place for place, end in enumerate((".real", ".imag")) if text.endswith(end)), None)
     text = text if half is None else text[:-5]
     head = _HEAD.match(text)
+    # `#7[17, 3]` is read as `loss[17, 3]`: the language has no names of operations.
     expression = parse(_STAND_IN + text[head.end() :] if head else text)
+    # `loss + 1` is a number, too, but no operation of the step has made it.
     if len(expression.references) != 1 or not _is_element(expression.text):
         example = f"; for example: {_example(trace.step)}"
         raise error_at(text, f"why follows one number of a tensor, not a computation{example}")
@@ -157,6 +159,7 @@ def _index(text: str, expression: Expression, shape: tuple[int, ...]) -> tuple[i
             f"the expression is {found.numel():,} numbers (the tensor has {sizes}); name one of them"
         )
         raise error_at(text, f"{problem}: add an index such as {[0] * len(shape)}")
+    # A view of a contiguous tensor: its offset is the place of the element that was picked.
     flat = int(found.storage_offset())
     index: list[int] = []
     for size in reversed(shape):
