@@ -178,6 +178,8 @@ def test_the_units_between_two_floats_are_exact(dtype, data):
 def test_whole_numbers_have_a_size_too():
     assert size_of_difference(torch.tensor([3, 8]), torch.tensor([3, 6])) == Size(None, 2.0, 0.25)
     assert size_of_difference(torch.tensor([True]), torch.tensor([False])) == Size()
+    large = torch.tensor([2**62, 1]), torch.tensor([2**62 + 1, 1])
+    assert size_of_difference(*large).absolute == 1.0
 
 
 # Loops as people write them: what the command calls the cause.

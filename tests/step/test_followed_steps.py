@@ -146,7 +146,7 @@ def test_after_many_steps_that_all_differ_one_of_eight_is_remembered(tmp_path, f
     counts = []
     with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
         for epoch in range(3):
-            # In the second epoch the same batches in another order: it follows those that are remembered.
+            # The second epoch has the same batches in another order: it follows those remembered.
             for x in recording.steps(batches[::-1] if epoch == 1 else batches):
                 recording.log(loss=descend(optimizer, model(x).pow(2).mean()))
             counts.append(len(followed) - sum(counts))

@@ -171,9 +171,13 @@ def distance(one: Tensor, two: Tensor) -> int | None:
     """
     if not (one.is_floating_point() and one.numel()) or bool((one.isnan() | two.isnan()).any()):
         return None
-    places = _in_order(one), _in_order(two)
-    # Numbers of other sign are up to 2**64 units apart, which only unsigned integers hold.
-    high, low = (pick(*places).numpy().view(np.uint64) for pick in (torch.maximum, torch.minimum))
+    return _furthest(_in_order(one), _in_order(two))
+
+
+def _furthest(one: Tensor, two: Tensor) -> int:
+    """Return the largest difference between the elements of two tensors of int64 on the CPU."""
+    # Numbers of different signs are up to 2**64 apart, which only unsigned integers hold.
+    high, low = (pick(one, two).numpy().view(np.uint64) for pick in (torch.maximum, torch.minimum))
     return int((high - low).max())
 
 
@@ -195,16 +199,19 @@ def size_of_difference(one: Tensor, two: Tensor) -> Size:
     units = distance(one, two)
     if (units is not None and units <= READABLE) or one.dtype == torch.bool or not one.numel():
         return Size(units)
-    differs = as_integers(one) != as_integers(two)
-    differs = differs.any(-1) if one.is_complex() else differs
-    wide = torch.complex128 if one.is_complex() else torch.float64
-    # Converted first: not every torch picks elements of the smallest floats.
-    a, b = (tensor.detach().to(wide)[differs] for tensor in (one, two))
-    if not bool((torch.isfinite(a) & torch.isfinite(b)).all()):
-        return Size(units)
-    absolute = float((a - b).abs().max())
-    if not math.isfinite(absolute):
-        return Size(units)
+    if one.is_floating_point() or one.is_complex():
+        differs = as_integers(one) != as_integers(two)
+        differs = differs.any(-1) if one.is_complex() else differs
+        wide = torch.complex128 if one.is_complex() else torch.float64
+        # Converted first: not every torch picks elements of the smallest floats.
+        a, b = (tensor.detach().to(wide)[differs] for tensor in (one, two))
+        if not bool((torch.isfinite(a) & torch.isfinite(b)).all()):
+            return Size(units)
+        absolute = float((a - b).abs().max())
+        if not math.isfinite(absolute):
+            return Size(units)
+    else:  # float64 has not all whole numbers
+        absolute = float(_furthest(one.detach().cpu().long(), two.detach().cpu().long()))
     largest = max(_largest(tensor.detach()) for tensor in (one, two))
     return Size(units, absolute, absolute / largest if largest else None)
 
