@@ -18,7 +18,7 @@ from decimal import Decimal
 from enum import Enum
 from fractions import Fraction
 from pathlib import PurePath
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType, ModuleType, SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from everystep.program.memory import copy_into
 from everystep.step.state import OWN, copy_of, same_bits
 
 __all__ = [
@@ -206,7 +207,7 @@ class _Capturing:
         if isinstance(value, Dataset) and "." in place:
             self.objects[place] = f"{_sizes(value)} {_path_of(type(value))}"
             return {"left": type(value).__name__}
-        is_left = is_code(value) or isinstance(value, _LEFT_ALONE) or not hasattr(value, "__dict__")
+        is_left = is_code(value) or isinstance(value, _LEFT_ALONE) or _holds_more(value)
         if is_left or is_aside(value):
             return self._left(value)
         # A dataclass is made again from its attributes; other classes need the user's code.
@@ -299,6 +300,9 @@ class _Capturing:
 
     def _array(self, value: Any, place: str) -> dict[str, Any]:
         kind = "scalar" if isinstance(value, np.generic) else "array"
+        # A class of arrays may hold more, such as a mask, or compute in its own way.
+        if kind == "array" and type(value) not in (np.ndarray, np.memmap):
+            return self._left(value)
         array = np.array(value, order="C")
         if array.dtype.str in _AS_TENSORS:
             return {kind: self._kept(torch.from_numpy(array), place)}
@@ -326,8 +330,11 @@ def _of_constant(value: Any) -> dict[str, Any] | None:
         return {"complex": [value.real, value.imag]}
     if type(value) is bytes:
         return {"bytes": value.hex()}
-    if isinstance(value, Enum) and is_plain_value(value.value):
-        return {"enum": value.value, "class": _path_of(type(value))}
+    if isinstance(value, Enum):
+        # Several flags together may have no name; other members may have values that JSON cannot hold.
+        by_value = is_plain_value(value.value)
+        held = {"enum": value.value} if by_value else {"member": value.name}
+        return held | {"class": _path_of(type(value))}
     return None
 
 
@@ -389,6 +396,25 @@ def is_code(value: Any) -> bool:
     if isinstance(value, ModuleType):
         return True
     return callable(value) and type(value).__module__.partition(".")[0] in _WITH_CODE
+
+
+class _Plain:
+    """Its objects hold attributes alone."""
+
+
+class _PlainNamespace(SimpleNamespace):
+    """The same of a class that CPython itself defines."""
+
+
+def _holds_more(value: Any) -> bool:
+    """Return whether an object holds anything besides its attributes, which `vars` returns.
+
+    That is in slots, or in what a class that is not written in Python has: `class Count(int)`.
+    """
+    if not hasattr(value, "__dict__"):
+        return True
+    kind, plain = type(value), _PlainNamespace if isinstance(value, SimpleNamespace) else _Plain
+    return kind.__basicsize__ > plain.__basicsize__ or bool(kind.__itemsize__)
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -474,6 +500,8 @@ class _Restoring:
             return bytes.fromhex(content)
         if kind == "enum":
             return _class_of(node["class"], there, Enum, place)(content)
+        if kind == "member":
+            return _class_of(node["class"], there, Enum, place)[content]
         if kind == "tensor":
             if content not in self._shared:
                 found = self._tensor(self._tensors[content], self._free(there), node)
@@ -535,7 +563,8 @@ class _Restoring:
         strides = node.get("strides")
         if fits and _strides(there) == strides:
             with torch.no_grad():
-                return there.copy_(saved)  # type: ignore[no-any-return]
+                copy_into(there, saved)
+            return there  # type: ignore[no-any-return]
         # Tensors with the shape of a parameter are on its device; a count of steps stays on the CPU.
         like = next((p for p in self._parameters.values() if p.shape == saved.shape), None)
         device = saved.device if like is None or saved.ndim == 0 else like.device
