@@ -5,6 +5,15 @@ code: where a value can be filled in, in place. A node is plain data, or a dict 
 its content and details.
 """
 
+# Nodes of some values, of the part `state`:
+#   5, "text", None, nan                 themselves
+#   (1, 2)                               {"tuple": [1, 2]}
+#   torch.ones(3)                        {"tensor": "own/state.best"}, and the numbers by this name
+#   {"lr": 0.1, weight: m}               {"dict": [["lr", 0.1], [{"parameter": "0.weight"}, {...}]]}
+#   Meter(count=3)                       {"object": {"count": 3}, "class": "script:Meter"}
+#   an object that was met before        {"same": "state.first"}
+#   a function                           {"left": "function"}: it stays as the user's code makes it
+
 from __future__ import annotations
 
 import dataclasses
@@ -204,6 +213,7 @@ class _Capturing:
             return self._collection(kind, value, place)
         if isinstance(value, torch.optim.Optimizer) and value.state and not self._names:
             self.unkept.add(type(value).__name__)  # its state is by parameters, which have no names here
+        # Its rows are not written, but a replay buffer that has grown must not pass for the first one.
         if isinstance(value, Dataset) and "." in place:
             self.objects[place] = f"{_sizes(value)} {_path_of(type(value))}"
             return {"left": type(value).__name__}
@@ -256,6 +266,7 @@ class _Capturing:
             return {"parameter": self._names[value]}
         known = self._known.get(id(value))
         node: dict[str, Any] = {"tensor": self._kept(value, place) if known is None else known}
+        # A copy lies row after row, but a kernel may sum a transposed tensor in another order.
         if (strides := _strides(value)) is not None:
             node["strides"] = strides
         if has_graph(value):
@@ -270,6 +281,7 @@ class _Capturing:
             if not all(map(self._is_key, dict.keys(value))):
                 return self._left(value)
             items = enumerate([*dict.items(value)])  # another thread may change it
+            # By number: a key may be any value, and several have the same text, such as 1 and "1".
             node[kind] = [[self._key(k), self.encoded(v, f"{place}.{i}")] for i, (k, v) in items]
         else:
             inner = _items(kind, value)
@@ -312,6 +324,7 @@ class _Capturing:
         held = torch.from_numpy(np.frombuffer(array.tobytes(), np.uint8).copy())
         return {kind: self._kept(held, place), "dtype": array.dtype.str, "shape": [*array.shape]}
 
+    # Some optimizers have dicts by parameter, or by its id, which is another one in each process.
     def _is_key(self, key: Any) -> bool:
         is_known = isinstance(key, Tensor) and key in self._names
         return is_known or is_plain_value(key) or (type(key) is tuple and all(map(is_plain_value, key)))
@@ -340,6 +353,7 @@ def _of_constant(value: Any) -> dict[str, Any] | None:
 
 def _strides(tensor: Tensor) -> list[int] | None:
     """Return the strides of a tensor that fills its memory in another order than row after row."""
+    # Such as channels_last: sorted by stride, its dimensions are those of a contiguous tensor.
     order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
     is_other = not tensor.is_contiguous() and tensor.permute(order).is_contiguous()
     return [*tensor.stride()] if is_other else None
@@ -424,27 +438,23 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def has_graph(tensor: Tensor) -> bool:
-    """Return whether autograd knows how a tensor was computed.
-
-    It refuses to look at a view that was made without it, of a tensor that was later changed with it.
-    """
+    """Return whether autograd knows how a tensor was computed."""
     try:
         return tensor.requires_grad and not tensor.is_leaf
+    # Of a view that was made under no_grad, of a tensor that was later changed with gradients.
     except RuntimeError:
         return True
 
 
 def is_aside(value: Any) -> bool:
-    """Return whether no step depends on what a value holds, or the run has it in another way.
-
-    Such as the recording that a trainer has; or a loader: the place in the batches is recorded.
-    """
+    """Return whether no step depends on what a value holds, or the run has it in another way."""
+    # Even one of everystep, which is GradientDescent.
     if isinstance(value, (nn.Module, torch.optim.Optimizer)):
         return False
     package, _, module = type(value).__module__.partition(".")
     if package in _SHOWING or module in ("arrow_dataset", "utils.tensorboard.writer"):
         return True
-    # A wrapper of torch's loader copies the loader's attributes.
+    # The place in the batches is recorded. A wrapper of torch's loader copies the loader's attributes.
     of_loader = {"dataset", "sampler", "batch_sampler"}
     wraps = hasattr(type(value), "__iter__") and of_loader <= getattr(value, "__dict__", {}).keys()
     return wraps or isinstance(value, DataLoader)
@@ -452,6 +462,7 @@ def is_aside(value: Any) -> bool:
 
 def _sizes(data: Dataset[Any]) -> str:
     """Return what shows that a data set has changed, as a replay buffer does, without reading it."""
+    # Of a buffer, e.g. its write position, and the length of its list of transitions.
     own = vars(data).items()
     numbers = {name: value for name, value in own if type(value) is int}
     return str(numbers | {name: len(v) for name, v in own if isinstance(v, list | dict | set | deque)})
@@ -490,6 +501,7 @@ class _Restoring:
         return found
 
     def _decoded(self, kind: str, content: Any, node: Mapping[str, Any], there: Any, place: str) -> Any:
+        # The place is missing where only the user's code could make the object.
         if kind == "same":
             return self._made.get(content, there)
         if kind == "parameter":
@@ -525,6 +537,7 @@ class _Restoring:
 
     def _free(self, there: Any) -> Any:
         """Take a live object; return None if another value was restored in it."""
+        # Two attributes may be one object at first, `first = second = best`, and two objects later.
         if id(there) in self._taken:
             return None
         self._taken[id(there)] = there
@@ -605,6 +618,7 @@ class _Restoring:
                 self.decoded(each, old, f"{place}.{i}")
                 for i, (each, old) in enumerate(zip(node[kind], before, strict=False))
             ]
+            # Those never change, so nothing can be filled in.
             if kind in ("tuple", "frozenset"):
                 found = base.__new__(wanted, items)
             else:
@@ -626,6 +640,7 @@ class _Restoring:
                 found.default_factory = _FACTORIES[factory]
         base.clear(found)
         make = found.default_factory if isinstance(found, defaultdict) else None
+        # In the order of the snapshot, since code may iterate over a dict.
         for index, (key, each) in enumerate(node["dict"]):
             name = self._key(key)
             old = before.get(name)

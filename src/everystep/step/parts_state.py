@@ -95,6 +95,7 @@ class PartsState:
                         tensors |= now.tensors
                 held[name] = {"attributes": attributes}
             elif isinstance(part, torch.optim.Optimizer):
+                # In torch's format, too, in which a run shows settings, and a fork changes them.
                 held[name] = {"optimizer": optimizer_settings(part, names)}
                 if _keeps_more(part):
                     found = self._noted(name, encoded(part, name, live, names))
@@ -132,11 +133,13 @@ class PartsState:
             if name not in parts.apart
             for path, tensor in state_dict_of(module).items()
         }
+        # What a state_dict has is kept once; a gradient has the same path as its parameter.
         others = {
             name: copy_of(tensor)
             for name, tensor in live.items()
             if name.partition("/")[2] not in parameters or not name.startswith(("parameter/", "buffer/"))
         }
+        # A loop may freeze and unfreeze layers on its way, and a resumed one must train the same.
         frozen = [n for p, n in parts.parameter_names().items() if not p.requires_grad]
         settings = {"step": step, "names": [*live], "held": held, "frozen": frozen}
         settings["shared"] = _shared(live)
@@ -171,12 +174,11 @@ class PartsState:
             )
 
     def _noted(self, part: str, found: Encoded) -> Encoded:
-        """Note what could not be restored: what cannot be written, and objects that came later.
-
-        A resumed loop makes the objects that there were at first, and only its code makes the others.
-        """
+        """Note what could not be restored: what cannot be written, and objects that came later."""
         first = self._objects_at_first.setdefault(part, found.objects)
+        # A resumed loop makes the objects that there were at first, and only its code makes the others.
         later = {path for place, path in found.objects.items() if first.get(place) != path}
+        # e.g. "script:Trainer.Meter" -> "Trainer.Meter"
         self.lost[part] |= found.unkept | {path.rpartition(":")[2] for path in later}
         return found
 
@@ -229,6 +231,7 @@ class PartsState:
             for parameter, name in parts.parameter_names().items():
                 if not has_graph(parameter):
                     parameter.requires_grad_(name not in frozen)
+        # After all that may run code of the user's, which may draw: the factory of a defaultdict.
         state.generators.restore(parts.device)
         if only is None:
             self._check_restored(state)
@@ -246,7 +249,7 @@ class PartsState:
             place, _, own = path.rpartition(".")
             if first != self._buffers_at_first.get(name) or name not in saved:
                 continue  # `_fill` names it
-            if name in live:
+            if name in live:  # the same tensor with another shape, since other code may hold it
                 live[name].data = saved[name].to(live[name].device, copy=True)
             elif place in modules:
                 value, is_in = saved[name].to(parts.device, copy=True), path in state.parameters
@@ -270,7 +273,7 @@ class PartsState:
             own_class, known = type(part).__qualname__, held["optimizer"]["class"]
             if own_class != known:
                 raise ValueError(f"it is {own_class}, but the snapshot has {known}")
-            if "own" in held:
+            if "own" in held:  # all its attributes, its param groups and its state among them
                 decoded(part, name, saved, {"object": held["own"]}, names)
                 return
             own = "" if len(parts.optimizers) == 1 else f"{name}."
@@ -301,14 +304,11 @@ class PartsState:
             if (path, attribute) in wanted or known is None or not known.is_same(each):
                 there, place = vars(modules[path]).get(attribute), _place(part, path, attribute)
                 value = decoded(there, place, {**saved, **each.tensors}, each.data, names, shared)
+                # Not by `setattr`: that of a module registers tensors, and a user's may do anything.
                 object.__setattr__(modules[path], attribute, value)
 
     def _attributes(self, part: str, live: Mapping[str, Tensor]) -> dict[tuple[str, str], Encoded]:
-        """Return the attributes of a module and of all within it, by path and name.
-
-        Of torch's modules, plain ones. Others may also be collections, tensors, arrays and generators,
-        and objects of these; one that several modules have, such as a configuration, is found once.
-        """
+        """Return the attributes of a module and of all within it, by path and name."""
         found, names, seen = {}, self.parts.parameter_names(), set[int]()
         parts = {id(each) for each in self.parts.named.values()}
         for path, inner in self.parts.modules[part].named_modules():
@@ -316,6 +316,7 @@ class PartsState:
             for name, value in vars(inner).items():
                 if is_plain_value(value):
                     found[path, name] = Encoded(value)
+                # An object that several modules have, such as a configuration, is found once.
                 elif not is_torchs and name not in _OF_MODULES and id(value) not in seen:
                     place = _place(part, path, name)
                     each = encoded(value, place, live, names, parts, "attribute")
@@ -386,6 +387,7 @@ def _differing(now: Any, saved: Any, place: str) -> Iterator[str]:
 
 def _by_name(key: str, content: Any) -> dict[str, Any] | None:
     """Return the attributes of an object, or the values of a dict, by name; None of all else."""
+    # e.g. [["lr", 0.1], [{"tuple": [1, 2]}, 5]] -> {"lr": 0.1, "[1, 2]": 5}
     if key == "dict" and isinstance(content, list):
         return {str(*k.values() if isinstance(k, dict) else [k]): each for k, each in content}
     return content if key in ("object", "attributes", "own") and isinstance(content, dict) else None
@@ -437,6 +439,7 @@ def _shared(live: Mapping[str, Tensor]) -> dict[str, Any]:
 
     That is the largest on this memory. The place is in bytes, from where that one begins.
     """
+    # e.g. {"part/state.row": ("buffer/table", 24, (1,))}
     on: dict[int, list[str]] = {}
     for name, tensor in live.items():
         if tensor.numel() and not name.startswith("gradient/"):
@@ -452,11 +455,9 @@ def _shared(live: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _overlapping(live: Mapping[str, Tensor], names: list[str]) -> list[list[str]]:
-    """Return tensors of the same memory, apart where no other one reaches.
-
-    Rows of a batch are tensors of their own, and so are numbers of all parameters that an optimizer has
-    computed together, and parameters that were set from one vector.
-    """
+    """Return tensors of the same memory, apart where no other one reaches."""
+    # Rows of a batch are tensors of their own, and so are numbers of all parameters that an optimizer
+    # has computed together, and parameters that were set from one vector.
     found, end = list[list[str]](), 0
     for name in sorted(names, key=lambda name: live[name].data_ptr()):
         tensor, begin = live[name], live[name].data_ptr()
@@ -526,14 +527,14 @@ def _other_gradient(name: str, tensor: Tensor, saved: Mapping[str, Tensor]) -> T
 
 
 def _set_gradient(tensor: Tensor, gradient: Tensor | None) -> None:
-    """Set a pending gradient; in its memory if it has some, which may be a part of a buffer of all."""
+    """Set a pending gradient."""
     there = tensor.grad
     if there is gradient is None:
         return
     is_dense = there is not None and there.layout is torch.strided
     if there is None or gradient is None or not is_dense or there.dtype is not gradient.dtype:
         tensor.grad = None if gradient is None else gradient.to(tensor.device, copy=True)
-    else:
+    else:  # in its memory, which may be a part of one buffer for all gradients
         with torch.no_grad():
             copy_into(there, gradient)
 
