@@ -158,6 +158,7 @@ class _StandIns:
         # In place of a follower, which needs modules, and hooks of torch.
         following: Any = SimpleNamespace(where=(), watch=None, place=lambda is_zeroing: place)
         watch = Cursor(KnownPaths(), self._device, following, OutsideTensors())
+        # The tensors that it is given are the state of this watch, which has no batch.
         watch.begin(given, Versions.of(given))
         with watch:
             made = optimizer.step(settings)
@@ -194,6 +195,7 @@ def _spliced(
     for place, (path, watch) in watched.items():
         built, outer = build_path(path, watch.numbers), program.operations[place]
         part, known = built.program, {*outer.reads()}  # tensors that have their names in the part
+        # From names of the part to those of the program around it; new ones must be free in that.
         names = {tensor: name for name, tensor in part.ends.items()}
         names |= {name: name for name in part.tensors if name in known}
         memory = {part.tensors[n].storage: tensors[name].storage for n, name in names.items()}

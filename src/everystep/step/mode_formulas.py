@@ -46,6 +46,7 @@ def _matmul(one: Tensor, other: Tensor) -> Any:
         single = one if one.shape[0] == 1 else other
         if single.shape[0] == 1 and not single.requires_grad and _is_changed_by_us(single):
             count = one.shape[0] * other.shape[0]
+            # The one matrix is repeated for a product of batches, as without a mode.
             left, right = (
                 each.expand(count, *each.shape[1:]).reshape(count, *each.shape[1:])
                 for each in (one, other)
@@ -79,6 +80,7 @@ def _eigvals(matrix: Tensor) -> Any:
 def _equal(one: Tensor, other: Tensor) -> bool:
     with torch._C._DisableTorchDispatch():
         found = torch.equal(one, other)  # of one memory, NaN counts as equal; raises of other dtypes
+    # For the watch alone, which notes that Python reads this number.
     if one.shape == other.shape:
         bool(torch.eq(one, other).all())
     return found
