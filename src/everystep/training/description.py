@@ -151,6 +151,7 @@ def modules_of(
         settings=settings | hooks_of(module),
         is_torchs=is_torchs_module(module),
     )
+    # Not those that it is within, which would have no end; one that is in two places is shown twice.
     found, around = {path: own}, around | {id(module)}
     for name, inner in module._modules.items():
         if inner is not None and id(inner) not in around:
@@ -161,8 +162,9 @@ def modules_of(
 def facts_of_loop(parts: Parts) -> TrainingFacts:
     """Return the facts of a user's loop before it begins."""
     modules = {} if parts.main else {"": ModuleFacts(class_name="ModuleDict")}
-    for name in sorted(parts.modules, key=lambda name: name != parts.main):
+    for name in sorted(parts.modules, key=lambda name: name != parts.main):  # the model first
         modules |= modules_of(parts.modules[name], parts.prefix(name).rstrip("."))
+    # "#0" is of an optimizer, and in no module.
     parameters = {p for p, name in parts.parameter_names().items() if "#" not in name}
     return TrainingFacts(
         seed=None,
@@ -193,6 +195,7 @@ def _own_tensors(module: nn.Module) -> dict[str, str | None]:
 
 def optimizer_facts(optimizer: torch.optim.Optimizer) -> OptimizerFacts:
     """Return the facts of an optimizer, without what a scheduler does to its lr."""
+    # A scheduler sets `lr` as it is made, and keeps what the user gave as `initial_lr`.
     groups = [
         {k: _plain(v) for k, v in group.items() if k not in ("params", "initial_lr")}
         | ({"lr": _plain(group["initial_lr"])} if "initial_lr" in group else {})
@@ -227,6 +230,7 @@ def _loss_facts(loss: Any) -> LossFacts:
 
 def _settings(thing: Any) -> dict[str, Any]:
     """Return the public attributes of an object that are numbers, strings or the like."""
+    # Without the class of the object, which may answer anything.
     try:
         held = thing.keywords if type(thing) is partial else object.__getattribute__(thing, "__dict__")
     except AttributeError:  # it has slots
@@ -253,6 +257,7 @@ def _plain(value: Any) -> Any:
         return f"{type(value).__name__} of shape {tuple(value.shape)}"
     if isinstance(value, Tensor):
         number = value.item()
+        # 0.1 of float32 is 0.1 to a reader, and not 0.10000000149011612.
         return float(str(np.float32(number))) if value.dtype == torch.float32 else number
     if isinstance(value, np.generic | np.ndarray):
         return value.item()
@@ -284,6 +289,7 @@ def _checked_config(config: Any) -> dict[str, Any]:
     if not isinstance(plain, dict):
         kind = type(config).__name__
         raise UsageError(f"config is a {kind}; pass a dict, a dataclass or an argparse.Namespace")
+    # A reader refuses a larger one.
     if (size := len(json.dumps(plain))) > LARGEST_CONFIG:
         raise UsageError(f"config has {size:,} bytes as JSON; a run holds at most {LARGEST_CONFIG:,}")
     return plain

@@ -65,6 +65,7 @@ def objects_job(objects: Objects, iteration: Iteration, device: torch.device, pr
     data = _read(objects, seed, progress)
     rows = length_of(objects.data) if data is None else len(data.x)
     numbers = None if data is None else data.numbers
+    # `numbers`: which rows of the data these are, where others are kept out for validation.
     batches = Batches(rows, iteration.batch_size, seed, iteration.drop_last, numbers=numbers)
     if data is None:
         kind = type(objects.data).__name__
@@ -131,6 +132,7 @@ def job_of(
         training=training,
         steps=steps,
         facts=describe(training, data, source, iteration, every if evaluation else None),
+        # To be stored: a run opens on any machine.
         data=None if data is None else data.to(torch.device("cpu")),
         evaluation=evaluation,
         engine=iteration.engine,
@@ -175,6 +177,7 @@ def _tensors(pair: Any) -> tuple[Tensor, Tensor]:
 
 def _device(objects: Objects, name: str | None) -> torch.device:
     """Return the device to train on, the model moved there if it was asked for."""
+    # The user's own placement counts: a model is moved only where `device` asks for it.
     parameter = next(objects.model.parameters(), None)
     here = parameter.device if parameter is not None else torch.device("cpu")
     if here.type == "meta":
@@ -193,6 +196,7 @@ def _device(objects: Objects, name: str | None) -> torch.device:
     return device
 
 
+# e.g. "TwoLayer" -> "two-layer", of which the runs are two-layer-1, two-layer-2, ...
 def _snake(name: str) -> str:
     words = "".join(f"-{c.lower()}" if c.isupper() else c for c in name)
     return words.strip("-").replace("_", "-") or "run"

@@ -79,6 +79,7 @@ class Training:
         A gradient is among them only where no step drops it: of a parameter that the optimizer does not
         have, or of an optimizer that zeroes gradients in its own way.
         """
+        # torch's zero_grad drops them before the backward pass, so no step depends on them.
         found = self.parts.state()
         if has_own_zero_grad(self.optimizer):
             return found
@@ -128,6 +129,7 @@ class Training:
         _check_loss_value(loss)
         with torch._C._DisableTorchDispatch():  # not an operation of the step
             value = loss.detach().clone()  # it may be a view of what the update changes
+        # The watch notes where in the step that is: the update may write into the memory of the loss.
         log(loss)
         enter("zero_grad")
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -141,6 +143,7 @@ class Training:
         if self.shares is not None:
             self.shares.exchange(number, parameters)
         enter("update")
+        # After the exchange: the norm is that of the gradients of the whole batch.
         if self.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
         try:
@@ -178,6 +181,7 @@ def _fault_of(optimizer: torch.optim.Optimizer, error: Exception) -> ExperimentE
 
 def _check_loss_value(loss: Any) -> None:
     """Check that a loss has returned one real number, which depends on a parameter."""
+    # Before the backward pass, which has messages of its own, without a cure.
     problem = None
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         problem = f"must return one number, not {_not_one_number(loss)}"

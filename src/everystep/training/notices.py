@@ -64,6 +64,7 @@ class Notices:
 
     def of_step(self, step: int, seen: AnyWatch) -> None:
         """Report what the recording of a step lacks."""
+        # The first few kinds: a loop of odd operations has a kind for each of them.
         for reason in seen.unseen:
             if reason not in self.unseen and len(self.unseen) < MOST_SAID:
                 self.unseen.add(reason)
@@ -93,6 +94,7 @@ class Notices:
         if built.evaluation is None:
             return
         count, first = built.evaluation
+        # The line of the loop that evaluates, not the one in a forward that it has called.
         line, of = built.program.line_of(first), len(built.program.operations)
         around = [] if line is None else [line, *line.callers]
         called = [each.place for each in around if not each.function.endswith("forward")]
