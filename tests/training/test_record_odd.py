@@ -422,6 +422,18 @@ def test_a_mode_may_be_entered_in_one_step_and_left_in_a_later_one(tmp_path):
     assert everystep.open(tmp_path / "run").verify(processes=1, progress=False).is_exact
 
 
+def test_all_that_no_program_holds_is_in_the_facts_and_some_of_it_is_reported(tmp_path, capsys):
+    own = torch.Generator()
+    with everystep.record(run=tmp_path / "run", model=nn.Linear(1, 1)) as recording:
+        for _ in recording.steps(range(2)):
+            torch.rand(1, generator=own), torch.randn(1, generator=own)
+            torch.randperm(3, generator=own), torch.randint(5, (2,), generator=own)
+    named = "aten.rand.generator", "aten.randn.generator", "aten.randperm.generator"
+    expected = [f"{each} takes a Generator" for each in (*named, "aten.randint.generator")]
+    assert [*recording.run.facts.training.loop.unseen] == sorted(expected)
+    assert capsys.readouterr().err.count("takes a Generator") == 3
+
+
 class Named(nn.Parameter):
     """A parameter of a class that leaves torch's functions as they are."""
 

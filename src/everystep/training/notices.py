@@ -64,10 +64,10 @@ class Notices:
 
     def of_step(self, step: int, seen: AnyWatch) -> None:
         """Report what the recording of a step lacks."""
-        # The first few kinds: a loop of odd operations has a kind for each of them.
         for reason in seen.unseen:
-            if reason not in self.unseen and len(self.unseen) < MOST_SAID:
-                self.unseen.add(reason)
+            is_new = reason not in self.unseen
+            self.unseen.add(reason)
+            if is_new and len(self.unseen) <= MOST_SAID:
                 self._once(
                     reason,
                     f"step {step}: {reason}; everystep keeps its results as numbers, and no view "
