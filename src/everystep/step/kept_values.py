@@ -27,7 +27,7 @@ from decimal import Decimal
 from enum import Enum
 from fractions import Fraction
 from pathlib import PurePath
-from types import MappingProxyType, ModuleType, SimpleNamespace
+from types import BuiltinFunctionType, FunctionType, MappingProxyType, ModuleType, SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -251,6 +251,9 @@ class _Capturing:
             self.objects[self._places[id(value)][0]] = kind.__name__
         if isinstance(value, _WITH_TEXTS):
             return {"left": kind.__name__, "text": repr(value)}
+        # A loop may exchange a function, such as its loss: a resumed one must not go back to the first.
+        if isinstance(value, FunctionType | BuiltinFunctionType):
+            return {"left": kind.__name__, "text": f"{value.__module__}.{value.__qualname__}"}
         if isinstance(value, nn.Module):
             is_known = all(id(each) in self._known for each in value.parameters())
         else:
