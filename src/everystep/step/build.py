@@ -174,6 +174,7 @@ class _Builder:
         on: dict[str, list[int]] = {name: [] for name in storages}
         moved = {spec.storage for name, spec in tensors.items() if name in self._moves}
         for name, spec in tensors.items():
+            # An input ends with its tensors, so in another path its size follows from theirs.
             if storages[spec.storage].kind == "input" and spec.storage not in moved:
                 on[spec.storage].append(self._number_of[name])
         return Origins(
@@ -351,6 +352,7 @@ class _Builder:
         found: set[int] = set()
         for place, operation in enumerate(operations):
             if operation.operator == READ:
+                # Not where an operation before it was left out that has written what it reads.
                 if left_out.isdisjoint(self._tensors[name].storage for name in operation.reads()):
                     found.add(place)
             elif place not in kept:

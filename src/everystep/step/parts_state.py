@@ -64,6 +64,7 @@ class PartsState:
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
         live = parts.state()
+        # Copies of the attributes, and shapes of the buffers: what differs from them is in a snapshot.
         self._at_first = {
             name: {place: each.copy() for place, each in self._attributes(name, live).items()}
             for name in parts.modules
@@ -359,6 +360,7 @@ class PartsState:
 
 def _keeps_more(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether an optimizer may keep more than settings, and tensors and numbers by parameter."""
+    # Such as LBFGS, which keeps lists of tensors.
     entries = (value for _, each in entries_of(optimizer) for value in each.values())
     is_usual = all(isinstance(value, Tensor | bool | int | float | str | None) for value in entries)
     return not is_usual or keeps_own_state(optimizer)
@@ -480,6 +482,7 @@ def _share(live: Mapping[str, Tensor], shared: Mapping[str, Any]) -> None:
             live[name].set_(live[name].clone())  # type: ignore[call-overload]
     for name, (largest, place, stride) in shared.items():
         tensor, whole = live.get(name), live.get(largest)
+        # The user's code has made most of them where they were, and other code may hold them.
         if tensor is None or whole is None or tensor.data_ptr() - whole.data_ptr() == place:
             continue
         begin = place + whole.storage_offset() * whole.itemsize
@@ -527,7 +530,6 @@ def _other_gradient(name: str, tensor: Tensor, saved: Mapping[str, Tensor]) -> T
 
 
 def _set_gradient(tensor: Tensor, gradient: Tensor | None) -> None:
-    """Set a pending gradient."""
     there = tensor.grad
     if there is gradient is None:
         return

@@ -142,7 +142,6 @@ class Path:
 
     @cached_property
     def _digests(self) -> tuple[bytes, bytes]:
-        """Return the form and the digest."""
         sizes: list[int] = []
         operations = []
         for each in self.operations:

@@ -389,6 +389,7 @@ class StandIn:
         """
         if not self._foresees(numbers, seen.numbers):
             return "a Python number in the step changes from step to step; compute it with tensors"
+        # The program has constants in their place.
         for storage, content in self._contents.items():
             now = seen.from_outside(storage)
             # An unchanged tensor has the same copy, which needs no comparison.
@@ -467,6 +468,7 @@ class StandIn:
         numbers = self._numbers.copy()
         for step in self._optimizer_steps:
             call = self._calls.of(step.optimizer)
+            # The user may have set a flag, or added a param group, since.
             if call is None or call.layout != step.layout:
                 raise NotReplaceableError("the optimizer runs another step than before")
             numbers[step.begin : step.end] = call.numbers

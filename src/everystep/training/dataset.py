@@ -40,6 +40,7 @@ __all__ = [
 _TEXT = "map each text or class to a number"
 #: Bytes that a Dataset may take as tensors, by default.
 DEFAULT_DATASET_LIMIT = 2_000_000_000
+#: Rows that are stacked at once, and reported as read.
 _ROWS_AT_ONCE = 256
 
 

@@ -132,6 +132,7 @@ def _shared(parts: Parts, device: torch.device, every: str | None = None) -> dic
     }
 
 
+# Once, since each is read from a file.
 @cache
 def _versions() -> dict[str, str]:
     return {package: version(package) for package in ("everystep", "torch", "numpy", "safetensors")}
@@ -161,6 +162,7 @@ def modules_of(
 
 def facts_of_loop(parts: Parts) -> TrainingFacts:
     """Return the facts of a user's loop before it begins."""
+    # Of several models, none is the whole: their names begin with those of the parts.
     modules = {} if parts.main else {"": ModuleFacts(class_name="ModuleDict")}
     for name in sorted(parts.modules, key=lambda name: name != parts.main):  # the model first
         modules |= modules_of(parts.modules[name], parts.prefix(name).rstrip("."))

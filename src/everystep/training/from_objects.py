@@ -150,6 +150,7 @@ def _read(objects: Objects, seed: int, progress: Progress) -> Data | None:
         pair = read_rows(objects.data, objects.dataset_limit, progress.reading)
     x, y = _tensors(pair)
     if isinstance(objects.validation, float):
+        # By the seed, so that a fork and a resume keep the same rows out.
         training, kept_out = split_rows(len(x), objects.validation, seed)
         held_out = x[kept_out], y[kept_out]
         return Data(x[training], y[training], held_out, numbering=Numbering(seed))

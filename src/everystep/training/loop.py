@@ -178,6 +178,7 @@ class _ModelWriter(RunWriter):
 
     def close_failed(self, error: BaseException) -> None:
         """Write what there is, and close the run."""
+        # Losses are still on the device.
         with suppress(Exception):  # the device or the disk may be what failed
             self.flush()
         super().close_failed(error)
@@ -203,6 +204,7 @@ class _ModelWriter(RunWriter):
         job, recorder = self.job, self.recorder
         for message in job.notices:
             self._notice(message)
+        # A fork was made with its beginning, and a run that is resumed has it.
         if self.step not in recorder.plan.kept:
             self._snapshot()
         if job.data is not None and job.origin.has_new_data:
@@ -288,6 +290,7 @@ class _ModelWriter(RunWriter):
         """Measure; a scheduler that follows the validation loss advances."""
         scheduler = self.job.training.scheduler
         follows = scheduler if isinstance(scheduler, ReduceLROnPlateau) else None
+        # Known code changes only what `measure` restores, and the rate, which is noted at each step.
         is_known = not evaluation.has_foreign_code and is_torchs_scheduler(follows)
         had_rule = stepper.has_rule
         with nullcontext() if is_known else stepper.foreign_code():

@@ -219,6 +219,7 @@ def _one_number(name: str, value: Any) -> float:
 @contextmanager
 def _evaluating(model: nn.Module, functions: Mapping[str, Any]) -> Iterator[None]:
     """Put a model into evaluation mode; restore it, and the buffers of the modules among functions."""
+    # Each module's own mode, since a user may have put some of them into evaluation mode for good.
     modes = [(module, module.training) for module in model.modules()]
     others = [function for function in functions.values() if isinstance(function, nn.Module)]
     buffers = [(buffer, buffer.clone()) for module in (model, *others) for buffer in module.buffers()]

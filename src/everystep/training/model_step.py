@@ -54,6 +54,7 @@ class Training:
         """What is carried from one step to the next: model, optimizer, and what else keeps something."""
         return training_parts(self)
 
+    # Once, as the training begins: it notes what modules hold at first.
     @cached_property
     def _whole(self) -> PartsState:
         return PartsState(self.parts)
@@ -167,7 +168,7 @@ def training_parts(trained: Training | Objects) -> Parts:
     named: dict[str, Any] = {"model": trained.model, "optimizer": trained.optimizer}
     if trained.scheduler is not None:
         named["scheduler"] = trained.scheduler
-    if isinstance(trained.loss, nn.Module):
+    if isinstance(trained.loss, nn.Module):  # a function keeps nothing
         named["loss"] = trained.loss
     return Parts(named, apart=("loss",))
 

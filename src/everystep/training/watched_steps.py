@@ -203,6 +203,7 @@ class WatchedSteps:
         if not self._is_still:
             self._versions = Versions.of(after)
             self._exposed = self._uncounted(after)
+        # A step that is not followed has a path to be written, which makes many objects.
         if isinstance(watch, Cursor) and not watch.is_followed:
             self._paths.pause.begin()
         try:
@@ -273,6 +274,7 @@ class WatchedSteps:
                 inputs[f"input/{name}"] = content if rows == 1 else content.view(rows, -1)
                 if cut is not None:
                     cuts[f"input/{name}"] = cut
+        # The program and its sizes, where no file has them; the content of equal ones is written once.
         inputs |= known.shared
         for draw, generator in watch.generators.items():
             # A replay has the generator as the last draw left it, in this step or one before.
