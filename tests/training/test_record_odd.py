@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tests.descent import as_alone, descend, looped, recorded_as_it_is
@@ -40,6 +41,17 @@ def test_what_a_run_cannot_hold_of_a_batch_is_said_in_its_place(batch, kind):
     run = looped(network(), given, lambda model, each: mean_square(model, each["pair"]))
     assert run.verify(processes=1, progress=False).is_exact
     assert run[2].batch.nested["odd"] == f"<Tensor of torch.{kind}>"
+
+
+def test_arrays_of_any_kind_may_be_in_a_batch():
+    long, masked = np.ones(2, np.longdouble), np.ma.array([1.0, 2.0], mask=[False, True])
+    arrays = {"big": np.array([1.5, 2.0], ">f4"), "one": np.array(3), "long": long, "masked": masked}
+    given = [arrays | {"pair": batches()[0]}] * 3
+    batch = looped(network(), given, lambda model, each: mean_square(model, each["pair"]))[2].batch
+    assert batch.tensors["big"].tolist() == [1.5, 2.0]
+    assert batch.tensors["one"].shape == ()
+    assert batch.nested["long"] == f"<ndarray of {long.dtype}>"
+    assert batch.nested["masked"] == "<MaskedArray of float64>"
 
 
 @pytest.mark.parametrize(

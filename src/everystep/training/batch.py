@@ -189,11 +189,18 @@ def _is_dense(part: Any) -> bool:
     if isinstance(part, Tensor):
         is_held = part.layout == torch.strided and not part.is_nested and part.dtype in _HELD
         return is_held and part.device.type != "meta" and not part._is_zerotensor()
-    return isinstance(part, np.ndarray) and part.dtype.kind in "biufc"
+    if not isinstance(part, np.ndarray) or isinstance(part, np.ma.MaskedArray):
+        return False
+    # Not the long floats of C, of which torch has none.
+    return part.dtype.kind in "biufc" and part.dtype.itemsize <= (16 if part.dtype.kind == "c" else 8)
 
 
 def _as_tensor(part: Tensor | np.ndarray[Any, Any]) -> Tensor:
-    return part if isinstance(part, Tensor) else torch.from_numpy(np.ascontiguousarray(part))
+    if isinstance(part, Tensor):
+        return part
+    # In the machine's order of bytes, as torch has it; a single number would get a dimension.
+    array = np.ascontiguousarray(part, part.dtype.newbyteorder("="))
+    return torch.from_numpy(array.reshape(part.shape))
 
 
 def _join(path: str, name: str) -> str:

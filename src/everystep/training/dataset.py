@@ -149,7 +149,7 @@ def _pair(dataset: Dataset[Any], row: int) -> tuple[Any, Any]:
 def _collated(pairs: list[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
     try:
         x, y = default_collate(pairs)  # of tensors, arrays and numbers: `_pair` has looked
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise DataError(f"the rows of the Dataset cannot be stacked: {error}") from None
     return x, y
 
@@ -266,10 +266,12 @@ def _unfit_tensor(value: Tensor, name: str) -> str | None:
 
 
 def _unfit_array(value: np.ndarray[Any, Any] | np.generic, name: str) -> str | None:
-    # Asked of torch, since it takes more dtypes in later versions.
+    if isinstance(value, np.ma.MaskedArray):
+        return f"a masked array; pass {name}.filled(0.0), or leave its masked rows out"
+    # Asked of torch, since it takes more dtypes in later versions; ValueError: the other order of bytes.
     try:
         torch.from_numpy(np.empty(0, value.dtype))
-    except TypeError:
+    except (TypeError, ValueError):
         if value.dtype.kind in "SU":
             return f"an array of text; {_TEXT}"
         return f"an array of {value.dtype}; torch has no such dtype; pass {name}.astype('float32')"

@@ -172,7 +172,14 @@ def _check_lazy(objects: Objects) -> None:
 
 def _tensors(pair: Any) -> tuple[Tensor, Tensor]:
     """Return x and y as tensors, the same objects if they already are; `Objects` has checked them."""
-    x, y = (torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in pair)
+
+    def as_tensor(part: Any) -> Tensor:
+        try:
+            return torch.from_numpy(part) if isinstance(part, np.ndarray) else part
+        except ValueError:  # it has strides that no tensor has, as `x[::-1]` does
+            return torch.from_numpy(part.copy())
+
+    x, y = map(as_tensor, pair)
     return x, y
 
 
