@@ -163,7 +163,7 @@ def is_plain(value: Any) -> bool:
 
 def kind_of(value: Any) -> type:
     """Return the class of a value, or `Unknown` if hashing the class may run user code."""
-    # `value in PLAIN_TYPES` hashes the class, which is a method of its metaclass.
+    # `value in PLAIN_TYPES` hashes the class, by a method of its metaclass.
     cls = type(value)
     own = type(cls)
     return cls if own is type or any(own is known for known in _METACLASSES) else Unknown

@@ -12,7 +12,7 @@ its content and details.
 #   {"lr": 0.1, weight: m}               {"dict": [["lr", 0.1], [{"parameter": "0.weight"}, {...}]]}
 #   Meter(count=3)                       {"object": {"count": 3}, "class": "script:Meter"}
 #   an object that was met before        {"same": "state.first"}
-#   a function                           {"left": "function"}: it stays as the user's code makes it
+#   a function, which stays as it is     {"left": "function", "text": "script.loss_of"}
 
 from __future__ import annotations
 

@@ -102,7 +102,6 @@ def train_step(
                 if iteration.steps is not None and iteration.steps < known:
                     steps = f"set more steps than {iteration.steps:,}"
                     raise UsageError(f"the run has {known:,} steps already; {steps}")
-                # Within the recording: the programs need its watch, and the state that it resumes.
                 take: Callable[..., dict[str, Any]] = partial(_run_step, step, recording)
                 if iteration.engine == "program":
                     what = 'run your step by programs (engine="program") with several processes'
