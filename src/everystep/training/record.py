@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -594,8 +595,9 @@ def _number(name: str, value: Any) -> float | Tensor:
                 f"log: {name} has shape {tuple(value.shape)}; log one number, such as its mean"
             )
         return value.item() if value.is_cpu else value.detach().reshape(()).clone()
-    with suppress(TypeError, ValueError):
-        if not isinstance(value, str):
+    with suppress(TypeError, ValueError, OverflowError):
+        # `float` reads texts, and takes the real part of NumPy's complex numbers.
+        if not isinstance(value, str | bytes | np.complexfloating):
             return float(value)
     raise UsageError(
         f"log: {name} is a {type(value).__name__}; log a number, or a tensor with one element"
