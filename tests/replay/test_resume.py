@@ -849,6 +849,7 @@ class Running:
 
     def __init__(self):
         self.count, self.mean = 0, torch.zeros(6)
+        self.kind, self.after = torch.float32, lambda x: x  # they stay as the model makes them
 
 
 class WithObject(nn.Module):
@@ -1227,6 +1228,15 @@ class Count(int):
     """A number that is in no attribute."""
 
 
+class Holding(nn.Module):
+    """A model with numbers that no run keeps."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.numbers = nn.Linear(6, 1), iter([1])
+        self.held = {"count": Count(3), "function": functional.relu}
+
+
 class Slotted:
     __slots__ = ("number",)
 
@@ -1244,6 +1254,16 @@ def test_what_an_object_holds_besides_its_attributes_is_named(value, tmp_path, c
         pass
     said = capfd.readouterr().err
     assert f"the part state has values of {type(value).__name__}, which a run cannot keep" in said
+
+
+def test_what_an_attribute_of_a_model_holds_and_no_run_keeps_is_named(tmp_path, capfd):
+    with everystep.record(run=tmp_path / "run", model=WithObject()):
+        pass
+    assert "cannot keep" not in capfd.readouterr().err
+    with everystep.record(run=tmp_path / "other", model=Holding()):
+        pass
+    said = capfd.readouterr().err
+    assert "the part model has values of Count, list_iterator, which a run cannot keep" in said
 
 
 @resumes(6)

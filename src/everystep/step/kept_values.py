@@ -95,14 +95,14 @@ class Encoded(NamedTuple):
 
     data: as JSON can hold it; tensors: those in it, live, by name; objects: the paths of the classes of
     objects that only the user's code makes, by place; unkept: the classes of what cannot be written;
-    is_whole: whether nothing was left out.
+    is_large: whether something was left out since it is too large.
     """
 
     data: Any
     tensors: Mapping[str, Tensor] = MappingProxyType({})
     objects: Mapping[str, str] = MappingProxyType({})
     unkept: frozenset[str] = frozenset()
-    is_whole: bool = True
+    is_large: bool = False
 
     def copy(self) -> Encoded:
         """Return it with copies of its tensors."""
@@ -144,7 +144,7 @@ def encoded(
     """
     walk = _Capturing(names, known, left_alone, limit)
     data = walk.encoded(value, place)
-    return Encoded(data, walk.tensors, walk.objects, frozenset(walk.unkept), not walk.has_left)
+    return Encoded(data, walk.tensors, walk.objects, frozenset(walk.unkept), walk.is_large)
 
 
 def decoded(
@@ -177,7 +177,7 @@ class _Capturing:
         self.unkept: set[str] = set()
         #: The paths of the classes of objects that only the user's code makes, by place.
         self.objects: dict[str, str] = {}
-        self.has_left = False
+        self.is_large = False
         self.tensors: dict[str, Tensor] = {}
         self._names = names
         self._known = {id(tensor): name for name, tensor in known.items()}
@@ -198,8 +198,10 @@ class _Capturing:
             return {"left": type(value).__name__}
         # It holds the value, since a new object may get the id of one that is gone.
         self._places[id(value)] = place, value
-        is_too_much = self._limit is not None and self._is_much(value)
-        if is_too_much or place.count(".") > _DEEPEST:
+        if self._limit is not None and self._is_much(value):
+            self.is_large = True
+            return self._left(value)
+        if place.count(".") > _DEEPEST:
             return self._left(value)
         if isinstance(value, Tensor):
             return self._tensor(value, place)
@@ -232,7 +234,7 @@ class _Capturing:
         if self._limit == "attribute":  # an object in it may lead to anything
             self._count += 1
             is_large = self._count > MOST_VALUES or self._bytes > MOST_BYTES
-            return self.has_left or len(self.objects) > MOST_OBJECTS or (bool(self.objects) and is_large)
+            return self.is_large or len(self.objects) > MOST_OBJECTS or (bool(self.objects) and is_large)
         if isinstance(value, Tensor | np.ndarray):
             return self._bytes > _MOST_SMALL_BYTES
         kind, items = _kind_of(value), [None]
@@ -246,7 +248,7 @@ class _Capturing:
 
     def _left(self, value: Any) -> dict[str, Any]:
         """Leave a value unchanged; note it if it may hold numbers."""
-        self.has_left, kind = True, type(value)
+        kind = type(value)
         if self._limit == "source":
             self.objects[self._places[id(value)][0]] = kind.__name__
         if isinstance(value, _WITH_TEXTS):
@@ -273,7 +275,8 @@ class _Capturing:
         if (strides := _strides(value)) is not None:
             node["strides"] = strides
         if has_graph(value):
-            self.unkept.add("Tensor with a graph")
+            # A module may have its last activations, which its next forward pass replaces.
+            self.unkept |= {"Tensor with a graph"} if self._limit is None else set()
         elif value.requires_grad:
             node["is_trained"] = True
         return node

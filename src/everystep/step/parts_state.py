@@ -63,6 +63,9 @@ class PartsState:
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
+        #: The classes of what no state holds, by part; and of the objects that there were at first.
+        self.lost: dict[str, set[str]] = {name: set() for name in parts.named}
+        self._objects_at_first: dict[str, Mapping[str, str]] = {}
         live = parts.state()
         # Copies of the attributes, and shapes of the buffers: what differs from them is in a snapshot.
         self._at_first = {
@@ -70,9 +73,6 @@ class PartsState:
             for name in parts.modules
         }
         self._buffers_at_first = _buffers(live)
-        #: The classes of what no state holds, by part; and of the objects that there were at first.
-        self.lost: dict[str, set[str]] = {name: set() for name in parts.named}
-        self._objects_at_first: dict[str, Mapping[str, str]] = {}
 
     def rest(self, live: Mapping[str, Tensor] | None = None) -> Rest:
         """Return what the parts hold besides the tensors of a state, and the random generators.
@@ -321,7 +321,10 @@ class PartsState:
                 elif not is_torchs and name not in _OF_MODULES and id(value) not in seen:
                     place = _place(part, path, name)
                     each = encoded(value, place, live, names, parts, "attribute")
-                    if each.is_whole:
+                    # What is large may be a trainer, or the data; the rest is kept as a whole, or named.
+                    if not each.is_large:
+                        self.lost[part] |= each.unkept
+                    if not (each.is_large or each.unkept or "left" in each.data):
                         found[path, name] = each
                         seen |= {id(value)} if each.objects else set()
         return found
