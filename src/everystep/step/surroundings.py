@@ -92,6 +92,7 @@ class Surroundings:
             note(module, where, guards)
         for name, tensor in self._state().items():
             guards.tensor(tensor, name.partition("/")[2], is_state=True)
+        # A program writes into memory, and so into all tensors that share it.
         guards.read("storages", "the sharing of memory between tensors", self._shared)
         torchs = OptimizerCalls().is_torchs
         for name, optimizer in self._optimizers.items():

@@ -120,6 +120,7 @@ class Job:
         batch = relabelled_rows(self._rows("rows can be relabelled"), targets, "the fork")
         assert self.data is not None
         y, training = batch.y, replace(self.training, batch=batch)
+        # Rows that are kept out for validation are not relabelled.
         evaluation = self.evaluation
         if evaluation is not None and self.data.validation is None:  # it measures on these rows
             evaluation = replace(evaluation, y=y)

@@ -125,6 +125,7 @@ class Notices:
         """Report that a condition marks a step, and may mark more."""
         self._once(f"marked {condition}", f"{condition} at step {step:,}; the run marks each such step")
 
+    # By kind, not by message: the message of a later step would differ by its number.
     def _once(self, kind: str, message: str) -> None:
         if kind not in self._said and not self.is_quiet:
             self._said.add(kind)
