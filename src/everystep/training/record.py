@@ -567,6 +567,8 @@ class Recording(Generic[R]):
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+#: `float` reads texts, and takes the real part of NumPy's complex numbers.
+_NO_NUMBERS = (str, bytes, np.complexfloating)
 #: The exit status of a process that SIGTERM ended.
 _TERMINATED = 128 + 15
 #: Recordings under way in this process.
@@ -596,8 +598,7 @@ def _number(name: str, value: Any) -> float | Tensor:
             )
         return value.item() if value.is_cpu else value.detach().reshape(()).clone()
     with suppress(TypeError, ValueError, OverflowError):
-        # `float` reads texts, and takes the real part of NumPy's complex numbers.
-        if not isinstance(value, str | bytes | np.complexfloating):
+        if not isinstance(value, _NO_NUMBERS):
             return float(value)
     raise UsageError(
         f"log: {name} is a {type(value).__name__}; log a number, or a tensor with one element"
