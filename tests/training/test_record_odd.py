@@ -70,6 +70,38 @@ def test_a_model_may_have_an_attribute_that_no_run_holds(attribute):
     assert looped(model, batches(), mean_square).verify(processes=1, progress=False).is_exact
 
 
+def within_itself():
+    """Return a list that has no end."""
+    found = []
+    found.append(found)
+    return found
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        lambda: torch.ones(2, dtype=torch.complex128),
+        lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+        lambda: np.longdouble(1) / 3,
+        within_itself,
+    ],
+    ids=["complex128", "quantized", "long double", "within itself"],
+)
+@pytest.mark.parametrize("is_early", [False, True])
+def test_a_model_of_yours_may_get_an_attribute_that_no_run_holds(value, is_early, tmp_path):
+    class Holding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.held = network(), value() if is_early else None
+
+        def forward(self, x):
+            self.held = value()
+            return self.inner(x)
+
+    run = looped(Holding(), batches(), mean_square, run=tmp_path / "run")
+    assert run.status == "finished" and run.verify(processes=1, progress=False).is_exact
+
+
 class Spectral(nn.Module):
     """A Fourier layer and a rotation of pairs, which read conjugates of a weight and of a result."""
 

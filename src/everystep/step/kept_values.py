@@ -35,11 +35,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from everystep.program.arguments import DTYPES
 from everystep.program.memory import copy_into
 from everystep.step.state import OWN, copy_of, same_bits
 
 __all__ = [
     "GENERATORS",
+    "HELD",
     "Encoded",
     "decoded",
     "encoded",
@@ -51,6 +53,8 @@ __all__ = [
     "is_written_alike",
 ]
 
+#: Dtypes that safetensors holds.
+HELD = {dtype for dtype in DTYPES.values() if dtype not in (torch.complex128, torch.complex32)}
 #: Random generators that parts may hold, or be.
 GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 #: Values that consist of others; one of a class derived from these is written with its class.
@@ -265,7 +269,7 @@ class _Capturing:
         return {"left": kind.__name__}
 
     def _tensor(self, value: Tensor, place: str) -> dict[str, Any]:
-        if not is_dense(value):
+        if not is_dense(value) or value.dtype not in HELD:
             return self._left(value)
         if value in self._names:
             return {"parameter": self._names[value]}

@@ -16,18 +16,15 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from everystep.errors import Fault, UsageError
-from everystep.program.arguments import DTYPES
 from everystep.program.operation import path_faults
 from everystep.step.follow import is_compiled, module_fault
-from everystep.step.kept_values import GENERATORS, has_graph, is_aside, is_code, is_dense
+from everystep.step.kept_values import GENERATORS, HELD, has_graph, is_aside, is_code, is_dense
 from everystep.step.own_state import entries_of, keeps_own_state, registered
 
 __all__ = ["Parts", "check_parts", "with_inner"]
 
 #: Maximum depth of the search for tensors in attributes, dicts and lists of a part.
 _DEPTH = 6
-#: Dtypes that safetensors holds.
-_HELD = {dtype for dtype in DTYPES.values() if dtype not in (torch.complex128, torch.complex32)}
 #: Attributes of torch's optimizers that steps do not depend on, or that have other names.
 _OF_OPTIMIZER = {"param_groups", "state", "defaults"}
 _WITH_TENSORS = (Tensor, nn.Module, dict)
@@ -329,7 +326,7 @@ def _problem(tensor: Tensor) -> str | None:
     if not is_dense(tensor):
         return "is sparse, nested or made of other tensors, and a run holds dense ones; use to_dense()"
     kind = str(tensor.dtype).removeprefix("torch.")
-    return None if tensor.dtype in _HELD else f"is {kind}, which a run cannot hold"
+    return None if tensor.dtype in HELD else f"is {kind}, which a run cannot hold"
 
 
 def _ids_of(names: Mapping[Tensor, str]) -> dict[int, str]:

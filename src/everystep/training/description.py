@@ -59,6 +59,8 @@ __all__ = ["describe", "facts_from", "facts_of_loop", "modules_of", "optimizer_f
 
 #: Maximum number of items of a list that is a setting; a longer one is data.
 _MOST_ITEMS = 100
+#: Collections within each other that are a setting.
+_DEEPEST = 10
 _HOOKS_OF_TENSORS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 #: What a scheduler counts, or holds besides its settings.
 _COUNTED = {
@@ -244,12 +246,12 @@ def _settings(thing: Any) -> dict[str, Any]:
     }
 
 
-def _is_simple(value: Any) -> bool:
+def _is_simple(value: Any, depth: int = _DEEPEST) -> bool:
     """Return whether a value is a number, a string or None, or a short collection of these."""
-    if type(value) in (list, tuple):
-        return len(value) <= _MOST_ITEMS and all(map(_is_simple, value))
-    if type(value) in (dict, Counter):
-        return len(value) <= _MOST_ITEMS and all(map(_is_simple, (*value, *value.values())))
+    if type(value) in (list, tuple, dict, Counter):
+        within = (*value, *value.values()) if isinstance(value, dict) else value
+        is_short = len(value) <= _MOST_ITEMS and depth > 0  # a list may be within itself
+        return is_short and all(_is_simple(item, depth - 1) for item in within)
     return value is None or type(value) in (bool, int, float, str) or isinstance(value, np.generic)
 
 
@@ -262,7 +264,8 @@ def _plain(value: Any) -> Any:
         # 0.1 of float32 is 0.1 to a reader, and not 0.10000000149011612.
         return float(str(np.float32(number))) if value.dtype == torch.float32 else number
     if isinstance(value, np.generic | np.ndarray):
-        return value.item()
+        item = value.item()
+        return str(item) if isinstance(item, np.generic) else item  # Python has no long floats
     if type(value) in (list, tuple) and len(value) <= _MOST_ITEMS:
         return [_plain(item) for item in value]
     if type(value) in (dict, Counter) and len(value) <= _MOST_ITEMS:
