@@ -605,7 +605,7 @@ class Cursor(UnderWay):
 
     def reads(self, tensor: Tensor) -> None:
         """Note that Python reads the numbers of a tensor from its memory."""
-        # Its own code reads tensors, too, but not while it watches: it is no mode in its own handler.
+        # Its own code reads tensors, too, but not while it watches: torch suspends it in its handler.
         depth = torch._C._len_torch_dispatch_stack()
         is_watching = any(torch._C._get_dispatch_stack_at(place) is self for place in range(depth))
         if not is_watching or self.is_paused:

@@ -249,7 +249,7 @@ class Follower:
         if not self._open:
             return
         path = self._open.pop()
-        # By identity: each path is one text, and a module that is no part has that of the one around it.
+        # By identity: each path is one text, and a module outside the parts has the path around it.
         if path is not (self._open[-1] if self._open else None):
             self._moved()
         watch = self.watch

@@ -105,7 +105,7 @@ def known_operator(func: Any) -> KnownOperator:
         is_read=text == READ,
         writes_list="foreach" in name and bool(writes(func)),
         may_gather=how == "pass" or name == "copy_" or name in PICKING | JOINING,
-        # An index may be a mask, of which the number of ones determines the shape.
+        # An index may be a mask: the number of its ones determines the shape.
         may_be_shaped=has_shape_of_values(func, [torch.bool]),
         reads_only_shape=uses_only_shape(text),
     )

@@ -191,7 +191,7 @@ def _is_dense(part: Any) -> bool:
         return is_held and part.device.type != "meta" and not part._is_zerotensor()
     if not isinstance(part, np.ndarray) or isinstance(part, np.ma.MaskedArray):
         return False
-    # Not the long floats of C, of which torch has none.
+    # Not the long floats of C: torch has none.
     return part.dtype.kind in "biufc" and part.dtype.itemsize <= (16 if part.dtype.kind == "c" else 8)
 
 

@@ -204,7 +204,7 @@ def _device(objects: Objects, name: str | None) -> torch.device:
     return device
 
 
-# e.g. "TwoLayer" -> "two-layer", of which the runs are two-layer-1, two-layer-2, ...
+# e.g. "TwoLayer" -> "two-layer", and its runs are two-layer-1, two-layer-2, ...
 def _snake(name: str) -> str:
     words = "".join(f"-{c.lower()}" if c.isupper() else c for c in name)
     return words.strip("-").replace("_", "-") or "run"

@@ -56,7 +56,7 @@ class Interrupt:
         # The outer one catches them.
         if isinstance(getattr(before[signal.SIGINT], "__self__", None), Interrupt):
             return self
-        # Not where Ctrl-C is ignored, as in a process in the background (SIG_IGN is no function).
+        # Not where Ctrl-C is ignored, as in a process in the background (SIG_IGN is not a function).
         if callable(before[signal.SIGINT]):
             self._before[signal.SIGINT] = before[signal.SIGINT]
         if before[signal.SIGTERM] is signal.SIG_DFL:

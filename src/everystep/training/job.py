@@ -79,7 +79,7 @@ class Job:
 
     def numbered_as(self, facts: TrainingFacts) -> Job:
         """Return the job with the rows of another training's data, with the same numbers."""
-        # Rows have the numbers of the file, of which some may have been dropped or kept out.
+        # Rows have the numbers of the file, where some may have been dropped or kept out.
         if isinstance(self.training.batch, RowsOf):
             numbers = facts.data.numbers()
             batches = self.training.batch.batches

@@ -160,7 +160,7 @@ class LoopStart:
         # Steps that not all ranks have are taken again, and none of them is kept of one rank alone.
         recorded = run.newest_step() if run.common_steps is None else run.common_steps
         problems: list[str] = []
-        # A damaged snapshot is no reason to lose the training: an older one serves as well.
+        # Where a snapshot is damaged, an older one serves as well.
         state = run.state_near(recorded, on_problem=problems.append)
         if state is None:
             reason = "; ".join(problems) or "the training ended before it wrote one"

@@ -123,7 +123,7 @@ def _kind_of(loss: Any, target: Tensor) -> tuple[TargetKind | None, Callable[[Te
     if target.dtype == torch.int64:
         return "classes", lambda output: output
     if target.is_floating_point() and target.ndim <= 2 and len(target) > 1:
-        # In double, since e to the 89 is no float32; on the CPU, since mps has no double.
+        # In double, since e to the 89 overflows float32; on the CPU, since mps has no double.
         if name in _OF_RATES and _predicts_logs(loss):
             return "values", lambda output: output.cpu().double().exp()
         if name is None or name in _OF_VALUES | _OF_RATES:

@@ -330,7 +330,7 @@ class WatchedSteps:
 
         They show between which steps something wrote where torch does not see it.
         """
-        if step & (step - 1):  # it is no power of 2
+        if step & (step - 1):  # not a power of 2
             return {}
         kept = {name: tensor for name, tensor in state.items() if not name.startswith("gradient/")}
         seconds = sum(tensor.nbytes for tensor in kept.values()) / DIGESTED_A_SECOND
