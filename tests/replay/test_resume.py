@@ -696,6 +696,10 @@ class Stage(enum.Enum):
     WARM, MAIN = "warm", "main"
 
 
+class Corner(enum.Enum):
+    NEAR, FAR = (0, 0), (1, 1)
+
+
 class Transition(NamedTuple):
     number: int
     state: torch.Tensor
@@ -755,7 +759,8 @@ def as_text(value):
         return f"{sorted(value)}"
     if isinstance(value, Entry):
         return as_text(dict(sorted(vars(value).items())))
-    return f"{value!r} {Stage(value.value) is value}" if isinstance(value, enum.Enum) else repr(value)
+    is_member = isinstance(value, enum.Enum) and type(value)(value.value) is value
+    return f"{value!r} {is_member}"
 
 
 def with_state(kept):
@@ -771,6 +776,7 @@ def with_state(kept):
             "settings": Settings(), "named": Attributes(number=0), "pairs": set(), "gap": 0j, "raw": b"",
             "wide": np.zeros(2, complex), "text": np.array(["a"]), "turned": None, "latent": [],
             "first": default, "second": default, "by_key": defaultdict(list), "by_pair": {},
+            "corner": Corner.NEAR, "repeated": torch.zeros(1).expand(3),
         }  # fmt: skip
         pairs, place = state["pairs"], {"last": torch.zeros(6)}
         with record(model=model, optimizer=optimizer, state=state, place=place) as recording:
@@ -781,6 +787,8 @@ def with_state(kept):
                 place["last"] = x[0].clone()
                 state["memory"].append(Transition(number, place["last"]))
                 state["stage"] = Stage.MAIN if number > 5 else Stage.WARM
+                state["corner"] = Corner.FAR if number > 5 else Corner.NEAR
+                state["repeated"] = torch.full((1,), float(number)).expand(3)
                 state["entries"].append(Entry(number, x.clone() if number % 2 else None))
                 state["settings"] = Settings(number)
                 state["named"]["number"] += 1
@@ -807,7 +815,7 @@ def test_what_parts_hold_besides_tensors_is_as_in_an_uninterrupted_loop(dying):
     weight = with_state(whole)(lambda **parts: everystep.record(run="runs/whole", **parts))
     assert torch.equal(weight, by_loop(with_state(resumed), (13, 18)))
     assert resumed == whole
-    assert Stage.WARM.value == "warm"
+    assert (Stage.WARM.value, Corner.NEAR.value) == ("warm", (0, 0))
     assert_same_run(everystep.open("whole"), everystep.open("killed"))
 
 
@@ -841,6 +849,7 @@ class Running:
 
     def __init__(self):
         self.count, self.mean = 0, torch.zeros(6)
+        self.kind, self.after = torch.float32, lambda x: x  # they stay as the model makes them
 
 
 class WithObject(nn.Module):
@@ -1189,12 +1198,14 @@ def test_what_only_the_code_of_a_loop_can_make_is_named(dying, capfd):
         model = nn.Linear(6, 1)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
         state = {"averages": [], "range": range(0), "iterator": iter([]), "kind": np.dtype("f4")}
+        state["loss"] = functional.mse_loss
         with record(model=model, optimizer=optimizer, state=state) as recording:
             for x, y in recording.steps(DataLoader(tensors(), batch_size=1)):
                 made = {
                     "averages": lambda: [*state["averages"], Average()],
                     "range": lambda: range(state["range"].stop + 1),
                     "iterator": lambda: iter([1, 2]),
+                    "loss": lambda: functional.l1_loss,
                 }
                 state[key] = made[key]()
                 recording.log(loss=descend(optimizer, functional.mse_loss(model(x), y)))
@@ -1202,6 +1213,7 @@ def test_what_only_the_code_of_a_loop_can_make_is_named(dying, capfd):
     for key, message in (
         ("averages", r"a Average, which only your code can make: make it before everystep\.record"),
         ("range", r"state\.range: cannot be made again as after step \d+; keep numbers, texts"),
+        ("loss", r"state\.loss: cannot be made again as after step \d+; keep numbers, texts"),
     ):
         with pytest.raises(RunError, match=message):
             by_loop(lambda record, key=key: body(record, key), (13,), f"runs/{key}")
@@ -1210,6 +1222,48 @@ def test_what_only_the_code_of_a_loop_can_make_is_named(dying, capfd):
     by_loop(lambda record: body(record, "iterator"), (13,), "runs/iterator")
     said = capfd.readouterr().err
     assert "the part state has values of list_iterator, which a run cannot keep" in said
+
+
+class Count(int):
+    """A number that is in no attribute."""
+
+
+class Holding(nn.Module):
+    """A model with numbers that no run keeps."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.numbers = nn.Linear(6, 1), iter([1])
+        self.held = {"count": Count(3), "function": functional.relu}
+
+
+class Slotted:
+    __slots__ = ("number",)
+
+
+class WithSlot(Slotted):
+    """An object with attributes, and one in a slot."""
+
+
+@pytest.mark.parametrize(
+    "value", [Count(3), type("Own", (Random,), {})(3), WithSlot(), np.ma.array([1.0, 2.0])]
+)
+def test_what_an_object_holds_besides_its_attributes_is_named(value, tmp_path, capfd):
+    """A part would lose it in a resumed loop without a word."""
+    with everystep.record(run=tmp_path / "run", model=nn.Linear(6, 1), state={"value": value}):
+        pass
+    said = capfd.readouterr().err
+    assert f"the part state has values of {type(value).__name__}, which a run cannot keep" in said
+
+
+def test_what_an_attribute_of_a_model_holds_and_no_run_keeps_is_named(tmp_path, capfd):
+    with everystep.record(run=tmp_path / "run", model=WithObject()):
+        pass
+    assert "cannot keep" not in capfd.readouterr().err
+    with everystep.record(run=tmp_path / "other", model=Holding()):
+        pass
+    said = capfd.readouterr().err
+    assert "the part model has values of Count, list_iterator, which a run cannot keep" in said
 
 
 @resumes(6)

@@ -296,7 +296,7 @@ def test_calls_at_the_wrong_time_say_what_to_do(made):
         with pytest.raises(everystep.UsageError, match="another recording is in progress"):
             everystep.record(model=model).__enter__()
         with recording.step(batch):
-            for wrong in (torch.zeros(2), "text", None):
+            for wrong in (torch.zeros(2), "text", None, b"1", np.complex64(1j), 10**400):
                 with pytest.raises(everystep.UsageError, match="log: loss"):
                     recording.log(loss=wrong)
             with pytest.raises(everystep.UsageError, match="one loop at a time"):

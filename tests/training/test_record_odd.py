@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tests.descent import as_alone, descend, looped, recorded_as_it_is
@@ -42,6 +43,17 @@ def test_what_a_run_cannot_hold_of_a_batch_is_said_in_its_place(batch, kind):
     assert run[2].batch.nested["odd"] == f"<Tensor of torch.{kind}>"
 
 
+def test_arrays_of_any_kind_may_be_in_a_batch():
+    long, masked = np.ones(2, np.longdouble), np.ma.array([1.0, 2.0], mask=[False, True])
+    arrays = {"big": np.array([1.5, 2.0], ">f4"), "one": np.array(3), "long": long, "masked": masked}
+    given = [arrays | {"pair": batches()[0]}] * 3
+    batch = looped(network(), given, lambda model, each: mean_square(model, each["pair"]))[2].batch
+    assert batch.tensors["big"].tolist() == [1.5, 2.0]
+    assert batch.tensors["one"].shape == ()
+    assert batch.nested["long"] == f"<ndarray of {long.dtype}>"
+    assert batch.nested["masked"] == "<MaskedArray of float64>"
+
+
 @pytest.mark.parametrize(
     "attribute",
     [
@@ -56,6 +68,38 @@ def test_a_model_may_have_an_attribute_that_no_run_holds(attribute):
     model = network()
     model.attribute, model.listed = attribute(), [attribute()]
     assert looped(model, batches(), mean_square).verify(processes=1, progress=False).is_exact
+
+
+def within_itself():
+    """Return a list that has no end."""
+    found = []
+    found.append(found)
+    return found
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        lambda: torch.ones(2, dtype=torch.complex128),
+        lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+        lambda: np.longdouble(1) / 3,
+        within_itself,
+    ],
+    ids=["complex128", "quantized", "long double", "within itself"],
+)
+@pytest.mark.parametrize("is_early", [False, True])
+def test_a_model_of_yours_may_get_an_attribute_that_no_run_holds(value, is_early, tmp_path):
+    class Holding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.held = network(), value() if is_early else None
+
+        def forward(self, x):
+            self.held = value()
+            return self.inner(x)
+
+    run = looped(Holding(), batches(), mean_square, run=tmp_path / "run")
+    assert run.status == "finished" and run.verify(processes=1, progress=False).is_exact
 
 
 class Spectral(nn.Module):
@@ -420,6 +464,18 @@ def test_a_mode_may_be_entered_in_one_step_and_left_in_a_later_one(tmp_path):
                 mode.__exit__(None, None, None)
     assert torch._C._len_torch_dispatch_stack() == 0
     assert everystep.open(tmp_path / "run").verify(processes=1, progress=False).is_exact
+
+
+def test_all_that_no_program_holds_is_in_the_facts_and_some_of_it_is_reported(tmp_path, capsys):
+    own = torch.Generator()
+    with everystep.record(run=tmp_path / "run", model=nn.Linear(1, 1)) as recording:
+        for _ in recording.steps(range(2)):
+            torch.rand(1, generator=own), torch.randn(1, generator=own)
+            torch.randperm(3, generator=own), torch.randint(5, (2,), generator=own)
+    named = "aten.rand.generator", "aten.randn.generator", "aten.randperm.generator"
+    expected = [f"{each} takes a Generator" for each in (*named, "aten.randint.generator")]
+    assert [*recording.run.facts.training.loop.unseen] == sorted(expected)
+    assert capsys.readouterr().err.count("takes a Generator") == 3
 
 
 class Named(nn.Parameter):

@@ -92,6 +92,8 @@ X, Y = torch.zeros(20, 4), torch.zeros(20, 2)
          "x must be a tensor with rows along the first dimension, not a list of 2", "a number"),
         ((np.array(["one", "two"]), Y), "not an array of text", "map each text or class to a number"),
         ((np.array([None, 1]), Y), "not an array of object", "astype('float32')"),
+        ((X.numpy().astype(">f4"), Y), "not an array of >f4", "astype('float32')"),
+        ((np.ma.array(X.numpy()), Y), "not a masked array", "pass x.filled(0.0)"),
         ((X, X[0, 0]), "y must be a tensor with rows along the first dimension, not a single number",
          ""),
         ((in_rows(X), Y), "not a sparse tensor", "pass x.to_dense()"),
@@ -129,6 +131,11 @@ def test_data_that_is_no_pair_of_tensors(small, data, what, cure):
 def test_rows_that_are_no_pair_of_tensors(small, row, what, cure):
     (fault,) = refused(small, data=Rows(lambda number: row))
     assert fault.startswith("row 0 of Rows") and what in fault and cure in fault
+
+
+def test_rows_that_torch_cannot_stack_are_refused(small):
+    (fault,) = refused(small, data=Rows(lambda number: (np.zeros(4)[::-1], 1)))
+    assert fault.startswith("the rows of the Dataset cannot be stacked: ") and "negative" in fault
 
 
 def test_a_row_that_is_wrong_further_on_is_named(small):

@@ -67,6 +67,7 @@ def _snapshot(run, step):
 def test_arrays_are_data(small):
     model, x, y = small
     assert len(train(model, (x.numpy(), y.numpy())).losses) == 5
+    assert len(train(model, (x.numpy()[::-1], y.numpy())).losses) == 5  # torch has no such strides
 
 
 def test_nan_is_recorded_said_once_and_training_goes_on(small, capfd):

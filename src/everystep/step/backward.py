@@ -80,6 +80,8 @@ def graph_of(outputs: Any, args: Any, kwargs: Any, since: int, known_handles: in
     gradients, retain, create, inputs = (*args, (), ())[:4]
     accumulates = kwargs.get("accumulate_grad", True)
     roots = [output.grad_fn if isinstance(output, Tensor) else None for output in outputs]
+    # With `create_graph`, the pass makes nodes of its own; since new handles, a hook may be anywhere;
+    # with `inputs`, only some of the leaves get gradients. A root without a node is a leaf itself.
     is_sure = not create and known_handles == handles() and not (accumulates and inputs)
     is_sure = is_sure and _top_hooks(True) is None and None not in roots
     number: dict[Any, int] = {None: -1}
@@ -88,6 +90,8 @@ def graph_of(outputs: Any, args: Any, kwargs: Any, since: int, known_handles: in
         if root not in number:
             number[root] = len(order)
             order.append(root)
+    # e.g. of (w * x).sum(): (SumBackward0, MulBackward0, AccumulateGrad), and the edges
+    # ((0,), ((1, 0),), ((2, 0), (-1, 0))): the roots, then where each node leads; -1 is nowhere.
     kinds: list[type] = []
     edges: list[Any] = [tuple([number[root] for root in roots])]
     leaves: list[Tensor] = []
@@ -103,6 +107,7 @@ def graph_of(outputs: Any, args: Any, kwargs: Any, since: int, known_handles: in
             is_torchs = kind.__module__ == "builtins" and kind.__name__ != _OF_EXTENSION
             known_kind = _kinds[kind] = is_torchs, kind.__name__ in _OTHER_KINDS | _OTHER_WITH_GRAPH
         is_own, may_be_other = known_kind
+        # A node from before the step has arguments that no comparison of this step has seen.
         if not is_own or node._sequence_nr() < since:
             is_sure = False
         is_other = is_other or (may_be_other and _has_other_bits(node, has_graph=bool(create)))
@@ -128,10 +133,9 @@ def _has_other_bits(node: Any, *, has_graph: bool) -> bool:
     """Return whether the formula of a node is another one under a dispatch mode, with other bits.
 
     has_graph: whether the gradients have one.
-
-    torch asks there whether a tensor is like one of a subclass (isTensorSubclassLike), as any is while a
-    mode is in force: prod, and the value that masked_fill fills with, take a way that works for those.
     """
+    # torch asks there whether a tensor is like one of a subclass (isTensorSubclassLike), as any is while
+    # a mode is in force: prod, and the value of masked_fill, take a way that works for those.
     kind = type(node).__name__
     if kind in _OTHER_WITH_GRAPH - _OTHER_KINDS:
         return has_graph
@@ -201,10 +205,8 @@ class BackwardPasses:
         return result
 
     def _begins(self, graph: Graph) -> bool:
-        """Note that a pass begins; return whether a path can hold it.
-
-        No gradient may be held while it runs, since autograd would not add to it in place.
-        """
+        """Note that a pass begins; return whether a path can hold it."""
+        # Held no longer than here: autograd adds in place only to a gradient that nobody else holds.
         before = [leaf.grad for leaf in graph.leaves]
         nones = tuple([gradient is None for gradient in before])
         started = [each for each in (*graph.given, *graph.leaves, *before) if each is not None]
@@ -280,6 +282,7 @@ def _can_jump(entry: Entry, end: Entry) -> bool:
     """Return whether everything between two points depends only on what was compared before."""
     at = end.parent
     while at is not None and at is not entry:
+        # Calls alone, without content from outside, random numbers, or shapes that depend on numbers.
         if at.key[0] != "call" or at.contents or at.draws > entry.draws or at.shaped:
             return False
         if any(known.moves is not None for known in at.new):

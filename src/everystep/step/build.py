@@ -84,6 +84,13 @@ def build_path(path: Path, numbers: Sequence[Any]) -> BuiltPath:
     return _Builder(path, numbers).built()
 
 
+# Storages are named after the state, the gradients and the loss, others after the operator that made
+# them; the tensor at the beginning of one has its name, and views have it with a number:
+#   0.weight, gradient/0.weight, loss    known names
+#   addmm, addmm_2                       results of two calls of one operator
+#   addmm~1                              a view of the first
+
+
 class _Builder:
     """Names all tensors, and omits operations without effect."""
 
@@ -142,6 +149,7 @@ class _Builder:
             ends=ends,
             gone=path.gone,
             moves=tuple(moves),
+            # Reads of numbers that a replay does not compute, and so cannot check.
             left_out=sum(map(self._is_read, left_out)) + path.read_unseen,
             read_batch=tuple(n for n in map(self._names.get, path.read_batch) if n in storages),
             lines=tuple(self._lines.lines),
@@ -166,6 +174,7 @@ class _Builder:
         on: dict[str, list[int]] = {name: [] for name in storages}
         moved = {spec.storage for name, spec in tensors.items() if name in self._moves}
         for name, spec in tensors.items():
+            # An input ends with its tensors, so in another path its size follows from theirs.
             if storages[spec.storage].kind == "input" and spec.storage not in moved:
                 on[spec.storage].append(self._number_of[name])
         return Origins(
@@ -204,6 +213,7 @@ class _Builder:
         count = self._taken[base]
         return base if count == 1 else f"{base}_{count}"
 
+    # A gradient that was pending before the step has this name already.
     def _unused(self, name: str) -> str:
         return f"{name} (new)" if name in self._tensors else name
 
@@ -309,6 +319,7 @@ class _Builder:
         Results that the step does not use are not kept, unless they are logged, or the model in training
         mode draws random numbers. wanted: what the step computes besides what it logs.
         """
+        # A module that runs with gradients is trained; where it runs without them, it is evaluated.
         forward = [(n, o) for n, o in enumerate(self._path.operations) if o.phase == "forward"]
         trained = {each.module for _, each in forward if each.has_gradients}
         within = [n for n, each in forward if not each.has_gradients and each.module in trained]
@@ -341,6 +352,7 @@ class _Builder:
         found: set[int] = set()
         for place, operation in enumerate(operations):
             if operation.operator == READ:
+                # Not where an operation before it was left out that has written what it reads.
                 if left_out.isdisjoint(self._tensors[name].storage for name in operation.reads()):
                     found.add(place)
             elif place not in kept:

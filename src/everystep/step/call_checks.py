@@ -84,6 +84,22 @@ def _is_plainly_equal(value: Any) -> bool:
     )
 
 
+# The source of `_check_of_shape("rf", "none", "one", False, False)`, such as of `mul(w, 0.5)`:
+#
+#   def check(R, P, N, fits, call, KW, MADE, before, after, v0, v1, args, kwargs):
+#       if len(args) != 2: return MISS
+#       a0, a1, = args
+#       count = len(N)
+#       if R[v0]() is not a0 or P[v0] != a0.data_ptr(): del N[count:]; return MISS
+#       if type(a1) is not float: del N[count:]; return MISS
+#       N.append(a1)
+#       if kwargs: del N[count:]; return MISS
+#       try: result = call(a0, a1)
+#       except BaseException: del N[count:]; raise
+#       K = MADE[0][1]; R[K] = ref(result); P[K] = result.data_ptr()
+#       return result
+#
+# R, P, N are `met`, `lies` and `numbers` of the step; v0, v1 stand for what an earlier step was given.
 @cache
 def _check_of_shape(codes: str, words: str, results: str, has_before: bool, has_after: bool) -> Any:
     """Return the function of all checks of one shape; what differs comes before the arguments.
@@ -153,10 +169,12 @@ def loose_tokens(
     func, tokens, made = call
     given = [known[token[1]] for token in leaf_tokens(tokens) if token[0] in MET]
     loose = _loosened(func, tokens, given[0].geometry)
+    # A view of a view that moves lies at another place with it, whatever its own integers are.
     if any(tensor.moves is not None for tensor in given):
         return loose
     if loose == tokens:
         return None
+    # An earlier step has cut the same shape here from another place: so this is a window that moves.
     lies = [known[number].geometry[:3] for _, number in made]
     if any(
         each.func is func
@@ -171,15 +189,15 @@ def loose_tokens(
 def _loosened(func: Any, tokens: tuple[Any, ...], geometry: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the tokens of a call, with any integers in place of those that place its result.
 
-    Not where the offset of the result does not show them, as in an expanded dimension.
-
     geometry: of the tensor that it is a view of.
     """
+    # e.g. of x[i:i+8]: (("r", 3), ("c", 0, ...), ("i",), ("i",))
     name, (_, _, stride, _) = func.overloadpacket.__name__, geometry
     places = _PLACING.get(name, ())
     if not places or len(tokens) < 2:  # torch omits arguments that have their defaults
         return tokens
     if name != "as_strided":
+        # In an expanded dimension, the offset of the result does not show the integers.
         dimension = tokens[1][1]  # perhaps of another call, on a tensor of more dimensions
         if not -len(stride) <= dimension < len(stride) or stride[dimension] == 0:
             return tokens

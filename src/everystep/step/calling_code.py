@@ -62,6 +62,11 @@ Calls = tuple[CallingLine, ...]
 _known: dict[Calls, Calls] = {}
 
 
+# From the operation outward, the frames of a loss in a user's loop, and what `_kind` makes of them:
+#   step/cursor.py                 other: everystep, which watches
+#   torch/nn/functional.py         other
+#   loop.py, line 12, in loss_of   user: the innermost call
+#   loop.py, line 30, in <module>  user: the last that counts
 @cache
 def _kind(file: str) -> str:
     """Return what code a file has: `user`, `backward`, `everystep`, `compiled`, or `other`."""
@@ -69,6 +74,7 @@ def _kind(file: str) -> str:
         return "backward" if file == _BACKWARD else "compiled"
     if file.startswith(_EVERYSTEP):
         return "other" if file.startswith(_WATCHING) else "everystep"
+    # Packages lie within the standard library's directory, and count as the user's code.
     is_packaged = any(name in file for name in _PACKAGES)
     if file.startswith(_TORCH) or (file.startswith(_LIBRARY) and not is_packaged):
         return "other"
@@ -175,6 +181,7 @@ def _shown(file: str) -> str:
     if f"{os.sep}ipykernel_" in file:
         return "<notebook cell>"
     path = Path(file)
+    # Without what differs from one machine to another.
     for name in _PACKAGES:
         if name in path.parts:
             return _printable(str(Path(*path.parts[path.parts.index(name) + 1 :])), LONGEST_FILE)
@@ -191,6 +198,7 @@ def _shown(file: str) -> str:
 def _digest(file: str) -> str | None:
     """Return the SHA-256 of a file as it was loaded, None if that is unknown."""
     try:
+        # It was changed since, perhaps after it was imported: its text may not be the code that runs.
         if Path(file).stat().st_mtime > _BEGAN:
             return None
         return hashlib.sha256(Path(file).read_bytes()).hexdigest()

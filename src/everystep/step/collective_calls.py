@@ -49,6 +49,7 @@ def how_collective(func: Any, is_ready: bool) -> str:
 
 def finished(result: Any) -> Any:
     """Wait for the end of calls to other ranks: their tensors are read next; return the result."""
+    # A call returns a handle of its work, or tensors and a handle; boxed, as torch's dispatcher has it.
     for each in result if isinstance(result, list | tuple) else [result]:
         if isinstance(each, torch.ScriptObject) and "Work" in str(each._type()):
             torch.distributed.Work.unbox(each).wait()
@@ -69,6 +70,7 @@ class CollectiveCall:
     def __init__(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         self._call = func, args, kwargs
         self.result: Any = None
+        # e.g. allreduce_([t], group, op, ...) -> everystep.all_reduce_([t], "sum", [0, 1])
         names = [argument.name for argument in func._schema.arguments]
         given = dict(zip(names, args, strict=False)) | kwargs
         name, translated = _TRANSLATED[func.overloadpacket.__name__]

@@ -85,6 +85,7 @@ class Cursor(UnderWay):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        # Until the first operation reads the batch, NumPy may change it. A view reads nothing.
         if self.unread_batch and known_operator(func).how != "pass":
             given = leaves([*args, *(kwargs or {}).values()])
             if any(id(t._base if t._is_view() else t) in self.unread_batch for t in given):
@@ -93,7 +94,7 @@ class Cursor(UnderWay):
         # A call that the path expects needs no questions about its kind: this runs at every call.
         is_new = expected is None or expected.func is not func
         if self.is_paused or (is_new and func.namespace in _NO_OPERATIONS):
-            result = func._op(*args, **(kwargs or {}))
+            result = func._op(*args, **(kwargs or {}))  # as `func`, without a call of Python's between
             # A replay does not repeat a pause, so what it changes is kept by content.
             if self.is_paused and (names := writes(func)):
                 self._note_aside(_written(func, names, args, kwargs or {}))
@@ -157,6 +158,7 @@ class Cursor(UnderWay):
     def _followed(self, at: Entry, func: Any, args: Any, kwargs: Any) -> Any:
         """Make a call that an earlier step has made here, too; return MISS if none has."""
         where, expected = self.follower.where, at.next
+        # First what came next in the step before, then all others that a step has done here.
         entry, others = expected, iter(at.children.values())
         while entry is not None:
             if entry.func is func and entry.where == where:
@@ -193,7 +195,8 @@ class Cursor(UnderWay):
         if any(not is_plain(tensor) or tensor.requires_grad for tensor in read):
             return False
         if copies:
-            # A write into data that the step has partly read changes an input, so it must be noted.
+            # So a loop puts rows into a replay buffer. A write into data that the step has partly read
+            # changes an input, so it must be noted.
             storage = read[0].untyped_storage()
             is_known = storage._cdata in self.tensors.parts or self.tensors.place(storage) is not None
             return not is_known and storage.nbytes() > read[0].numel() * read[0].itemsize
@@ -218,6 +221,7 @@ class Cursor(UnderWay):
 
     def _is_drawn(self, tensor: Tensor) -> bool:
         """Return whether the step has drawn a tensor at random, from nothing else."""
+        # Back to the entry that has met the tensor: the first after which the step had met so many.
         number, entry = self.tensors.number(tensor), self.at
         while number is not None and entry.parent is not None and number < entry.parent.met:
             entry = entry.parent
@@ -242,6 +246,7 @@ class Cursor(UnderWay):
 
     def _add_shapes(self, call: Entry, result: Any) -> None:
         """Go to the point after a call with results of a shape that the call does not determine."""
+        # Such as of `nonzero`: each shape is an entry of its own, after the one of the call.
         made = flattened(result)
         key = "shape", *map(geometry, made)
         if not self.goes_on(key, made):
@@ -283,6 +288,7 @@ class Cursor(UnderWay):
 
         keywords, writes: before; numbers, made: the results.
         """
+        # The memory of a result counts as written, also where the result is new.
         if not known.gives:
             return keywords, (), writes
         if known.makes_dtype and not any(name == "dtype" for name, _ in keywords):
@@ -305,6 +311,7 @@ class Cursor(UnderWay):
             if is_seen:
                 self._check(known, met, written)
         except UnseenError as error:
+            # Forget the numbers and the tensors of the arguments before the one that has no token.
             del self.numbers[count:]
             tensors.catch_up(at)
             # It computes nothing, so nothing is unseen; but later steps could not compare the call.
@@ -366,6 +373,7 @@ class Cursor(UnderWay):
             for _, number in places:
                 tensors.note_moving(number)
         entry = self.add(key, operation)
+        # Else an earlier step has made it, and only its check has failed this time.
         if entry.func is None:
             entry.func, entry.where, entry.shaped = func, self.follower.where, is_shaped
             entry.contents, entry.draws = contents, at.draws + known.draws
@@ -456,6 +464,7 @@ class Cursor(UnderWay):
         origins, met = self.tensors.origins_of(written), self.tensors.met
         for number in given:
             self.check_readable(number, origins)
+        # A part is an input of its own, so a replay would not see the write in the other parts.
         changed = [met[origin]() for origin in origins]
         if any(t is not None and t.untyped_storage()._cdata in self.tensors.parts for t in changed):
             raise UnseenError("changes memory that the step has read a part of")
@@ -496,6 +505,7 @@ class Cursor(UnderWay):
         """
         found, origins = [], self.tensors.origins_of(unread)
         for place, (kind, number, *_) in enumerate(given):
+            # Later steps bring theirs by these places, see `Entry.contents`.
             if kind in MET and self.is_unread(number, origins):
                 origin, tensor = self.tensors.known[number].origin, self.tensors.met[number]()
                 self.bring(origin, tensor)
@@ -529,6 +539,7 @@ class Cursor(UnderWay):
         self, func: Any, known: KnownOperator, args: tuple[Any, ...], keywords: Any, reason: str
     ) -> Any:
         """Run an operation that a program cannot hold; its results and changes become inputs."""
+        # A custom operator may write into arguments that its schema does not declare.
         before = [tensor for tensor in leaves([*args, *keywords.values()]) if is_plain(tensor)]
         versions = [(tensor, version_of(tensor)) for tensor in before]
         result = func(*args, **keywords)
@@ -594,9 +605,9 @@ class Cursor(UnderWay):
 
     def reads(self, tensor: Tensor) -> None:
         """Note that Python reads the numbers of a tensor from its memory."""
+        # Its own code reads tensors, too, but not while it watches: torch suspends it in its handler.
         depth = torch._C._len_torch_dispatch_stack()
         is_watching = any(torch._C._get_dispatch_stack_at(place) is self for place in range(depth))
-        # Its own code reads tensors, too, but not while it watches.
         if not is_watching or self.is_paused:
             return
         expected = self.at.next
@@ -633,6 +644,7 @@ def _written(func: Any, names: Collection[str], args: Any, keywords: Any) -> lis
 def _keep_from_compiler() -> None:
     """Keep torch.compile from compiling what watches its functions; it would take seconds."""
     compiler = torch._C._dynamo.eval_frame
+    # Not every torch has it; without it, the first call of a compiled function takes longer.
     if hasattr(compiler, "set_code_exec_strategy"):
         skip = compiler._FrameAction.SKIP
         strategy = compiler._FrameExecStrategy(skip, skip)  # the frame, and those that it calls

@@ -103,10 +103,12 @@ class Expander:
         stand_ins = _StandIns(self._interpreter, state, self._device)
         watched: dict[int, tuple[Path, Cursor]] = {}
         for place in self._places:
+            # Such as a rate that a tensor has, and that an operation of the step has changed.
             if not self._is_told[place]:
                 stand_ins.set(before(place, self._read[place]))
             watched[place] = stand_ins.take(self._interpreter.operation_with(place, own[place]))
         paths = [path for path, _ in watched.values()]
+        # Most steps of an optimizer make the same operations, and differ in numbers only.
         if self._last is None or self._last[0] != paths:
             self._last = paths, *_spliced(self._interpreter, watched, self._device)
         _, interpreter, parts = self._last
@@ -153,8 +155,10 @@ class _StandIns:
         settings = {key: decode(value, self._tensor) for key, value in operation.keywords.items()}
         optimizer = BoundOptimizer(OPTIMIZERS[operation.operator], *arguments)
         place = operation.phase, operation.module  # of all that it does
+        # In place of a follower, which needs modules, and hooks of torch.
         following: Any = SimpleNamespace(where=(), watch=None, place=lambda is_zeroing: place)
         watch = Cursor(KnownPaths(), self._device, following, OutsideTensors())
+        # The tensors that it is given are the state of this watch, which has no batch.
         watch.begin(given, Versions.of(given))
         with watch:
             made = optimizer.step(settings)
@@ -191,6 +195,7 @@ def _spliced(
     for place, (path, watch) in watched.items():
         built, outer = build_path(path, watch.numbers), program.operations[place]
         part, known = built.program, {*outer.reads()}  # tensors that have their names in the part
+        # From names of the part to those of the program around it; new ones must be free in that.
         names = {tensor: name for name, tensor in part.ends.items()}
         names |= {name: name for name in part.tensors if name in known}
         memory = {part.tensors[n].storage: tensors[name].storage for n, name in names.items()}

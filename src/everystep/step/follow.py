@@ -211,8 +211,9 @@ class Follower:
         if node is not None:
             return "backward", self._module_of(node._sequence_nr())
         module = self._open[-1] if self._open else None
-        if module is not None:
+        if module is not None:  # the path of the model itself is empty
             return "forward", module or None
+        # In a closure, an optimizer runs the user's forward and backward pass.
         if self._updating:
             name, file = self._updating[-1]
             if file is None or is_called_in(file):
@@ -248,16 +249,19 @@ class Follower:
         if not self._open:
             return
         path = self._open.pop()
+        # By identity: each path is one text, and a module outside the parts has the path around it.
         if path is not (self._open[-1] if self._open else None):
             self._moved()
         watch = self.watch
         is_seen = path and watch is not None and not watch.is_paused
+        # Within a backward pass, checkpointed modules run again: their output was noted in the forward.
         if is_seen and id(module) in self.modules and torch._C._current_autograd_node() is None:
             given = list(output.values()) if isinstance(output, dict) else output
             watch.module_done(path, [given] if type(given) is Tensor else leaves(given))
 
     def update_begins(self, optimizer: torch.optim.Optimizer, has_arguments: bool) -> None:
         """Note that an optimizer begins its step."""
+        # The file tells code of the optimizer from that of its closure, see `place`.
         step = inspect.unwrap(type(optimizer).step) if has_arguments else None
         file = getattr(getattr(step, "__code__", None), "co_filename", None)
         self._updating.append((self._optimizers.get(id(optimizer)), file))
@@ -304,6 +308,7 @@ def _update_begins(optimizer: torch.optim.Optimizer, args: Any, keywords: Any) -
             follower.update_begins(optimizer, bool(given))
         return None
 
+    # What the closure computes is then watched, and the step alone is one operation.
     def closure() -> Any:
         loss = given[0]()
         for follower in followers:
@@ -315,6 +320,7 @@ def _update_begins(optimizer: torch.optim.Optimizer, args: Any, keywords: Any) -
 
 def _watch() -> Any:
     """Return the innermost watch of this thread, None if it is in no step."""
+    # Between two steps of a loop, another training may run, with a follower of its own.
     watches = (each.watch for each in reversed(_followers.get(get_ident(), ())))
     return next((watch for watch in watches if watch is not None), None)
 
@@ -333,6 +339,7 @@ class _Replacement:
 
     def __init__(self) -> None:
         global _engine
+        # "Python" is the key of modes: a mark falls through it to the kernel below.
         library: Any = torch.library.Library("profiler", "IMPL")  # type: ignore[no-untyped-call]
         for name in _MARKS:
             library.impl(name, torch.library.fallthrough_kernel, "Python")
@@ -375,6 +382,7 @@ def _expose(tensor: Tensor) -> None:
 
 
 def _get_data(tensor: Tensor) -> Tensor:
+    # Within a step, the watch sees what is written through it.
     if _watch() is None:
         _expose(tensor)
     return _DATA.__get__(tensor)  # type: ignore[attr-defined,no-any-return]
@@ -387,6 +395,7 @@ def _noted(read: Callable[..., Any]) -> Callable[..., Any]:
     def noted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         if (watch := _watch()) is not None:
             watch.reads(tensor)
+        # everystep's own code writes into nothing that it reads.
         elif not str(sys._getframe(1).f_globals.get("__name__")).startswith("everystep."):
             _expose(tensor)
         return read(tensor, *args, **kwargs)

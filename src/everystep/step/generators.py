@@ -46,6 +46,7 @@ class Generators:
             RunError: `tensors` does not return such tensors.
         """
         with _as_recorded():
+            # Python keeps the second of two normal numbers that it draws together; empty if it has none.
             gauss = [float(each) for each in tensors["python.gauss"].tolist()]
             position, has_gauss = tensors["numpy.position"].tolist()
             keys = tensors["numpy"].numpy().astype(np.uint32)
@@ -145,6 +146,7 @@ def _python_state() -> Any:
 
 
 def _numpy_state() -> Any:
+    # The user may have set another bit generator, with other words (`np.random.set_bit_generator`).
     generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
     if type(generator) is not np.random.MT19937:
         return np.random.get_state()
@@ -156,11 +158,9 @@ _known: dict[int, tuple[Any, bytes, Any]] = {}
 
 
 def _read_again(place: int, read: Callable[[], Any], has_second: Callable[[Any], bool]) -> Any:
-    """Return the state of a generator, as a tuple that must not be changed.
-
-    Python makes a number of each of its 624 words, and NumPy copies them one by one, so it is read only
-    if they have changed, or if it keeps the second of two normal numbers, which is not among them.
-    """
+    """Return the state of a generator, as a tuple that must not be changed."""
+    # Python makes a number of each of its 624 words, and NumPy copies them one by one, so it is read
+    # only if they have changed, or if it keeps the second of two normal numbers, which is not in them.
     if (known := _known.get(place)) is None:
         known = (ctypes.c_char * _STATE_BYTES).from_address(place), b"", None
     words, then, state = known
@@ -181,6 +181,7 @@ def _python_place() -> int:
     head = object.__basicsize__
     if sys.implementation.name != "cpython" or generator.__sizeof__() < head + _STATE_BYTES:
         return 0
+    # The struct of `random.Random`: the head of an object, the position, then the words.
     place = id(generator) + head
     position, *words = np.frombuffer(ctypes.string_at(place, _STATE_BYTES), dtype=np.uint32).tolist()
     return place if (*words, position) == random.getstate()[1] else 0

@@ -70,6 +70,7 @@ class GradientCopies:
         """
         if self._updating:
             raise _unreadable(self._updating, _IN_TURN)
+        # Versions, not tensors: autograd adds in place only to a gradient that nobody else holds.
         before = {name: _version(tensor.grad) for name, tensor in self._parameters.items()}
         yield
         self._has_other_passes |= not accumulates
@@ -125,6 +126,7 @@ class GradientCopies:
 
 
 def _version(gradient: Tensor | None) -> tuple[int, int] | None:
+    # A pass adds in place, or exchanges the gradient.
     return None if gradient is None else (id(gradient), gradient._version)
 
 

@@ -89,6 +89,7 @@ class Guards:
         """
         for changes, known in self._known.items():
             for guard in known.values():
+                # Most reads return the same object again, which needs no look at its content.
                 now = guard.read()
                 found = None if now is guard.value else changes(guard, now)
                 if found is not None:
@@ -129,6 +130,7 @@ def _contents_change(guard: _Guard, now: Any) -> str | None:
 
 def _geometry_of(tensor: Tensor) -> tuple[Any, ...]:
     """Return all of a tensor but its numbers."""
+    # A sparse tensor raises where it is asked for its strides.
     is_strided = tensor.layout == torch.strided
     hooks = tensor._backward_hooks or tensor._post_accumulate_grad_hooks
     lies = (tensor.stride(), int(tensor.storage_offset())) if is_strided else ()
@@ -161,6 +163,7 @@ def is_plain(value: Any) -> bool:
 
 def kind_of(value: Any) -> type:
     """Return the class of a value, or `Unknown` if hashing the class may run user code."""
+    # `value in PLAIN_TYPES` hashes the class, by a method of its metaclass.
     cls = type(value)
     own = type(cls)
     return cls if own is type or any(own is known for known in _METACLASSES) else Unknown

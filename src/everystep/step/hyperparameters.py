@@ -67,8 +67,10 @@ def set_hyperparameter(groups: Groups, name: str, value: float) -> None:
 
 def _numbers(groups: Groups) -> Iterator[tuple[str, float, dict[str, Any], str, int | None]]:
     """Yield the name and value of each number, its group and key, and its place in a tuple or list."""
+    # e.g. ("lr[1]", 0.1, group, "lr", None), ("beta1", 0.9, group, "betas", 0)
     for index, group in enumerate(groups):
         for key, setting in [*group.items()]:
+            # A scheduler notes there with which rate it began.
             if key in ("params", "initial_lr"):
                 continue
             is_list = isinstance(setting, list | tuple)
@@ -80,6 +82,7 @@ def _numbers(groups: Groups) -> Iterator[tuple[str, float, dict[str, Any], str, 
 
 def _number(value: Any) -> float | None:
     """Return a setting of a param group as a number, None if it is absent or not a number."""
+    # Here, since commands that only read facts, which import this module, need no torch.
     from torch import Tensor
 
     if isinstance(value, dict):  # a number of NumPy's, in the data of a state
@@ -94,6 +97,7 @@ def _like(there: Any, value: float) -> Any:
 
     if isinstance(there, Tensor):
         return there.fill_(value)
+    # A bool is an int, too; all values are recorded as floats.
     if isinstance(there, bool):
         return bool(value)
     return int(value) if isinstance(there, int) and value == int(value) else value

@@ -5,6 +5,15 @@ code: where a value can be filled in, in place. A node is plain data, or a dict 
 its content and details.
 """
 
+# Nodes of some values, of the part `state`:
+#   5, "text", None, nan                 themselves
+#   (1, 2)                               {"tuple": [1, 2]}
+#   torch.ones(3)                        {"tensor": "own/state.best"}, and the numbers by this name
+#   {"lr": 0.1, weight: m}               {"dict": [["lr", 0.1], [{"parameter": "0.weight"}, {...}]]}
+#   Meter(count=3)                       {"object": {"count": 3}, "class": "script:Meter"}
+#   an object that was met before        {"same": "state.first"}
+#   a function, which stays as it is     {"left": "function", "text": "script.loss_of"}
+
 from __future__ import annotations
 
 import dataclasses
@@ -18,7 +27,7 @@ from decimal import Decimal
 from enum import Enum
 from fractions import Fraction
 from pathlib import PurePath
-from types import MappingProxyType, ModuleType
+from types import BuiltinFunctionType, FunctionType, MappingProxyType, ModuleType, SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -26,10 +35,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from everystep.program.arguments import DTYPES
+from everystep.program.memory import copy_into
 from everystep.step.state import OWN, copy_of, same_bits
 
 __all__ = [
     "GENERATORS",
+    "HELD",
     "Encoded",
     "decoded",
     "encoded",
@@ -41,6 +53,8 @@ __all__ = [
     "is_written_alike",
 ]
 
+#: Dtypes that safetensors holds.
+HELD = {dtype for dtype in DTYPES.values() if dtype not in (torch.complex128, torch.complex32)}
 #: Random generators that parts may hold, or be.
 GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 #: Values that consist of others; one of a class derived from these is written with its class.
@@ -85,14 +99,14 @@ class Encoded(NamedTuple):
 
     data: as JSON can hold it; tensors: those in it, live, by name; objects: the paths of the classes of
     objects that only the user's code makes, by place; unkept: the classes of what cannot be written;
-    is_whole: whether nothing was left out.
+    is_large: whether something was left out since it is too large.
     """
 
     data: Any
     tensors: Mapping[str, Tensor] = MappingProxyType({})
     objects: Mapping[str, str] = MappingProxyType({})
     unkept: frozenset[str] = frozenset()
-    is_whole: bool = True
+    is_large: bool = False
 
     def copy(self) -> Encoded:
         """Return it with copies of its tensors."""
@@ -134,7 +148,7 @@ def encoded(
     """
     walk = _Capturing(names, known, left_alone, limit)
     data = walk.encoded(value, place)
-    return Encoded(data, walk.tensors, walk.objects, frozenset(walk.unkept), not walk.has_left)
+    return Encoded(data, walk.tensors, walk.objects, frozenset(walk.unkept), walk.is_large)
 
 
 def decoded(
@@ -167,7 +181,7 @@ class _Capturing:
         self.unkept: set[str] = set()
         #: The paths of the classes of objects that only the user's code makes, by place.
         self.objects: dict[str, str] = {}
-        self.has_left = False
+        self.is_large = False
         self.tensors: dict[str, Tensor] = {}
         self._names = names
         self._known = {id(tensor): name for name, tensor in known.items()}
@@ -188,8 +202,10 @@ class _Capturing:
             return {"left": type(value).__name__}
         # It holds the value, since a new object may get the id of one that is gone.
         self._places[id(value)] = place, value
-        is_too_much = self._limit is not None and self._is_much(value)
-        if is_too_much or place.count(".") > _DEEPEST:
+        if self._limit is not None and self._is_much(value):
+            self.is_large = True
+            return self._left(value)
+        if place.count(".") > _DEEPEST:
             return self._left(value)
         if isinstance(value, Tensor):
             return self._tensor(value, place)
@@ -203,10 +219,11 @@ class _Capturing:
             return self._collection(kind, value, place)
         if isinstance(value, torch.optim.Optimizer) and value.state and not self._names:
             self.unkept.add(type(value).__name__)  # its state is by parameters, which have no names here
+        # Its rows are not written, but a replay buffer that has grown must not pass for the first one.
         if isinstance(value, Dataset) and "." in place:
             self.objects[place] = f"{_sizes(value)} {_path_of(type(value))}"
             return {"left": type(value).__name__}
-        is_left = is_code(value) or isinstance(value, _LEFT_ALONE) or not hasattr(value, "__dict__")
+        is_left = is_code(value) or isinstance(value, _LEFT_ALONE) or _holds_more(value)
         if is_left or is_aside(value):
             return self._left(value)
         # A dataclass is made again from its attributes; other classes need the user's code.
@@ -221,7 +238,7 @@ class _Capturing:
         if self._limit == "attribute":  # an object in it may lead to anything
             self._count += 1
             is_large = self._count > MOST_VALUES or self._bytes > MOST_BYTES
-            return self.has_left or len(self.objects) > MOST_OBJECTS or (bool(self.objects) and is_large)
+            return self.is_large or len(self.objects) > MOST_OBJECTS or (bool(self.objects) and is_large)
         if isinstance(value, Tensor | np.ndarray):
             return self._bytes > _MOST_SMALL_BYTES
         kind, items = _kind_of(value), [None]
@@ -235,11 +252,14 @@ class _Capturing:
 
     def _left(self, value: Any) -> dict[str, Any]:
         """Leave a value unchanged; note it if it may hold numbers."""
-        self.has_left, kind = True, type(value)
+        kind = type(value)
         if self._limit == "source":
             self.objects[self._places[id(value)][0]] = kind.__name__
         if isinstance(value, _WITH_TEXTS):
             return {"left": kind.__name__, "text": repr(value)}
+        # A loop may exchange a function, such as its loss: a resumed one must not go back to the first.
+        if isinstance(value, FunctionType | BuiltinFunctionType):
+            return {"left": kind.__name__, "text": f"{value.__module__}.{value.__qualname__}"}
         if isinstance(value, nn.Module):
             is_known = all(id(each) in self._known for each in value.parameters())
         else:
@@ -249,16 +269,18 @@ class _Capturing:
         return {"left": kind.__name__}
 
     def _tensor(self, value: Tensor, place: str) -> dict[str, Any]:
-        if not is_dense(value):
+        if not is_dense(value) or value.dtype not in HELD:
             return self._left(value)
         if value in self._names:
             return {"parameter": self._names[value]}
         known = self._known.get(id(value))
         node: dict[str, Any] = {"tensor": self._kept(value, place) if known is None else known}
+        # A copy lies row after row, but a kernel may sum a transposed tensor in another order.
         if (strides := _strides(value)) is not None:
             node["strides"] = strides
         if has_graph(value):
-            self.unkept.add("Tensor with a graph")
+            # A module may have its last activations, which its next forward pass replaces.
+            self.unkept |= {"Tensor with a graph"} if self._limit is None else set()
         elif value.requires_grad:
             node["is_trained"] = True
         return node
@@ -269,6 +291,7 @@ class _Capturing:
             if not all(map(self._is_key, dict.keys(value))):
                 return self._left(value)
             items = enumerate([*dict.items(value)])  # another thread may change it
+            # By number: a key may be any value, and several have the same text, such as 1 and "1".
             node[kind] = [[self._key(k), self.encoded(v, f"{place}.{i}")] for i, (k, v) in items]
         else:
             inner = _items(kind, value)
@@ -299,6 +322,9 @@ class _Capturing:
 
     def _array(self, value: Any, place: str) -> dict[str, Any]:
         kind = "scalar" if isinstance(value, np.generic) else "array"
+        # A class of arrays may hold more, such as a mask, or compute in its own way.
+        if kind == "array" and type(value) not in (np.ndarray, np.memmap):
+            return self._left(value)
         array = np.array(value, order="C")
         if array.dtype.str in _AS_TENSORS:
             return {kind: self._kept(torch.from_numpy(array), place)}
@@ -308,6 +334,7 @@ class _Capturing:
         held = torch.from_numpy(np.frombuffer(array.tobytes(), np.uint8).copy())
         return {kind: self._kept(held, place), "dtype": array.dtype.str, "shape": [*array.shape]}
 
+    # Some optimizers have dicts by parameter, or by its id, which is another one in each process.
     def _is_key(self, key: Any) -> bool:
         is_known = isinstance(key, Tensor) and key in self._names
         return is_known or is_plain_value(key) or (type(key) is tuple and all(map(is_plain_value, key)))
@@ -326,13 +353,17 @@ def _of_constant(value: Any) -> dict[str, Any] | None:
         return {"complex": [value.real, value.imag]}
     if type(value) is bytes:
         return {"bytes": value.hex()}
-    if isinstance(value, Enum) and is_plain_value(value.value):
-        return {"enum": value.value, "class": _path_of(type(value))}
+    if isinstance(value, Enum):
+        # Several flags together may have no name; other members may have values that JSON cannot hold.
+        by_value = is_plain_value(value.value)
+        held = {"enum": value.value} if by_value else {"member": value.name}
+        return held | {"class": _path_of(type(value))}
     return None
 
 
 def _strides(tensor: Tensor) -> list[int] | None:
     """Return the strides of a tensor that fills its memory in another order than row after row."""
+    # Such as channels_last: sorted by stride, its dimensions are those of a contiguous tensor.
     order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
     is_other = not tensor.is_contiguous() and tensor.permute(order).is_contiguous()
     return [*tensor.stride()] if is_other else None
@@ -391,6 +422,25 @@ def is_code(value: Any) -> bool:
     return callable(value) and type(value).__module__.partition(".")[0] in _WITH_CODE
 
 
+class _Plain:
+    """Its objects hold attributes alone."""
+
+
+class _PlainNamespace(SimpleNamespace):
+    """The same of a class that CPython itself defines."""
+
+
+def _holds_more(value: Any) -> bool:
+    """Return whether an object holds anything besides its attributes, which `vars` returns.
+
+    That is in slots, or in what a class that is not written in Python has: `class Count(int)`.
+    """
+    if not hasattr(value, "__dict__"):
+        return True
+    kind, plain = type(value), _PlainNamespace if isinstance(value, SimpleNamespace) else _Plain
+    return kind.__basicsize__ > plain.__basicsize__ or bool(kind.__itemsize__)
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Return whether a tensor has its numbers one by one in memory of its own."""
     is_strided = tensor.layout == torch.strided and not tensor.is_nested and tensor.device.type != "meta"
@@ -398,27 +448,23 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def has_graph(tensor: Tensor) -> bool:
-    """Return whether autograd knows how a tensor was computed.
-
-    It refuses to look at a view that was made without it, of a tensor that was later changed with it.
-    """
+    """Return whether autograd knows how a tensor was computed."""
     try:
         return tensor.requires_grad and not tensor.is_leaf
+    # Of a view that was made under no_grad, of a tensor that was later changed with gradients.
     except RuntimeError:
         return True
 
 
 def is_aside(value: Any) -> bool:
-    """Return whether no step depends on what a value holds, or the run has it in another way.
-
-    Such as the recording that a trainer has; or a loader: the place in the batches is recorded.
-    """
+    """Return whether no step depends on what a value holds, or the run has it in another way."""
+    # Even one of everystep, which is GradientDescent.
     if isinstance(value, (nn.Module, torch.optim.Optimizer)):
         return False
     package, _, module = type(value).__module__.partition(".")
     if package in _SHOWING or module in ("arrow_dataset", "utils.tensorboard.writer"):
         return True
-    # A wrapper of torch's loader copies the loader's attributes.
+    # The place in the batches is recorded. A wrapper of torch's loader copies the loader's attributes.
     of_loader = {"dataset", "sampler", "batch_sampler"}
     wraps = hasattr(type(value), "__iter__") and of_loader <= getattr(value, "__dict__", {}).keys()
     return wraps or isinstance(value, DataLoader)
@@ -426,6 +472,7 @@ def is_aside(value: Any) -> bool:
 
 def _sizes(data: Dataset[Any]) -> str:
     """Return what shows that a data set has changed, as a replay buffer does, without reading it."""
+    # Of a buffer, e.g. its write position, and the length of its list of transitions.
     own = vars(data).items()
     numbers = {name: value for name, value in own if type(value) is int}
     return str(numbers | {name: len(v) for name, v in own if isinstance(v, list | dict | set | deque)})
@@ -464,6 +511,7 @@ class _Restoring:
         return found
 
     def _decoded(self, kind: str, content: Any, node: Mapping[str, Any], there: Any, place: str) -> Any:
+        # The place is missing where only the user's code could make the object.
         if kind == "same":
             return self._made.get(content, there)
         if kind == "parameter":
@@ -474,6 +522,8 @@ class _Restoring:
             return bytes.fromhex(content)
         if kind == "enum":
             return _class_of(node["class"], there, Enum, place)(content)
+        if kind == "member":
+            return _class_of(node["class"], there, Enum, place)[content]
         if kind == "tensor":
             if content not in self._shared:
                 found = self._tensor(self._tensors[content], self._free(there), node)
@@ -497,6 +547,7 @@ class _Restoring:
 
     def _free(self, there: Any) -> Any:
         """Take a live object; return None if another value was restored in it."""
+        # Two attributes may be one object at first, `first = second = best`, and two objects later.
         if id(there) in self._taken:
             return None
         self._taken[id(there)] = there
@@ -535,7 +586,8 @@ class _Restoring:
         strides = node.get("strides")
         if fits and _strides(there) == strides:
             with torch.no_grad():
-                return there.copy_(saved)  # type: ignore[no-any-return]
+                copy_into(there, saved)
+            return there  # type: ignore[no-any-return]
         # Tensors with the shape of a parameter are on its device; a count of steps stays on the CPU.
         like = next((p for p in self._parameters.values() if p.shape == saved.shape), None)
         device = saved.device if like is None or saved.ndim == 0 else like.device
@@ -576,6 +628,7 @@ class _Restoring:
                 self.decoded(each, old, f"{place}.{i}")
                 for i, (each, old) in enumerate(zip(node[kind], before, strict=False))
             ]
+            # Those never change, so nothing can be filled in.
             if kind in ("tuple", "frozenset"):
                 found = base.__new__(wanted, items)
             else:
@@ -597,6 +650,7 @@ class _Restoring:
                 found.default_factory = _FACTORIES[factory]
         base.clear(found)
         make = found.default_factory if isinstance(found, defaultdict) else None
+        # In the order of the snapshot, since code may iterate over a dict.
         for index, (key, each) in enumerate(node["dict"]):
             name = self._key(key)
             old = before.get(name)

@@ -42,6 +42,8 @@ _ANSWERS = {"int", "bool", "List[int]"}
 PICKING, JOINING = {"gather", "index", "index_select", "take"}, {"cat", "stack"}
 
 
+# e.g. pass: view, t_, sym_size; make: empty; see: mul, nonzero, item's `_local_scalar_dense`;
+# decompose: equal, item, to_sparse; "is not on the list of allowed operators": quantize_per_tensor.
 class KnownOperator(NamedTuple):
     """Everything known about an operator, looked up once.
 
@@ -90,20 +92,22 @@ def known_operator(func: Any) -> KnownOperator:
                 how = "pass" if is_view else "make"
     has_out = any(argument.is_out for argument in func._schema.arguments)
     return KnownOperator(
-        how,
-        name,
-        writes(func),
-        {p.name: p.name in slot_names(func) for p in parameters(func)},
-        bool(func._schema.returns) and text != READ,
-        draws_random_numbers(func),
-        _makes_dtype(func),
-        has_out,
-        has_out and may_have_shape_of_values(func.overloadpacket),
-        text == READ,
-        "foreach" in name and bool(writes(func)),
-        how == "pass" or name == "copy_" or name in PICKING | JOINING,
-        has_shape_of_values(func, [torch.bool]),
-        uses_only_shape(text),
+        how=how,
+        name=name,
+        writes=writes(func),
+        places={p.name: p.name in slot_names(func) for p in parameters(func)},
+        # What it gives to Python is a number, and no tensor of the step.
+        gives=bool(func._schema.returns) and text != READ,
+        draws=draws_random_numbers(func),
+        makes_dtype=_makes_dtype(func),
+        has_out=has_out,
+        resizes=has_out and may_have_shape_of_values(func.overloadpacket),
+        is_read=text == READ,
+        writes_list="foreach" in name and bool(writes(func)),
+        may_gather=how == "pass" or name == "copy_" or name in PICKING | JOINING,
+        # An index may be a mask: the number of its ones determines the shape.
+        may_be_shaped=has_shape_of_values(func, [torch.bool]),
+        reads_only_shape=uses_only_shape(text),
     )
 
 

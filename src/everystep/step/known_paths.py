@@ -87,10 +87,12 @@ class KnownPaths:
 
     def begins_after(self, ending: Ending, root: Entry, same: int) -> None:
         """Note how the step after an ending began. root, same: as `root` has them."""
+        # Those that stay have their numbers again: the state is met in order, so these are 0, 1, 2, ...
         is_still = all(number == place for place, number in enumerate(ending.bound[:same]))
         # The geometry of a view that moves does not follow from the ending.
         moves = any(ending.path.tensors[number].moves is not None for _, number in ending.path.ends)
         if is_still and not moves:
+            # The ending is held, so that no other one gets its id.
             self._after[id(ending)] = ending, root, same
 
     def beginning_after(self, ending: Ending | None) -> tuple[Entry, int] | None:
@@ -108,6 +110,7 @@ class KnownPaths:
         """Return whether Python runs where autograd adds to the gradients of some tensors."""
         if self._handles != handles():
             self._without_hooks.clear()
+        # A look makes a node, so it is taken once of each leaf, and again after any hook was registered.
         known = self._without_hooks
         unknown = [leaf for leaf in leaves if (of := known.get(id(leaf))) is None or of() is not leaf]
         if unknown:

@@ -21,6 +21,16 @@ from everystep.step.path import Entry, MetTensor
 
 __all__ = ["MET", "NEW", "MetTensors", "UnseenError", "held", "is_plain", "leaf_tokens"]
 
+# In a step of y = x @ w.T, with the state w and the batch x:
+#
+#   number   met          known.origin   known.kind
+#   0        ref(w)       0              "state"
+#   1        ref(x)       1              "batch"
+#   2        ref(w.T)     0              "state": a view, on the memory of 0
+#   3        ref(y)       3              "temporary"
+#
+# `_number_of` finds a number by the id of a tensor, and `_places` an origin by its memory.
+
 _DTYPES = frozenset(DTYPES.values())
 #: The kinds of tokens of tensors, and those that are met by the call.
 MET, NEW = frozenset("rapx"), frozenset("apx")
@@ -50,6 +60,7 @@ class MetTensors:
     """
 
     def __init__(self) -> None:
+        # Checks write at a number, so there must be room; `put` makes more.
         self.met: list[Any] = [_gone] * 1024
         self.lies: list[int] = [0] * 1024
         self.numbers: list[int | float] = []
@@ -116,12 +127,10 @@ class MetTensors:
         return number
 
     def _put_part(self, tensor: Tensor, number: int) -> tuple[Any, ...]:
-        """Note a part by a number, and return where it lies in its own memory.
-
-        It begins there as it does in aligned memory: with floats, results of kernels may depend on it.
-        """
+        """Note a part by a number, and return where it lies in its own memory."""
         begin = int(tensor.storage_offset()) * tensor.itemsize
         is_aligned = not (tensor.is_floating_point() or tensor.is_complex())
+        # Of floats, results of kernels may depend on the alignment, so it begins there as it does here.
         self.bases[number] = begin if is_aligned else begin - begin % ALIGNMENT
         # -1 stands for no tensor: the memory of the data must not be found as that of its part.
         self.put(tensor, number, -1)
@@ -174,7 +183,7 @@ class MetTensors:
         for entry in reversed(new):
             for known in entry.new:
                 number = len(self.known)
-                if known.moves is not None:
+                if known.moves is not None:  # the entry has the offset of the step that made it
                     lies = *known.geometry[:3], self.numbers[known.moves]
                     known = known._replace(geometry=lies)
                 self._add(known)
@@ -190,6 +199,7 @@ class MetTensors:
         number = self._number_of.get(id(tensor))
         if number is None:
             number = self._lasting[1].get(id(tensor))
+        # The id may be that of a tensor which is gone.
         if number is None or number >= len(self.known) or self.met[number]() is not tensor:
             return None
         return number if self._is_as_met(tensor, number) else None
@@ -314,6 +324,7 @@ class MetTensors:
             number = self.number(value)
             if number is not None:
                 return "r", number
+            # From here on, the step meets it; each kind of token has what a later step must find alike.
             if not self.holds(value):
                 raise UnseenError(_what_is_special(value))
             storage = value.untyped_storage()
@@ -348,8 +359,9 @@ class MetTensors:
             items = token[1]
             if not isinstance(value, list | tuple) or len(value) != len(items):
                 return False
+            # A list takes less time than a generator, and this runs at each call with lists.
             return all([self.fits(t, v) for t, v in zip(items, value, strict=True)])  # noqa: C419
-        if kind == "c":
+        if kind == "c":  # as texts, NaN is equal, and -0.0 is not 0.0
             return type(value) is token[2] and repr(value) == token[3]
         if kind == "n":
             if type(value) is not token[1]:
@@ -368,6 +380,7 @@ class MetTensors:
             return False
         place = self.place(tensor.untyped_storage())
         is_own = place is not None and self.known[place].kind not in ("input", "part", "scratch")
+        # One from outside is kept by its bytes, which do not show the conjugation.
         return is_own and is_plain(tensor, may_be_conjugated=True)
 
     def _fits_new(self, token: Any, value: Tensor) -> bool:
@@ -384,6 +397,7 @@ class MetTensors:
             return True
         if kind == "p":
             return self.place(storage) == known and bool(self._put_part(value, number) == expected)
+        # Memory that this step knows is not from outside, even where it was in an earlier step.
         if geometry(value) != expected or self.place(storage) is not None:
             return False
         if (storage.nbytes(), self.parts.get(storage._cdata)) != known:
@@ -409,6 +423,7 @@ class MetTensors:
             places[id(tensor)] = len(new)
             offset, storage = int(tensor.storage_offset()), tensor.untyped_storage()
             place, number = self.place(storage), len(self.known) + len(new)
+            # Tensors of one batch may share memory; their places count from the first of them there.
             begin, order, origin = first.setdefault(storage._cdata, (offset, len(first), number))
             if place is None:
                 base = offset * tensor.itemsize

@@ -46,6 +46,7 @@ def _matmul(one: Tensor, other: Tensor) -> Any:
         single = one if one.shape[0] == 1 else other
         if single.shape[0] == 1 and not single.requires_grad and _is_changed_by_us(single):
             count = one.shape[0] * other.shape[0]
+            # The one matrix is repeated for a product of batches, as without a mode.
             left, right = (
                 each.expand(count, *each.shape[1:]).reshape(count, *each.shape[1:])
                 for each in (one, other)
@@ -55,22 +56,20 @@ def _matmul(one: Tensor, other: Tensor) -> Any:
     return _aten.matmul.default._op_dk(_COMPOSITE, one, other)
 
 
+# Of these, torch computes the vectors, too, where a derivative may need them, or where a mode is active.
 def _svdvals(matrix: Tensor, *, driver: str | None = None) -> Any:
-    """With a mode, the singular vectors are computed, too."""
     if _is_changed_by_us(matrix) and not _has_derivative(matrix):
         return _aten._linalg_svd.default(matrix, False, False, driver=driver)[1]
     return _aten.linalg_svdvals.default._op_dk(_COMPOSITE, matrix, driver=driver)
 
 
 def _eigvalsh(matrix: Tensor, triangle: str = "L") -> Any:
-    """With a mode, the eigenvectors are computed, too."""
     if _is_changed_by_us(matrix) and not _has_derivative(matrix):
         return _aten._linalg_eigh.default(matrix, triangle, False)[0]
     return _aten.linalg_eigvalsh.default._op_dk(_COMPOSITE, matrix, triangle)
 
 
 def _eigvals(matrix: Tensor) -> Any:
-    """With a mode, the eigenvectors are computed, too."""
     if _is_changed_by_us(matrix) and not _has_derivative(matrix):
         return _aten._linalg_eigvals.default(matrix)
     return _aten.linalg_eigvals.default._op_dk(_COMPOSITE, matrix)
@@ -79,6 +78,7 @@ def _eigvals(matrix: Tensor) -> Any:
 def _equal(one: Tensor, other: Tensor) -> bool:
     with torch._C._DisableTorchDispatch():
         found = torch.equal(one, other)  # of one memory, NaN counts as equal; raises of other dtypes
+    # For the watch alone, which notes that Python reads this number.
     if one.shape == other.shape:
         bool(torch.eq(one, other).all())
     return found

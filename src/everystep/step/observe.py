@@ -174,6 +174,7 @@ class StepObserver:
     def _look_after(self, index: int, tensor_of: _TensorOf) -> None:
         operation = self._with_numbers[index]
         written = operation.written()
+        # An operation that returns nothing, such as one on lists, has what it writes in their place.
         names = [name for name in operation.results if name] or written
         for storage in {self._storage(name) for name in (*names, *written)}:
             # Other tensors on this memory have new numbers, too.
@@ -190,6 +191,7 @@ class StepObserver:
         copies = self._copies.setdefault(storage, {})
         if name not in copies:
             tensor = tensor_of(name).detach()
+            # No later operation writes there, so the interpreter's own tensor may be shown.
             stays = tensor.is_cpu and self._stays.get(storage, index) < index
             copies[name] = self._copied(tensor, stays=stays)
         return copies[name]

@@ -93,6 +93,7 @@ class OptimizerCalls:
             return None
         groups = optimizer.param_groups
         gradients = [p.grad for group in groups for p in group["params"]]
+        # All that the call depends on, flat, so that one comparison in C finds it unchanged.
         given = [operator, optimizer.defaults.get(_FROM_DEFAULTS), *map(is_, gradients, repeat(None))]
         for group in groups:
             given += (*group["params"], group, *map(group.get, operator.settings))
@@ -116,6 +117,7 @@ class OptimizerCalls:
             if len(hooks) > 1 and not all(map(is_ours, [*hooks.values()])):
                 return False
         if not own.keys() <= self._names:
+            # torch's tables of hooks have such names; those of steps were looked at above.
             if not all(key.startswith("_optimizer_") for key in own.keys() - _OWN):
                 return False
             self._names |= own.keys()
@@ -129,6 +131,7 @@ def _call_of(operator: OptimizerOperator, optimizer: torch.optim.Optimizer) -> O
     groups, default = optimizer.param_groups, optimizer.defaults.get(_FROM_DEFAULTS)
     values = {key: tuple([group.get(key) for group in groups]) for key in operator.settings}
     has_defaults = all(value == default for value in values.get(_FROM_DEFAULTS, ()))
+    # A differentiable step is a part of the graph, so its operations must be seen.
     is_usual = all(map(_is_setting, values.values())) and not any(values.get("differentiable", ()))
     parameters = [[p for p in group["params"] if p.grad is not None] for group in groups]
     # Copies, since the step adds what it creates to the same dicts, and `made` compares.
@@ -223,6 +226,7 @@ def _is_setting(value: Any) -> bool:
 
 def _layout(value: Any, numbers: list[Number]) -> Any:
     """Return settings without their numbers, which are added to others."""
+    # e.g. (0.1, (0.9, 0.999), None, False) -> (float, (float, float), None, False)
     if isinstance(value, tuple):
         return tuple([_layout(item, numbers) for item in value])
     if type(value) in (int, float):

@@ -99,6 +99,7 @@ class OptimizerSteps:
             if not all(is_plain(tensor) and step.is_on_known(tensor) for tensor in given):
                 return False
             parameters = [p for group in call.parameters for p in group]
+            # A program gives gradients to stand-ins of the parameters, and torch refuses another dtype.
             if any(p.grad is None or p.grad.dtype != p.dtype for p in parameters):
                 return False
             tensors.catch_up(step.at)
@@ -116,6 +117,7 @@ class OptimizerSteps:
         """Note that an optimizer ended a step."""
         running, self._running = self._running, None
         step = self._step
+        # A watched optimizer may have made gradients in its step, as one with a closure does.
         if running is None:
             step.uses("optimizer ends", name, gradients())
             return
@@ -140,6 +142,7 @@ class OptimizerSteps:
             return
         tensors.catch_up(step.at)
         begin, own = len(step.numbers), iter(call.kept)
+        # By group and parameter, e.g. [[["step", tensor, "exp_avg", tensor], ...]]
         keeps = [[[x for pair in next(own).items() for x in pair] for _ in g] for g in call.parameters]
         own_gradients = [[parameter.grad for parameter in group] for group in call.parameters]
         given = call.parameters, own_gradients, keeps, where

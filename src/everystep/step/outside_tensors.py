@@ -91,6 +91,7 @@ class OutsideTensors:
             reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
             known = self._data[storage._cdata] = _Data(reference)
         known.cut += size
+        # Before, the run would get all of the data for the few pieces that were cut out of it.
         if known.copy is None and storage.nbytes() <= min(known.cut, MOST_BYTES):
             with torch._C._DisableTorchDispatch():
                 known.copy = whole_memory(tensor).cpu().clone()
@@ -101,6 +102,7 @@ class OutsideTensors:
         begin, end = extent_of(geometry(tensor))
         with torch._C._DisableTorchDispatch():
             whole = whole_memory(tensor)
+            # Up to the tensor, which begins as far from aligned memory as it does in the data.
             copy = torch.zeros(end - base, dtype=torch.uint8)
             copy[begin - base :] = whole[begin:end]
         self.copied += copy.nbytes
@@ -122,6 +124,7 @@ class OutsideTensors:
                 return known[2]
             copy = whole.cpu().clone()
         self.copied += copy.nbytes
+        # Of a tensor without a count, nothing shows on a device that the copy is still right.
         if version is not None:
             reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
             self._copies[storage._cdata] = reference, version, copy

@@ -107,7 +107,7 @@ def restore_optimizer(
         name, _, key = place.rpartition("/")
         kept.setdefault(name, {})[key] = each
     for parameter, name in names.items():
-        if name not in kept:
+        if name not in kept:  # the optimizer had not stepped with it yet: it begins as a new one
             optimizer.state.pop(parameter, None)
             continue
         entries = optimizer.state[parameter]
@@ -117,6 +117,7 @@ def restore_optimizer(
             there = entries.get(key)
             if not isinstance(each, Tensor):
                 entries[key] = each
+            # A tensor that fits stays, and its numbers are filled in later.
             elif not isinstance(there, Tensor) or there.shape != each.shape:
                 entries[key] = _made(optimizer, parameter, each)
 
@@ -155,11 +156,14 @@ def _update_plain(target: dict[str, Any], saved: Mapping[str, Any]) -> None:
         if isinstance(value, Mapping) and _NUMPY in value:
             target[key] = np.dtype(value[_NUMPY]).type(value["value"])
             continue
+        # A tensor is filled in by its name, and of a function only the class was written.
         if isinstance(there, Mapping | Tensor) or callable(there):
             continue
         if isinstance(value, list):
+            # JSON has no tuples, such as betas, so the one that is there shows the type.
             items = [*value, *there] if isinstance(there, list | tuple) else value
             if all(isinstance(item, bool | int | float | None) for item in items):
                 target[key] = tuple(value) if isinstance(there, tuple) else value
+        # A text may be the class of an object, which JSON cannot hold.
         elif not isinstance(value, Mapping) and not (isinstance(value, str) and there != value):
             target[key] = value

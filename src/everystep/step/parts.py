@@ -16,18 +16,15 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from everystep.errors import Fault, UsageError
-from everystep.program.arguments import DTYPES
 from everystep.program.operation import path_faults
 from everystep.step.follow import is_compiled, module_fault
-from everystep.step.kept_values import GENERATORS, has_graph, is_aside, is_code, is_dense
+from everystep.step.kept_values import GENERATORS, HELD, has_graph, is_aside, is_code, is_dense
 from everystep.step.own_state import entries_of, keeps_own_state, registered
 
 __all__ = ["Parts", "check_parts", "with_inner"]
 
 #: Maximum depth of the search for tensors in attributes, dicts and lists of a part.
 _DEPTH = 6
-#: Dtypes that safetensors holds.
-_HELD = {dtype for dtype in DTYPES.values() if dtype not in (torch.complex128, torch.complex32)}
 #: Attributes of torch's optimizers that steps do not depend on, or that have other names.
 _OF_OPTIMIZER = {"param_groups", "state", "defaults"}
 _WITH_TENSORS = (Tensor, nn.Module, dict)
@@ -36,6 +33,15 @@ _WHOLE = (nn.Module, torch.optim.Optimizer)
 #: What Accelerate wraps a part in, by module, and the attribute that has the part. What else a wrapper
 #: holds belongs to the accelerator and its loaders, and is made again with them.
 _WRAPPED = {"accelerate.optimizer": "optimizer", "accelerate.scheduler": "scheduler"}
+
+
+# The names of a state's tensors, by what has them:
+#   parameter/0.weight, parameter/#1     of a module; of an optimizer, where no module has it
+#   buffer/1.running_mean
+#   optimizer/0.weight/exp_avg           of several optimizers: optimizer/opt_g.0.weight/exp_avg
+#   group/0/lr                           a setting of a param group that is a tensor
+#   gradient/0.weight                    a pending gradient
+#   part/state.best                      in any other part, by its path
 
 
 class Parts:
@@ -137,6 +143,7 @@ class Parts:
     def _names_of_parameters(self) -> dict[Tensor, str]:
         found: dict[Tensor, str] = {}
         for name, module in self.modules.items():
+            # A parameter that several modules have (tied weights) has the first of its names.
             for path, parameter in registered(module, "_parameters"):
                 found.setdefault(parameter, f"{self.prefix(name)}{path}")
         for name, optimizer in self.optimizers.items():
@@ -194,7 +201,7 @@ class Parts:
             prefix = self.prefix(name)
             found |= {f"parameter/{prefix}{n}": t for n, t in registered(module, "_parameters")}
             found |= {f"buffer/{prefix}{n}": t for n, t in registered(module, "_buffers")}
-        for parameter, name in names.items():
+        for parameter, name in names.items():  # those that only an optimizer has
             found.setdefault(f"parameter/{name}", parameter)
         for part, optimizer in self.optimizers.items():
             found |= self._of_optimizer(part, optimizer, names, found)
@@ -233,7 +240,9 @@ class Parts:
             found |= {f"group/{own}{index}/{k}": v for k, v in group.items() if isinstance(v, Tensor)}
         if keeps_own_state(optimizer):
             more = {k: v for k, v in vars(optimizer).items() if k not in _OF_OPTIMIZER}
+            # The search stops at optimizers, and one may wrap another, as Lookahead does.
             more |= {k: vars(v) for k, v in more.items() if isinstance(v, torch.optim.Optimizer)}
+            # Also by keys that are not parameters, or in lists that torch's own do not have.
             for parameter, each in optimizer.state.items():
                 name = names.get(parameter, "#") if isinstance(parameter, Tensor) else str(parameter)
                 more[f"state.{name}"] = each
@@ -269,6 +278,7 @@ class _Layout:
         self.taken = frozenset(names.values())
         self.tensors = tensors
         self.gradient_names = [(parameter, f"gradient/{name}") for parameter, name in names.items()]
+        # Compared by identity: to look up all names again at each step would take ten times as long.
         inner = [m for module in modules.values() for m in module.modules()]
         tables = [vars(m)[kind] for m in inner for kind in ("_parameters", "_buffers", "_modules")]
         #: They show what is in the tables now.
@@ -287,10 +297,7 @@ class _Layout:
         return sizes == sizes_then and len(now) == len(then) and all(map(is_, now, then))
 
     def _objects(self) -> tuple[list[Any], list[int]]:
-        """Return all objects that are or may hold tensors, and their keys, without plain numbers.
-
-        And how many entries each table of an optimizer has.
-        """
+        """Return all objects that are or may hold tensors, their keys, and the sizes of their tables."""
         found: list[Any] = [*chain.from_iterable(self._views)]
         tables: list[Mapping[Any, Any]] = [*self._entries]
         for optimizer in self._optimizers:
@@ -299,6 +306,7 @@ class _Layout:
             found += (optimizer.state, groups, *groups, *chain(*[group["params"] for group in groups]))
         found += chain.from_iterable(tables)
         values = chain.from_iterable([table.values() for table in tables])
+        # Not numbers, such as rates: where one changes, the tensors are still in the same places.
         found += [value for value in values if isinstance(value, _WITH_TENSORS)]
         return found, [*map(len, tables)]
 
@@ -309,6 +317,7 @@ def _problem(tensor: Tensor) -> str | None:
         return "has no shape yet (a lazy module); call the model once before"
     if tensor.device.type == "meta":
         return "is on the meta device and has no values; call to_empty(...) before"
+    # By name: to import torch.distributed.tensor takes half a second.
     if "DTensor" in [each.__name__ for each in type(tensor).__mro__]:
         return (
             "is a part of a tensor that several processes share (fully_shard); everystep records "
@@ -317,7 +326,7 @@ def _problem(tensor: Tensor) -> str | None:
     if not is_dense(tensor):
         return "is sparse, nested or made of other tensors, and a run holds dense ones; use to_dense()"
     kind = str(tensor.dtype).removeprefix("torch.")
-    return None if tensor.dtype in _HELD else f"is {kind}, which a run cannot hold"
+    return None if tensor.dtype in HELD else f"is {kind}, which a run cannot hold"
 
 
 def _ids_of(names: Mapping[Tensor, str]) -> dict[int, str]:
@@ -343,7 +352,7 @@ def with_inner(named: Mapping[str, Any]) -> dict[str, Any]:
     known: set[int] = set()
     for part in found.values():
         known |= {id(each) for each in (part.modules() if isinstance(part, nn.Module) else [part])}
-    for name, part in [*found.items()]:
+    for name, part in [*found.items()]:  # a copy, since the loop adds to it
         if not isinstance(part, _WHOLE):
             # The search stops at what is known, so it would not look into this part.
             known.discard(id(part))
@@ -421,7 +430,7 @@ def _within(
 ) -> Iterator[tuple[str, Any]]:
     """Yield the objects of some kinds within a part that are not known, each with its path.
 
-    ids: names of parameters by their ids; both are keys of some dicts.
+    ids: names of parameters by their ids.
     """
     is_wanted = isinstance(value, wanted)
     value = _unwrapped(value) if is_wanted else value
@@ -449,6 +458,7 @@ def _within(
     known.add(id(value))
     for key, item in list(inner):
         if isinstance(item, Tensor | dict | list | tuple) or hasattr(item, "__dict__"):
+            # A key may be a parameter, or its id, which differs in each process: its name stands for it.
             is_plain = isinstance(key, str | int)
             name = ids.get(key if is_plain else id(key), key if is_plain else type(key).__name__)
             yield from _within(item, f"{path}.{name}".lstrip("."), known, wanted, depth - 1, ids)

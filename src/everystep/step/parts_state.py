@@ -63,15 +63,16 @@ class PartsState:
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
+        #: The classes of what no state holds, by part; and of the objects that there were at first.
+        self.lost: dict[str, set[str]] = {name: set() for name in parts.named}
+        self._objects_at_first: dict[str, Mapping[str, str]] = {}
         live = parts.state()
+        # Copies of the attributes, and shapes of the buffers: what differs from them is in a snapshot.
         self._at_first = {
             name: {place: each.copy() for place, each in self._attributes(name, live).items()}
             for name in parts.modules
         }
         self._buffers_at_first = _buffers(live)
-        #: The classes of what no state holds, by part; and of the objects that there were at first.
-        self.lost: dict[str, set[str]] = {name: set() for name in parts.named}
-        self._objects_at_first: dict[str, Mapping[str, str]] = {}
 
     def rest(self, live: Mapping[str, Tensor] | None = None) -> Rest:
         """Return what the parts hold besides the tensors of a state, and the random generators.
@@ -95,6 +96,7 @@ class PartsState:
                         tensors |= now.tensors
                 held[name] = {"attributes": attributes}
             elif isinstance(part, torch.optim.Optimizer):
+                # In torch's format, too, in which a run shows settings, and a fork changes them.
                 held[name] = {"optimizer": optimizer_settings(part, names)}
                 if _keeps_more(part):
                     found = self._noted(name, encoded(part, name, live, names))
@@ -132,11 +134,13 @@ class PartsState:
             if name not in parts.apart
             for path, tensor in state_dict_of(module).items()
         }
+        # What a state_dict has is kept once; a gradient has the same path as its parameter.
         others = {
             name: copy_of(tensor)
             for name, tensor in live.items()
             if name.partition("/")[2] not in parameters or not name.startswith(("parameter/", "buffer/"))
         }
+        # A loop may freeze and unfreeze layers on its way, and a resumed one must train the same.
         frozen = [n for p, n in parts.parameter_names().items() if not p.requires_grad]
         settings = {"step": step, "names": [*live], "held": held, "frozen": frozen}
         settings["shared"] = _shared(live)
@@ -171,12 +175,11 @@ class PartsState:
             )
 
     def _noted(self, part: str, found: Encoded) -> Encoded:
-        """Note what could not be restored: what cannot be written, and objects that came later.
-
-        A resumed loop makes the objects that there were at first, and only its code makes the others.
-        """
+        """Note what could not be restored: what cannot be written, and objects that came later."""
         first = self._objects_at_first.setdefault(part, found.objects)
+        # A resumed loop makes the objects that there were at first, and only its code makes the others.
         later = {path for place, path in found.objects.items() if first.get(place) != path}
+        # e.g. "script:Trainer.Meter" -> "Trainer.Meter"
         self.lost[part] |= found.unkept | {path.rpartition(":")[2] for path in later}
         return found
 
@@ -229,6 +232,7 @@ class PartsState:
             for parameter, name in parts.parameter_names().items():
                 if not has_graph(parameter):
                     parameter.requires_grad_(name not in frozen)
+        # After all that may run code of the user's, which may draw: the factory of a defaultdict.
         state.generators.restore(parts.device)
         if only is None:
             self._check_restored(state)
@@ -246,7 +250,7 @@ class PartsState:
             place, _, own = path.rpartition(".")
             if first != self._buffers_at_first.get(name) or name not in saved:
                 continue  # `_fill` names it
-            if name in live:
+            if name in live:  # the same tensor with another shape, since other code may hold it
                 live[name].data = saved[name].to(live[name].device, copy=True)
             elif place in modules:
                 value, is_in = saved[name].to(parts.device, copy=True), path in state.parameters
@@ -270,7 +274,7 @@ class PartsState:
             own_class, known = type(part).__qualname__, held["optimizer"]["class"]
             if own_class != known:
                 raise ValueError(f"it is {own_class}, but the snapshot has {known}")
-            if "own" in held:
+            if "own" in held:  # all its attributes, its param groups and its state among them
                 decoded(part, name, saved, {"object": held["own"]}, names)
                 return
             own = "" if len(parts.optimizers) == 1 else f"{name}."
@@ -301,14 +305,11 @@ class PartsState:
             if (path, attribute) in wanted or known is None or not known.is_same(each):
                 there, place = vars(modules[path]).get(attribute), _place(part, path, attribute)
                 value = decoded(there, place, {**saved, **each.tensors}, each.data, names, shared)
+                # Not by `setattr`: that of a module registers tensors, and a user's may do anything.
                 object.__setattr__(modules[path], attribute, value)
 
     def _attributes(self, part: str, live: Mapping[str, Tensor]) -> dict[tuple[str, str], Encoded]:
-        """Return the attributes of a module and of all within it, by path and name.
-
-        Of torch's modules, plain ones. Others may also be collections, tensors, arrays and generators,
-        and objects of these; one that several modules have, such as a configuration, is found once.
-        """
+        """Return the attributes of a module and of all within it, by path and name."""
         found, names, seen = {}, self.parts.parameter_names(), set[int]()
         parts = {id(each) for each in self.parts.named.values()}
         for path, inner in self.parts.modules[part].named_modules():
@@ -316,10 +317,14 @@ class PartsState:
             for name, value in vars(inner).items():
                 if is_plain_value(value):
                     found[path, name] = Encoded(value)
+                # An object that several modules have, such as a configuration, is found once.
                 elif not is_torchs and name not in _OF_MODULES and id(value) not in seen:
                     place = _place(part, path, name)
                     each = encoded(value, place, live, names, parts, "attribute")
-                    if each.is_whole:
+                    # What is large may be a trainer, or the data; the rest is kept as a whole, or named.
+                    if not each.is_large:
+                        self.lost[part] |= each.unkept
+                    if not (each.is_large or each.unkept or "left" in each.data):
                         found[path, name] = each
                         seen |= {id(value)} if each.objects else set()
         return found
@@ -358,6 +363,7 @@ class PartsState:
 
 def _keeps_more(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether an optimizer may keep more than settings, and tensors and numbers by parameter."""
+    # Such as LBFGS, which keeps lists of tensors.
     entries = (value for _, each in entries_of(optimizer) for value in each.values())
     is_usual = all(isinstance(value, Tensor | bool | int | float | str | None) for value in entries)
     return not is_usual or keeps_own_state(optimizer)
@@ -386,6 +392,7 @@ def _differing(now: Any, saved: Any, place: str) -> Iterator[str]:
 
 def _by_name(key: str, content: Any) -> dict[str, Any] | None:
     """Return the attributes of an object, or the values of a dict, by name; None of all else."""
+    # e.g. [["lr", 0.1], [{"tuple": [1, 2]}, 5]] -> {"lr": 0.1, "[1, 2]": 5}
     if key == "dict" and isinstance(content, list):
         return {str(*k.values() if isinstance(k, dict) else [k]): each for k, each in content}
     return content if key in ("object", "attributes", "own") and isinstance(content, dict) else None
@@ -437,6 +444,7 @@ def _shared(live: Mapping[str, Tensor]) -> dict[str, Any]:
 
     That is the largest on this memory. The place is in bytes, from where that one begins.
     """
+    # e.g. {"part/state.row": ("buffer/table", 24, (1,))}
     on: dict[int, list[str]] = {}
     for name, tensor in live.items():
         if tensor.numel() and not name.startswith("gradient/"):
@@ -452,11 +460,9 @@ def _shared(live: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _overlapping(live: Mapping[str, Tensor], names: list[str]) -> list[list[str]]:
-    """Return tensors of the same memory, apart where no other one reaches.
-
-    Rows of a batch are tensors of their own, and so are numbers of all parameters that an optimizer has
-    computed together, and parameters that were set from one vector.
-    """
+    """Return tensors of the same memory, apart where no other one reaches."""
+    # Rows of a batch are tensors of their own, and so are numbers of all parameters that an optimizer
+    # has computed together, and parameters that were set from one vector.
     found, end = list[list[str]](), 0
     for name in sorted(names, key=lambda name: live[name].data_ptr()):
         tensor, begin = live[name], live[name].data_ptr()
@@ -479,6 +485,7 @@ def _share(live: Mapping[str, Tensor], shared: Mapping[str, Any]) -> None:
             live[name].set_(live[name].clone())  # type: ignore[call-overload]
     for name, (largest, place, stride) in shared.items():
         tensor, whole = live.get(name), live.get(largest)
+        # The user's code has made most of them where they were, and other code may hold them.
         if tensor is None or whole is None or tensor.data_ptr() - whole.data_ptr() == place:
             continue
         begin = place + whole.storage_offset() * whole.itemsize
@@ -526,14 +533,13 @@ def _other_gradient(name: str, tensor: Tensor, saved: Mapping[str, Tensor]) -> T
 
 
 def _set_gradient(tensor: Tensor, gradient: Tensor | None) -> None:
-    """Set a pending gradient; in its memory if it has some, which may be a part of a buffer of all."""
     there = tensor.grad
     if there is gradient is None:
         return
     is_dense = there is not None and there.layout is torch.strided
     if there is None or gradient is None or not is_dense or there.dtype is not gradient.dtype:
         tensor.grad = None if gradient is None else gradient.to(tensor.device, copy=True)
-    else:
+    else:  # in its memory, which may be a part of one buffer for all gradients
         with torch.no_grad():
             copy_into(there, gradient)
 

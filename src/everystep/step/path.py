@@ -43,6 +43,15 @@ __all__ = [
     "sizeless",
 ]
 
+# A loop that adds to its result in every second step, as a tree of entries:
+#
+#   root - batch - mul -+- (ending)             steps 1, 3, 5, ...
+#                       +- add - (ending)       steps 2, 4, 6, ...
+#
+# The key of `mul(w, x)`, with w the state and x the batch, which makes the tensor 2:
+#   ("call", aten.mul.Tensor, (("r", 0), ("r", 1)), (), ((0, 2),))
+# The last of it are the new tensors among the results, by place and number.
+
 #: How the key of an entry begins where Python has got numbers, from an operation that no program can
 #: hold, or from the memory of a tensor, which follows.
 READ_UNSEEN = ("unseen", "read")
@@ -133,7 +142,6 @@ class Path:
 
     @cached_property
     def _digests(self) -> tuple[bytes, bytes]:
-        """Return the form and the digest."""
         sizes: list[int] = []
         operations = []
         for each in self.operations:
@@ -347,6 +355,7 @@ class PathWriter:
         read_batch: set[int] = set()
         for entry in end.from_root():
             if entry.key[:2] == READ_UNSEEN:
+                # Data from outside is in the run, so a replay has what Python read of it.
                 origin = self._given(entry, written)
                 read_unseen += origin is None
                 if origin is not None and self._met[origin].kind == "batch":
@@ -405,6 +414,7 @@ class PathWriter:
         is_data = self._met[origin].kind in ("batch", "input", "part")
         return origin if is_data and self._place_of.get(origin) not in written else None
 
+    # Two tensors on one place in one layout are one tensor of a path: no operation tells them apart.
     def _number(self, met: int) -> int:
         tensor = self._met[met]
         seen = SeenTensor(self._place(tensor.origin), *tensor.geometry)
@@ -421,6 +431,7 @@ class PathWriter:
             self._place_of[origin] = len(self._storages)
             first = self._met[origin]
             kind: Any = _KINDS.get(first.kind, first.kind)
+            # What is in it no operation has written: NumPy, or other code that torch does not show, has.
             if first.kind == "allocated" and origin in self._brought:
                 kind = "input"
             host = self._has_host and first.on_cpu

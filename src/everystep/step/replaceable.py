@@ -74,11 +74,13 @@ def check_replaceable(
             "Python reads the memory of a tensor (numpy, tolist), and may branch on it; compute with "
             "the tensor, or return it"
         )
+    # A batch is copied to where the program reads it, and that must be memory of its own.
     for name, tensor in batch.items():
         if name in program.tensors and program.storage_of(name).kind != "input":
             raise NotReplaceableError(f"{name} of the batch shares memory with a part")
         if tensor.requires_grad:
             raise NotReplaceableError(f"{name} of the batch requires a gradient")
+    # After a step, the parts get the program's own tensors as gradients.
     for name, end in program.ends.items():
         if program.storage_of(end).kind != "temporary":
             raise NotReplaceableError(
@@ -91,6 +93,7 @@ def check_replaceable(
         raise NotReplaceableError(
             "the step changes " + ("a tensor that is in no part" if is_outside else "its batch")
         )
+    # A bound program has a fixed memory for each result.
     for each in path.operations:
         indices = (path.tensors[number].dtype for number in each.tensors_read()[1:])
         if has_shape_of_values(each.operator, indices):
@@ -141,6 +144,7 @@ def unchanging_reads(
     names = {path.tensors[tensor].storage: name for name, tensor in path.named}
     depends: dict[int, set[int]] = {}
     for storage, known in enumerate(path.storages):
+        # An input without a name is from outside, and compared at each check.
         is_fixed = known.kind != "input" or storage not in names or names[storage] in fixed
         if is_fixed and storage not in written:
             depends[storage] = {storage}
@@ -155,6 +159,7 @@ def unchanging_reads(
             continue
         # What only allocates memory is no operation: what has no numbers yet is not among them.
         is_unchanging &= not draws_random_numbers(operation.operator)
+        # In the order of the step: memory that was unchanging may get something else, and the reverse.
         if not is_unchanging or any(number in changing_numbers for number in operation.numbers):
             for storage in operation.writes:
                 depends.pop(storage, None)
@@ -183,6 +188,7 @@ class Around:
     def optimizer_begins(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer starts a step."""
         self.optimizers.append(optimizer)
+        # A program runs the whole step first, and advances the schedulers afterwards.
         for scheduler, before in zip(self._schedulers, self._before, strict=True):
             if scheduler.optimizer is optimizer and _steps_taken(scheduler) != before:
                 self._early.append(scheduler)
@@ -223,6 +229,7 @@ class Around:
 
     def _settings_now(self) -> dict[str, tuple[str, str]]:
         """Return the learning rates and the other settings of each optimizer, comparable."""
+        # As texts, which stay as they are when the settings change, and in which NaN equals NaN.
         found = {}
         for name, optimizer in self._parts.optimizers.items():
             rates = [group.get("lr") for group in optimizer.param_groups]

@@ -151,6 +151,7 @@ class StandIn:
         self._state = {name: spec for name, spec in tensors.items() if name in names}
         #: Copies of the tensors from which Python reads numbers that it does not log.
         self._unchanging: dict[str, Tensor] = {}
+        #: Gradients that a step begins with: they are other tensors after each step that makes new ones.
         self._moves = [name for name in self._state if name.startswith("gradient/")]
         before, ends = _gradients(path, path.named), _gradients(path, path.ends)
         after = {name: lies for name, lies in (before | ends).items() if name not in path.gone}
@@ -192,6 +193,7 @@ class StandIn:
                 raise NotReplaceableError(f"{name} is returned as a Python number; return the tensor")
             if places:
                 found[name] = places[0]
+        # What Python reads may depend on a rate, and a scheduler changes that.
         changing = {n for step in self._optimizer_steps for n in range(step.begin, step.end)}
         unchanging = unchanging_reads(self.path, self._fixed, changing)
         other = {*read} - {*found.values()}
@@ -230,6 +232,7 @@ class StandIn:
             is_known = era == self._era and not name.startswith("gradient/")
             if not is_known and not lies_as(tensor, self._state[name]):
                 return False
+        # The program runs on these addresses, so tensors that have moved need it bound again.
         if self.live is None or places != self._places:
             # A write into shared memory changes several tensors, so the program must know of it.
             if not _share_as(found, self._state):
@@ -274,6 +277,7 @@ class StandIn:
         assert live is not None
         taken = self.begin(numbers)
         self.load(batch)
+        # The operations of the backward pass are in the program, so autograd has nothing to note.
         with without_autograd():
             live.run()
             # The next step overwrites the memory of the program, and the caller may keep the values.
@@ -385,6 +389,7 @@ class StandIn:
         """
         if not self._foresees(numbers, seen.numbers):
             return "a Python number in the step changes from step to step; compute it with tensors"
+        # The program has constants in their place.
         for storage, content in self._contents.items():
             now = seen.from_outside(storage)
             # An unchanged tensor has the same copy, which needs no comparison.
@@ -419,6 +424,7 @@ class StandIn:
             is_drawn_alike = not self._draws or torch.equal(torch.get_rng_state(), after)
         finally:
             torch.set_rng_state(after)
+        # Python has taken the step on the live tensors, the program on copies of those before it.
         state = self._parts.state()
         now = {name: live.tensor(name) for name in self._state if name in state} | live.ends
         other = (n for n, tensor in now.items() if n not in state or not same_bits(state[n], tensor))
@@ -462,6 +468,7 @@ class StandIn:
         numbers = self._numbers.copy()
         for step in self._optimizer_steps:
             call = self._calls.of(step.optimizer)
+            # The user may have set a flag, or added a param group, since.
             if call is None or call.layout != step.layout:
                 raise NotReplaceableError("the optimizer runs another step than before")
             numbers[step.begin : step.end] = call.numbers
@@ -476,6 +483,7 @@ def _gradients(path: Path, named: Sequence[tuple[str, int]]) -> dict[str, tuple[
 
 def _share_as(state: Mapping[str, Tensor], specs: Mapping[str, TensorSpec]) -> bool:
     """Return whether the tensors of a state share memory exactly as in a program."""
+    # Pairs of a storage of the program and memory: each must come in one pair only.
     places = {(specs[name].storage, t.untyped_storage()._cdata) for name, t in state.items()}
     storages, memories = zip(*places, strict=True) if places else ((), ())
     return len(set(storages)) == len(set(memories)) == len(places)

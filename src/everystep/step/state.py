@@ -139,6 +139,7 @@ def same_bits(one: Tensor, two: Tensor) -> bool:
         return False
     if all(map(_is_in_one_piece, (one, two))):
         return not _compare(one.data_ptr(), two.data_ptr(), one.nbytes)
+    # As integers: `torch.equal` finds NaN unequal to itself, and -0.0 equal to 0.0.
     return torch.equal(as_integers(one), as_integers(two.to(one.device)))
 
 
@@ -156,6 +157,7 @@ _compare.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
 
 def as_integers(tensor: Tensor) -> Tensor:
     """Return the bits of floats as integers of their size; others unchanged."""
+    # Of a conjugated or negated tensor, the memory has other signs than the numbers.
     whole = tensor.detach().resolve_conj().resolve_neg()
     if whole.is_complex():
         whole = torch.view_as_real(whole)
@@ -187,10 +189,11 @@ def _in_order(tensor: Tensor) -> Tensor:
     Those of 0.0 and -0.0 are 0.
     """
     bits = as_integers(tensor).flatten().cpu().long()
-    if torch.finfo(tensor.dtype).min >= 0:
+    if torch.finfo(tensor.dtype).min >= 0:  # float8_e8m0fnu has no sign
         return bits
     sign = 1 << (8 * tensor.element_size() - 1)
     magnitudes = bits & (sign - 1)
+    # A float is its sign and a magnitude that grows with its bits, so neighbours are 1 apart.
     return torch.where(bits & sign != 0, -magnitudes, magnitudes)
 
 

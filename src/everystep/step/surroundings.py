@@ -92,6 +92,7 @@ class Surroundings:
             note(module, where, guards)
         for name, tensor in self._state().items():
             guards.tensor(tensor, name.partition("/")[2], is_state=True)
+        # A program writes into memory, and so into all tensors that share it.
         guards.read("storages", "the sharing of memory between tensors", self._shared)
         torchs = OptimizerCalls().is_torchs
         for name, optimizer in self._optimizers.items():
@@ -99,7 +100,7 @@ class Surroundings:
             guards.read((key, "code"), f"the code of {name}", torchs, optimizer)
             guards.read((key, "step"), f"step of {name}", vars(optimizer).get, "step")
             guards.read((key, "groups"), f"the parameters of {name}", _parameters_of, optimizer)
-        if type(self._loss) is partial:
+        if type(self._loss) is partial:  # a loss that is a module is among the parts
             _guard_arguments(self._loss, guards)
 
     def difference(self) -> str | None:
@@ -107,10 +108,8 @@ class Surroundings:
         return self._guards.difference() or self._hooked_node()
 
     def _hooked_node(self) -> str | None:
-        """Describe a parameter that has a hook on its node in the graph, or return None.
-
-        Only a backward pass shows such a hook. It lasts while other code keeps a graph.
-        """
+        """Describe a parameter that has a hook on its node in the graph, or return None."""
+        # Only a backward pass shows such a hook. It lasts while other code keeps a graph.
         with torch._C.DisableTorchFunctionSubclass():
             hooked = (
                 name.partition("/")[2]
@@ -186,6 +185,7 @@ def _functions_of_torch() -> list[Any]:
     ]
 
 
+# Once: a function that somebody replaces by another kind of object must still be looked for.
 @cache
 def _names_of_functions() -> tuple[tuple[str, ...], ...]:
     kinds = (types.FunctionType, types.BuiltinFunctionType)
@@ -208,6 +208,7 @@ def _reason_against_process() -> str | None:
         return "anomaly detection is on"
     if _has_tensor_hooks():
         return "torch.autograd.graph.saved_tensors_hooks are active"
+    # They call each other by name: that of attention calls `linear` and `dropout`.
     for name, value in vars(torch.nn.functional).items():
         if type(value) is types.FunctionType and not is_torchs_function(value):
             return f"torch.nn.functional.{name} was replaced"

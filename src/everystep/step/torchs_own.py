@@ -70,6 +70,7 @@ def reason_against_loss(loss: Any) -> str | None:
         return reason_against_module(loss, "the loss")
     if _is_overridable(loss):
         return None
+    # Such as `partial(cross_entropy, label_smoothing=0.1)`.
     if type(loss) is functools.partial and _is_overridable(loss.func):
         given = (*loss.args, *loss.keywords.values())
         if all(is_plain(value) or type(value) in TENSOR_TYPES for value in given):
@@ -111,6 +112,7 @@ def own_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         seen.add(id(each))
         yield path, each
+        # The last that waits comes next, so the order is that of `named_modules`.
         inner = _own_dict(each).get("_modules") or {}
         within = [(f"{path}.{name}" if path else str(name), m) for name, m in inner.items()]
         waiting += [(name, m) for name, m in reversed(within) if is_a(m, nn.Module)]
@@ -214,12 +216,14 @@ def _problem(module: nn.Module, but_hooks: bool = False) -> str | None:
 
 def _methods_of(cls: type) -> str:
     """Return which methods a class and its bases have, those of all modules left out."""
+    # As a text, which guards compare as a plain value.
     bases = cls.__mro__[: cls.__mro__.index(nn.Module)]
     return str([id(each) for base in bases for each in vars(base).values()])
 
 
 def _own_dict(module: nn.Module) -> dict[str, Any]:
     """Return the dict of a module, without its class."""
+    # A class may define `__dict__`, `__getattribute__` or `__getattr__`, and answer anything.
     found: dict[str, Any] = vars(nn.Module)["__dict__"].__get__(module)
     return found
 
@@ -270,15 +274,13 @@ def handles() -> int:
 
 
 def has_hooks_on_node(tensor: Tensor) -> bool:
-    """Return whether Python runs when autograd accumulates a parameter's gradient.
-
-    The node that does so lives as long as other code keeps a graph with it. Registering a hook shows
-    which others exist.
-    """
+    """Return whether Python runs when autograd accumulates a parameter's gradient."""
     if not tensor.requires_grad or not tensor.is_leaf or tensor.is_inference():
         return False
+    # The node that does so lives as long as other code keeps a graph with it; else this makes another.
     with torch.inference_mode(False), torch.enable_grad():
         node: Any = tensor.view_as(tensor).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+    # torch has no list of a node's hooks, but a handle has the table that it was put into.
     ours = [register(lambda *_: None) for register in (node.register_hook, node.register_prehook)]
     has_others = any(len(handle.hooks_dict_ref()) > 1 for handle in ours)
     for handle in ours:

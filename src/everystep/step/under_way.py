@@ -171,6 +171,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
                 names = zip(plain, numbers, strict=True)
                 self.add(key, marks=[Mark("batch", name, (number,)) for name, number in names])
             for (name, tensor), number in zip(plain.items(), numbers, strict=True):
+                # By what it is a view of: an operation may read the same memory through another view.
                 if name in copies and tensor.is_cpu:
                     base = id(tensor._base if tensor._is_view() else tensor)
                     self.unread_batch.setdefault(base, []).append((number, copies[name]))
@@ -224,6 +225,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         # Nothing happens within a step of torch's optimizers: one that is still open has raised.
         self.recover()
         expected = self.at.next
+        # Mostly it is as in the step before: compared by identity alone, without a list of numbers.
         if self.is_remembered and expected is not None and expected.key[:-1] == what:
             met, known = self.tensors.met, expected.key[-1]
             if len(known) == len(tensors):
@@ -322,6 +324,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         entry = self.at
         while entry.parent is not None and number < entry.parent.met:
             entry = entry.parent
+        # A check notes the tensors of results alone: most memory is met again with its tensor.
         if entry.check is not None:
             new = [each for each in entry.key[4] if each[1] == number and each not in entry.kept]
             entry.kept = tuple(sorted((*entry.kept, *new)))
@@ -347,6 +350,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         # A program has the module of each operation, so the same call in another module branches.
         place = (self.follower.where, key) if key[0] == "call" else key
         entry = at.children.get(place) if self.is_remembered else None
+        # The numbers of all later entries count on from `met`.
         if entry is not None and entry.met != len(tensors.known):
             self.leave()
             entry = None
@@ -503,7 +507,8 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
                 self.is_followed = False
                 ending = self._write(state, versions, loss)
         self._origins = ending.origins
-        self.ending = ending if ending is self.at.ending else None  # later steps may end with it, too
+        # Only an ending that later steps may reach shows how the next step begins.
+        self.ending = ending if ending is self.at.ending else None
         self.numbers = self.numbers.copy()  # the list itself belongs to the recording
         return ending.path
 
@@ -522,6 +527,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
                 return False
         elif not all(map(lies_as, state.values(), ending.bound)):
             return False
+        # e.g. ("tensor", 7), or ("read", 2): the loss is the number at this place of the step's.
         if isinstance(loss, Tensor) and known is not None and known[0] == "tensor" and known[1]:
             return lies_as(loss, known[1])
         return bool(self._loss_token(loss, ending.path, ending.reads) == known)
@@ -586,6 +592,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         number = self.tensors.number(tensor)
         if number is not None or not is_plain(tensor):
             return number
+        # Such as a new gradient: autograd has made another tensor of the result of an operation.
         place = self.tensors.place(tensor.untyped_storage())
         if place is None:
             return None

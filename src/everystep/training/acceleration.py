@@ -145,6 +145,7 @@ class Acceleration:
 
         last: a program may run further steps up to this one; key: of the kind of batch.
         """
+        # e.g. (32, (False, False)) of a model: the rows of the batch, and how pending gradients lie.
         if key not in self._kinds and len(self._kinds) < MOST_KINDS:
             self._kinds[key] = _Kind()
         kind = self._kinds.get(key)
@@ -152,6 +153,7 @@ class Acceleration:
             return self._by_python(number)
         stand_in, state = kind.stand_in, self._state()
         if stand_in is not None and not stand_in.is_ready(state, self._era):
+            # Of known code, the step shows at once what those with such a state do.
             if not self._is_known:
                 return self._by_python(number)
             stand_in = None
@@ -310,6 +312,7 @@ class Acceleration:
         changed = self._surroundings.difference() if self._has_programs else None
         if changed is not None:
             self._kinds, self._since = {}, step
+            # Each costs steps in Python, and copies of the state to compare programs again.
             self._renewals += 1
         reason = None if self._has_programs else self._reason_against()
         if reason is None and self._renewals > MOST_RENEWALS:

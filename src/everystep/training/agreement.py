@@ -89,6 +89,7 @@ class Agreement:
         Raises:
             UsageError: another rank begins a different one.
         """
+        # The same list on every rank, so all of them raise, or none.
         given = [dict(each) for each in self._shared("about", dict(about))]
         for rank, each in enumerate(given):
             # A rank that sees no run to resume begins one, which differs in all else, too.
@@ -111,6 +112,7 @@ class Agreement:
         """
         if self.ranks is None:
             return create_directory(wanted, name)
+        # Rank 0 makes `runs/a`, the others `runs/a/ranks/1`, ...: they need the name that it has found.
         place, top = Path(), ""
         try:
             with self.together():
@@ -126,6 +128,7 @@ class Agreement:
                 elif top := self._shared("directory", None, sources=[0])[0]:
                     place = create_directory(self._place_in(Path(top), parent), name)
         except RunError:
+            # It holds those of the other ranks.
             if not self.rank and top:
                 shutil.rmtree(place)
             raise
@@ -184,6 +187,7 @@ class Agreement:
             return [value]
         # torch has no public way to reach the store that init_process_group was given, or has made.
         store = torch.distributed.distributed_c10d._get_default_store()
+        # By the number of the recording: the store lives as long as the processes do.
         key = f"everystep/{self._number}/{topic}"
         found = []
         try:
@@ -281,6 +285,7 @@ def _continued_from(run: R, agreement: Agreement) -> R:
 def _states_alike(ranks: Sequence[RecordedRun], at: int) -> list[State]:
     """Return the states of all ranks after a step; check that parameters and optimizers are the same."""
     cure = "continue it with as many processes as before"
+    # `after`: of this step itself, not one before it.
     states = [state for each in ranks if (state := each.state_near(at, after=at - 1)) is not None]
     if not at or len(states) < len(ranks):
         raise RunError(
@@ -309,7 +314,7 @@ def _begun_from(parent: R, at: int, state: State, ranks: RanksFacts, *, is_new: 
     facts = parent.facts
     place = rank_directory(parent.ranks[0].directory.resolve(), ranks.rank, ranks.count, at)
     shutil.rmtree(place, ignore_errors=True)  # of processes that ended before rank 0 had taken a step
-    if is_new:
+    if is_new:  # with those of rank 0, it would draw the same numbers as that
         own = Generators.capture(select(facts.training.device)).tensors()
         drawn = {f"generator/{name}": tensor for name, tensor in own.items()}
         state = replace(state, rest=state.rest | drawn)

@@ -46,6 +46,7 @@ class BatchCopies:
 
         era: within the same era, nothing writes into copied tensors; None: something may.
         """
+        # The newest half, also of a loader that keeps all its batches.
         if len(self._copies) > MOST_COPIES:
             alive = (item for item in self._copies.items() if item[1].of() is not None)
             self._copies = dict([*alive][-MOST_COPIES // 2 :])
@@ -53,6 +54,7 @@ class BatchCopies:
 
     def _copy(self, tensor: Tensor, era: int | None) -> Tensor:
         known = self._copies.get(id(tensor))
+        # The id may be that of a tensor which is gone.
         if known is not None and known.of() is tensor and known.holds(tensor, era):
             if era == known.era:
                 return known.copy
@@ -93,8 +95,9 @@ class PutTensors:
         before = [id(tensor) for tensor in given.values()]
         items = batch.values() if type(batch) is dict else batch
         is_flat = type(batch) in (dict, list, tuple)
+        # Most batches are as they were, and need no walk through their nesting.
         if isinstance(batch, Tensor) or (is_flat and [*map(id, items)] == before):
-            return  # most batches are as they were
+            return
         for name, tensor in unnested(batch, path)[0].items():
             # One that was moved to another device is the same data.
             if id(tensor) not in before and given.get(name, tensor).device == tensor.device:
@@ -125,6 +128,8 @@ def unnested(batch: Any, path: str = "") -> tuple[dict[str, Tensor], Any]:
     The nesting is as JSON can hold it, with `{"tensor": path}` for each tensor. path: the prefix of all
     paths.
     """
+    # e.g. (x, [y, 3]) -> {"0": x, "1.0": y},
+    #                     {"tuple": [{"tensor": "0"}, {"list": [{"tensor": "1.0"}, 3]}]}
     if type(batch) in (list, tuple) and len(batch) in (1, 2) and all(map(_is_dense, batch)):
         tensors = {_join(path, n): _as_tensor(part) for n, part in zip("xy", batch, strict=False)}
         return tensors, {type(batch).__name__: [{"tensor": name} for name in tensors]}
@@ -147,10 +152,12 @@ def key_of(batch: Any, taken: Container[int] = ()) -> Any:
             return kind, *map(key, value)
         if kind is dict:
             return dict, *((type(name), repr(name), key(item)) for name, item in value.items())
+        # A new object equals nothing. Python may do anything with attributes that a tensor has.
         if kind is not Tensor or value.layout is not torch.strided or vars(value):
             return (kind, repr(value)) if kind in PLAIN_TYPES else object()
         if value.untyped_storage()._cdata in taken or value.is_conj() or value.is_neg():
             return object()
+        # Results of kernels may depend on the alignment, and writes on what shares the memory.
         begin = int(value.storage_offset()) * value.itemsize
         place = places.setdefault(value.untyped_storage()._cdata, (len(places), begin))
         lies = value.stride(), begin % ALIGNMENT, place[0], begin - place[1]
@@ -182,11 +189,18 @@ def _is_dense(part: Any) -> bool:
     if isinstance(part, Tensor):
         is_held = part.layout == torch.strided and not part.is_nested and part.dtype in _HELD
         return is_held and part.device.type != "meta" and not part._is_zerotensor()
-    return isinstance(part, np.ndarray) and part.dtype.kind in "biufc"
+    if not isinstance(part, np.ndarray) or isinstance(part, np.ma.MaskedArray):
+        return False
+    # Not the long floats of C: torch has none.
+    return part.dtype.kind in "biufc" and part.dtype.itemsize <= (16 if part.dtype.kind == "c" else 8)
 
 
 def _as_tensor(part: Tensor | np.ndarray[Any, Any]) -> Tensor:
-    return part if isinstance(part, Tensor) else torch.from_numpy(np.ascontiguousarray(part))
+    if isinstance(part, Tensor):
+        return part
+    # In the machine's order of bytes, as torch has it; a single number would get a dimension.
+    array = np.ascontiguousarray(part, part.dtype.newbyteorder("="))
+    return torch.from_numpy(array.reshape(part.shape))
 
 
 def _join(path: str, name: str) -> str:
@@ -225,6 +239,7 @@ class _Walk:
             while name in inner:  # {1: x, "1": y}
                 name += "_"
             text = self.text(item, _join(path, name), within)
+            # Of an object, only what holds tensors or plain values is shown.
             if count is None or text != {"left": type(item).__name__}:
                 inner[name] = text
         if len(self.tensors) == count:  # an object that has nothing to do with tensors
@@ -258,6 +273,7 @@ def _attributes(value: Any) -> list[tuple[str, Any]] | None:
     """
     if isinstance(value, _WHOLE) or is_code(value) or is_aside(value):
         return None
+    # From the descriptor of a slot, since `getattr` may run a method of the class.
     own: dict[str, Any] = {}
     kind: Any = type(value)
     for name, slot in _slots(kind):

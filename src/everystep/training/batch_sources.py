@@ -23,6 +23,10 @@ from everystep.step.kept_values import Encoded, decoded, encoded, is_aside, is_p
 __all__ = ["BatchSources", "Changed", "samplers_of", "sources_of"]
 
 
+# e.g. of a sampler that shuffles a list of its own:
+#   {"sampler": {"order": {"value": {"list": [3, 1, 2]}, "digest": "9f86..."}}}
+
+
 class Changed(NamedTuple):
     """The attributes that have changed: their tensors, and the rest, by the names of their objects.
 
@@ -72,6 +76,7 @@ class BatchSources:
                 continue
             for key, found, now in self._attributes(name, source, batches):
                 then = first.get(key, _AttributeThen("", {}))
+                # With other objects in it, only the user's code can make it again.
                 if now.digest != then.digest and now.fixed == then.fixed:
                     tensors |= {
                         f"{prefix}{n}": each.detach().clone() for n, each in found.tensors.items()
@@ -113,6 +118,7 @@ class BatchSources:
             and all(map(is_, value, items))
         ):
             return found
+        # What leads to another of the objects, such as a loader to its sampler, ends there.
         now = encoded(value, place, left_alone=others, limit="source")
         digest = xxhash.xxh3_128(json.dumps(now.data, sort_keys=True).encode())
         for tensor in now.tensors.values():
@@ -158,6 +164,7 @@ def _with_state(batches: Any) -> dict[str, Any]:
         name: source
         for name, source in sources_of(batches).items()
         if hasattr(source, "__dict__") and not type(source).__module__.startswith("torch.utils.data")
+        # A loader of the user's class may carry something, too, and has a sampler.
         if hasattr(source, "sampler") or not is_aside(source)
     }
 

@@ -83,6 +83,7 @@ class LoopConditions:
         # A step that was abandoned has no loss.
         before = [self._values[each] for each in (_LOSS, _PREVIOUS_LOSS) if each in self._values]
         self._values = {_PREVIOUS_LOSS: before[0]} if before else {}
+        # A step has the parameters that it begins with; an update is the difference to those after it.
         for each in self._references:
             tensor = state.get(_IN_STATE[each.kind] + each.name) if each.kind in _IN_STATE else None
             if tensor is not None:
@@ -137,6 +138,7 @@ class LoopConditions:
         Raises:
             ExpressionError: the values do not fit a condition.
         """
+        # As a replay computes it, whatever the loop has in force here.
         with torch.no_grad(), torch.autocast(self._device, enabled=False):
             ends, marks = (
                 [each.text for each in conditions if self._holds(each, names)]
@@ -167,6 +169,7 @@ def _read(texts: str | Iterable[str], argument: str) -> list[Expression]:
     for text in texts if isinstance(texts, Iterable) and not isinstance(texts, str) else [texts]:
         if not isinstance(text, str):
             raise UsageError(f"{argument} takes conditions as texts, not a {type(text).__name__}")
+        # The names of measurements are unknown here: each word of the text may be one.
         condition = parse(text, re.findall(r"[^\W\d]\w*", text))
         for each in sorted(condition.references):
             kinds = {"loss", "step"} if each.is_previous else {"gradients", "measurements", *_IN_STATE}

@@ -40,6 +40,7 @@ __all__ = [
 _TEXT = "map each text or class to a number"
 #: Bytes that a Dataset may take as tensors, by default.
 DEFAULT_DATASET_LIMIT = 2_000_000_000
+#: Rows that are stacked at once, and reported as read.
 _ROWS_AT_ONCE = 256
 
 
@@ -51,6 +52,7 @@ def is_of_tensors(dataset: Any) -> bool:
     if type(dataset) is TensorDataset:
         return all(type(tensor) in TENSOR_TYPES for tensor in dataset.tensors)
     if type(dataset) is Subset:
+        # Indices of a class of the user's may change whenever they are read.
         return is_of_tensors(dataset.dataset) and is_plain(tuple(dataset.indices))
     return type(dataset) is ConcatDataset and all(map(is_of_tensors, dataset.datasets))
 
@@ -77,6 +79,7 @@ def read_rows(
     for start in range(0, len(wanted), _ROWS_AT_ONCE):
         chosen = wanted[start : start + _ROWS_AT_ONCE]
         parts.append(_collated([_pair(dataset, row) for row in chosen]))
+        # From the first rows, before memory is full.
         if not start:
             size = sum(part.nbytes for part in parts[0]) // len(chosen) * len(wanted)
             if size > limit:
@@ -99,7 +102,7 @@ def length_of(dataset: Dataset[Any]) -> int:
     """
     try:
         count = len(dataset)  # type: ignore[arg-type]
-    except (TypeError, NotImplementedError):
+    except (TypeError, NotImplementedError):  # a class without a length, or with one that refuses
         count = None
     if isinstance(dataset, IterableDataset) or count is None:
         raise DataError(
@@ -146,7 +149,7 @@ def _pair(dataset: Dataset[Any], row: int) -> tuple[Any, Any]:
 def _collated(pairs: list[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
     try:
         x, y = default_collate(pairs)  # of tensors, arrays and numbers: `_pair` has looked
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise DataError(f"the rows of the Dataset cannot be stacked: {error}") from None
     return x, y
 
@@ -185,6 +188,7 @@ class DatasetBatches:
             rows = range(self.batches.rows) if indices is None else indices.tolist()
             before = generator_states(self._device)
             x, y = _collated([_pair(self._dataset, row) for row in rows])
+            # Rows that were drawn at random cannot be kept as data, even where they came out alike.
             self.draws |= bool(different(before, generator_states(self._device)))
             self._keep(torch.as_tensor(rows), x, y)
             self._step, self._pair = step, (x.to(self._device), y.to(self._device))
@@ -197,6 +201,7 @@ class DatasetBatches:
     def _keep(self, rows: Tensor, *batch: Tensor) -> None:
         if self.differs or not self._limit:
             return
+        # Memory for all rows, which come in any order.
         if self._kept is None:
             size = sum(part.nbytes for part in batch) // len(rows) * len(self._is_kept)
             if size > self._limit:
@@ -204,6 +209,7 @@ class DatasetBatches:
                 return
             x, y = (part.new_empty((len(self._is_kept), *part.shape[1:])) for part in batch)
             self._kept = x, y
+        # In a later epoch, rows come again: those that differ, as augmented images do, are not data.
         known = self._is_kept[rows]
         for kept, part in zip(self._kept, batch, strict=True):
             fits = kept.shape[1:] == part.shape[1:] and kept.dtype == part.dtype
@@ -260,9 +266,12 @@ def _unfit_tensor(value: Tensor, name: str) -> str | None:
 
 
 def _unfit_array(value: np.ndarray[Any, Any] | np.generic, name: str) -> str | None:
+    if isinstance(value, np.ma.MaskedArray):
+        return f"a masked array; pass {name}.filled(0.0), or leave its masked rows out"
+    # Asked of torch, since it takes more dtypes in later versions; ValueError: the other order of bytes.
     try:
         torch.from_numpy(np.empty(0, value.dtype))
-    except TypeError:
+    except (TypeError, ValueError):
         if value.dtype.kind in "SU":
             return f"an array of text; {_TEXT}"
         return f"an array of {value.dtype}; torch has no such dtype; pass {name}.astype('float32')"

@@ -59,6 +59,8 @@ __all__ = ["describe", "facts_from", "facts_of_loop", "modules_of", "optimizer_f
 
 #: Maximum number of items of a list that is a setting; a longer one is data.
 _MOST_ITEMS = 100
+#: Collections within each other that are a setting.
+_DEEPEST = 10
 _HOOKS_OF_TENSORS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 #: What a scheduler counts, or holds besides its settings.
 _COUNTED = {
@@ -132,6 +134,7 @@ def _shared(parts: Parts, device: torch.device, every: str | None = None) -> dic
     }
 
 
+# Once, since each is read from a file.
 @cache
 def _versions() -> dict[str, str]:
     return {package: version(package) for package in ("everystep", "torch", "numpy", "safetensors")}
@@ -151,6 +154,7 @@ def modules_of(
         settings=settings | hooks_of(module),
         is_torchs=is_torchs_module(module),
     )
+    # Not those that it is within, which would have no end; one that is in two places is shown twice.
     found, around = {path: own}, around | {id(module)}
     for name, inner in module._modules.items():
         if inner is not None and id(inner) not in around:
@@ -160,9 +164,11 @@ def modules_of(
 
 def facts_of_loop(parts: Parts) -> TrainingFacts:
     """Return the facts of a user's loop before it begins."""
+    # Of several models, none is the whole: their names begin with those of the parts.
     modules = {} if parts.main else {"": ModuleFacts(class_name="ModuleDict")}
-    for name in sorted(parts.modules, key=lambda name: name != parts.main):
+    for name in sorted(parts.modules, key=lambda name: name != parts.main):  # the model first
         modules |= modules_of(parts.modules[name], parts.prefix(name).rstrip("."))
+    # "#0" is of an optimizer, and in no module.
     parameters = {p for p, name in parts.parameter_names().items() if "#" not in name}
     return TrainingFacts(
         seed=None,
@@ -193,6 +199,7 @@ def _own_tensors(module: nn.Module) -> dict[str, str | None]:
 
 def optimizer_facts(optimizer: torch.optim.Optimizer) -> OptimizerFacts:
     """Return the facts of an optimizer, without what a scheduler does to its lr."""
+    # A scheduler sets `lr` as it is made, and keeps what the user gave as `initial_lr`.
     groups = [
         {k: _plain(v) for k, v in group.items() if k not in ("params", "initial_lr")}
         | ({"lr": _plain(group["initial_lr"])} if "initial_lr" in group else {})
@@ -227,6 +234,7 @@ def _loss_facts(loss: Any) -> LossFacts:
 
 def _settings(thing: Any) -> dict[str, Any]:
     """Return the public attributes of an object that are numbers, strings or the like."""
+    # Without the class of the object, which may answer anything.
     try:
         held = thing.keywords if type(thing) is partial else object.__getattribute__(thing, "__dict__")
     except AttributeError:  # it has slots
@@ -238,12 +246,12 @@ def _settings(thing: Any) -> dict[str, Any]:
     }
 
 
-def _is_simple(value: Any) -> bool:
+def _is_simple(value: Any, depth: int = _DEEPEST) -> bool:
     """Return whether a value is a number, a string or None, or a short collection of these."""
-    if type(value) in (list, tuple):
-        return len(value) <= _MOST_ITEMS and all(map(_is_simple, value))
-    if type(value) in (dict, Counter):
-        return len(value) <= _MOST_ITEMS and all(map(_is_simple, (*value, *value.values())))
+    if type(value) in (list, tuple, dict, Counter):
+        within = (*value, *value.values()) if isinstance(value, dict) else value
+        is_short = len(value) <= _MOST_ITEMS and depth > 0  # a list may be within itself
+        return is_short and all(_is_simple(item, depth - 1) for item in within)
     return value is None or type(value) in (bool, int, float, str) or isinstance(value, np.generic)
 
 
@@ -253,9 +261,11 @@ def _plain(value: Any) -> Any:
         return f"{type(value).__name__} of shape {tuple(value.shape)}"
     if isinstance(value, Tensor):
         number = value.item()
+        # 0.1 of float32 is 0.1 to a reader, and not 0.10000000149011612.
         return float(str(np.float32(number))) if value.dtype == torch.float32 else number
     if isinstance(value, np.generic | np.ndarray):
-        return value.item()
+        item = value.item()
+        return str(item) if isinstance(item, np.generic) else item  # Python has no long floats
     if type(value) in (list, tuple) and len(value) <= _MOST_ITEMS:
         return [_plain(item) for item in value]
     if type(value) in (dict, Counter) and len(value) <= _MOST_ITEMS:
@@ -284,6 +294,7 @@ def _checked_config(config: Any) -> dict[str, Any]:
     if not isinstance(plain, dict):
         kind = type(config).__name__
         raise UsageError(f"config is a {kind}; pass a dict, a dataclass or an argparse.Namespace")
+    # A reader refuses a larger one.
     if (size := len(json.dumps(plain))) > LARGEST_CONFIG:
         raise UsageError(f"config has {size:,} bytes as JSON; a run holds at most {LARGEST_CONFIG:,}")
     return plain

@@ -86,6 +86,7 @@ def experiment_job(
             reason and a fix.
     """
     experiment = experiment.with_fused(device.type)
+    # Random data is drawn first, as in the chapter, and then the parameters of the model.
     torch.manual_seed(experiment.seed)
     if data is None:
         check_may_be_read(experiment.data)
@@ -99,9 +100,11 @@ def experiment_job(
     batches = Batches(len(data.x), *order, numbers=data.numbers, source=name_of_rows)
     model = build_model(experiment.model, data.x[:2])
     loss = build("loss", experiment.loss.name, experiment.loss.keywords)
+    # Two, unless a batch has one: batch norm refuses that, and would do so only at the end of an epoch.
     few_rows = data.x[: min(2, batches.smallest)]
     prediction = try_model(model, few_rows, experiment.model.layers, _origin(data))
     check_loss(loss, prediction, data)
+    # Before the optimizer is made, as torch asks for.
     model.to(device)
     loss.to(device)
     _check_scheduler(experiment)

@@ -65,6 +65,7 @@ def objects_job(objects: Objects, iteration: Iteration, device: torch.device, pr
     data = _read(objects, seed, progress)
     rows = length_of(objects.data) if data is None else len(data.x)
     numbers = None if data is None else data.numbers
+    # `numbers`: which rows of the data these are, where others are kept out for validation.
     batches = Batches(rows, iteration.batch_size, seed, iteration.drop_last, numbers=numbers)
     if data is None:
         kind = type(objects.data).__name__
@@ -131,6 +132,7 @@ def job_of(
         training=training,
         steps=steps,
         facts=describe(training, data, source, iteration, every if evaluation else None),
+        # To be stored: a run opens on any machine.
         data=None if data is None else data.to(torch.device("cpu")),
         evaluation=evaluation,
         engine=iteration.engine,
@@ -148,6 +150,7 @@ def _read(objects: Objects, seed: int, progress: Progress) -> Data | None:
         pair = read_rows(objects.data, objects.dataset_limit, progress.reading)
     x, y = _tensors(pair)
     if isinstance(objects.validation, float):
+        # By the seed, so that a fork and a resume keep the same rows out.
         training, kept_out = split_rows(len(x), objects.validation, seed)
         held_out = x[kept_out], y[kept_out]
         return Data(x[training], y[training], held_out, numbering=Numbering(seed))
@@ -169,12 +172,20 @@ def _check_lazy(objects: Objects) -> None:
 
 def _tensors(pair: Any) -> tuple[Tensor, Tensor]:
     """Return x and y as tensors, the same objects if they already are; `Objects` has checked them."""
-    x, y = (torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in pair)
+
+    def as_tensor(part: Any) -> Tensor:
+        try:
+            return torch.from_numpy(part) if isinstance(part, np.ndarray) else part
+        except ValueError:  # it has strides that no tensor has, as `x[::-1]` does
+            return torch.from_numpy(part.copy())
+
+    x, y = map(as_tensor, pair)
     return x, y
 
 
 def _device(objects: Objects, name: str | None) -> torch.device:
     """Return the device to train on, the model moved there if it was asked for."""
+    # The user's own placement counts: a model is moved only where `device` asks for it.
     parameter = next(objects.model.parameters(), None)
     here = parameter.device if parameter is not None else torch.device("cpu")
     if here.type == "meta":
@@ -193,6 +204,7 @@ def _device(objects: Objects, name: str | None) -> torch.device:
     return device
 
 
+# e.g. "TwoLayer" -> "two-layer", and its runs are two-layer-1, two-layer-2, ...
 def _snake(name: str) -> str:
     words = "".join(f"-{c.lower()}" if c.isupper() else c for c in name)
     return words.strip("-").replace("_", "-") or "run"

@@ -49,11 +49,14 @@ class Interrupt:
         return self._signal == signal.SIGINT
 
     def __enter__(self) -> Self:
+        # Python runs handlers in the main thread only, and refuses to set them in another.
         if threading.current_thread() is not threading.main_thread():
             return self
         before = {number: signal.getsignal(number) for number in REASONS}
+        # The outer one catches them.
         if isinstance(getattr(before[signal.SIGINT], "__self__", None), Interrupt):
             return self
+        # Not where Ctrl-C is ignored, as in a process in the background (SIG_IGN is not a function).
         if callable(before[signal.SIGINT]):
             self._before[signal.SIGINT] = before[signal.SIGINT]
         if before[signal.SIGTERM] is signal.SIG_DFL:
@@ -67,7 +70,8 @@ class Interrupt:
         self.restore()
         if self in _in_force:
             _in_force.remove(self)
-        if self._signal == signal.SIGTERM:  # the run is closed now
+        # The run is closed now. By the signal itself, so that the parent sees which one has ended it.
+        if self._signal == signal.SIGTERM:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def restore(self) -> None:
@@ -100,6 +104,7 @@ def _after_fork() -> None:
 
 
 def _after_fork_in_child() -> None:
+    # The innermost first: each restores what it found.
     while _in_force:
         _in_force.pop().restore()
     _after_fork()

@@ -79,6 +79,7 @@ class Job:
 
     def numbered_as(self, facts: TrainingFacts) -> Job:
         """Return the job with the rows of another training's data, with the same numbers."""
+        # Rows have the numbers of the file, where some may have been dropped or kept out.
         if isinstance(self.training.batch, RowsOf):
             numbers = facts.data.numbers()
             batches = self.training.batch.batches
@@ -101,6 +102,7 @@ class Job:
         if not rows and not inherited:
             return self
         batch = self._rows("rows can be left out")
+        # From the first step of the fork on: those before it are the parent's.
         batch.use(batch.batches.without_rows(rows, start + 1, self.steps, inherited))
         known = self.facts.batches.model_copy(update={"without": batch.batches.without})
         return self.with_facts(batches=known)
@@ -118,6 +120,7 @@ class Job:
         batch = relabelled_rows(self._rows("rows can be relabelled"), targets, "the fork")
         assert self.data is not None
         y, training = batch.y, replace(self.training, batch=batch)
+        # Rows that are kept out for validation are not relabelled.
         evaluation = self.evaluation
         if evaluation is not None and self.data.validation is None:  # it measures on these rows
             evaluation = replace(evaluation, y=y)
@@ -140,7 +143,7 @@ def relabelled_rows(batch: RowsOf, targets: Mapping[int, float], what: str) -> R
     Raises:
         ExperimentError: lists rows that do not exist, and targets that do not fit; what: of what.
     """
-    y = batch.y.clone()
+    y = batch.y.clone()  # the data of the caller stays as it is
 
     def at(row: int) -> int:
         return int(batch.batches.places([row])[0])

@@ -44,6 +44,14 @@ _GLOBAL = {"torch", "device", "python", "numpy"}
 _SAMPLERS = (SequentialSampler, RandomSampler, WeightedRandomSampler)
 
 
+# The places of a loop of two epochs, each with one call of `steps` on three batches:
+#
+#   after step   1  2  3  4  5  6
+#   epoch        0  0  0  1  1  1      (loop 0, number 0, 0 calls), then (loop 0, number 1, 1 call)
+#   call         0  0  0  1  1  1
+#   taken        1  2  3  1  2  3
+
+
 class Epoch(NamedTuple):
     """An epoch of a loop over `epochs`.
 
@@ -129,6 +137,7 @@ class LoaderPosition:
 
     def ahead(self, step: int) -> Ahead:
         """Return the steps to come after `step`, as far as batches and epochs have lengths."""
+        # All later epochs are taken to have as many batches as this one.
         size = _length(self._loader)
         if size is None:
             return Ahead(None, None)
@@ -165,6 +174,7 @@ class LoaderPosition:
                 found = encoded(self._loader.state_dict(), LOADER)
                 tensors, place["loader"] = dict(found.tensors), found.data
             return tensors, {"place": place}
+        # Between two epochs, the next call begins with what the objects have now.
         begun = self._sources.changed(self._loader, _BEGUN) if self._is_between else self._begun
         drawn = begun if self._is_between else self._sources.changed(self._loader, _DRAWN)
         if begun.held:
@@ -195,6 +205,7 @@ class LoaderPosition:
                 )
             if goal.epoch is not None and self._loop < goal.epoch.loop:
                 return
+            # As if the calls of `steps` in the epochs before had been made.
             if goal.epoch is not None:
                 first, self._call = goal.epoch.number, goal.epoch.calls - 1
         for number in itertools.count(first) if count is None else range(first, count):
@@ -218,7 +229,7 @@ class LoaderPosition:
         self._call += 1
         self.taken, self._loader, self._is_between = 0, batches, False
         goal = self.goal
-        if goal is not None and self._call < goal.call:
+        if goal is not None and self._call < goal.call:  # it is past, and has no batch to yield
             self._start_workers(batches, goal)
             return
         own = None if _has_state(batches) else batches
@@ -232,6 +243,7 @@ class LoaderPosition:
         self._begun = self._sources.changed(own, _BEGUN)
         iterator = self._skipped(batches, goal) if goal is not None and goal.taken else None
         self.has_skipped = iterator is not None
+        # After the batches before were skipped, which may have changed the objects again.
         if goal is not None and (goal.taken or goal.begun):
             self._sources.restore(own, _DRAWN, Changed(goal.tensors, goal.drawn))
             self._reached()
@@ -241,6 +253,7 @@ class LoaderPosition:
         after = self._at_first if self._call == 0 else {}
         while True:
             self.generators = {}
+            # A quiet loader draws the seed and the order of an epoch before its first batch alone.
             is_seen = draws and (not quiet or self.taken == 0)
             before = self._generators() if is_seen else {}
             # After the generators were read: a DataLoader draws a seed as its iterator is made.
@@ -271,6 +284,7 @@ class LoaderPosition:
         """
         stays = isinstance(batches, DataLoader) and batches.num_workers and batches.persistent_workers
         if stays and batches._iterator is None:
+            # With the generators as they were when the recorded loop started its workers, at step 1.
             before = Generators.capture(self._device)
             self._restore({**goal.at_first, **goal.draw_of(1).generators})
             iter(batches)
@@ -279,6 +293,7 @@ class LoaderPosition:
     def _skipped(self, batches: Any, goal: Recorded) -> Iterator[Any]:
         """Return an iterator over the batches after those before the goal."""
         self.taken = goal.taken
+        # Another number of processes has other batches: at the same share of them.
         if goal.size is not None:
             self.taken = goal.taken * (_length(batches) or 0) // goal.size
         elif _has_state(batches) and goal.loader is not None:
@@ -295,6 +310,7 @@ class LoaderPosition:
                 # Between the batches, the loop drew from the same generators.
                 draw = goal.draw_of(first + place)
                 self._restore(draw.generators)
+            # What torch's iterator itself takes from the sampler; without the rows of the data set.
             try:
                 batch = iterator._next_index() if by_sampler else next(iterator)
             except StopIteration:
@@ -330,6 +346,7 @@ class LoaderPosition:
 
 def _tensors(states: Mapping[str, Any], names: Collection[str]) -> dict[str, Tensor]:
     """Return the states of some generators as tensors, by the names that a state has."""
+    # "python" and "numpy" have several tensors each: "python.gauss", "numpy.position", ...
     if not names:
         return {}
     states = {"device": None, **states}
@@ -376,6 +393,7 @@ def _has_state(loader: Any) -> bool:
 
 def _own_generators(loader: Any) -> dict[str, torch.Generator]:
     """Return the generators of a loader and of its samplers, by name."""
+    # It has no attributes, and is the usual thing besides a loader.
     if type(loader) is GeneratorType:
         return {}
     found = {name: getattr(owner, "generator", None) for name, owner in samplers_of(loader).items()}

@@ -61,7 +61,8 @@ def run_job(job: Job, progress: Progress) -> Outcome:
 def _recorder(job: Job) -> tuple[Recorder, Facts]:
     """Return what records a job, and what is known of the run so far."""
     agreement = Agreement()
-    if agreement.ranks is not None:  # to compute the digests takes its time
+    # Digests of the data and of the parameters take their time, and one process agrees with itself.
+    if agreement.ranks is not None:
         agreement.check(_about(job))
     origin, text = job.origin, job.experiment_toml
     texts = {} if text is None else {job.facts.experiment_file or EXPERIMENT_FILE: text}
@@ -86,6 +87,7 @@ def _recorder(job: Job) -> tuple[Recorder, Facts]:
 
 def _about(job: Job) -> dict[str, Any]:
     """Return what must be equal on all ranks."""
+    # Those that differ on each rank, or on each machine.
     of_rank = {"ranks", "numerics", "data_file", "engine", "experiment_file"}
     settings = job.facts.model_dump(mode="json", exclude=of_rank)
     about = {name: str(value) for name, value in flat(settings).items()}
@@ -95,6 +97,7 @@ def _about(job: Job) -> dict[str, Any]:
         about |= {f"the data {each.path}": f"digest {each.digest}" for each in job.data.sources}
     elif job.data is not None:
         tensors |= {f"data/{name}": rows for name, rows in job.data.tensors().items()}
+    # Ranks that continue a run may have other buffers, such as those of batch norm.
     kinds = ("data/", "parameter/") + ("buffer/", "optimizer/") * (job.origin.run is None)
     given = {name: tensor for name, tensor in tensors.items() if name.startswith(kinds)}
     return about | {n.replace("/", " ", 1): f"digest {digest_of(t.cpu())}" for n, t in given.items()}
@@ -117,6 +120,7 @@ class _ModelWriter(RunWriter):
             self.rates |= origin.hyperparameters
             self.note_rates(origin.at + 1, job.training.hyperparameters())
         self._loss_dtype: torch.dtype | None = None
+        # The state that a continued run begins with is on disk already.
         self._snapshot_step = -1 if origin.run is None else origin.at
         #: The step from which on Python takes all, as the run has it.
         self._eager_from: int | None = None
@@ -142,7 +146,7 @@ class _ModelWriter(RunWriter):
         self.recorder.facts(self.engine())
         self._note_eager(stepper)
         while self.step < job.steps:
-            if not self._advance(stepper):
+            if not self._advance(stepper):  # nothing below holds for steps that are void
                 continue
             is_due = every is not None and (self.step % every == 0 or self.step == job.steps)
             if job.evaluation is not None and is_due:
@@ -162,6 +166,7 @@ class _ModelWriter(RunWriter):
     def _finish(self) -> None:
         """Leave the live training in its last state, and take a snapshot of it."""
         guards = self.job.training.guards
+        # Once with all numbers: each step has compared only the counts of torch's changes.
         if guards is not None and (changed := guards.difference()) is not None:
             raise DatasetChangedError(changed, self.step)
         if self._stepper is not None:
@@ -173,6 +178,7 @@ class _ModelWriter(RunWriter):
 
     def close_failed(self, error: BaseException) -> None:
         """Write what there is, and close the run."""
+        # Losses are still on the device.
         with suppress(Exception):  # the device or the disk may be what failed
             self.flush()
         super().close_failed(error)
@@ -186,6 +192,7 @@ class _ModelWriter(RunWriter):
     def _collected(self) -> tuple[Sequence[float | None], dict[str, Any]]:
         assert self._stepper is not None
         values = self._stepper.collect()
+        # A run has one dtype of losses: the first that holds all of them.
         widest = torch.promote_types(values.dtype, self._loss_dtype or values.dtype)
         facts = self.engine()
         if len(values) and widest != self._loss_dtype:
@@ -197,6 +204,7 @@ class _ModelWriter(RunWriter):
         job, recorder = self.job, self.recorder
         for message in job.notices:
             self._notice(message)
+        # A fork was made with its beginning, and a run that is resumed has it.
         if self.step not in recorder.plan.kept:
             self._snapshot()
         if job.data is not None and job.origin.has_new_data:
@@ -237,6 +245,7 @@ class _ModelWriter(RunWriter):
             by_program=stepper.by_program,
             checks=len(stepper.checked),
             verified_to=stepper.checked[-1] if stepper.checked else 0,
+            # Steps that are taken again, and compared, stay as they were recorded.
             eager_from=stepper.eager_from and max(stepper.eager_from, self.recorder.recorded + 1),
             reason=stepper.reason,
             unseen=stepper.watched.unseen,
@@ -281,6 +290,7 @@ class _ModelWriter(RunWriter):
         """Measure; a scheduler that follows the validation loss advances."""
         scheduler = self.job.training.scheduler
         follows = scheduler if isinstance(scheduler, ReduceLROnPlateau) else None
+        # Known code changes only what `measure` restores, and the rate, which is noted at each step.
         is_known = not evaluation.has_foreign_code and is_torchs_scheduler(follows)
         had_rule = stepper.has_rule
         with nullcontext() if is_known else stepper.foreign_code():
@@ -299,6 +309,7 @@ class _ModelWriter(RunWriter):
         ranks = self.job.facts.ranks
         if ranks is None:
             return evaluation.measure()
+        # A scheduler may follow it, and must set the same rate on all ranks.
         found: list[Any] = [evaluation.measure() if ranks.rank == 0 else None]
         torch.distributed.broadcast_object_list(found)
         return dict(found[0])

@@ -83,6 +83,7 @@ class LoopIterator(Iterator[Any]):
         self._is_alone = False
 
     def __iter__(self) -> Self:
+        # `for x in steps` asks by GET_ITER, `enumerate(steps)` by a call; a generator passes items on.
         frame = sys._getframe(1)
         code = frame.f_code
         is_for = code.co_code[frame.f_lasti] == _GET_ITER
@@ -118,6 +119,7 @@ class LoopIterator(Iterator[Any]):
         Raises:
             UsageError: it begins with another number, or something else around it begins again.
         """
+        # An `enumerate` shows its number only as it is pickled: (enumerate, (iterator, number)).
         counting = self._counting()
         number = None if counting is None else int(counting.__reduce__()[1][1])
         if counting is None or number in resumed:
@@ -134,6 +136,7 @@ class LoopIterator(Iterator[Any]):
 
     def _counting(self) -> enumerate[Any] | None:
         """Return the `enumerate` directly around it; refuse all else that would begin again."""
+        # From the inside out: what refers to this iterator, then what refers to that, and so on.
         found, frames = None, self._asking()[0]
         inner: list[Any] = [self, *frames]
         for _ in range(_DEEPEST):
@@ -162,6 +165,7 @@ class LoopIterator(Iterator[Any]):
 
     def _asking(self) -> tuple[list[FrameType], FrameType]:
         """Return the frame of the loop, after those of generators through which it asks, if any."""
+        # Out of this class first, whichever of its methods has asked.
         frame = sys._getframe()
         while frame.f_code is not LoopIterator.__next__.__code__:
             assert frame.f_back is not None
@@ -240,6 +244,7 @@ class _LoopVariables:
             is_plain = value.layout == torch.strided and not value.is_nested and not value.is_inference()
             if not is_plain or value.untyped_storage().data_ptr() in self._memory:
                 return None
+            # Its numbers may be on a device, or be many; torch counts their changes.
             self._alive.append(value)
             return _Identity(id(value), value._version, value.shape)
         if isinstance(value, np.ndarray):

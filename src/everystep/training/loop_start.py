@@ -78,6 +78,7 @@ class LoopStart:
             return self._continued(run_to_continue(self.resumed, agreement), parts, place)
         directory = agreement.directory(self.directory, "loop")
         whole = PartsState(parts)
+        # Both have the random generators as they are now, and nothing between them draws.
         place.begin()
         beginning = whole.snapshot(0)
         facts = Facts(
@@ -116,6 +117,7 @@ class LoopStart:
         if at > (newest := min(each.newest_step() for each in parent.ranks)):
             raise RunError(f"{parent.name} has no step {at}: it has {newest:,} steps")
         state = parent.state_near(newest)
+        # Any state of the parent shows whether it has places in its batches.
         if at and (state is None or _goal(parent, state) is None):
             raise RunError(
                 f"{parent.name} marks its steps with recording.step, so nothing shows what its loop "
@@ -131,6 +133,7 @@ class LoopStart:
                 cure = f"pass the parts as they were then, and change what should differ {count}"
                 PartsState(parts).check_begins_as(begin, cure)
             facts = Facts(name=directory.name, started=now(), steps=at, trained=trained, fork=fork)
+            # First a whole run of the parent's steps, which is then resumed as any other.
             Recorder(directory, facts, self.snapshot_budget, parent, at, self.batch_budget).finish({})
             run = agreement.continued(RecordedRun(directory))
             return self._continued(run, parts, place, is_new=True)
@@ -157,6 +160,7 @@ class LoopStart:
         # Steps that not all ranks have are taken again, and none of them is kept of one rank alone.
         recorded = run.newest_step() if run.common_steps is None else run.common_steps
         problems: list[str] = []
+        # Where a snapshot is damaged, an older one serves as well.
         state = run.state_near(recorded, on_problem=problems.append)
         if state is None:
             reason = "; ".join(problems) or "the training ended before it wrote one"
@@ -171,6 +175,7 @@ class LoopStart:
                 f"{begun:,} on; fork the parent again"
             )
         at, later = (state.step, None) if is_accepted else (recorded, state)
+        # Not from before a change of settings: the steps up to `later` would be others.
         earlier = run.state_near(state.step - 1, on_problem=problems.append)
         since = run.stretches[stretch_at(run.stretches, recorded)].first - 1
         # A fork at a snapshot begins there: its loop may have other settings from its first step on.
@@ -180,6 +185,7 @@ class LoopStart:
         else:
             state = earlier
         resumed = resume_facts(run, at, changed)
+        # Unchanged facts are left out, so that the recorder keeps those of the run.
         if changed:
             facts = facts_resumed(run, trained, at, resumed)
         else:
@@ -190,6 +196,7 @@ class LoopStart:
             goal = goal.model_copy(update={"size": None})
         elif goal is not None and goal.size is None:  # the epoch begins again
             goal = goal.model_copy(update={"taken": 0})
+        # Before the recorder opens the run: if the parts do not fit, nothing was written.
         whole.restore(state)
         # With those of groups that were added on the way; each as of the last step at which it changed.
         noted = ((name, *each) for name in parts.rates() for each in run.measured(name).items())
@@ -257,6 +264,7 @@ def _drawn(run: RecordedRun, step: int) -> Drawn:
             "with was dropped to stay within batch_budget; use a loader with a state_dict, such as "
             "torchdata's StatefulDataLoader"
         )
+    # Digests, so that the batches themselves need not be in the run any more.
     known = {name: each.content for name, each in inputs.given.items() if name.startswith("batch/")}
 
     def matches(batch: Any) -> bool:

@@ -109,6 +109,7 @@ class LoopWriter(RunWriter):
         if self.is_snapshot_due():
             self._pending = self.waiting_for(self._snapshot)
         self.flush_if_due()
+        # After 8, 16, 32, ... steps, until the recorder knows enough to make one.
         taken = self.step - self.start
         if taken >= RECENT and not taken & (taken - 1) and not self.recorder.is_estimated:
             self.flush()
@@ -125,6 +126,7 @@ class LoopWriter(RunWriter):
         self._lacking, self._at_rest = 0, None
         if self._pending is not None and self._pending.step > self.step:
             self._pending = None
+        # The parts still have what the discarded step did to them.
         self.watched.forget_versions()
 
     def finish(self, status: str, reason: str | None) -> None:
@@ -133,6 +135,7 @@ class LoopWriter(RunWriter):
         Raises:
             RecordingError: writing failed; earlier data is kept.
         """
+        # A snapshot that waits is of this state; it was taken before code after the step has run.
         is_pending = self._pending is not None and self._pending.step == self.step
         self._note_lacking()
         self._keep_pending()
@@ -170,6 +173,7 @@ class LoopWriter(RunWriter):
 
     def _note_numerics(self) -> None:
         """Note the settings that bits depend on; report one that changed since earlier steps."""
+        # A few numbers at each step; what they mean is read only where one has changed.
         now = numerics.in_effect()
         if now == self._in_effect:
             return

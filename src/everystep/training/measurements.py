@@ -73,6 +73,7 @@ class Evaluation:
         generators are restored before a metric is called: changes by a metric stay.
         """
         device = self.y.device
+        # In groups of rows: activations of all rows may not fit into memory.
         with torch.no_grad(), generators_preserved(device), _evaluating(self.model, self.standard):
             prediction = _joined([self.model(part) for part in self.x.split(ROWS)])
             found = {name: measure(prediction, self.y) for name, measure in self.standard.items()}
@@ -116,11 +117,13 @@ def _kind_of(loss: Any, target: Tensor) -> tuple[TargetKind | None, Callable[[Te
     not torch's, they are taken to be.
     """
     name = _torchs_name(loss)
+    # Then the sign of an output is its class, of probabilities and of logits alike.
     if name in _THRESHOLDS:
         return "two classes", lambda output: output - _THRESHOLDS[name]
     if target.dtype == torch.int64:
         return "classes", lambda output: output
     if target.is_floating_point() and target.ndim <= 2 and len(target) > 1:
+        # In double, since e to the 89 overflows float32; on the CPU, since mps has no double.
         if name in _OF_RATES and _predicts_logs(loss):
             return "values", lambda output: output.cpu().double().exp()
         if name is None or name in _OF_VALUES | _OF_RATES:
@@ -215,7 +218,8 @@ def _one_number(name: str, value: Any) -> float:
 
 @contextmanager
 def _evaluating(model: nn.Module, functions: Mapping[str, Any]) -> Iterator[None]:
-    """Put a model and the modules among functions into evaluation mode, and restore them."""
+    """Put a model into evaluation mode; restore it, and the buffers of the modules among functions."""
+    # Each module's own mode, since a user may have put some of them into evaluation mode for good.
     modes = [(module, module.training) for module in model.modules()]
     others = [function for function in functions.values() if isinstance(function, nn.Module)]
     buffers = [(buffer, buffer.clone()) for module in (model, *others) for buffer in module.buffers()]

@@ -54,6 +54,7 @@ class Training:
         """What is carried from one step to the next: model, optimizer, and what else keeps something."""
         return training_parts(self)
 
+    # Once, as the training begins: it notes what modules hold at first.
     @cached_property
     def _whole(self) -> PartsState:
         return PartsState(self.parts)
@@ -79,6 +80,7 @@ class Training:
         A gradient is among them only where no step drops it: of a parameter that the optimizer does not
         have, or of an optimizer that zeroes gradients in its own way.
         """
+        # torch's zero_grad drops them before the backward pass, so no step depends on them.
         found = self.parts.state()
         if has_own_zero_grad(self.optimizer):
             return found
@@ -128,6 +130,7 @@ class Training:
         _check_loss_value(loss)
         with torch._C._DisableTorchDispatch():  # not an operation of the step
             value = loss.detach().clone()  # it may be a view of what the update changes
+        # The watch notes where in the step that is: the update may write into the memory of the loss.
         log(loss)
         enter("zero_grad")
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -141,6 +144,7 @@ class Training:
         if self.shares is not None:
             self.shares.exchange(number, parameters)
         enter("update")
+        # After the exchange: the norm is that of the gradients of the whole batch.
         if self.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
         try:
@@ -164,7 +168,7 @@ def training_parts(trained: Training | Objects) -> Parts:
     named: dict[str, Any] = {"model": trained.model, "optimizer": trained.optimizer}
     if trained.scheduler is not None:
         named["scheduler"] = trained.scheduler
-    if isinstance(trained.loss, nn.Module):
+    if isinstance(trained.loss, nn.Module):  # a function keeps nothing
         named["loss"] = trained.loss
     return Parts(named, apart=("loss",))
 
@@ -178,6 +182,7 @@ def _fault_of(optimizer: torch.optim.Optimizer, error: Exception) -> ExperimentE
 
 def _check_loss_value(loss: Any) -> None:
     """Check that a loss has returned one real number, which depends on a parameter."""
+    # Before the backward pass, which has messages of its own, without a cure.
     problem = None
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         problem = f"must return one number, not {_not_one_number(loss)}"

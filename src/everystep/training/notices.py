@@ -65,8 +65,9 @@ class Notices:
     def of_step(self, step: int, seen: AnyWatch) -> None:
         """Report what the recording of a step lacks."""
         for reason in seen.unseen:
-            if reason not in self.unseen and len(self.unseen) < MOST_SAID:
-                self.unseen.add(reason)
+            is_new = reason not in self.unseen
+            self.unseen.add(reason)
+            if is_new and len(self.unseen) <= MOST_SAID:
                 self._once(
                     reason,
                     f"step {step}: {reason}; everystep keeps its results as numbers, and no view "
@@ -93,6 +94,7 @@ class Notices:
         if built.evaluation is None:
             return
         count, first = built.evaluation
+        # The line of the loop that evaluates, not the one in a forward that it has called.
         line, of = built.program.line_of(first), len(built.program.operations)
         around = [] if line is None else [line, *line.callers]
         called = [each.place for each in around if not each.function.endswith("forward")]
@@ -123,6 +125,7 @@ class Notices:
         """Report that a condition marks a step, and may mark more."""
         self._once(f"marked {condition}", f"{condition} at step {step:,}; the run marks each such step")
 
+    # By kind, not by message: the message of a later step would differ by its number.
     def _once(self, kind: str, message: str) -> None:
         if kind not in self._said and not self.is_quiet:
             self._said.add(kind)

@@ -71,6 +71,7 @@ class Objects:
                 "what it does into a step function: everystep.train(step, batches, parts=...)"
             )
         own = self.model, self.loss, self.optimizer, self.scheduler
+        # In one call, so that the optimizer of the copy has the parameters of the copied model.
         try:
             with _whole_optimizers():
                 model, loss, optimizer, scheduler = copy.deepcopy(own, self._without_graphs())
@@ -94,6 +95,7 @@ class Objects:
 
     def _without_graphs(self) -> dict[int, Any]:
         """Return copies, by id, of tensors that the last forward pass left in modules."""
+        # `copy.deepcopy` refuses a tensor that has a graph, and takes what is in its memo for copied.
         modules = self.model.modules() if self.model is not None else ()
         held = (value for module in modules for value in vars(module).values())
         tensors = (value for value in held if isinstance(value, Tensor) and value.grad_fn is not None)
@@ -155,6 +157,7 @@ def _whole_optimizers() -> Iterator[None]:
         vars(new).update(copy.deepcopy(own, memo))
         return new
 
+    # The method is set on torch's class, so for all threads.
     with _COPYING:
         torch.optim.Optimizer.__deepcopy__ = copied  # type: ignore[attr-defined]
         try:
@@ -165,6 +168,7 @@ def _whole_optimizers() -> Iterator[None]:
 
 def is_dataset(data: Any) -> TypeGuard[Dataset[Any]]:
     """Return whether an object has rows by number, as a Dataset does."""
+    # They may have both methods, and yield batches, or numbers of rows.
     if isinstance(data, DataLoader | Sampler):
         return False
     return isinstance(data, Dataset) or (
@@ -193,6 +197,7 @@ def _model_faults(model: Any) -> Faults:
     if any(map(is_compiled, model.modules())):
         yield Fault("model", "is compiled (torch.compile); pass the uncompiled module")
         return
+    # They become the names of tensors in a state.
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     yield from path_faults(dict(model.named_modules()))
     yield from path_faults(tensors)
@@ -222,6 +227,7 @@ def _optimizer_faults(optimizer: Any, model: Any) -> Faults:
         )
     if not isinstance(model, nn.Module):
         return
+    # By identity: `==` of two tensors compares their numbers.
     own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if not any(id(parameter) in own for parameter in model.parameters()):
         yield Fault(
@@ -321,6 +327,7 @@ def _demanded(optimizer: torch.optim.Optimizer) -> list[str]:
         _, *parameters = inspect.signature(type(optimizer).step).parameters.values()
     except (TypeError, ValueError):  # something that has no signature, or no `self`
         return []
+    # `*args` and `**kwargs` have no default either, and may be left empty.
     fixed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     demanded = [p.name for p in parameters if p.default is p.empty and p.kind not in fixed]
     return [f"a {name}" if name == "closure" else name for name in demanded]
@@ -347,6 +354,7 @@ def _instead_of(given: Any, name: str) -> str:
 def _instead_of_loader(loader: DataLoader[Any]) -> str:
     if isinstance(loader.dataset, IterableDataset):
         return "; pass a map-style Dataset (__len__ and __getitem__), and batch_size="
+    # A loader that was given a batch sampler has no size of its own.
     size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
     cure = f"; pass its Dataset instead: data=loader.dataset{_batch_size(size)}"
     cure += ", drop_last=True" * bool(getattr(loader.batch_sampler, "drop_last", False))

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -236,6 +237,7 @@ class Recording(Generic[R]):
         return steps
 
     def _marked(self, items: Iterator[Any], of: Any, name: str) -> LoopIterator:
+        # That of the user's code, which calls `steps` or `epochs`: at one instruction in all epochs.
         frame = sys._getframe(2)
         line, notices = (frame.f_code, frame.f_lasti), self.writer.watched.notices
         return LoopIterator(items, of, name, line, self._checked, self._place, self._parts, notices)
@@ -273,6 +275,7 @@ class Recording(Generic[R]):
     @property
     def step_count(self) -> int:
         """How many steps the run has; those that a resumed loop takes again do not count yet."""
+        # Who reads it while the loop resumes begins to count there: see `_settle`.
         self._was_count_read |= self.is_resuming
         return self.writer.step
 
@@ -337,6 +340,7 @@ class Recording(Generic[R]):
         """Yield batches without making steps of them; of a resumed loop, from its place on."""
         items, writer = self._place.draw(batches), self.writer
         follower = writer.watched.follower
+        # A batch that a model has computed, such as what a policy does, changes as the model does.
         while True:
             follower.is_computed = False
             try:
@@ -452,6 +456,7 @@ class Recording(Generic[R]):
             raise UsageError("a step is already in progress; a recording has one loop at a time")
         if self._is_stopping:
             raise UsageError(f"{self._stopped}: leave the loop once recording.is_stopping")
+        # Until what waits to be written is small again: a slow disk must not fill the memory.
         writer.recorder.wait()
         self._place.at_end = {}
         # If no code has run since the last step, the state need not be looked up or compared.
@@ -488,6 +493,7 @@ class Recording(Generic[R]):
         step.nesting.append(nesting)
         step.batches.append((batch, path, tensors))
         tensors = self._put.without(tensors)
+        # Copied now, since the step may write into its batch.
         with self._aside(tensors.values()):
             step.batch |= self.writer.watched.copies.of(tensors)
             step.watch.add_batch(tensors, step.batch)
@@ -520,6 +526,7 @@ class Recording(Generic[R]):
         names: of the numbers that were logged after it, if this is the reason to ask.
         """
         step = self.writer.step
+        # The run has the marks of a step that a resumed loop repeats.
         earlier = self._start.earlier if step <= self.writer.recorder.recorded else None
         if earlier is not None and all(step in earlier.measured(name) for name in names):
             return
@@ -550,6 +557,7 @@ class Recording(Generic[R]):
     def _abandon(self) -> None:
         """Discard an incomplete step: record neither it nor a snapshot of its state."""
         self.writer.watched.close()
+        # Its writes are in the parts, which no recorded step has made.
         self.writer.watched.forget_versions()
 
     def _terminated(self) -> None:
@@ -559,6 +567,8 @@ class Recording(Generic[R]):
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+#: `float` reads texts, and takes the real part of NumPy's complex numbers.
+_NO_NUMBERS = (str, bytes, np.complexfloating)
 #: The exit status of a process that SIGTERM ended.
 _TERMINATED = 128 + 15
 #: Recordings under way in this process.
@@ -587,8 +597,8 @@ def _number(name: str, value: Any) -> float | Tensor:
                 f"log: {name} has shape {tuple(value.shape)}; log one number, such as its mean"
             )
         return value.item() if value.is_cpu else value.detach().reshape(()).clone()
-    with suppress(TypeError, ValueError):
-        if not isinstance(value, str):
+    with suppress(TypeError, ValueError, OverflowError):
+        if not isinstance(value, _NO_NUMBERS):
             return float(value)
     raise UsageError(
         f"log: {name} is a {type(value).__name__}; log a number, or a tensor with one element"

@@ -75,6 +75,7 @@ def check_rules(run: RecordedRun, step: int) -> None:
             f"{run.name} cannot be resumed: it ended before the state that it begins with was on disk, "
             f"or that snapshot is damaged; fork {facts.fork.parent} again (--at {facts.fork.at})"
         )
+    # The facts are those of the last stretch of steps, and a resume takes steps by these.
     changed = [each.at for each in facts.resumed if each.changed]
     count = facts.training.processes
     others = [each.last for each in facts.earlier if each.training.processes != count]
@@ -97,6 +98,7 @@ def _seconds(run: RecordedRun, facts: Facts) -> float | None:
     """Return how long the training has taken; of one that was killed, up to its last write."""
     if facts.status != "running":
         return facts.seconds
+    # It was killed, so nothing was written at its end.
     last = facts.resumed[-1] if facts.resumed else None
     began, before = (facts.started, 0.0) if last is None else (last.began, last.seconds)
     if began is None or before is None:
@@ -126,6 +128,7 @@ def _changes_by_others(run: RecordedRun, now: TrainingFacts) -> tuple[str, ...]:
 def facts_resumed(run: RecordedRun, trained: TrainingFacts, steps: int, resumed: ResumeFacts) -> Facts:
     """Return the facts of a run that is resumed, to be written with its first new step."""
     before = run.facts
+    # A stretch of no steps, of a run that was resumed twice at one step, is none.
     earlier = before.earlier
     if resumed.at > max((each.last for each in earlier), default=0):
         earlier = (*earlier, EarlierFacts(last=resumed.at, training=before.training))

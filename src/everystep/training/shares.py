@@ -47,8 +47,10 @@ class Shares:
 
         A parameter without a gradient counts as zero, unless no rank has one.
         """
+        # The last batch of an epoch may be smaller, and its shares of different sizes.
         own, whole = (b.rows_of(step) for b in (self.batches, replace(self.batches, share=None)))
         trained = [parameter for parameter in parameters if parameter.requires_grad]
+        # One collective for each dtype, in the order of the parameters, which is the same on all ranks.
         for dtype in dict.fromkeys(parameter.dtype for parameter in trained):
             alike = [parameter for parameter in trained if parameter.dtype == dtype]
             _exchange(alike, own / whole if self.is_mean else 1.0)
@@ -62,12 +64,14 @@ def _exchange(parameters: list[Tensor], weight: float) -> None:
         grown[0].new_full((len([*alike]),), float(is_used))
         for is_used, alike in groupby(p.grad is not None for p in parameters)
     ]
+    # In one tensor: all gradients, then for each parameter 1 if this rank has used it.
     flat = torch.cat([gradient.reshape(-1) for gradient in grown]) * weight
     exchanged = torch.cat([flat, *used])
     torch.distributed.all_reduce(exchanged)
     sizes = [*(parameter.numel() for parameter in parameters), len(parameters)]
     *sums, users = torch.split(exchanged, sizes)
     for place, (parameter, gradient, whole) in enumerate(zip(parameters, grown, sums, strict=True)):
+        # torch's optimizers skip a parameter without a gradient; with zeros, momentum would move it.
         if parameter.grad is None and not users[place].item():
             continue
         gradient.copy_(whole.view(parameter.shape))
@@ -105,6 +109,7 @@ def shares_of(objects: Objects, batch: RowsOf | DatasetBatches, iteration: Itera
 def _loss_fault(loss: Any, y: Tensor) -> str | None:
     """Return why the losses of shares do not make that of a batch, or None. y: all targets."""
     options = {} if reason_against_loss(loss) else _options(loss)
+    # Older names, which torch's losses still take in place of `reduction`.
     is_old = any(options.get(name) is not None for name in ("reduce", "size_average"))
     if "reduction" not in options or is_old:
         return (

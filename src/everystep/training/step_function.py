@@ -82,6 +82,7 @@ def train_step(
         TrainingError: `engine="program"`, and no program can run a step; or a check failed.
         RecordingError: writing the run failed; everything recorded before is kept.
     """
+    # For the progress bar, and for the last check of programs.
     total = iteration.steps
     if total is None:  # 0 if unknown
         total = (iteration.epochs or 0) * len(batches) if isinstance(batches, Sized) else 0
@@ -89,6 +90,7 @@ def train_step(
     if iteration.stop_on_nan:
         check_stops_together("stop_on_nan", "omit it")
     numerics.prepare()
+    # This one catches signals, not that of the recording: a step function returns to this loop.
     with numerics.in_force(iteration.threads), Interrupt() as interrupt:
         if iteration.seed is not None:
             torch.manual_seed(iteration.seed)
@@ -130,6 +132,7 @@ def _batches(
         yield from [None] * (total - count)
         return
     last, epochs = (math.inf if n is None else n for n in (iteration.steps, iteration.epochs))
+    # In a resumed training, `drawn` yields nothing for epochs that are past: they count as epochs.
     while count < last and epoch < epochs:
         before, is_skipping = count, recording.is_resuming
         for batch in recording.drawn(batches):
@@ -215,7 +218,9 @@ class _VouchedStep(Acceleration):
     def _look_at(self, batch: tuple[Any, ...]) -> None:
         """Note what is known of a batch, unless it is the last one again, in the same era."""
         seen, era = self._seen, self._era
+        # Within an era, no other code runs, so the same objects are as they were.
         if seen.era != era or [*map(id, seen.batch)] != [*map(id, batch)]:
+            # On memory of a part, a batch changes as the part does: it is of no kind.
             places = {tensor.untyped_storage()._cdata for tensor in self._state().values()}
             tensors, nesting = unnested(batch[0]) if batch else ({}, None)
             about = key_of(batch, places), tensors, [nesting] if batch else []
@@ -233,6 +238,7 @@ class _VouchedStep(Acceleration):
         self, number: int, last: int, stand_in: StandIn, numbers: list[Number], state: dict[str, Tensor]
     ) -> dict[str, Any]:
         started, writer, batch = clock.now(), self._writer, self._seen
+        # Until the end: an error in between leaves unknown what has run.
         is_settled, self._is_settled = self._is_settled, False
         writer.recorder.wait()
         if not is_settled:
@@ -249,6 +255,7 @@ class _VouchedStep(Acceleration):
         step.has_loss(logged.get("loss"))
         writer.add(step, state)
         self._ran(1, started)
+        # A loader of the user's runs code between two steps, and so does a scheduler within them.
         self._is_settled = self._is_quiet and not stand_in.schedulers
         return logged
 

@@ -68,5 +68,6 @@ def _changes_of(value: Any) -> tuple[int, int]:
     """Return how often a tensor was changed in place, if torch counts that, and where it lies."""
     if not isinstance(value, Tensor) or value.is_inference():
         return 0, 0
+    # The address, too: `loss.data = other` counts nothing.
     has_place = type(value) is Tensor and value.layout is torch.strided
     return value._version, value.data_ptr() if has_place else 0

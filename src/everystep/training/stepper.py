@@ -63,6 +63,7 @@ class Stepper(Acceleration):
     def __init__(self, training: Training, new: Unwritten, steps: int, engine: Engine = "auto") -> None:
         surroundings, start = Surroundings(training.parts, training.loss), new.step
         watched = WatchedSteps(training.parts, new.recorder)
+        # The step is everystep's own, written once, so one step shows what all with such a batch do.
         super().__init__(watched, surroundings, start, steps, is_known=True, is_quiet=True)
         self.training, self.new = training, new
         self.reason: str | None = None
@@ -206,6 +207,7 @@ class Stepper(Acceleration):
         calls_functions = is_torchs_scheduler(scheduler, but_functions=True)
         if against is None and calls_functions and not is_torchs_scheduler(scheduler):
             against = f"{type(scheduler).__qualname__} calls a function of yours"
+        # `against`: code that a user may vouch for; `other`: what no program can do.
         vouches = self._engine == "program"
         self.stands_behind = "vouched" if vouches and against is not None else "known"
         self._plan.is_vouched = self.stands_behind == "vouched"
@@ -261,6 +263,7 @@ class Stepper(Acceleration):
     def _by_python(self, number: int) -> dict[str, Any]:
         self._release()
         loss = self.watch(number, *self.training.batch(number))
+        # Still on the device: to read it would wait for the step.
         self.new.losses.append(loss.detach())
         self.new.step = number
         return {"loss": loss}
@@ -279,6 +282,7 @@ class Stepper(Acceleration):
         size = self._rows.batches.rows_of(number)
         # A scheduler changes the numbers of each step, and other gradients need another program.
         is_alone = self.training.scheduler is not None or not stand_in.is_steady
+        # Each round is one stretch of steps, and one row of the run, or two where it draws.
         while True:
             self._run_alike(stand_in, numbers, last if not is_alone else number, state)
             self.training.advance(number)

@@ -167,6 +167,7 @@ class WatchedSteps:
 
     def begin(self, state: dict[str, Tensor]) -> StepUnderWay[Cursor]:
         """Begin to watch a step. state: the live tensors of the parts, which `note_changes` has seen."""
+        # A cursor for each step; the paths, and the tensors that they have met, are the recording's.
         watch = Cursor(self._paths, self.parts.device, self.follower, self._outside)
         step = StepUnderWay(watch, self.parts.rates())
         watch.begin(state, self._versions, self._ending)
@@ -202,6 +203,7 @@ class WatchedSteps:
         if not self._is_still:
             self._versions = Versions.of(after)
             self._exposed = self._uncounted(after)
+        # A step that is not followed has a path to be written, which makes many objects.
         if isinstance(watch, Cursor) and not watch.is_followed:
             self._paths.pause.begin()
         try:
@@ -249,6 +251,7 @@ class WatchedSteps:
 
         state: the live tensors after it; inputs: those that the watch does not know.
         """
+        # The same path has the same program; the same form with other sizes, that one resized.
         known = self._of_paths.get(path.digest)
         if known is None:
             form = self._forms.get(path.form)
@@ -259,7 +262,7 @@ class WatchedSteps:
         size = sum(t.nbytes for n, t in inputs.items() if n.startswith("batch/"))
         copied = self._outside.copied
         size, self._copied = size + copied - self._copied, copied
-        if isinstance(known, str):
+        if isinstance(known, str):  # without a program: only the loss and the batch are kept
             return Taken(step, None, None, inputs, nesting, size, {})
         cuts = {}
         for name, (storage, bytes_used) in known.inputs.items():
@@ -271,6 +274,7 @@ class WatchedSteps:
                 inputs[f"input/{name}"] = content if rows == 1 else content.view(rows, -1)
                 if cut is not None:
                     cuts[f"input/{name}"] = cut
+        # The program and its sizes, where no file has them; the content of equal ones is written once.
         inputs |= known.shared
         for draw, generator in watch.generators.items():
             # A replay has the generator as the last draw left it, in this step or one before.
@@ -313,6 +317,7 @@ class WatchedSteps:
         inputs = {name: (place, program.storages[name].bytes) for name, place in built.inputs.items()}
         written = WrittenProgram(number, built.numbers_kept, inputs, _dropped(path), shared)
         sizes = sizes_of(program)
+        # Only where the sizes of a program follow from its path can those of another path be put in.
         if built.origins.sizes(path) == sizes:
             key = hashlib.sha256(text.encode()).digest()
             self._forms[path.form] = Form(written, built.origins, sizes, key)
@@ -325,7 +330,7 @@ class WatchedSteps:
 
         They show between which steps something wrote where torch does not see it.
         """
-        if step & (step - 1):
+        if step & (step - 1):  # not a power of 2
             return {}
         kept = {name: tensor for name, tensor in state.items() if not name.startswith("gradient/")}
         seconds = sum(tensor.nbytes for tensor in kept.values()) / DIGESTED_A_SECOND
@@ -339,6 +344,7 @@ class WatchedSteps:
         known = self._of_paths[path.digest]
         if isinstance(known, str):
             return known
+        # Built again, since a program takes more memory than its path, and few are asked for.
         if path not in self._asked:
             if len(self._asked) >= MOST_PROGRAMS:
                 del self._asked[next(iter(self._asked))]
@@ -366,6 +372,7 @@ class WatchedSteps:
         """
         before, now = self._versions, Versions.of(state)
         known = {*known, *self._written_unseen(state)}
+        # Within the step, the watch sees all writes.
         self._exposed, self._lying = {}, {}
         if before == now and not known and not drawn:
             return None  # the next step begins as the last one ended

@@ -130,6 +130,7 @@ class RunWriter(Unwritten):
 
         began: when, on the clock; state: returns the live tensors that the training carries.
         """
+        # The fastest so far: anything may slow down single steps, and an average would keep that.
         self.step_seconds = min(self.step_seconds, (clock.now() - began) / count)
         is_faster = self.step_seconds < self._chosen_for / 2  # the first steps take longest
         if self.has_timed_steps and (is_faster or not self.recorder.has_interval):
@@ -153,6 +154,7 @@ class RunWriter(Unwritten):
         step, recorder = self.step, self.recorder
         if one_by_one or not self.has_timed_steps:
             return step + 1
+        # A resumed training is compared with its newest recorded state.
         stops = [last, *([recorder.recorded] if step < recorder.recorded else [])]
         stops.append(step + max(1, int(STRETCH_SECONDS / self.step_seconds)))
         stops += [(step // each + 1) * each for each in (every, recorder.plan.interval) if each]
@@ -185,7 +187,7 @@ class RunWriter(Unwritten):
             numbers = [math.nan if loss is None else loss for loss in losses]
             # Ctrl-C may end this anywhere: one call passes everything on, or nothing.
             self.recorder.losses(first, numbers, self.measured, facts, self.taken)
-        elif self.measured:
+        elif self.measured:  # after a step that was passed on already
             self.recorder.losses(self.step + 1, (), self.measured)
         self.clear()
         self.show_written()
