@@ -548,6 +548,33 @@ def test_a_module_that_is_in_eval_mode_is_named(said, kind, cause):
     assert said("operation")[0].endswith("of step 4")
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings", "causes"),
+    [
+        (nn.RReLU, (0.1, 0.2), ["module 0 RReLU: lower 0.1 | 0.2",
+                                "module 0 RReLU: training of aten.rrelu_with_noise True | False"]),
+        (nn.Dropout, (0.2, 0.3), ["which does nothing in eval mode, computes only in one",
+                                  "module 0 Dropout: p 0.2 | 0.3"]),
+    ],
+)  # fmt: skip
+def test_a_mode_that_the_loop_sets_is_named_next_to_a_setting_that_differs_too(
+    said, kind, settings, causes
+):
+    def step(is_evaluated, model, optimizer, x, y):
+        model.train(not is_evaluated)  # within the step: the settings are those before it
+        return usual(model, optimizer, x, y)
+
+    for name, setting in zip(("one", "other"), settings, strict=True):
+        module = partial(kind, setting)
+        loop(
+            name,
+            step=partial(step, name == "other"),
+            model=lambda module=module: nn.Sequential(module(), nn.Linear(4, 3)),
+        )
+    found = "; ".join(said())
+    assert all(each in found for each in causes), found
+
+
 @pytest.mark.filterwarnings("ignore:Using a target size")
 def test_another_shape_of_the_target_is_named(said):
     def step(is_flat, model, optimizer, x, y):

@@ -196,8 +196,11 @@ def _of_another_operation(
 ) -> list[str]:
     """Return the settings that may explain why the operations differ; if there are none, `default`."""
     near = [each for side in found.sides for each in _near(side, evidence)]
-    # What torch's own code does follows from its settings alone.
-    if near and all(each.is_torchs for each in near):
+    modes = _modes(found, evidence)
+    # A mode that the loop has changed since the settings were recorded.
+    is_changed = "training" in modes.values() and all(each.name != "training" for each in near)
+    # What torch's own code does follows from its settings and its mode alone.
+    if near and not is_changed and all(each.is_torchs for each in near):
         return [_one_of(near)]
     if not near:
         is_update = all(side.operation.phase == "update" for side in found.sides)
@@ -206,15 +209,15 @@ def _of_another_operation(
     if kept := _kept_gradients(found, evidence):
         return [kept]
     # Without a setting of torch's own code, the calls that only one step has may show the reason.
-    known = [default, *_trained(evidence), *_modes(found, evidence), *_calls(found, evidence)]
+    known = [default, *_trained(evidence), *modes, *_calls(found, evidence)]
     # Settings of torch decide which operations the same Python runs.
     of_torch = [each for each in evidence.numerics if each.startswith("torch.")]
     return ["; ".join(known) + _perhaps([*near, *of_torch])]
 
 
-def _modes(found: OperationDifference, evidence: Evidence) -> list[str]:
-    """Return differences in the forward pass of the module, such as its mode."""
-    texts: list[str] = []
+def _modes(found: OperationDifference, evidence: Evidence) -> dict[str, str]:
+    """Return differences in the forward pass of the module, such as its mode: arguments by text."""
+    texts: dict[str, str] = {}
     for path in sorted({side.operation.module for side in found.sides if side.operation.module}):
         sides = [
             {
@@ -227,14 +230,13 @@ def _modes(found: OperationDifference, evidence: Evidence) -> list[str]:
         owner, runs = evidence.modules.get(path, ""), [bool(side) for side in sides]
         if "Dropout" in owner and runs[0] is not runs[1]:
             only = evidence.names[runs.index(True)]
-            texts.append(
-                f"module {path} {owner}, which does nothing in eval mode, computes only in {only}"
-            )
+            text = f"module {path} {owner}, which does nothing in eval mode, computes only in {only}"
+            texts[text] = "training"
         for operator in sides[0].keys() & sides[1].keys():
             one, other = (side[operator] for side in sides)
             arguments = OperationPair(one, other, evidence.sources).arguments
-            texts += [_argument_text(one, each, evidence) for each in arguments]
-    return texts[:NAMED]
+            texts |= {_argument_text(one, each, evidence): each.name for each in arguments}
+    return dict(islice(texts.items(), NAMED))
 
 
 def _kept_gradients(found: OperationDifference, evidence: Evidence) -> str | None:
@@ -321,14 +323,16 @@ def _of_arguments(a: Observed, found: OperationDifference, evidence: Evidence) -
         yield from map(str, chosen) if known or len(chosen) < 2 else [_one_of(chosen)]
         if any(each in evidence.current for each in chosen or near):
             yield from map(str, evidence.schedulers())
+        # One that no setting explains may differ for another reason, such as the mode of the module.
+        unexplained = [each for each in arguments if not _explaining(near, _pairs_within(each.values))]
+        texts = [_argument_text(a, each, evidence) for each in unexplained]
         if not known:
-            texts = [_argument_text(a, each, evidence) for each in arguments]
             texts += [
                 f"{_called(each.name, evidence)}: {_pair_text(each.values[0])}" for each in numbers
             ]
-            if a.operation.phase == "backward":
-                texts += _trained(evidence)
-            yield from (text + ("" if is_sure else _perhaps(near)) for text in texts)
+        if texts and a.operation.phase == "backward":
+            texts += _trained(evidence)
+        yield from (text + ("" if is_sure else _perhaps(near)) for text in texts)
     elif any(not each.positions for each in found.inputs):  # of another shape or dtype
         yield from (str(each) for each in near if each.kind == "model")
 
