@@ -8,6 +8,7 @@ from typing import Any
 from everystep.recording.facts import Described, LossFacts, ModuleFacts, OptimizerFacts, SchedulerFacts
 
 __all__ = [
+    "AT_ANY_RATE",
     "loss_text",
     "model_text",
     "number_text",
@@ -19,6 +20,12 @@ __all__ = [
     "value_text",
     "whole_text",
 ]
+
+#: What a loop at another rate has of the recording, whatever its code would do.
+AT_ANY_RATE = (
+    "the batches, and the numbers that your code passes to torch, stay as recorded, also where your "
+    "code computes them from the parameters or the rate"
+)
 
 
 #: A line of text, and its depth.
