@@ -158,12 +158,13 @@ def counted_by_default(counts=[0]):  # noqa: B006
     counts[0] += 1
 
 
-def counted_within():
+def counted_within(result=None):
     count = 0
 
-    def counted():
+    def counted(*_):
         nonlocal count
         count += 1
+        return result
 
     return counted
 
@@ -190,10 +191,13 @@ def test_all_places_where_a_loop_counts_are_named(way, tmp_path, capfd, monkeypa
             trainer.inner.count += 1
             for each in trainer.callbacks:
                 each.count += 1
-            return descend(optimizer, model(x).square().mean())
+            loss = descend(optimizer, model(x).square().mean())
+            schedule.step()
+            return loss
 
         take.count = 0
-        parts = {"model": model, "optimizer": optimizer}
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, counted_within(1.0))
+        parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
         options = {"run": tmp_path / "run", "resume": True}
         if way == "function":
             everystep.train(take, batches, parts=parts, steps=last, progress=False, **options)
@@ -213,7 +217,7 @@ def test_all_places_where_a_loop_counts_are_named(way, tmp_path, capfd, monkeypa
     said = capfd.readouterr().err
     for name in ("COUNT", "Counted.count", "take.count", "counted_by_default.counts", "within.count"):
         assert name in said, name
-    for name in ("trainer.inner.count", "trainer.callbacks[0].count"):
+    for name in ("trainer.inner.count", "trainer.callbacks[0].count", "schedule.lr_lambdas.0.count"):
         assert name in said, name
 
 

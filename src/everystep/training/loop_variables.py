@@ -56,6 +56,8 @@ class LoopVariables:
     """
 
     def __init__(self, frame: FrameType, parts: Parts, item: Any) -> None:
+        #: A resume restores what parts hold, but not the variables of their functions.
+        self._functions = [*parts.functions()]
         self._known = parts.objects() | {id(each) for each in pytree.tree_leaves(item)}
         self._memory = {tensor.untyped_storage().data_ptr() for tensor in parts.state().values()}
         #: What stays alive, so that no other object gets its id.
@@ -73,7 +75,7 @@ class LoopVariables:
 
     def _contents(self, frame: FrameType) -> Iterator[tuple[str, Any]]:
         """Yield names, and what can be compared of their values."""
-        reached, todo = set[int](), deque(_variables(frame))
+        reached, todo = set[int](), deque([*_variables(frame), *self._functions])
         while todo and len(reached) < _MOST_REACHED:
             name, value = todo.popleft()
             if id(value) in self._known or id(value) in reached:
