@@ -453,11 +453,13 @@ class Recording(Generic[R]):
 
     def _compare_variables(self, batch: Any) -> None:
         """Report the variables that a loop that continues changes from its first step to the second."""
-        frame, before, is_first = users_frame(), self._variables, not self._has_begun
-        self._variables, self._has_begun = None, True
+        before, is_first = self._variables, not self._has_begun
+        if before is None and not is_first:
+            return
+        frame, self._variables, self._has_begun = users_frame(), None, True
         if frame is not None and before is not None:
             self.writer.watched.notices.begun_again("steps", before.changed(frame, set()))
-        elif frame is not None and is_first and self.writer.step:
+        elif frame is not None and self.writer.step:
             self._variables = LoopVariables(frame, self._parts, batch)
 
     def _begin_step(self, batch: Any, *, is_still: bool) -> None:
