@@ -8,7 +8,6 @@ from typing import Any
 from everystep.recording.facts import Described, LossFacts, ModuleFacts, OptimizerFacts, SchedulerFacts
 
 __all__ = [
-    "AT_ANY_RATE",
     "loss_text",
     "model_text",
     "number_text",
@@ -20,12 +19,6 @@ __all__ = [
     "value_text",
     "whole_text",
 ]
-
-#: What a loop at another rate has of the recording, whatever its code would do.
-AT_ANY_RATE = (
-    "the batches, and the numbers that your code passes to torch, stay as recorded, also where your "
-    "code computes them from the parameters or the rate"
-)
 
 
 #: A line of text, and its depth.
@@ -44,6 +37,7 @@ def model_text(modules: Mapping[str, ModuleFacts]) -> str:
     """
     lines: list[_Line] = []
     within: dict[str, list[tuple[str, list[_Line]]]] = {}
+    # From the last on: the lines of what is in a module are there when its turn comes.
     for path, module in reversed(list(modules.items())):
         lines = _lines(module, within.pop(path, [])[::-1], path.count(".") + bool(path))
         parent, _, name = path.rpartition(".")
@@ -58,6 +52,7 @@ def _lines(module: ModuleFacts, inner: list[tuple[str, list[_Line]]], depth: int
         return [(depth, f"{name}({arguments})")]
     own = [(depth + 1, line) for line in arguments.split("\n")] if arguments else []
     named = [(f"({each}): ", lines) for each, lines in inner]
+    # torch merges equal neighbours of a ModuleList alone: `(0-5): 6 x Block(...)`.
     for title, ((at, first), *others) in _together(inner) if name == "ModuleList" else named:
         own += [(at, f"{title}{first}"), *others]
     return [(depth, f"{name}("), *own, (depth, ")")]
@@ -129,6 +124,7 @@ def shortest(number: float) -> str:
 
     with np.errstate(over="ignore"):
         single = np.float32(number)
+    # A loss of float32 is 0.1 here, not 0.10000000149011612, which float64 would show.
     return str(single) if float(single) == number or number != number else repr(number)
 
 

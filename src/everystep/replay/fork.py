@@ -24,7 +24,6 @@ from everystep.recording.facts import Facts, ForkFacts
 from everystep.recording.recorded_run import EXPERIMENT_FILE, RecordedRun, Stretch, stretch_at
 from everystep.recording.recorder import Recorder
 from everystep.recording.snapshots import DEFAULT_BUDGET
-from everystep.recording.texts import AT_ANY_RATE
 from everystep.replay.changed_steps import ChangedSteps, FurtherSteps
 from everystep.replay.processes import Opener
 from everystep.replay.recorded_batches import stored_data
@@ -283,8 +282,6 @@ def _fork_alone(asked: Fork, progress: Progress) -> Outcome:
         raise UsageError(f"lr is {lr!r:.80}; pass a learning rate from 0 on")
     changed = {key: value for key, value in asked.changed.items() if key != "steps"}
     tops: list[Path] = []
-    if lr is not None and run.facts.training.loop is not None:
-        progress.notice(AT_ANY_RATE)
 
     def steps_of(of_rank: RecordedRun, stretch: Stretch, rule: RowsOf | None) -> ChangedSteps:
         if stretch.facts.loop is None:

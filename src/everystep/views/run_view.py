@@ -14,7 +14,7 @@ from rich.console import Console
 from everystep.errors import named
 from everystep.recording.keep import kept_text
 from everystep.recording.recorded_run import RecordedRun
-from everystep.recording.texts import AT_ANY_RATE, number_text, shortest
+from everystep.recording.texts import number_text, shortest
 from everystep.views.comparisons import (
     diff_sentence,
     diff_text,
@@ -346,7 +346,10 @@ def _what_if_text(found: WhatIf, view: RunView) -> str:
         notes[0] += f" of step {found.at + 1:,}; found in step {named(relabelled.found_in, _ROWS_NAMED)}"
         notes.append("what your code made of the targets outside of torch stays as recorded")
     if is_of_rates and not found.source:
-        notes.append(AT_ANY_RATE)
+        notes.append(
+            "the batches, and the numbers that your code passes to torch, stay as recorded, also where "
+            "your code computes them from the parameters or the rate"
+        )
     if differs is not None:
         notes.append(
             f"from step {differs:,} on, Python could read different numbers than it did; if your code "
