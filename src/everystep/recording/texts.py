@@ -37,7 +37,6 @@ def model_text(modules: Mapping[str, ModuleFacts]) -> str:
     """
     lines: list[_Line] = []
     within: dict[str, list[tuple[str, list[_Line]]]] = {}
-    # From the last on: the lines of what is in a module are there when its turn comes.
     for path, module in reversed(list(modules.items())):
         lines = _lines(module, within.pop(path, [])[::-1], path.count(".") + bool(path))
         parent, _, name = path.rpartition(".")
@@ -52,7 +51,6 @@ def _lines(module: ModuleFacts, inner: list[tuple[str, list[_Line]]], depth: int
         return [(depth, f"{name}({arguments})")]
     own = [(depth + 1, line) for line in arguments.split("\n")] if arguments else []
     named = [(f"({each}): ", lines) for each, lines in inner]
-    # torch merges equal neighbours of a ModuleList alone: `(0-5): 6 x Block(...)`.
     for title, ((at, first), *others) in _together(inner) if name == "ModuleList" else named:
         own += [(at, f"{title}{first}"), *others]
     return [(depth, f"{name}("), *own, (depth, ")")]
@@ -124,7 +122,6 @@ def shortest(number: float) -> str:
 
     with np.errstate(over="ignore"):
         single = np.float32(number)
-    # A loss of float32 is 0.1 here, not 0.10000000149011612, which float64 would show.
     return str(single) if float(single) == number or number != number else repr(number)
 
 
