@@ -21,7 +21,15 @@ from tests.training.by_hand import Made, bits, by_train, contents, mlp, momentum
 from tests.training.by_hand import by_hand as steps_by_hand
 from tests.training.engine_cases import made_case
 from torch import nn
-from torch.optim.lr_scheduler import StepLR
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    CyclicLR,
+    LambdaLR,
+    LinearLR,
+    OneCycleLR,
+    SequentialLR,
+    StepLR,
+)
 from torch.utils.data import DataLoader, TensorDataset
 
 import everystep
@@ -653,6 +661,51 @@ def test_a_loss_and_a_scheduler_with_other_settings_are_those_of_the_fork():
     assert other.losses["loss"][3] != parent.losses["loss"][3]
     rates = other.measured("lr")
     assert rates[5] == pytest.approx(0.1 * rates[4]) and other.verify(progress=False).is_exact
+
+
+def slower(count):
+    return 1 - 0.1 * count
+
+
+def warmed_up(optimizer, last=StepLR):
+    options = {"step_size": 2, "gamma": 0.5} if last is StepLR else {"lr_lambda": slower}
+    return SequentialLR(optimizer, [LinearLR(optimizer, 0.5, 1.0, 3), last(optimizer, **options)], [3])
+
+
+def scheduled(schedule):
+    """A run with rates that follow a schedule."""
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = momentum(model.parameters())
+    options = {"loss": nn.MSELoss(), "optimizer": optimizer, "scheduler": schedule(optimizer)}
+    data = torch.randn(8, 4), torch.randn(8, 2)
+    return everystep.train(model, data, **options, steps=10, progress=False)
+
+
+# torch knows the copies of schedulers in a scheduler by no step of the copied optimizer.
+@pytest.mark.filterwarnings("ignore:Seems like:UserWarning")
+@pytest.mark.parametrize("last", [StepLR, LambdaLR])
+def test_all_schedulers_within_one_continue_from_a_different_rate(last):
+    parent = scheduled(partial(warmed_up, last=last))
+    fork = parent.fork(2, lr=0.001, progress=False)
+    # The second scheduler begins at step 4 with the rate, not with that of the parent.
+    for step in range(4, 11):
+        before, after = (run[step].hyperparameters["lr"] for run in (parent, fork))
+        assert after == pytest.approx(before * 0.001 / 0.02), step
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        partial(OneCycleLR, max_lr=0.1, total_steps=12, cycle_momentum=False),
+        lambda optimizer: ChainedScheduler([CyclicLR(optimizer, 0.01, 0.1, cycle_momentum=False)]),
+    ],
+)
+def test_a_different_rate_that_a_scheduler_would_end_is_refused(schedule):
+    parent = scheduled(schedule)
+    with pytest.raises(RunError, match=r"LR has rates of its own, .* change its max_lr instead"):
+        parent.fork(2, lr=0.001, progress=False)
+    assert not Path("runs/sequential-1-fork-1").exists()
 
 
 @pytest.mark.parametrize(

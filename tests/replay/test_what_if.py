@@ -343,8 +343,12 @@ def test_other_numbers_for_python_and_unknown_rates_are_reported(tmp_path, run):
     unread = everystep.open(tmp_path / "no reads").what_if(4, lr=0.5, progress=False)
     assert unread.cases[0].differs_from is None  # that states differ is what was asked for
     assert "from step 6 on, Python could read different numbers" in found.to_text()
-    assert "the batches stay as recorded, also where your code computes them" in found.to_text()
-    assert "batches stay" not in run.what_if(4, lr=0.5, progress=False).to_text()  # they follow a rule
+    assert (
+        "your code passes to torch, stay as recorded, also where your code computes" in found.to_text()
+    )
+    assert (
+        "stay as recorded" not in run.what_if(4, lr=0.5, progress=False).to_text()
+    )  # they follow a rule
     for other in ({"without_rows": [2]}, {"relabel": {2: 1}}):
         with pytest.raises(UsageError, match="pass one of these: rows to leave out"):
             run.what_if(4, lr=0.5, **other, progress=False)
@@ -424,6 +428,10 @@ def with_other_updates(record=None, rate=0.1, at=0, kind="both"):
             if kind != "all":
                 optimizer.step()
             with torch.no_grad():
+                if kind == "decay":
+                    other.weight.mul_(1 - 0.5 * optimizer.param_groups[0]["lr"])
+                if kind == "noise":
+                    other.bias.data.add_(torch.ones(1), alpha=optimizer.param_groups[0]["lr"] ** 0.5)
                 other.weight.clamp_(-3, 3)
                 for mean, own in zip(average.parameters(), other.parameters(), strict=True):
                     mean.lerp_(own, 0.1)
@@ -436,7 +444,11 @@ def with_other_updates(record=None, rate=0.1, at=0, kind="both"):
 
 @pytest.mark.parametrize(
     ("kind", "names"),
-    [("all", "bias, other.bias, other.weight"), ("both", "bias, weight"), ("gradients", "weight")],
+    [
+        *[("all", "bias, other.bias, other.weight"), ("both", "bias, weight"), ("gradients", "weight")],
+        # The code may compute the number from the rate.
+        *[("decay", "other.weight"), ("noise", "other.bias")],
+    ],
 )
 def test_what_is_updated_by_hand_has_no_known_rate(tmp_path, kind, names):
     with_other_updates(tmp_path / "run", kind=kind)

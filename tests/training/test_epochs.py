@@ -142,6 +142,85 @@ def test_to_look_at_variables_changes_nothing(tmp_path):
         assert rates == {0.1}
 
 
+COUNT = 0
+
+
+class Counted:
+    count = 0
+
+
+class Counting:
+    def __init__(self):
+        self.count = 0
+
+
+def counted_by_default(counts=[0]):  # noqa: B006
+    counts[0] += 1
+
+
+def counted_within(result=None):
+    count = 0
+
+    def counted(*_):
+        nonlocal count
+        count += 1
+        return result
+
+    return counted
+
+
+@pytest.mark.parametrize("way", ["steps", "step", "function"])
+def test_all_places_where_a_loop_counts_are_named(way, tmp_path, capfd, monkeypatch):
+    """What begins again with the process, wherever the code of a loop keeps it."""
+    take_snapshots_every(monkeypatch, 1)
+
+    def trained(last):
+        trainer = SimpleNamespace(callbacks=[Counting()], inner=Counting())
+        model, within = nn.Linear(3, 1), counted_within()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        batches = [torch.ones(2, 3)] * STEPS
+
+        @torch.enable_grad()
+        def take(x):
+            global COUNT
+            COUNT += 1
+            Counted.count += 1
+            take.count += 1
+            counted_by_default()
+            within()
+            trainer.inner.count += 1
+            for each in trainer.callbacks:
+                each.count += 1
+            loss = descend(optimizer, model(x).square().mean())
+            schedule.step()
+            return loss
+
+        take.count = 0
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, counted_within(1.0))
+        parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+        options = {"run": tmp_path / "run", "resume": True}
+        if way == "function":
+            everystep.train(take, batches, parts=parts, steps=last, progress=False, **options)
+            return
+        with everystep.record(**parts, **options) as recording:
+            if way == "step":
+                for number in range(recording.step_count, last):
+                    with recording.step(batches[number]):
+                        recording.log(loss=take(batches[number]))
+            else:
+                for x in recording.steps(batches[:last]):
+                    recording.log(loss=take(x))
+
+    trained(3)
+    assert "began again" not in capfd.readouterr().err
+    trained(6)
+    said = capfd.readouterr().err
+    for name in ("COUNT", "Counted.count", "take.count", "counted_by_default.counts", "within.count"):
+        assert name in said, name
+    for name in ("trainer.inner.count", "trainer.callbacks[0].count", "schedule.lr_lambdas.0.count"):
+        assert name in said, name
+
+
 class Rows(Dataset):
     def __init__(self):
         self.rows = [torch.ones(3)] * 4

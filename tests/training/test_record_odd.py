@@ -277,6 +277,26 @@ def test_the_state_of_an_optimizer_may_be_made_of_other_tensors(tmp_path, capsys
         trained(resume=True)
 
 
+def test_memory_that_a_generator_of_the_loops_own_fills_again_is_kept_again(tmp_path):
+    """Each of these draws writes into memory that the step has read already."""
+    generator, noise = torch.Generator(), torch.zeros(4, 3)
+
+    def body(record):
+        generator.manual_seed(0)
+        weight = torch.ones(3, requires_grad=True)
+        optimizer = torch.optim.SGD([weight], lr=0.1)
+        with record(weights={"weight": weight}, optimizer=optimizer) as recording:
+            for _ in recording.steps(range(4)):
+                first = weight + noise.normal_(generator=generator)
+                second = weight - noise.uniform_(generator=generator)
+                third = torch.rand(4, 3, generator=generator, out=torch.zeros(4, 3))
+                loss = (first + second * third).square().mean()
+                recording.log(loss=descend(optimizer, loss))
+        return weight
+
+    as_alone(tmp_path / "run", body)
+
+
 def test_an_assertion_on_the_device_leaves_nothing_to_report(capsys):
     def loss_of(model, batch):
         torch._assert_async(batch[0].sum() < 1e9, "the batch is too large")

@@ -13,6 +13,7 @@ from torch import Tensor
 from everystep.errors import ExperimentError, Fault, RunError, named
 from everystep.experiment.batches import RowsOf
 from everystep.program.number_slots import slots_of
+from everystep.program.operation import Operation
 from everystep.program.operators import draws_random_numbers
 from everystep.program.optimizer_operator import OptimizerOperator
 from everystep.program.step_program import Program
@@ -31,6 +32,9 @@ __all__ = ["ChangedSteps", "FurtherSteps"]
 _TARGETS = ("y", "label", "labels", "target", "targets")
 _BATCH, _INPUT = "batch/", "input/"
 _WHAT = "the other targets"
+#: In place on a parameter, they scale or move it by a number, which code may compute from the rate: of a
+#: decay, noise or a shrinkage. A bound, or a number that replaces others, is none of these.
+_SCALING = {"mul", "div", "add", "sub", "lerp", "addcmul", "addcdiv"}
 
 
 # What changes what, e.g. with other targets of rows 3 and 8:
@@ -359,7 +363,7 @@ class FurtherSteps(ChangedSteps):
 def _updated(program: Program) -> tuple[set[str], set[str]]:
     """Return what torch's optimizers train at a rate that is a number, and what may have another rate.
 
-    Both are names of the state.
+    Both are names of the state. Each optimizer has a rate, and so may code that moves parameters.
     """
     gradients = {name for name in program.tensors if name.startswith("gradient/")}
     paths = {name.partition("/")[2] for name in gradients} | program.gradients.keys()
@@ -372,7 +376,7 @@ def _updated(program: Program) -> tuple[set[str], set[str]]:
     # What follows gradients in another way may have a rate that is unknown. A target network, or an
     # average, follows the parameters only: a parameter that is changed passes nothing on (`- own`).
     following = program.storages_of(gradients | {*program.gradients.values()})
-    by_optimizers, by_updates, by_gradients = set[str](), set[str](), set[str]()
+    by_optimizers, by_updates, by_gradients, by_numbers = set[str](), set[str](), set[str](), set[str]()
     for operation in program.operations:
         changed = program.storages_of(operation.changed())
         is_whole = isinstance(operation.resolved, OptimizerOperator)
@@ -384,13 +388,20 @@ def _updated(program: Program) -> tuple[set[str], set[str]]:
         elif operation.phase == "backward" or following & program.storages_of(operation.reads()):
             by_gradients |= changed
             following |= changed - own
+        elif _plain_name(operation) in _SCALING and slots_of(operation):
+            by_numbers |= program.storages_of(operation.written())
 
     def of(changed: set[str]) -> set[str]:
         return {name for name, storages in trained.items() if storages & changed}
 
     # A sharpness-aware step moves what an optimizer trains along the gradient, too, and back again.
     known = of(by_optimizers)
-    return known, of(by_gradients) - known | of(by_updates)
+    return known, of(by_gradients) - known | of(by_updates) | of(by_numbers) & known
+
+
+def _plain_name(operation: Operation) -> str:
+    """Return the name of an operator, whether it works in place or on a list."""
+    return operation.name.removeprefix("_foreach_").rstrip("_")
 
 
 def _is_read(name: str, program: Program) -> bool:

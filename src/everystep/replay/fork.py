@@ -6,11 +6,12 @@ import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import CyclicLR, OneCycleLR, ReduceLROnPlateau
 
 from everystep.bounded import check_steps
 from everystep.device import select
@@ -330,6 +331,9 @@ def _fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome
         keywords = old.optimizer.keywords, new.optimizer.keywords
         keys = {*keywords[0], *keywords[1]}
         changed = {key for key in keys if keywords[0].get(key) != keywords[1].get(key)}
+        sets_rate = same_scheduler and training.scheduler is not None and "lr" in changed
+        if sets_rate:
+            _check_follows(training)
         # A loss or an optimizer of another class begins without the state of the parent's.
         kinds = ["model", *["loss"] * (old.loss == new.loss), *["optimizer"] * same_optimizer]
         try:
@@ -339,7 +343,7 @@ def _fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome
             fault = Fault("model.layers", f"the parent's parameters do not fit: {error}")
             raise ExperimentError([fault], "the fork") from None
         # `bring` has set it in the param groups, but a scheduler also knows the rate that it began with.
-        if same_scheduler and training.scheduler is not None and "lr" in changed:
+        if sets_rate:
             _set_rate(training, training.optimizer.param_groups[0]["lr"])
         # After the parent's state, which includes the parent's random generators.
         if new.seed != old.seed:
@@ -375,6 +379,8 @@ def _fork_objects(
         known = {each.class_name for each in facts.schedulers.values()} if is_known else set()
         goes_on = type(own.scheduler).__name__ in known
         training = job.training
+        if lr is not None:
+            _check_follows(training)
         # A loss that differs from the parent's in state 0 is a change of the user's, and stays.
         first = None if is_own else asked.run.state_near(0)
         kinds = ["model", *["loss"] * (first is None or not _has_other_loss(training, first))]
@@ -418,15 +424,34 @@ def _check_kept(
         raise ExperimentError(faults, "the fork")
 
 
+def _schedulers(scheduler: Any) -> list[Any]:
+    """Return a scheduler and those within it; an empty list for None."""
+    within = [_schedulers(each) for each in getattr(scheduler, "_schedulers", ())]
+    return [*([] if scheduler is None else [scheduler]), *chain.from_iterable(within)]
+
+
+def _check_follows(training: Training) -> None:
+    """Raise RunError if a scheduler has rates of its own, so that another rate would end with a step."""
+    for each in _schedulers(training.scheduler):
+        if isinstance(each, CyclicLR | OneCycleLR):
+            name = type(each).__name__
+            raise RunError(
+                f"{name} has rates of its own, so a different lr would end after one step; change its "
+                "max_lr instead: scheduler.max_lr of an experiment, or a fork with another scheduler=..."
+            )
+
+
 def _set_rate(training: Training, lr: float) -> None:
-    """Set the learning rate; a scheduler continues from it."""
-    for group in training.optimizer.param_groups:
+    """Set the learning rate; a scheduler, and those within it, continue from it."""
+    groups = training.optimizer.param_groups
+    for group in groups:
         group["lr"] = lr
         # A scheduler computes from this rate, and most of them from `base_lrs`, below.
         if "initial_lr" in group:
             group["initial_lr"] = lr
-    if training.scheduler is not None and hasattr(training.scheduler, "base_lrs"):
-        training.scheduler.base_lrs = [lr for _ in training.optimizer.param_groups]
+    for each in _schedulers(training.scheduler):
+        if hasattr(each, "base_lrs"):
+            each.base_lrs = [lr for _ in groups]
 
 
 def _has_other_loss(training: Training, first: State) -> bool:

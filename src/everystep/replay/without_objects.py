@@ -192,7 +192,8 @@ def continue_alone(
         lost = run.lost_experiment(run.facts.training)
         why = "" if lost is None else f"{lost.name} is missing, so "
         without = (
-            "your code: its batches and what it did outside of torch or between steps stay as recorded"
+            "your code: its batches, the numbers that it passes to torch, and what it did outside of "
+            "torch or between steps stay as recorded"
             if taken.is_loop
             else "the objects that trained the run: nothing checks them against Python, and nothing is "
             "measured on validation rows"

@@ -15,6 +15,7 @@ import time
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from types import FrameType
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,9 @@ __all__ = [
     "calls_here",
     "is_called_in",
     "is_in_backward",
+    "is_users_own",
     "named_here",
+    "users_frame",
 ]
 
 #: Calls that are kept of an operation, from the innermost on.
@@ -79,6 +82,20 @@ def _kind(file: str) -> str:
     if file.startswith(_TORCH) or (file.startswith(_LIBRARY) and not is_packaged):
         return "other"
     return "other" if file.startswith("<frozen ") else "user"
+
+
+def is_users_own(file: str | None) -> bool:
+    """Return whether a file has code of the user's, and of no package."""
+    is_packaged = file is None or any(name in file for name in _PACKAGES)
+    return file is not None and not is_packaged and _kind(file) == "user"
+
+
+def users_frame() -> FrameType | None:
+    """Return the frame of the user's own code that leads here; None: there is none."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not is_users_own(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame
 
 
 def calls_here() -> tuple[Calls, bool]:

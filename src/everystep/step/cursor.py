@@ -148,6 +148,9 @@ class Cursor(UnderWay):
                 self.gathered[result.untyped_storage()._cdata] = func, args
             return result
         is_own = known.draws and not any(map(self._is_met, given))
+        # What the step has read already is an input; after such a write, it is another one.
+        written = _written(func, known.writes, args, keywords) if is_own else ()
+        is_own = is_own and all(self.tensors.place(t.untyped_storage()) is None for t in written)
         if is_own and any(isinstance(each, torch.Generator) for each in (*args, *keywords.values())):
             # Its result is from outside, as what Python or NumPy has drawn: later steps may follow.
             text = f"{func} takes a Generator"

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
 from operator import is_
-from types import MappingProxyType
+from types import FunctionType, MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -178,6 +178,11 @@ class Parts:
             for _ in _within(part, "", found, ()):
                 pass
         return found | {id(part) for part in self.named.values()}
+
+    def functions(self) -> Iterator[tuple[str, Any]]:
+        """Yield the functions within the parts, such as those of a `LambdaLR`, each with its path."""
+        for name, part in self._others.items():
+            yield from _within(part, name, set(), (FunctionType,))
 
     def leaves(self) -> dict[str, Tensor]:
         """Return the tensors that may have pending gradients, by the names of these."""

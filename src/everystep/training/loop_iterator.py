@@ -1,12 +1,8 @@
 """The iterators that a recording gives to a loop, and what begins again in a loop that is resumed.
 
 A resumed loop continues in the middle, but what counts around its iterator begins again. An `enumerate`
-is advanced to its place; all else is refused as the loop begins, not after a training was killed.
-
-So do its variables that are in no part: a sum over the epoch, a counter or the best loss knows nothing
-of the steps before. Nothing is wrong while the loop only prints it; if a rate or a checkpoint depends on
-it, the training takes another course. So the variables that a step, or an epoch, of the resumed loop
-changes are named.
+is advanced to its place; all else is refused as the loop begins, not after a training was killed. So do
+its variables that are in no part (`loop_variables.py`).
 """
 
 from __future__ import annotations
@@ -16,21 +12,14 @@ import gc
 import inspect
 import itertools
 import sys
-from collections import deque
 from collections.abc import Collection, Iterator
-from contextlib import suppress
-from types import CodeType, FrameType, GeneratorType, ModuleType
-from typing import Any, NamedTuple, Self
-
-import numpy as np
-import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
+from types import CodeType, FrameType, GeneratorType
+from typing import Any, Self
 
 from everystep.errors import UsageError
-from everystep.step.kept_values import is_aside
 from everystep.step.parts import Parts
 from everystep.training.loader_position import LoaderPosition
+from everystep.training.loop_variables import LoopVariables
 from everystep.training.notices import Notices
 
 __all__ = ["LoopIterator"]
@@ -43,12 +32,6 @@ _HOLDING = (tuple, map, filter, itertools.chain)
 _DEEPEST = 6
 #: What a `for` does with what it iterates over, before it begins; None where Python has no such step.
 _GET_ITER = dis.opmap.get("GET_ITER")
-_NUMBERS = (bool, int, float, complex, str, bytes, np.generic)
-#: Functions that return a function's variables.
-_ASKING = {"locals", "vars", "eval", "exec"}
-#: What may be large is not looked into, but for its first items and its length.
-_MOST_ITEMS = 64
-_MOST_BYTES = 1 << 20
 #: Where in the code a loop asked for its iterator.
 _Line = tuple[CodeType, int]
 
@@ -78,7 +61,7 @@ class LoopIterator(Iterator[Any]):
         self._is_counted = name == "steps"
         self._is_skipping = False
         #: The loop's variables as a resumed loop got its first item.
-        self._variables: _LoopVariables | None = None
+        self._variables: LoopVariables | None = None
         #: Whether a `for` iterates over it directly, and no generator passes on what it yields.
         self._is_alone = False
 
@@ -104,7 +87,7 @@ class LoopIterator(Iterator[Any]):
             self._variables = None
         item = next(self._items)
         if self._place.has_skipped:
-            self._variables = _LoopVariables(self._asking()[1], self._parts, item)
+            self._variables = LoopVariables(self._asking()[1], self._parts, item)
         return item
 
     def __len__(self) -> int:
@@ -183,81 +166,3 @@ def _source(counting: Any) -> Any:
 
 def _frame_of(each: Any) -> Any:
     return each.gi_frame if type(each) is GeneratorType else None
-
-
-class _Identity(NamedTuple):
-    """What can be compared of a tensor without reading it."""
-
-    id: int
-    version: int
-    shape: torch.Size
-
-
-class _LoopVariables:
-    """The contents of a loop's variables at one moment.
-
-    Args:
-        frame: of the function, or the script, that has the loop.
-        parts: what the loop carries, which a resume restores.
-        item: what the loop is about to get.
-    """
-
-    def __init__(self, frame: FrameType, parts: Parts, item: Any) -> None:
-        self._known = parts.objects() | {id(each) for each in pytree.tree_leaves(item)}
-        self._memory = {tensor.untyped_storage().data_ptr() for tensor in parts.state().values()}
-        #: What stays alive, so that no other object gets its id.
-        self._alive: list[Any] = [item]
-        self._before = dict(self._contents(frame))
-
-    def changed(self, frame: FrameType, sources: set[int]) -> list[str]:
-        """Return the names of those that differ now; of an object, with the attribute.
-
-        sources: ids of what batches are drawn from, which a resume restores, too.
-        """
-        self._known |= sources
-        now = dict(self._contents(frame))
-        return [name for name, before in self._before.items() if _differs(before, now.get(name))]
-
-    def _contents(self, frame: FrameType) -> Iterator[tuple[str, Any]]:
-        """Yield names, and what can be compared of their values."""
-        if not _ASKING.isdisjoint(frame.f_code.co_names):
-            return  # to look at them changes what `locals()` returned, before Python 3.13
-        for name, value in list(frame.f_locals.items()):
-            if id(value) in self._known or isinstance(value, ModuleType | type):
-                continue
-            with suppress(Exception):  # a class of the user's may raise anywhere
-                yield from self._of_variable(name, value).items()
-
-    def _of_variable(self, name: str, value: Any) -> dict[str, Any]:
-        content = self._content(value)
-        if content is not None:
-            return {name: content}
-        of_object = {} if is_aside(value) else getattr(value, "__dict__", {})
-        contents = {key: self._content(each) for key, each in list(of_object.items())}
-        return {f"{name}.{key}": each for key, each in contents.items() if each is not None}
-
-    def _content(self, value: Any, depth: int = 2) -> Any:
-        """Return what can be compared of a value; None: of this kind, nothing."""
-        if isinstance(value, _NUMBERS):
-            return type(value), repr(value)
-        if isinstance(value, Tensor):
-            is_plain = value.layout == torch.strided and not value.is_nested and not value.is_inference()
-            if not is_plain or value.untyped_storage().data_ptr() in self._memory:
-                return None
-            # Its numbers may be on a device, or be many; torch counts their changes.
-            self._alive.append(value)
-            return _Identity(id(value), value._version, value.shape)
-        if isinstance(value, np.ndarray):
-            return None if value.nbytes > _MOST_BYTES or value.dtype.hasobject else value.tobytes()
-        if id(value) in self._known or not depth:
-            return None
-        if isinstance(value, dict | list | tuple | deque | set):
-            items = itertools.islice(value.values() if isinstance(value, dict) else value, _MOST_ITEMS)
-            return len(value), [self._content(each, depth - 1) for each in items]
-        return None
-
-
-def _differs(before: Any, now: Any) -> bool:
-    if isinstance(before, _Identity) and isinstance(now, _Identity) and before.shape != now.shape:
-        return False  # a batch may have the name of the data
-    return now is not None and bool(now != before)

@@ -21,6 +21,7 @@ from everystep.errors import RecordingError, RunError, UsageError, say
 from everystep.program.operation import path_faults
 from everystep.recording.facts import check_measurement_names
 from everystep.recording.recorded_run import RecordedRun
+from everystep.step.calling_code import users_frame
 from everystep.step.cursor import Cursor
 from everystep.step.parts import Parts, check_parts, with_inner
 from everystep.training.batch import PutTensors, unnested
@@ -29,6 +30,7 @@ from everystep.training.interrupt import REASONS, Interrupt
 from everystep.training.loader_position import LoaderPosition
 from everystep.training.loop_iterator import LoopIterator
 from everystep.training.loop_start import LoopStart
+from everystep.training.loop_variables import LoopVariables
 from everystep.training.loop_writer import LoopWriter
 from everystep.training.step_under_way import StepUnderWay
 
@@ -77,6 +79,9 @@ class Recording(Generic[R]):
         self._iterator: Callable[[], LoopIterator | None] = lambda: None
         #: Where loops are written that need no further check.
         self._checked: set[Any] = set()
+        #: Of a loop that continues and marks its steps, as it began the first.
+        self._variables: LoopVariables | None = None
+        self._has_begun = False
         self._put = PutTensors()
         self._was_count_read = False
         self._is_writing = False
@@ -447,7 +452,19 @@ class Recording(Generic[R]):
             UsageError: a step is already in progress, or the recording has not started or has ended.
             RecordingError: writing the run failed.
         """
+        self._compare_variables(batch)
         self._begin_step(batch, is_still=False)
+
+    def _compare_variables(self, batch: Any) -> None:
+        """Report the variables that a loop that continues changes from its first step to the second."""
+        before, is_first = self._variables, not self._has_begun
+        if before is None and not is_first:
+            return
+        frame, self._variables, self._has_begun = users_frame(), None, True
+        if frame is not None and before is not None:
+            self.writer.watched.notices.begun_again("steps", before.changed(frame, set()))
+        elif frame is not None and self.writer.step:
+            self._variables = LoopVariables(frame, self._parts, batch)
 
     def _begin_step(self, batch: Any, *, is_still: bool) -> None:
         """Begin a step. is_still: no code of the user's has run since the last one."""

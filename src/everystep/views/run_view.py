@@ -347,7 +347,8 @@ def _what_if_text(found: WhatIf, view: RunView) -> str:
         notes.append("what your code made of the targets outside of torch stays as recorded")
     if is_of_rates and not found.source:
         notes.append(
-            "the batches stay as recorded, also where your code computes them from the parameters"
+            "the batches, and the numbers that your code passes to torch, stay as recorded, also where "
+            "your code computes them from the parameters or the rate"
         )
     if differs is not None:
         notes.append(
