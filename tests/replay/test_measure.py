@@ -609,6 +609,7 @@ def test_a_mask_is_no_finding_but_what_it_makes_of_a_row_without_anything_is():
     assert found.step.number == 1
     assert found.operation.operation.operator == "aten._softmax.default"
     assert (found.nans, found.infinities) == (6 * 64, 0)
+    assert ", no finite number" in found.to_text()
 
 
 class Masked(nn.Module):

@@ -272,6 +272,8 @@ def _range(tensor: Any) -> str:
     if not tensor.dim():
         return number_text(tensor.item())
     found = statistics(tensor)
+    if math.isnan(found.minimum):
+        return f"{shape_text(tensor)}, no finite number" if tensor.numel() else shape_text(tensor)
     bad = f", {found.nonfinite:,} not finite" if found.nonfinite else ""
     return f"{shape_text(tensor)}, {number(found.minimum)} to {number(found.maximum)}{bad}"
 
