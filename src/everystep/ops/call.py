@@ -111,7 +111,9 @@ class Terms(Formula):
     @property
     def size(self) -> int:
         """How many terms they are."""
-        return max((piece.size for piece in self.given.values()), default=0)
+        sizes = [piece.size for piece in self.given.values()]
+        # A piece of one number is in each term, so that it is in none where the others are empty.
+        return 0 if 0 in sizes else max(sizes, default=0)
 
     def of(self, numbers: Mapping[str, Numbers]) -> Numbers:
         """Return the terms of the pieces' numbers."""
@@ -223,6 +225,11 @@ class Call:
         value = self.value(key)
         if not isinstance(value, int | float):
             raise NoRuleError(f"{key} is not a number")
+        if self.dtype == torch.bool and isinstance(self.arguments.get("self"), str):
+            # A comparison first converts the number to the dtype of the tensor: with 0.1 in float32,
+            # `self <= 0.1` holds for a float32 0.1, which is larger than 0.1 in double precision.
+            dtype = torch.result_type(self.tensor("self"), value)
+            return torch.tensor(value, dtype=dtype).item() if dtype.is_floating_point else value
         if isinstance(value, float) and self.dtype in _ROUNDED:
             with np.errstate(over="ignore"):  # beyond the range, it is infinite for the operator, too
                 return float(np.float32(value))
@@ -285,6 +292,16 @@ class Call:
     def aligned(self, key: str, index: Sequence[Axis] | None = None) -> Piece:
         """Return the numbers of an argument that are broadcast to an index, or to the wanted one."""
         return aligned(self.name(key), self.shape(key), self.index if index is None else index)
+
+    def line(self, key: str) -> Piece:
+        """Return all numbers of an argument along `dim` that the wanted one is in.
+
+        torch takes dimensions 0 and -1 of a tensor without dimensions, too: its only number.
+        """
+        if not self.index:
+            return self.piece(key)
+        dim = self.value("dim") % len(self.index)
+        return self.along(key, dim, np.arange(self.shape(key)[dim]))
 
     def whole(self, key: str) -> Piece:
         """Return all numbers of an argument."""

@@ -52,6 +52,8 @@ def _drawn(call: Call) -> Made:
 def _dropout(call: Call) -> Made:
     if call.place == 1:
         return Words("drawn by the random generator")
+    if call.arguments.get("train") is False:
+        return Formula("input", {"input": call.piece("input", *call.index)})
     p = call.value("p")
     given = {
         "input": call.piece("input", *call.index),

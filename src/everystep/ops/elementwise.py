@@ -69,7 +69,8 @@ _FORMULAS: dict[str, str] = {
     "logical_or": "self or other",
     "logical_xor": "(self != 0) != (other != 0)",
     "logical_not": "not self",
-    "floor_divide": "floor(self / other)",
+    # Not floor(self / other): rounded up, the quotient of 1 and 0.1 is 10, but 0.1 is 9 times in 1.
+    "floor_divide": "floor_divide(self, other)",
     "where": "self if condition else other",
     "masked_fill": "value if mask else self",
     "addcmul": "self + value * tensor1 * tensor2",
@@ -115,7 +116,7 @@ _FORMULAS: dict[str, str] = {
     "softshrink_backward": "0 if -lambd <= self <= lambd else grad_output",
     "hardsigmoid_backward": "grad_output / 6 if -3 < self < 3 else 0",
     "hardswish_backward": (
-        "0 if self <= -3 else grad_output if self >= 3 else grad_output * (self / 3 + 0.5)"
+        "0 if self <= -3 else grad_output * (self / 3 + 0.5) if self < 3 else grad_output"
     ),
     "mish_backward": (
         "grad_output * (t + self * (1 - t ^ 2) / (1 + exp(-self))) where t = tanh(log1p(exp(self)))"
@@ -141,6 +142,8 @@ def _clamp(call: Call) -> Made:
 
 def _division_text(call: Call) -> str:
     mode = call.value("rounding_mode") if "rounding_mode" in call else None
+    if mode == "floor":
+        return _FORMULAS["floor_divide"]
     return f"{mode}(self / other)" if mode else "self / other"
 
 
@@ -169,7 +172,8 @@ def _elu_backward(call: Call) -> Made:
     below = "input_scale * alpha * scale * exp(self_or_result * input_scale)"
     if call.value("is_result"):
         below = "input_scale * (self_or_result + alpha * scale)"
-    return by_formula(call, f"grad_output * scale if self_or_result > 0 else grad_output * {below}")
+    # In this order, NaN lets the gradient through, as in torch.
+    return by_formula(call, f"grad_output * {below} if self_or_result <= 0 else grad_output * scale")
 
 
 def _log_sigmoid(call: Call) -> Made:

@@ -170,7 +170,8 @@ _COMPARISONS: dict[type, Callable[[Any, Any], Any]] = {
 UNARY: dict[str, Callable[[Any], Any]] = {
     **{name: getattr(np, name) for name in ("exp", "exp2", "expm1", "log", "log1p", "log2", "log10")},
     **{name: getattr(np, name) for name in ("sqrt", "sin", "cos", "tan", "sinh", "cosh", "tanh")},
-    **{name: getattr(np, name) for name in ("floor", "ceil", "trunc", "sign", "abs", "isnan", "isinf")},
+    **{name: getattr(np, name) for name in ("floor", "ceil", "trunc", "abs", "isnan", "isinf")},
+    "sign": lambda x: np.nan_to_num(np.sign(x)),  # torch's sign of NaN is 0
     "asin": np.arcsin,
     "acos": np.arccos,
     "atan": np.arctan,
@@ -178,7 +179,7 @@ UNARY: dict[str, Callable[[Any], Any]] = {
     "erfc": _erfc,
 }
 BINARY: dict[str, Callable[[Any, Any], Any]] = {
-    **{name: getattr(np, name) for name in ("fmod", "logaddexp", "remainder")},
+    **{name: getattr(np, name) for name in ("floor_divide", "fmod", "logaddexp", "remainder")},
     "atan2": np.arctan2,
     "bitwise_and": lambda a, b: np.bitwise_and(np.asarray(a, np.int64), np.asarray(b, np.int64)),
     "bitwise_or": lambda a, b: np.bitwise_or(np.asarray(a, np.int64), np.asarray(b, np.int64)),

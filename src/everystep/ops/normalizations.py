@@ -43,11 +43,7 @@ __all__ = ["NORMALIZATIONS"]
 
 
 def _softmax(call: Call) -> Made:
-    given = {"self": call.piece("self", *call.index)}
-    given["row"] = given["self"]
-    if call.index:
-        dim = call.value("dim") % len(call.index)
-        given["row"] = call.along("self", dim, np.arange(call.shape("self")[dim]))
+    given = {"self": call.piece("self", *call.index), "row": call.line("self")}
     if "log" in call.kind:
         return Formula("self - logsumexp(row)", given)
     # "safe": a row that a mask hides as a whole has 0, not NaN.
@@ -56,13 +52,11 @@ def _softmax(call: Call) -> Made:
 
 
 def _softmax_backward(call: Call) -> Made:
-    dim = call.value("dim") % len(call.index)
     given = {key: call.piece(key, *call.index) for key in ("grad_output", "output")}
-    every = np.arange(call.shape("output")[dim])
-    given["gradients"] = call.along("grad_output", dim, every)
+    given["gradients"] = call.line("grad_output")
     if "log" in call.kind:
         return Formula("grad_output - exp(output) * sum(gradients)", given)
-    given["outputs"] = call.along("output", dim, every)
+    given["outputs"] = call.line("output")
     return Formula("output * (grad_output - sum(gradients * outputs))", given)
 
 

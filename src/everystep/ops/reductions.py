@@ -56,7 +56,9 @@ def _total(call: Call) -> Made:
 
 
 def _cumulated(call: Call) -> Made:
-    dim = call.value("dim") % max(len(call.index), 1)
+    if not call.index:
+        return Sum((single("self", call.piece("self")),))
+    dim = call.value("dim") % len(call.index)
     return Sum((single("self", call.along("self", dim, np.arange(call.index[dim] + 1))),))
 
 
@@ -76,12 +78,10 @@ def _extreme(call: Call) -> Made:
 
 def _sorted(call: Call) -> Made:
     """Return the rule of operators with the places of the first result as the second."""
-    dim = call.value("dim") % max(len(call.index), 1)
+    line = call.line("self")
     if call.place == 1:
-        return Words(
-            "where in self it is", {"self": call.along("self", dim, np.arange(call.shape("self")[dim]))}
-        )
-    return _chosen(call, call.along("self", dim, int(call.results[call.output(1)][call.index])))
+        return Words("where in self it is", {"self": line})
+    return _chosen(call, Piece(line.name, line.at(int(call.results[call.output(1)][call.index]))))
 
 
 def _chosen(call: Call, piece: Piece) -> Made:
