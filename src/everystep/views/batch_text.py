@@ -55,7 +55,10 @@ def classes_text(batch: Batch, names: list[str] | None) -> str | None:
     if names is None or of_rows is None:
         return None
     counts = Counter(of_rows)
-    order = [*(name for name in names if name in counts), *(counts.keys() - set(names))]
+    order = [
+        *(name for name in names if name in counts),
+        *(each for each in counts if each not in names),
+    ]
     return ", ".join(f"{name} ({counts[name]:,})" for name in order)
 
 

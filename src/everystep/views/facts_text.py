@@ -33,7 +33,14 @@ from everystep.recording.texts import (
     shortest,
     value_text,
 )
-from everystep.views.formatting import counted, labelled, measured_text, number, time_text
+from everystep.views.formatting import (
+    counted,
+    labelled,
+    measured_text,
+    number,
+    seconds_text,
+    time_text,
+)
 
 __all__ = [
     "closing",
@@ -91,7 +98,7 @@ def closing(directory: Path) -> str:
     run = RecordedRun(directory)
     summary = run.summary()
     facts = run.facts
-    seconds = "" if facts.seconds is None else f" in {facts.seconds:.3g} s"
+    seconds = "" if facts.seconds is None else f" in {seconds_text(facts.seconds)}"
     lines = [] if facts.reason is None else [f"stopped: {facts.reason}", ""]
     measured = "".join(
         f", {name} {measured_text(name, value)}"
@@ -268,7 +275,7 @@ def facts_data(facts: Facts) -> dict[str, Any]:
     times = [("started", facts.started), ("ended", facts.finished)]
     # In UTC, to the second: the page may be read anywhere.
     stamps = [f"{what} {time.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC" for what, time in times if time]
-    seconds = [] if facts.seconds is None else [f"{facts.seconds:.3g} s of training"]
+    seconds = [] if facts.seconds is None else [f"{seconds_text(facts.seconds)} of training"]
     return {
         "facts": [*facts_in_order(facts), ("seed", seed)],
         "details": [

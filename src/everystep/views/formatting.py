@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from datetime import datetime
@@ -27,6 +28,8 @@ __all__ = [
     "measured_text",
     "number",
     "one_line",
+    "percent",
+    "seconds_text",
     "several",
     "shape_text",
     "time_text",
@@ -79,6 +82,21 @@ def grouped(value: float) -> str:
     """Return a number in four significant digits, thousands apart."""
     text = number(value)
     return f"{int(text):,}" if text.lstrip("-").isdigit() else text
+
+
+def percent(share: float) -> str:
+    """Return a share in percent, in three digits or more: only what is whole is shown as 100%."""
+    value = 100 * share
+    if math.isfinite(value) and abs(value) >= 999.5:
+        return f"{value:,.0f}%"
+    # A gradient of which a few numbers are not 0 has no "100%" zeros.
+    texts = (f"{value:.{digits}g}" for digits in range(3, 18))
+    return f"{next(text for text in texts if text != '100' or value == 100)}%"
+
+
+def seconds_text(seconds: float) -> str:
+    """Return a duration in three digits, a long one in whole seconds: `0.25 s`, `5,400 s`."""
+    return f"{seconds:.3g} s" if seconds < 999.5 else f"{seconds:,.0f} s"
 
 
 def shape_text(tensor: Tensor) -> str:

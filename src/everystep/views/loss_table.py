@@ -131,6 +131,8 @@ def loss_table(run: RecordedRun, rows: int = 100_000) -> LossTable:
         f"every {width:,}th step; of each {width:,} steps the smallest and the largest "
         f"{of_each if names[1:] else names[0]}, and the first that is not finite; the first and the "
         "last step"
+        if names  # else the run has logged nothing
+        else f"one step of each {width:,}"
     )
     return LossTable(run.name, some, total, excerpt, run.damage)
 

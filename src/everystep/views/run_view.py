@@ -190,7 +190,7 @@ def _measured_text(found: Measured, view: RunView | None) -> str:
     finite = [value for value in found.values.values() if math.isfinite(value)]
     span = f", from {number(min(finite))} to {number(max(finite))}" if finite else ""
     text = (
-        f"{found.name}: {len(values):,} values{span}; "
+        f"{found.name}: {counted(len(values), 'value')}{span}; "
         f"{number(begin)} at step {first:,}, {number(end)} at step {last:,}"
     )
     return f"{text}\n{skipped_text(found.left_out)}" if found.left_out else text
@@ -325,9 +325,12 @@ def _what_if_text(found: WhatIf, view: RunView) -> str:
 
     def changed(case: Case) -> str:
         if is_of_rates:
-            return "as recorded" if case.lr is None else f"{case.lr:g}"
+            return "as recorded" if case.lr is None else _given_text(case.lr)
         if relabelled is not None:
-            texts = [f"{row}: {one:g} | {other:g}" for row, (one, other) in case.targets.items()]
+            texts = [
+                f"{row}: {_given_text(one)} | {_given_text(other)}"
+                for row, (one, other) in case.targets.items()
+            ]
             return named(texts, _ROWS_NAMED) or "as recorded"
         return named(case.rows, _ROWS_NAMED) or "none"
 
@@ -355,6 +358,11 @@ def _what_if_text(found: WhatIf, view: RunView) -> str:
             "uses them, a training of your own differs"
         )
     return "\n".join([title, "", *table, *([""] if notes else []), *notes])
+
+
+def _given_text(number: float) -> str:
+    """Return a number that the user gave as they would write it: 4, 0.001, 1234567."""
+    return shortest(number).removesuffix(".0")
 
 
 def _change(case: Case, known: float | None) -> str:

@@ -24,7 +24,7 @@ from everystep.views.batch_text import (
     other_values,
     targets,
 )
-from everystep.views.formatting import cut, grouped
+from everystep.views.formatting import cut, grouped, percent
 from everystep.views.mathematics import argument_texts, mathematics
 from everystep.views.step_data import SegmentSeen, as_it_happened
 from everystep.views.tensor_texts import (
@@ -348,7 +348,7 @@ class _Opened:
         norms = (grouped(norm(each)) for each in (update.before, update.after, update.change))
         return dict(zip(("norm before", "norm after", "norm of change"), norms, strict=True)) | {
             "parameter": name,
-            "relative": f"{100 * update.relative_size:.3g}%",
+            "relative": percent(update.relative_size),
             "by": _operations_text(formula.numbers) if formula else "",
         }
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from everystep.replay.opened_step import statistics
-from everystep.views.formatting import dtype_text, grouped, shape_text
+from everystep.views.formatting import dtype_text, grouped, percent, shape_text
 from everystep.views.terminal import Cell, Column, Page, Styled, keyed
 
 __all__ = ["ABSOLUTE", "NUMBERS", "numbers_of", "statistics_text", "write_numbers", "write_tensors"]
@@ -45,7 +45,7 @@ def numbers_of(tensor: Tensor) -> dict[str, Cell]:
     if tensor.numel() != 1:
         values = zip(("mean", "std", "min", "max"), seen[:4], strict=True)
         found |= {name: "" if math.isnan(value) else grouped(value) for name, value in values}
-        found["zeros"] = f"{100 * seen.zeros:.3g}%" if seen.zeros > 0 else ""
+        found["zeros"] = percent(seen.zeros) if seen.zeros > 0 else ""
     elif seen.nonfinite:
         found["mean"] = grouped(float(tensor.abs() if tensor.is_complex() else tensor)), "bold red"
     else:
