@@ -38,6 +38,12 @@ __all__ = [
     "single",
 ]
 
+# For number [2, 5] of `addmm(bias, x, weight)` with 64 inputs, a rule returns
+#   Sum((Terms("factor * self", {"self": Piece("parameter/0.bias", (5,))}),
+#        Terms("factor * mat1 * mat2", {"mat1": Piece("x", (2, [0 .. 63])),
+#                                       "mat2": Piece("parameter/0.weight~1", ([0 .. 63], 5))})))
+# A piece names places and holds no numbers: these are read when the answer is computed, and the answer
+# names each of them as an expression that can be asked for in turn.
 #: Numbers of a piece, in double precision.
 Numbers = NDArray[Any]
 #: Indices along a dimension: one for each number, or the same for all.
@@ -210,6 +216,7 @@ class Call:
     def again(self, /, **replaced: Any) -> Sequence[Tensor]:
         """Run the operator with other arguments, and return its results."""
         given = {
+            # On the CPU, where rules make the arguments that replace others.
             key: decode(value, lambda name: self.inputs[name].cpu())
             for key, value in self.arguments.items()
         }
@@ -312,8 +319,11 @@ def aligned(name: str, shape: Sequence[int], index: Sequence[Axis]) -> Piece:
     """Return the number, or the numbers, of a tensor that is broadcast to an index."""
     if len(shape) > len(index):
         raise NoRuleError(f"{name} has more dimensions than the result")
+    # As torch broadcasts: dimensions correspond from the last on, and one of size 1 has one number for
+    # all.
     last = index[len(index) - len(shape) :]
     places = tuple(0 if size == 1 else place for size, place in zip(shape, last, strict=True))
+    # An index beyond the size: the operator uses this argument in another way than number by number.
     if any(np.any(np.asarray(p) >= size) for p, size in zip(places, shape, strict=True)):
         raise NoRuleError(f"{name} is not broadcast to the result")
     return Piece(name, places)
@@ -334,6 +344,7 @@ def numbers_of(tensor: Tensor, piece: Piece) -> Numbers:
         for axis in piece.places
     )
     found = tensor.detach()[places].reshape(-1).cpu()
+    # As formulas are computed; whole numbers beyond 2**53 are rounded here.
     wide = found.to(torch.complex128 if found.is_complex() else torch.float64)
     return np.broadcast_to(wide.numpy(), piece.size)
 

@@ -129,6 +129,7 @@ _WITHOUT_FORMULA = ("bitwise_not", "digamma", "erfinv", "hypot", "lgamma", "nan_
 def _clamp(call: Call) -> Made:
     """Return the rule of `clamp` and its variants, with one or both bounds."""
     text, places, settings = "self", {"self": call.aligned("self")}, {}
+    # In this order: where the bounds cross, the upper one holds.
     for key, name, kept in (("min", "low", "max"), ("max", "high", "min")):
         if key not in call:
             continue
@@ -278,6 +279,7 @@ def _added(call: RowsCall) -> list[Result]:
 
     def terms(row: int) -> Tensor:
         replaced = {name: each.term(row) for name, each in tensors.items()}
+        # A number that is added is a term of no row.
         numbers = {n: each if row == SHARED else 0 for n, each in given.items() if _is_number(each)}
         return call.again(**replaced, **numbers)[0]
 
@@ -304,6 +306,7 @@ def _scaled(call: RowsCall) -> list[Result]:
         labels = given[name].labels.expand(call.results[0].shape)
         if rest:
             rest_labels = rest[0].expand(labels.shape)
+            # A sum times what is of no row stays a sum.
             alone = (labels == SUM) & (rest_labels == SHARED)
             labels = torch.where(alone, SUM, broadcast([labels, rest_labels]))
         found = sum_of(labels, lambda row: call.again(**{name: given[name].term(row)})[0], [given[name]])

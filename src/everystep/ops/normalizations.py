@@ -42,6 +42,11 @@ from everystep.ops.row_rules import (
 __all__ = ["NORMALIZATIONS"]
 
 
+# A normalization returns the result, the means, and 1 / the deviations ("scale"; torch: rstd or invstd).
+# The numbers with one mean, for an input (N, C, ...), are in
+#   batch norm  a channel: means (C)                 a weight for each channel
+#   group norm  channels of a row: means (N, group)  a weight for each channel
+#   layer norm  the last dimensions: means (N, 1)    a weight for each place of them
 def _softmax(call: Call) -> Made:
     given = {"self": call.piece("self", *call.index), "row": call.line("self")}
     if "log" in call.kind:
@@ -111,6 +116,8 @@ def _norm(call: Call) -> Made:
         return Formula(_DEVIATION, {"input": piece}, {"eps": call.value("eps")})
     at = _statistics_at(call, call.index)
     given = {"input": call.piece("input", *call.index)}
+    # The recorded statistics, which can be asked for in turn; without them, every number would be made
+    # of all.
     given |= {key: call.result_piece(place, *at) for place, key in ((1, "mean"), (2, "scale"))}
     return _affine(call, "(input - mean) * scale", given, *_weight_at(call, call.index))
 
@@ -180,6 +187,7 @@ def _norm_backward(call: Call) -> Made:
         given["weights"] = call.piece("weight", *_weight_at(call, places))
         gradient, every = "grad_out * weight", "gradients * weights"
     text = (
+        # Through the mean and the deviation: Ioffe and Szegedy, 2015, arXiv:1502.03167.
         f"{factor} * ({gradient} - mean({every}) - normal * mean({every} * normals))"
         f" where normal = (input - {mean}) * {scale}, normals = (inputs - {mean}) * {scale}"
     )
@@ -212,6 +220,7 @@ def _attention(call: Call) -> Made:
     m = call.shape("key")[-2]
     leading, row = call.index[:2], call.index[2]
     of_keys = leading[0], leading[1] // _sharing(call)
+    # A causal mask hides the keys after the place of the query.
     count = min(m, row + 1) if bool(call.value("is_causal")) else m
     given = {
         "query": call.piece("query", *leading, row, np.arange(size)),
@@ -244,10 +253,12 @@ def _attention_backward(call: Call) -> Made:
     row, head = call.index[:2]
     n, m = call.shape("query")[-2], call.shape("key")[-2]
     is_query, shared = call.place == 0, _sharing(call)
+    # The gradient of a key adds up those of all heads of queries that share it.
     heads = [head] if is_query else range(head * shared, (head + 1) * shared)
     queries = [call.index[2]] if is_query else range(n)
     keys = range(m) if is_query else [call.index[2]]
     if bool(call.value("is_causal")):
+        # With a causal mask, queries before a key do not see it.
         queries = queries if is_query else range(min(call.index[2], n), n)
         keys = range(min(m, call.index[2] + 1)) if is_query else keys
     of_keys = row, head // shared if is_query else head
@@ -277,6 +288,7 @@ def _attention_backward(call: Call) -> Made:
     )[call.place]
     text = f"{slope} · column where weights = exp({scores} - logsumexp)"
     settings = {"scale": _scale(call), "size": len(sizes["out"])}
+    # Every piece is shown as an input: only those that the formula names.
     used = {key: piece for key, piece in given.items() if key in names_in(text)}
     return Formula(text, used, settings)
 

@@ -37,6 +37,7 @@ def _layer(call: Call) -> Made:
     times = range(length)
     if call.place == 0:
         time = call.index[0]
+        # The output of a time depends on the sequence up to it; in reverse, on the rest of it.
         times = range(time, length) if is_reverse else range(time + 1)
     given = {"input": _sequence(call, "input", times, [row])}
     given |= {key: _state(call, key, [row]) for key in ("hx_", "cx_")}

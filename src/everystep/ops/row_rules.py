@@ -38,6 +38,11 @@ __all__ = [
 ]
 
 
+# For each operation of a step, in order, `rows` calls the rule of its kind:
+#   RowsCall(operation, labels of its inputs)  ->  a Result for each result: its labels, and its terms if
+#                                                  it is a sum; these are computed when they are asked for
+# A MixesError makes all results MIXED, with its message as the reason; what does not depend on them stays
+# exact.
 class MixesError(Exception):
     """Rows cannot be separated in the results of an operation; the message gives the reason."""
 
