@@ -38,11 +38,10 @@ __all__ = [
 ]
 
 
-# For each operation of a step, in order, `rows` calls the rule of its kind:
-#   RowsCall(operation, labels of its inputs)  ->  a Result for each result: its labels, and its terms if
-#                                                  it is a sum; these are computed when they are asked for
-# A MixesError makes all results MIXED, with its message as the reason; what does not depend on them stays
-# exact.
+# For each operation of a step, in order, `rows` calls the rule of its kind with a RowsCall: what was
+# recorded, and the labels of the inputs. The rule returns a Result for each result: its labels, and the
+# terms of a sum, which are computed only when they are asked for. A MixesError makes all results MIXED,
+# with its message as the reason; what does not depend on them stays exact.
 class MixesError(Exception):
     """Rows cannot be separated in the results of an operation; the message gives the reason."""
 

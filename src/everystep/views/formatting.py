@@ -56,6 +56,7 @@ def clean(text: str) -> str:
 
 def one_line(text: str) -> str:
     """Return a text as part of a line: unprintable characters and line breaks are replaced."""
+    # Nearly every text is, and this look is much quicker than one at each character.
     if text.isprintable():
         return text
     return "".join(each if each.isprintable() else "\ufffd" for each in text)
@@ -63,6 +64,7 @@ def one_line(text: str) -> str:
 
 def cut(text: str, most: int) -> str:
     """Return a text of at most so many columns of the terminal; a longer one ends with an ellipsis."""
+    # By columns, of which a Chinese character takes two.
     return text if cell_len(text) <= most else set_cell_size(text, most - 1).rstrip("….") + "…"
 
 
@@ -81,6 +83,7 @@ def number(value: float | None) -> str:
 def grouped(value: float) -> str:
     """Return a number in four significant digits, thousands apart."""
     text = number(value)
+    # Only whole ones; 12345 has an exponent in four digits: 1.234e+04.
     return f"{int(text):,}" if text.lstrip("-").isdigit() else text
 
 

@@ -46,6 +46,7 @@ def numbers_of(tensor: Tensor) -> dict[str, Cell]:
         values = zip(("mean", "std", "min", "max"), seen[:4], strict=True)
         found |= {name: "" if math.isnan(value) else grouped(value) for name, value in values}
         found["zeros"] = percent(seen.zeros) if seen.zeros > 0 else ""
+    # Statistics are of finite numbers, and this one is not.
     elif seen.nonfinite:
         found["mean"] = grouped(float(tensor.abs() if tensor.is_complex() else tensor)), "bold red"
     else:
@@ -91,6 +92,7 @@ def write_tensors(page: Page, named: Mapping[str, Tensor], title: str = "", *, v
 
 def write_numbers(page: Page, tensor: Tensor, *, indent: int) -> None:
     """Add the numbers of a tensor, in six significant digits."""
+    # NumPy has no bfloat16: all floating-point numbers become float64, in which they are exact.
     values = tensor.detach().cpu()
     if values.dtype.is_floating_point:
         values = values.double()
