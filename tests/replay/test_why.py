@@ -259,6 +259,14 @@ _NAN = torch.tensor([math.nan, -3.0, 0.5, 3.0])
         ("elu_backward", nn.functional.elu, _NAN),
         ("hardswish_backward", nn.functional.hardswish, _NAN),
         ("sgn", torch.sgn, _NAN),
+        ("logsumexp", lambda x: x[:0].logsumexp(0), _NAN),
+        (
+            "_scaled_dot_product_flash_attention_for_cpu",
+            lambda x: nn.functional.scaled_dot_product_attention(
+                x, x, x, torch.tensor([[True, True], [False, False]])
+            ),
+            torch.arange(4.0).reshape(1, 1, 2, 2),
+        ),
         ("native_dropout", lambda x: torch.native_dropout(x, 0.5, False)[0], torch.tensor([1.0, 2.0])),
         ("_softmax_backward_data", partial(torch.softmax, dim=0), torch.tensor(2.0)),
         ("_log_softmax_backward_data", partial(torch.log_softmax, dim=-1), torch.tensor(2.0)),

@@ -151,7 +151,7 @@ def _extreme(one: Callable[[Any], Any], two: Callable[[Any, Any], Any]) -> Calla
 
 
 def _logsumexp(x: Any) -> Any:
-    highest = np.max(x)
+    highest = np.max(x, initial=-np.inf)  # which it is of no numbers
     # The difference of two infinities would be NaN.
     return highest + np.log(total(np.exp(x - highest))) if np.isfinite(highest) else highest
 

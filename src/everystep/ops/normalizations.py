@@ -21,6 +21,7 @@ from everystep.ops.call import (
     Terms,
     Words,
     grid,
+    numbers_of,
     single,
 )
 from everystep.ops.formula import names_in
@@ -227,14 +228,18 @@ def _attention(call: Call) -> Made:
         "key": call.piece("key", *of_keys, *grid(range(count), range(size))),
     }
     scores = "key · query * scale"
+    hidden = ""
     for mask in filter(call.__contains__, MASKS):
         scores += f" + {mask}"
         given[mask] = call.aligned(mask, (*leading, row, np.arange(count)))
+        if bool(np.isneginf(numbers_of(call.tensor(mask), given[mask])).all()):
+            # Of a query without any key, such as one in the padding, torch returns 0 instead of NaN.
+            hidden = f"0 if max({mask}) == -inf else "
     settings = {"scale": _scale(call)}
     if call.place == 1:
-        return Formula(f"logsumexp({scores})", given, settings)
+        return Formula(f"{hidden}logsumexp({scores})", given, settings)
     given["value"] = call.piece("value", *of_keys, np.arange(count), call.index[3])
-    return Formula(f"softmax({scores}) · value", given, settings)
+    return Formula(f"{hidden}softmax({scores}) · value", given, settings)
 
 
 def _scale(call: Call) -> float:
