@@ -74,7 +74,14 @@ def _product_rows(call: RowsCall) -> list[Result]:
     # A product with a weight adds up features; one of two other tensors may add up rows.
     if call.is_backward and a.is_shared and b.is_shared and not any(map(call.is_state, names)):
         raise MixesError("adds up numbers that are the same for all rows")
-    labels = broadcast([reduced(a.labels, [-1], keepdim=True), reduced(b.labels, [-2], keepdim=True)])
+    # In a gradient of a parameter, what is of no row is a term by itself: of a batch of one row that was
+    # joined with other numbers, the row has not made the whole gradient.
+    is_strict = call.is_backward and call.is_term
+    rows, columns = (
+        reduced(each.labels, [axis], keepdim=True, is_strict=is_strict)
+        for each, axis in ((a, -1), (b, -2))
+    )
+    labels = broadcast([rows, columns])
     # Each number has factors of one row at most, as in a forward pass.
     if not bool((labels == MIXED).any()):
         labels = labels.reshape(shape)
@@ -84,7 +91,7 @@ def _product_rows(call: RowsCall) -> list[Result]:
         given = {n: m.squeeze(vectors[n]) if n in vectors else m for n, m in matrices.items()}
         return call.again(**given, **({} if added is None else {"self": added.term(row)}))[0]
 
-    labels, terms, summed = _sum_of_products(factors, run)
+    labels, terms, summed = _sum_of_products(factors, run, is_strict)
     labels = labels.reshape(shape)
     if added is not None:
         labels = broadcast([labels, added.labels.expand(shape)], is_sum=True, is_strict=True)
@@ -101,7 +108,7 @@ def _matrix(vector: Tracked, axis: int) -> Tracked:
 
 
 def _sum_of_products(
-    factors: dict[str, Tracked], run: Callable[..., Tensor]
+    factors: dict[str, Tracked], run: Callable[..., Tensor], is_strict: bool
 ) -> tuple[Tensor, Callable[[int], Tensor], list[Tracked]]:
     """Return labels and terms of a product that adds up rows, and the sums among its factors."""
     names, (a, b) = tuple(factors), factors.values()
@@ -118,7 +125,7 @@ def _sum_of_products(
     left = reduced(a.labels, [-2], keepdim=True).transpose(-1, -2)
     keys = broadcast([left, reduced(b.labels, [-1], keepdim=True)])
     none_mixed(keys, "multiplies numbers of different rows with each other")
-    labels = reduced(keys, [-2], keepdim=True, is_sum=True).expand(shape)
+    labels = reduced(keys, [-2], keepdim=True, is_sum=True, is_strict=is_strict).expand(shape)
     return labels, _product_terms(names, a, b, keys, run), []
 
 
