@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import everystep
-from everystep.views.formatting import percent, seconds_text
+from everystep.views.formatting import measured_text, percent, seconds_text
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,12 @@ def test_durations_have_three_digits_and_no_exponent(seconds, text):
 )
 def test_only_what_is_whole_is_shown_as_100_percent(share, text):
     assert percent(share) == text
+
+
+def test_an_accuracy_of_100_percent_has_no_wrong_prediction():
+    values = (0.9722, 0.99999, 1.0)
+    shown = [measured_text("validation_accuracy", value) for value in values]
+    assert shown == ["97.22%", "99.999%", "100%"]
 
 
 def test_a_gradient_of_few_rows_of_an_embedding_has_no_100_percent_zeros(tmp_path):

@@ -205,6 +205,7 @@ class Call:
         self.written = self.outputs[self.place] or ""
         self.kind = self.kind or kind_of(self.operation)
         if not self.arguments:
+            # A program has only the arguments that were passed: rules find the defaults as well.
             known = {each.name: each.default for each in parameters(self.operation.resolved)}
             # In a program, a string is the name of a tensor.
             defaults = {k: {"text": v} if isinstance(v, str) else v for k, v in known.items()}
@@ -277,6 +278,7 @@ class Call:
 
     def output(self, place: int) -> str:
         """Return the name of a result."""
+        # None: a result that the operator was not asked for, such as the gradient of what needs none.
         name = self.outputs[place] if place < len(self.outputs) else None
         if name is None or name not in self.results:
             raise NoRuleError(f"result {place} is not there")

@@ -34,6 +34,7 @@ def _in_a_row(call: Call, text: str) -> Made:
     settings = {"start": 0, "step": 1, "place": call.index[0]}
     settings |= {key: call.value(key) for key in ("start", "step", "end") if key in call}
     if call.kind == "linspace":
+        # A single number is the start.
         settings["intervals"] = max(call.value("steps") - 1, 1)
     return Formula(text, settings=settings)
 

@@ -185,6 +185,7 @@ def _log_sigmoid(call: Call) -> Made:
 
 def _log_sigmoid_backward(call: Call) -> Made:
     """Return the rule of a derivative that is computed from `buffer`, exp(-|self|), on a CPU."""
+    # Except on a CPU, the derivative computes from the argument.
     if not call.tensor("buffer").numel():
         return by_formula(call, "grad_output / (1 + exp(self))")
     return by_formula(
@@ -213,6 +214,7 @@ def _glu(call: Call) -> Made:
     """Return the rule of `glu`, of the halves `a` and `b` of its argument, and of its derivative."""
     dim = call.value("dim") % len(call.index)
     half = call.shape("self")[dim] // 2
+    # The derivative is of both halves: numbers of the second one come from the same pair.
     own = call.index[dim] % half
     a, b = (call.along("self", dim, place) for place in (own, own + half))
     if call.kind == "glu":
@@ -267,6 +269,7 @@ def _added(call: RowsCall) -> list[Result]:
     """clone, copy, neg, add, ...: sums of their arguments, times numbers."""
     if not call.results[0].is_floating_point():  # not linear: a conversion cuts, and + of truths is `or`
         return each_alone(call)
+    # What is overwritten has no part in the result.
     names = ["src"] if call.kind == "copy" else ["self", "other"]
     given = {name: call[name] for name in names}
     tensors = {name: each for name, each in given.items() if isinstance(each, Tracked)}

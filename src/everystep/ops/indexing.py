@@ -82,6 +82,7 @@ def _embedding_backward(call: Call) -> Made:
     places = np.nonzero(call.tensor("indices").cpu().numpy() == row)
     columns = np.full(len(places[0]) if places else 1, column)
     piece = call.piece("grad_output", *places, columns)
+    # Divided by how often the row is named: the terms are as many.
     by_frequency = bool(call.value("scale_grad_by_freq")) and piece.size > 0
     return Sum((single("grad_output", piece),), float(piece.size) if by_frequency else 1.0)
 

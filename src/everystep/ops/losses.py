@@ -118,6 +118,8 @@ def _nll_backward(call: Call) -> Made:
     return Formula(f"{text} if target == {own} else 0", given)
 
 
+# Targets of multilabel_margin_loss for 3 classes: [2, 0, -1] names classes 2 and 0; what follows a -1
+# does not count. Each named class is compared with each of the others, here with class 1.
 def _margin(call: Call) -> Made:
     """Return the rule of losses that compare the numbers of the targets of a row with all others.
 
@@ -154,6 +156,7 @@ def _margin(call: Call) -> Made:
 def _multi_margin_backward(call: Call) -> Made:
     row, own = _place(call)
     (target,) = _targets(call, row)
+    # The target's own number is in the terms of all others, that of another class in its own alone.
     others = _others(call, row) if own == target else [own]
     given = {
         "grad_output": call.piece("grad_output", *_gradient_at(call, row)),

@@ -69,6 +69,7 @@ _SETTINGS = ("mode", "hidden_size", "num_layers", "has_biases", "bidirectional",
 
 def _shared_rows(call: RowsCall, sequences: tuple[str, ...], states: tuple[str, ...]) -> Tensor:
     """Return the labels of the rows (N) that sequences and states have in common."""
+    # A row is at one place of the second axis at all times.
     given = [(call[name], [0, 2]) for name in sequences] + [(call[name], [1]) for name in states]
     parts = [reduced(each.labels, axes) for each, axes in given if isinstance(each, Tracked)]
     return none_mixed(broadcast(parts))

@@ -72,7 +72,7 @@ def measured_text(name: str, value: float) -> str:
     """Return the value of a measurement in four significant digits, of a share in percent."""
     metric = metric_of(name)
     # A loop may log an accuracy in percent, which is above 1.
-    return f"{number(100 * value)}%" if metric and metric.is_share and 0 <= value <= 1 else number(value)
+    return percent(value, 4) if metric and metric.is_share and 0 <= value <= 1 else number(value)
 
 
 def number(value: float | None) -> str:
@@ -87,13 +87,13 @@ def grouped(value: float) -> str:
     return f"{int(text):,}" if text.lstrip("-").isdigit() else text
 
 
-def percent(share: float) -> str:
-    """Return a share in percent, in three digits or more: only what is whole is shown as 100%."""
+def percent(share: float, digits: int = 3) -> str:
+    """Return a share in percent, in so many digits or more: only what is whole is shown as 100%."""
     value = 100 * share
     if math.isfinite(value) and abs(value) >= 999.5:
         return f"{value:,.0f}%"
     # A gradient of which a few numbers are not 0 has no "100%" zeros.
-    texts = (f"{value:.{digits}g}" for digits in range(3, 18))
+    texts = (f"{value:.{each}g}" for each in range(digits, 18))
     return f"{next(text for text in texts if text != '100' or value == 100)}%"
 
 
