@@ -259,6 +259,12 @@ _NAN = torch.tensor([math.nan, -3.0, 0.5, 3.0])
         ("elu_backward", nn.functional.elu, _NAN),
         ("hardswish_backward", nn.functional.hardswish, _NAN),
         ("sgn", torch.sgn, _NAN),
+        # In the place of a tensor, 0.3 is rounded to bfloat16; as a factor, to float32.
+        *(
+            (name, partial(getattr(torch, name), other=0.3), torch.tensor([0.25, 0.7, 3.0]).bfloat16())
+            for name in ("add", "sub", "fmod", "mul", "div")
+        ),
+        ("pow", lambda x: torch.pow(x, 0.3), torch.tensor([0.25, 0.7, 3.0]).bfloat16()),
         ("logsumexp", lambda x: x[:0].logsumexp(0), _NAN),
         (
             "_scaled_dot_product_flash_attention_for_cpu",

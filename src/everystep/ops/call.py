@@ -52,6 +52,12 @@ Axis = NDArray[np.int64] | int
 _DECORATIONS = re.compile(r"^_|(?<=[a-z0-9])_$")  # but not the last one of `__and__`
 #: In these dtypes an operator first rounds the numbers among its arguments to float32.
 _ROUNDED = {torch.float32, torch.float16, torch.bfloat16}
+#: Arguments that are rounded to the dtype of a float16 or bfloat16 result instead, by operator.
+_OPERANDS = {
+    **dict.fromkeys(("add", "sub", "rsub"), ("other", "alpha")),
+    **dict.fromkeys(("fmod", "remainder", "atan2"), ("other",)),
+    "pow": ("self", "exponent"),
+}
 
 
 def kind_of(operation: Operation) -> str:
@@ -239,8 +245,11 @@ class Call:
             dtype = torch.result_type(self.tensor("self"), value)
             return torch.tensor(value, dtype=dtype).item() if dtype.is_floating_point else value
         if isinstance(value, float) and self.dtype in _ROUNDED:
-            with np.errstate(over="ignore"):  # beyond the range, it is infinite for the operator, too
-                return float(np.float32(value))
+            # In the place of a tensor, a number becomes one of the result's dtype; on a CPU at least.
+            is_operand = key in _OPERANDS.get(self.kind, ()) and self.device.type == "cpu"
+            dtype = self.dtype if is_operand else torch.float32
+            # Beyond the range, it is infinite for the operator, too.
+            return torch.tensor(value, dtype=torch.float64).to(dtype).item()
         # A tensor of whole numbers keeps the whole part: `fill_(1.7)` writes 1.
         is_whole = not self.dtype.is_floating_point and not self.dtype.is_complex
         return int(value) if is_whole and self.dtype != torch.bool and math.isfinite(value) else value
@@ -270,6 +279,11 @@ class Call:
     def shape(self, key: str) -> tuple[int, ...]:
         """Return the shape of an argument."""
         return tuple(self.tensor(key).shape)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the result."""
+        return self.results[self.output(self.place)].device
 
     @property
     def dtype(self) -> torch.dtype:
