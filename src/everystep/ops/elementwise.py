@@ -143,9 +143,12 @@ def _clamp(call: Call) -> Made:
 
 def _division_text(call: Call) -> str:
     mode = call.value("rounding_mode") if "rounding_mode" in call else None
-    if mode == "floor":
-        return _FORMULAS["floor_divide"]
     return f"{mode}(self / other)" if mode else "self / other"
+
+
+def _division(call: Call) -> Made:
+    text = _division_text(call)
+    return by_formula(call, _FORMULAS["floor_divide"] if text.startswith("floor") else text)
 
 
 def _round(call: Call) -> Made:
@@ -332,7 +335,7 @@ def _constant(tracked: Tracked) -> Tracked:
 _MADE: dict[str, MadeRule] = {
     **{name: partial(by_formula, text=text) for name, text in _FORMULAS.items()},
     **dict.fromkeys(("clamp", "clamp_min", "clamp_max"), _clamp),
-    "div": lambda call: by_formula(call, _division_text(call)),
+    "div": _division,
     "round": _round,
     "elu_backward": _elu_backward,
     "gelu": _gelu,
