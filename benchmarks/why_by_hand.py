@@ -206,7 +206,7 @@ _OF_TORCH: dict[str, Callable[..., torch.Tensor]] = {
         *("exp", "exp2", "expm1", "log", "log1p", "log2", "log10", "sqrt", "sin", "cos", "tan", "sinh"),
         *("cosh", "tanh", "asin", "acos", "atan", "atan2", "erf", "erfc", "floor", "ceil", "trunc"),
         *("round", "sign", "abs", "fmod", "remainder", "logaddexp", "isnan", "isinf", "sum", "mean"),
-        *("prod", "any", "all", "argmax", "argmin"),
+        *("prod", "any", "all", "argmax", "argmin", "floor_divide"),
     )
 }
 _FUNCTIONS: dict[str, Any] = {

@@ -537,6 +537,27 @@ def test_a_constant_gradient_is_of_no_known_row(model, batch, loss, tmp_path):
     _agree(step.rows.gradients["weight"].norms, _norms_of(model, loss, rows)["weight"] / len(rows))
 
 
+_PROTOTYPES = torch.tensor([[0.0, 1.0, 4.0], [2.0, 3.0, 9.0]])
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(
+    ("model", "joined"),
+    [
+        (nn.Linear(3, 2), lambda x: torch.cat([x, _PROTOTYPES])),
+        (nn.LayerNorm(3), lambda x: torch.cat([x, _PROTOTYPES])),
+        (nn.Conv1d(1, 2, 2), lambda x: torch.cat([x, _PROTOTYPES])[:, None]),
+        (nn.Embedding(6, 2), lambda x: torch.cat([x[:, 0].abs().long(), torch.tensor([2, 3])])),
+    ],
+)
+def test_a_single_row_has_not_made_the_gradient_of_what_was_joined_to_it(model, joined, count, tmp_path):
+    batch = (torch.randn(count, 3).clip(-5, 5),)
+    step = _recorded(tmp_path / "run", model, batch, lambda model, x: model(joined(x)).pow(3).sum())
+    assert step.rows.loss_share.rest
+    for reason in step.rows.gradients.values():
+        assert "the same for all rows" in str(reason)
+
+
 class OneNumber(nn.Module):
     """A logistic regression of one number."""
 

@@ -232,6 +232,77 @@ def test_batch_norm_that_does_not_train_has_the_formula_that_is_computed():
     assert total == pytest.approx(answer.number.value, rel=1e-6)
 
 
+_NAN = torch.tensor([math.nan, -3.0, 0.5, 3.0])
+
+
+@pytest.mark.parametrize(
+    ("name", "compute", "x"),
+    [
+        # 0.1 in single precision is more than 0.1 in double precision.
+        *(
+            (name, partial(getattr(torch, name), other=0.1), torch.tensor([0.1, 0.3]))
+            for name in ("eq", "le")
+        ),
+        ("ge", partial(torch.ge, other=0.7), torch.tensor([0.7, 0.3])),
+        ("ne", partial(torch.ne, other=0.1), torch.tensor([0.1, 0.3]).bfloat16()),
+        # The quotient of 1 and 0.1 is 10 in double precision, but 0.1 is a little more than a tenth.
+        (
+            "floor_divide",
+            lambda x: torch.floor_divide(x.detach(), 0.1),
+            torch.tensor([1.0, 5.0]).double(),
+        ),
+        (
+            "div",
+            partial(torch.div, other=0.1, rounding_mode="floor"),
+            torch.tensor([-1.0, 5.0]).double(),
+        ),
+        ("elu_backward", nn.functional.elu, _NAN),
+        ("hardswish_backward", nn.functional.hardswish, _NAN),
+        ("sgn", torch.sgn, _NAN),
+        # In the place of a tensor, 0.3 is rounded to bfloat16; as a factor, to float32.
+        *(
+            (name, partial(getattr(torch, name), other=0.3), torch.tensor([0.25, 0.7, 3.0]).bfloat16())
+            for name in ("add", "sub", "fmod", "mul", "div")
+        ),
+        ("pow", lambda x: torch.pow(x, 0.3), torch.tensor([0.25, 0.7, 3.0]).bfloat16()),
+        ("logsumexp", lambda x: x[:0].logsumexp(0), _NAN),
+        (
+            "_scaled_dot_product_flash_attention_for_cpu",
+            lambda x: nn.functional.scaled_dot_product_attention(
+                x, x, x, torch.tensor([[True, True], [False, False]])
+            ),
+            torch.arange(4.0).reshape(1, 1, 2, 2),
+        ),
+        ("native_dropout", lambda x: torch.native_dropout(x, 0.5, False)[0], torch.tensor([1.0, 2.0])),
+        ("_softmax_backward_data", partial(torch.softmax, dim=0), torch.tensor(2.0)),
+        ("_log_softmax_backward_data", partial(torch.log_softmax, dim=-1), torch.tensor(2.0)),
+        (
+            "nll_loss_forward",
+            lambda x: nn.functional.cross_entropy(x, torch.tensor(-100)),
+            torch.tensor([1.0, 2.0]),
+        ),
+    ],
+)
+def test_edges_of_an_operator_have_the_bits_that_their_formula_gives(name, compute, x):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones((), dtype=x.dtype))
+
+    def loss(model, x):
+        return (compute(x * model.weight).to(x.dtype) * model.weight).sum()
+
+    step = looped(Scaled(), [x], loss)[1]
+    numbers = [n for n, seen in enumerate(step.operations) if seen.operation.name == name]
+    assert numbers
+    for number in numbers:
+        (tensor, *_) = step.operations[number].made.values()
+        for index in torch.ones(tensor.shape).nonzero().tolist():
+            answer = step.why(f"#{number}{index or ''}")
+            assert answer.is_equal or answer.number.value == pytest.approx(answer.recomputed, rel=1e-6)
+            assert not isinstance(answer.number.value, bool) or answer.is_equal
+
+
 class Sampled(nn.Module):
     """Numbers between those of images."""
 

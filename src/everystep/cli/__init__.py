@@ -75,6 +75,7 @@ _STARTED_AGAIN = "EVERYSTEP_STARTED_AGAIN"
 
 def main() -> None:
     """Run the command line; report a user's mistake in one clear message."""
+    # First of all: what follows may print.
     prepare_streams()
     damage = hint_at_damage()
     try:

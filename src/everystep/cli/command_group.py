@@ -56,6 +56,7 @@ _ARGUMENT = re.compile(r"^    (\w+): (.+(?:\n {8}.+)*)", re.MULTILINE)
 
 def documented(command: Callable[..., None]) -> Callable[..., None]:
     """Give the arguments and options of a command the help that its docstring has for them."""
+    # Help stands in one place: an argument is described in the docstring, as in Python.
     text, _, arguments = inspect.cleandoc(command.__doc__ or "").partition("\n\nArgs:\n")
     hints = get_type_hints(command, include_extras=True)
     for name, help in _ARGUMENT.findall(arguments):
@@ -70,6 +71,9 @@ def documented(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+# What was typed              what is printed
+#   everystep serve             no command 'serve'; everystep view opens the page
+#   everystep train --lr 0.1    no such option: --lr; write --set optimizer.lr=VALUE
 class Commands(typer.core.TyperGroup):
     """The commands; the error of wrong use names what to type."""
 
@@ -82,6 +86,7 @@ class Commands(typer.core.TyperGroup):
         name = "" if ctx.resilient_parsing or not args else args[0]  # the shell wants no errors
         if name and not name.startswith("-") and self.get_command(ctx, name) is None:
             known = self.list_commands(ctx)
+            # `first` can only mean first-nonfinite.
             begun = [f"did you mean {each}?" for each in known if each.startswith(name)]
             cure = _INSTEAD.get(name) or (begun[0] if len(begun) == 1 else did_you_mean(name, known))
             raise UsageError(f"no command {name!r}; {cure or 'everystep -h lists the commands'}")
@@ -96,6 +101,7 @@ class Commands(typer.core.TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as stopped:
+            # e.g. of a measurement: how many values are kept, and how to continue.
             if text := str(stopped):
                 hint(text)
             raise

@@ -41,6 +41,7 @@ def runs(
     if json:
         say(as_json([summary_data(run) for run in found]))
     elif found:
+        # Without a terminal, there is no width to fit: nothing is left out.
         show(runs_text(found, terminal_width()))
         _say_killed([run.directory for run in found if run.status == "killed"])
     elif wanted:
@@ -178,6 +179,7 @@ def plot(
     else:
         opened = [everystep.open(run) for run in runs]
         drawn = loss_plot(opened, log=log, measurements=measurements or [])
+    # Of several runs, no name is better than another: loss.png.
     name = f"{directory.name}-" if directory else f"{opened[0].name}-" * (len(opened) == 1)
     place = output or default_output(f"{name}loss.png")
     save_plot(drawn, place)
@@ -200,6 +202,7 @@ def report(
 
     opened = everystep.open(shared.of_rank(run, rank))
     place = output or default_output(f"{opened.name}-report.html")
+    # Opened steps need torch; a report alone does not.
     if steps:
         from everystep.page.share import shared_report
 
@@ -266,6 +269,7 @@ def view(
     from everystep.page.server import place_of, serve
 
     directory, run = place_of(what)
+    # The page can be opened before the first training.
     if not directory.exists():
         hint(f"{what}/ does not exist yet; the page shows runs as soon as they start")
     serve(directory, run, host=host, port=port, browser=browser)

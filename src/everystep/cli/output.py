@@ -51,6 +51,7 @@ _PLAIN = {
 }
 
 
+# Apart from other errors of the system: `everystep losses RUN | head` is no failure of the command.
 class OutputError(EverystepError, OSError):
     """Stdout cannot be written: the disk is full, it is closed, or its reader has gone (`| head`)."""
 
@@ -94,6 +95,7 @@ def prepare_streams() -> None:
         plain = (_PLAIN.get(each, each) for each in lacking)
         return "".join(plain).encode("ascii", "backslashreplace").decode(), error.end
 
+    # A terminal without Unicode, such as LANG=C, gets plain signs instead of a traceback.
     codecs.register_error("everystep", replaced)
     for number, flags in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
         try:
@@ -142,6 +144,7 @@ def hint_at_damage() -> list[str]:
 
 def quoted(text: str) -> str:
     """Return a text quoted as one word of a shell, with as few quotes as possible."""
+    # gradients['0.weight'] is easier to read within double quotes than with each quote escaped.
     if "'" in text and not set(text) & set('"\\$`!'):  # which a shell reads within double quotes
         return f'"{text}"'
     return shlex.quote(text)
@@ -204,6 +207,7 @@ def show(text: Text) -> None:
 
 def shortened(message: str) -> str:
     """Return a message in which no name fills the terminal."""
+    # Linux takes arguments of 128 kB, and messages repeat what was typed.
     return re.sub(r"\S{500,}", lambda name: f"{name[0][:80]}...", message)
 
 
@@ -217,6 +221,7 @@ def say_lines(text: str) -> None:
 
 def drop_output(error: OutputError) -> None:
     """Report that stdout cannot be written, and discard the rest, which would fail again."""
+    # Python flushes stdout when it exits, and would fail again.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if not error.is_unread:
         hint(f"everystep: {error}")

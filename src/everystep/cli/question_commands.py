@@ -85,6 +85,7 @@ def rows(
 
     opened = everystep.open(shared.of_rank(run, rank))
     found = opened.rows(number)
+    # Before anything is printed: it refuses a wrong order or parameter.
     is_known = bool(orders_of(found, by, parameter))
     first_rows = {"first": first}
     answer(found, json, opened.problems, is_yes=is_known, text=first_rows, by=by, parameter=parameter)
@@ -92,6 +93,7 @@ def rows(
 
 def _hint_next(run: str, found: Why) -> None:
     """Name the command that follows the first number which an operation made."""
+    # The answer has followed it already.
     if found.causes:
         return
     made = [number for number in found.numbers if number.is_made]
@@ -199,6 +201,7 @@ def measure(
     found = opened.measure(expression, name=name, every=every, overwrite=overwrite, processes=processes)
     answer(found)
     hint(f"next: everystep plot {quoted(run)} -m {quoted(found.name)}")
+    # Values are missing: a script must not take them for all.
     if found.left_out:
         raise typer.Exit(1)
 
@@ -232,6 +235,7 @@ def when(
     if json:
         answer(found, json)
     else:
+        # Two columns for other programs; the reasons for gaps are on stderr.
         say(when_text(opened.losses_at(found.steps)), nl=False)
     if not found.steps:
         hint("no step matches")
@@ -302,6 +306,7 @@ def rerun(
 
         save_plot(curves_plot(found.curves, log=log), output)
         say_written(output)
+    # In another precision, all results differ: that is no failure.
     if found.place.precision is None and not found.has_same_bits:
         raise typer.Exit(1)
 

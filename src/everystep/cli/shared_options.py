@@ -46,6 +46,7 @@ def run_names() -> list[str]:
     """Return the names of the runs in runs/ and of those in the current directory."""
     from everystep.recording.directories import RUNS, find_runs, is_run, name_of
 
+    # Within a run, the current directory holds no runs but files of one.
     places = [place for place in (RUNS, Path()) if place.is_dir() and not is_run(place)]
     return sorted({name_of(path) for place in places for path in find_runs(place)})
 
@@ -59,6 +60,7 @@ def experiment_names() -> list[str]:
 
 def experiments_and_files() -> list[str]:
     """Return the built-in experiments, and the TOML files in the current directory."""
+    # pyproject.toml is a TOML file, but never an experiment.
     files = sorted(path.name for path in Path().glob("*.toml") if path.name != "pyproject.toml")
     return [*experiment_names(), *files]
 

@@ -31,6 +31,7 @@ def du(
     from everystep.views.plain import as_json, plain_data
 
     run = next((each for each in (directory, RUNS / directory) if is_run(each)), None)
+    # Together, so that a file that runs share counts once.
     found = spaces_of(find_runs(directory) if run is None else [run])
     if json:
         say(as_json(plain_data(list(found))))
@@ -111,6 +112,7 @@ def _is_sure(what: str, force: bool) -> bool:
     """Ask whether to do what cannot be undone."""
     if force:
         return True
+    # A script must not wait for an answer that never comes.
     if not sys.stdin.isatty():
         raise UsageError(f"{what}? Nobody can answer, since stdin is not a terminal; pass --force")
     return typer.confirm(f"{what} for good?", err=True)

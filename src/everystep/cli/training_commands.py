@@ -74,6 +74,7 @@ def train(
     overrides: dict[str, Any] = dict(parse_setting(text) for text in settings or [])
     shorthands = {"steps": steps, "epochs": epochs, "device": device, "seed": seed, "threads": threads}
     shorthands |= {"engine": engine}
+    # An option wins over --set; one that was not typed keeps the experiment's value.
     overrides |= {key: value for key, value in shorthands.items() if value is not None}
     asked = {"run": run, "resume": resume_run, "tags": tag or ()}
     _train(quiet, snapshot_budget, everystep.train_experiment, experiment, overrides, **asked)
@@ -228,6 +229,7 @@ def _train(quiet: bool, budget: int, train: Callable[..., Run], *given: Any, **n
         try:
             run = train(*given, **watched | named)
         except StoppedByUser as stopped:
+            # Ctrl-C: what was recorded is a run like others, and the message tells how to continue.
             run, code = everystep.open(stopped.directory), 130
     if not quiet:
         hint(closing(run.directory))
@@ -244,8 +246,10 @@ def _processes(quiet: bool) -> Iterator[tuple[Progress, bool]]:
     from everystep.training.job import Progress
     from everystep.views.progress import Silent, TerminalProgress
 
+    # In a terminal, the bar shows the loss.
     piped = None if sys.stdout.isatty() else say_lines
     progress = Silent() if quiet else TerminalProgress(show_header=True, lines=piped)
+    # torchrun sets both variables.
     if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["WORLD_SIZE"] == "1":
         yield progress, quiet
         return

@@ -57,12 +57,13 @@ def how_made(call: Call) -> Made:
     Raises:
         NoRuleError: there is no rule for the operator, or none for these arguments.
     """
+    # A list of tensors is a call for each of them: the rule of the operator for one tensor holds.
     kind = call.kind.removeprefix("foreach_")
     rule = RECORDS.get(kind, OperatorRecord()).made
     if rule is None:
         raise NoRuleError(f"{call.operation.operator} has no rule")
     try:
         return rule(call if kind == call.kind else foreach(call))
-    except (KeyError, IndexError, ValueError, TypeError, RuntimeError) as error:
+    except (ArithmeticError, LookupError, ValueError, TypeError, RuntimeError) as error:
         # A call of an operator in a form that the rule does not foresee is one without a rule.
         raise NoRuleError(str(error)) from error

@@ -38,6 +38,12 @@ __all__ = [
     "single",
 ]
 
+# For number [2, 5] of `addmm(bias, x, weight)` with 64 inputs, a rule returns
+#   Sum((Terms("factor * self", {"self": Piece("parameter/0.bias", (5,))}),
+#        Terms("factor * mat1 * mat2", {"mat1": Piece("x", (2, [0 .. 63])),
+#                                       "mat2": Piece("parameter/0.weight~1", ([0 .. 63], 5))})))
+# A piece names places and holds no numbers: these are read when the answer is computed, and the answer
+# names each of them as an expression that can be asked for in turn.
 #: Numbers of a piece, in double precision.
 Numbers = NDArray[Any]
 #: Indices along a dimension: one for each number, or the same for all.
@@ -46,6 +52,12 @@ Axis = NDArray[np.int64] | int
 _DECORATIONS = re.compile(r"^_|(?<=[a-z0-9])_$")  # but not the last one of `__and__`
 #: In these dtypes an operator first rounds the numbers among its arguments to float32.
 _ROUNDED = {torch.float32, torch.float16, torch.bfloat16}
+#: Arguments that are rounded to the dtype of a float16 or bfloat16 result instead, by operator.
+_OPERANDS = {
+    **dict.fromkeys(("add", "sub", "rsub"), ("other", "alpha")),
+    **dict.fromkeys(("fmod", "remainder", "atan2"), ("other",)),
+    "pow": ("self", "exponent"),
+}
 
 
 def kind_of(operation: Operation) -> str:
@@ -111,7 +123,9 @@ class Terms(Formula):
     @property
     def size(self) -> int:
         """How many terms they are."""
-        return max((piece.size for piece in self.given.values()), default=0)
+        sizes = [piece.size for piece in self.given.values()]
+        # A piece of one number is in each term, so that it is in none where the others are empty.
+        return 0 if 0 in sizes else max(sizes, default=0)
 
     def of(self, numbers: Mapping[str, Numbers]) -> Numbers:
         """Return the terms of the pieces' numbers."""
@@ -197,6 +211,7 @@ class Call:
         self.written = self.outputs[self.place] or ""
         self.kind = self.kind or kind_of(self.operation)
         if not self.arguments:
+            # A program has only the arguments that were passed: rules find the defaults as well.
             known = {each.name: each.default for each in parameters(self.operation.resolved)}
             # In a program, a string is the name of a tensor.
             defaults = {k: {"text": v} if isinstance(v, str) else v for k, v in known.items()}
@@ -208,6 +223,7 @@ class Call:
     def again(self, /, **replaced: Any) -> Sequence[Tensor]:
         """Run the operator with other arguments, and return its results."""
         given = {
+            # On the CPU, where rules make the arguments that replace others.
             key: decode(value, lambda name: self.inputs[name].cpu())
             for key, value in self.arguments.items()
         }
@@ -223,9 +239,17 @@ class Call:
         value = self.value(key)
         if not isinstance(value, int | float):
             raise NoRuleError(f"{key} is not a number")
+        if self.dtype == torch.bool and isinstance(self.arguments.get("self"), str):
+            # A comparison first converts the number to the dtype of the tensor: with 0.1 in float32,
+            # `self <= 0.1` holds for a float32 0.1, which is larger than 0.1 in double precision.
+            dtype = torch.result_type(self.tensor("self"), value)
+            return torch.tensor(value, dtype=dtype).item() if dtype.is_floating_point else value
         if isinstance(value, float) and self.dtype in _ROUNDED:
-            with np.errstate(over="ignore"):  # beyond the range, it is infinite for the operator, too
-                return float(np.float32(value))
+            # In the place of a tensor, a number becomes one of the result's dtype; on a CPU at least.
+            is_operand = key in _OPERANDS.get(self.kind, ()) and self.device.type == "cpu"
+            dtype = self.dtype if is_operand else torch.float32
+            # Beyond the range, it is infinite for the operator, too.
+            return torch.tensor(value, dtype=torch.float64).to(dtype).item()
         # A tensor of whole numbers keeps the whole part: `fill_(1.7)` writes 1.
         is_whole = not self.dtype.is_floating_point and not self.dtype.is_complex
         return int(value) if is_whole and self.dtype != torch.bool and math.isfinite(value) else value
@@ -257,12 +281,18 @@ class Call:
         return tuple(self.tensor(key).shape)
 
     @property
+    def device(self) -> torch.device:
+        """The device of the result."""
+        return self.results[self.output(self.place)].device
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of the result."""
         return self.results[self.output(self.place)].dtype
 
     def output(self, place: int) -> str:
         """Return the name of a result."""
+        # None: a result that the operator was not asked for, such as the gradient of what needs none.
         name = self.outputs[place] if place < len(self.outputs) else None
         if name is None or name not in self.results:
             raise NoRuleError(f"result {place} is not there")
@@ -286,6 +316,16 @@ class Call:
         """Return the numbers of an argument that are broadcast to an index, or to the wanted one."""
         return aligned(self.name(key), self.shape(key), self.index if index is None else index)
 
+    def line(self, key: str) -> Piece:
+        """Return all numbers of an argument along `dim` that the wanted one is in.
+
+        torch takes dimensions 0 and -1 of a tensor without dimensions, too: its only number.
+        """
+        if not self.index:
+            return self.piece(key)
+        dim = self.value("dim") % len(self.index)
+        return self.along(key, dim, np.arange(self.shape(key)[dim]))
+
     def whole(self, key: str) -> Piece:
         """Return all numbers of an argument."""
         return Piece(self.name(key), grid(*map(range, self.shape(key))))
@@ -295,8 +335,11 @@ def aligned(name: str, shape: Sequence[int], index: Sequence[Axis]) -> Piece:
     """Return the number, or the numbers, of a tensor that is broadcast to an index."""
     if len(shape) > len(index):
         raise NoRuleError(f"{name} has more dimensions than the result")
+    # As torch broadcasts: dimensions correspond from the last on, and one of size 1 has one number for
+    # all.
     last = index[len(index) - len(shape) :]
     places = tuple(0 if size == 1 else place for size, place in zip(shape, last, strict=True))
+    # An index beyond the size: the operator uses this argument in another way than number by number.
     if any(np.any(np.asarray(p) >= size) for p, size in zip(places, shape, strict=True)):
         raise NoRuleError(f"{name} is not broadcast to the result")
     return Piece(name, places)
@@ -317,6 +360,7 @@ def numbers_of(tensor: Tensor, piece: Piece) -> Numbers:
         for axis in piece.places
     )
     found = tensor.detach()[places].reshape(-1).cpu()
+    # As formulas are computed; whole numbers beyond 2**53 are rounded here.
     wide = found.to(torch.complex128 if found.is_complex() else torch.float64)
     return np.broadcast_to(wide.numpy(), piece.size)
 

@@ -53,10 +53,14 @@ class _Geometry(NamedTuple):
         """
         pairs = []
         for d, sides in enumerate(zip(o, k, i, strict=True)):
+            # e.g. stride 2, no padding, a kernel of 3: o = 1 is connected with i = 2, 3, 4 by k = 0, 1,
+            # 2.
             first, kernel = grid(sides[0], sides[1])
             other = first * self.stride[d] - self.padding[d] + kernel * self.dilation[d]
+            # Places of the padding are left out: they hold zeros, or -inf in max pooling.
             is_in = (other >= sides[2].start) & (other < sides[2].stop)
             pairs.append(np.stack([first, kernel, other])[:, is_in])
+        # Dimensions are independent: every pair of one goes with every pair of the others.
         leading, *where = grid(more, *(range(pair.shape[1]) for pair in pairs))
         chosen = [pair[:, at] for pair, at in zip(pairs, where, strict=True)]
         return leading, *(pair[side] for side in range(3) for pair in chosen)
@@ -78,6 +82,7 @@ def _convolution(call: Call) -> Made:
     side of the places o those of its first dimension.
     """
     is_backward = call.kind == "convolution_backward"
+    # The bias of a channel was added at each of its places.
     if is_backward and call.place == 2:
         n, _, *others = call.shape("grad_output")
         leading, *where = grid(range(n), *map(range, others))
@@ -90,6 +95,7 @@ def _convolution(call: Call) -> Made:
     geometry, groups = _Geometry(*settings), call.value("groups")
     count, inner = weight[0] // groups, weight[1]
     names = ("input", "grad_output") if is_backward else ("input", "")
+    # A transposed convolution is the derivative of one by its input, so that the sides change places.
     i_side, o_side = names[::-1] if call.value("transposed") else names
     first, second, *at = call.index
     kernels = [range(size) for size in weight[2:]]
@@ -150,6 +156,7 @@ def _largest(call: Call, given: dict[str, Piece], note: str = "") -> Made:
 
 def _adaptive_max_pool(call: Call) -> Made:
     windows = [
+        # From the quotient rounded down to the next one rounded up: windows may overlap.
         range(o * size // count, -(-(o + 1) * size // count))
         for size, count, o in zip(
             call.shape("self")[-_dims(call) :],
@@ -164,6 +171,7 @@ def _adaptive_max_pool(call: Call) -> Made:
 def _max_pool_backward(call: Call) -> Made:
     """Return the sum of the gradients at all places where the wanted number was the largest."""
     sizes, dims = call.shape("self"), _dims(call)
+    # `indices` are places in a plane, counted row after row.
     flat = int(np.ravel_multi_index(call.index[-dims:], sizes[-dims:]))
     leading = call.index[:-dims]
     places = np.nonzero(call.tensor("indices")[leading].cpu().numpy() == flat)

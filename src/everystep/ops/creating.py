@@ -34,6 +34,7 @@ def _in_a_row(call: Call, text: str) -> Made:
     settings = {"start": 0, "step": 1, "place": call.index[0]}
     settings |= {key: call.value(key) for key in ("start", "step", "end") if key in call}
     if call.kind == "linspace":
+        # A single number is the start.
         settings["intervals"] = max(call.value("steps") - 1, 1)
     return Formula(text, settings=settings)
 
@@ -52,6 +53,8 @@ def _drawn(call: Call) -> Made:
 def _dropout(call: Call) -> Made:
     if call.place == 1:
         return Words("drawn by the random generator")
+    if call.arguments.get("train") is False:
+        return Formula("input", {"input": call.piece("input", *call.index)})
     p = call.value("p")
     given = {
         "input": call.piece("input", *call.index),

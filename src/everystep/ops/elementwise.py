@@ -69,7 +69,8 @@ _FORMULAS: dict[str, str] = {
     "logical_or": "self or other",
     "logical_xor": "(self != 0) != (other != 0)",
     "logical_not": "not self",
-    "floor_divide": "floor(self / other)",
+    # Not floor(self / other): rounded up, the quotient of 1 and 0.1 is 10, but 0.1 is 9 times in 1.
+    "floor_divide": "floor_divide(self, other)",
     "where": "self if condition else other",
     "masked_fill": "value if mask else self",
     "addcmul": "self + value * tensor1 * tensor2",
@@ -115,7 +116,7 @@ _FORMULAS: dict[str, str] = {
     "softshrink_backward": "0 if -lambd <= self <= lambd else grad_output",
     "hardsigmoid_backward": "grad_output / 6 if -3 < self < 3 else 0",
     "hardswish_backward": (
-        "0 if self <= -3 else grad_output if self >= 3 else grad_output * (self / 3 + 0.5)"
+        "0 if self <= -3 else grad_output * (self / 3 + 0.5) if self < 3 else grad_output"
     ),
     "mish_backward": (
         "grad_output * (t + self * (1 - t ^ 2) / (1 + exp(-self))) where t = tanh(log1p(exp(self)))"
@@ -128,6 +129,7 @@ _WITHOUT_FORMULA = ("bitwise_not", "digamma", "erfinv", "hypot", "lgamma", "nan_
 def _clamp(call: Call) -> Made:
     """Return the rule of `clamp` and its variants, with one or both bounds."""
     text, places, settings = "self", {"self": call.aligned("self")}, {}
+    # In this order: where the bounds cross, the upper one holds.
     for key, name, kept in (("min", "low", "max"), ("max", "high", "min")):
         if key not in call:
             continue
@@ -142,6 +144,11 @@ def _clamp(call: Call) -> Made:
 def _division_text(call: Call) -> str:
     mode = call.value("rounding_mode") if "rounding_mode" in call else None
     return f"{mode}(self / other)" if mode else "self / other"
+
+
+def _division(call: Call) -> Made:
+    text = _division_text(call)
+    return by_formula(call, _FORMULAS["floor_divide"] if text.startswith("floor") else text)
 
 
 def _round(call: Call) -> Made:
@@ -169,7 +176,8 @@ def _elu_backward(call: Call) -> Made:
     below = "input_scale * alpha * scale * exp(self_or_result * input_scale)"
     if call.value("is_result"):
         below = "input_scale * (self_or_result + alpha * scale)"
-    return by_formula(call, f"grad_output * scale if self_or_result > 0 else grad_output * {below}")
+    # In this order, NaN lets the gradient through, as in torch.
+    return by_formula(call, f"grad_output * {below} if self_or_result <= 0 else grad_output * scale")
 
 
 def _log_sigmoid(call: Call) -> Made:
@@ -180,6 +188,7 @@ def _log_sigmoid(call: Call) -> Made:
 
 def _log_sigmoid_backward(call: Call) -> Made:
     """Return the rule of a derivative that is computed from `buffer`, exp(-|self|), on a CPU."""
+    # Except on a CPU, the derivative computes from the argument.
     if not call.tensor("buffer").numel():
         return by_formula(call, "grad_output / (1 + exp(self))")
     return by_formula(
@@ -208,6 +217,7 @@ def _glu(call: Call) -> Made:
     """Return the rule of `glu`, of the halves `a` and `b` of its argument, and of its derivative."""
     dim = call.value("dim") % len(call.index)
     half = call.shape("self")[dim] // 2
+    # The derivative is of both halves: numbers of the second one come from the same pair.
     own = call.index[dim] % half
     a, b = (call.along("self", dim, place) for place in (own, own + half))
     if call.kind == "glu":
@@ -262,6 +272,7 @@ def _added(call: RowsCall) -> list[Result]:
     """clone, copy, neg, add, ...: sums of their arguments, times numbers."""
     if not call.results[0].is_floating_point():  # not linear: a conversion cuts, and + of truths is `or`
         return each_alone(call)
+    # What is overwritten has no part in the result.
     names = ["src"] if call.kind == "copy" else ["self", "other"]
     given = {name: call[name] for name in names}
     tensors = {name: each for name, each in given.items() if isinstance(each, Tracked)}
@@ -274,6 +285,7 @@ def _added(call: RowsCall) -> list[Result]:
 
     def terms(row: int) -> Tensor:
         replaced = {name: each.term(row) for name, each in tensors.items()}
+        # A number that is added is a term of no row.
         numbers = {n: each if row == SHARED else 0 for n, each in given.items() if _is_number(each)}
         return call.again(**replaced, **numbers)[0]
 
@@ -300,6 +312,7 @@ def _scaled(call: RowsCall) -> list[Result]:
         labels = given[name].labels.expand(call.results[0].shape)
         if rest:
             rest_labels = rest[0].expand(labels.shape)
+            # A sum times what is of no row stays a sum.
             alone = (labels == SUM) & (rest_labels == SHARED)
             labels = torch.where(alone, SUM, broadcast([labels, rest_labels]))
         found = sum_of(labels, lambda row: call.again(**{name: given[name].term(row)})[0], [given[name]])
@@ -322,7 +335,7 @@ def _constant(tracked: Tracked) -> Tracked:
 _MADE: dict[str, MadeRule] = {
     **{name: partial(by_formula, text=text) for name, text in _FORMULAS.items()},
     **dict.fromkeys(("clamp", "clamp_min", "clamp_max"), _clamp),
-    "div": lambda call: by_formula(call, _division_text(call)),
+    "div": _division,
     "round": _round,
     "elu_backward": _elu_backward,
     "gelu": _gelu,

@@ -25,6 +25,7 @@ import numpy as np
 
 __all__ = ["BINARY", "UNARY", "names_in", "number_text", "parsed", "total", "value", "written"]
 
+# Not the names of functions, which a "(" follows, and not the e of 1e-05.
 _NAME = re.compile(r"(?<![\w.])[a-z]\w*(?!\w|\()")
 _WORDS = {"if", "else", "and", "or", "not", "where", "pi", "inf", "nan"}
 #: A factor, a divisor or an exponent of 1, which is omitted for the reader.
@@ -53,9 +54,11 @@ def written(text: str, settings: Mapping[str, Any], given: Collection[str]) -> s
         if setting is None or isinstance(setting, np.ndarray):
             return found[0]
         shown = number_text(setting)
+        # -2 ^ 2 would be read as -(2 ^ 2).
         is_base = shown.startswith("-") and text[found.end() :].startswith(" ^")
         return f"({shown})" if is_base else shown
 
+    # A negative setting: `self + -0.1 * other` is written `self - 0.1 * other`.
     return re.sub(r"(?<=[\w)\]]) \+ -(?=\w)", " - ", _ONE.sub("", _NAME.sub(put, text)))
 
 
@@ -92,6 +95,7 @@ def _parsed(text: str) -> list[tuple[str, ast.expr]]:
 
 def parsed(text: str) -> ast.expr:
     """Return the tree of a formula without definitions."""
+    # Python's ^ binds more loosely than +, and its @ as its *.
     return ast.parse(text.replace("^", "**").replace("·", "@"), mode="eval").body
 
 
@@ -109,6 +113,7 @@ def _of(tree: ast.expr, known: Mapping[str, Any]) -> Any:
             return tree.value
         case ast.Name():
             return known[tree.id] if tree.id in known else _CONSTANTS[tree.id]
+        # `weight[indices]`: only the number at that place was passed.
         case ast.Subscript():
             return _of(tree.value, known)
         case ast.Call(func=ast.Name(id=name)):
@@ -128,22 +133,25 @@ def _of(tree: ast.expr, known: Mapping[str, Any]) -> Any:
         case ast.BoolOp():
             joined = np.logical_and if isinstance(tree.op, ast.And) else np.logical_or
             return reduce(joined, (_of(each, known) for each in tree.values))
+        # Both sides are computed for all numbers; what the other side gives, such as 0 / 0, is not used.
         case ast.IfExp():
             return np.where(*(_of(each, known) for each in (tree.test, tree.body, tree.orelse)))
     raise AssertionError(ast.dump(tree))
 
 
 def _times(a: Any, b: Any) -> Any:
+    # The keys of attention, one after the other, times one query: a product for each key.
     rows = np.reshape(a, (-1, np.size(b))) @ np.reshape(b, -1)
     return rows[0] if len(rows) == 1 else rows
 
 
 def _extreme(one: Callable[[Any], Any], two: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    # `max(row)` is of a list, `max(self, 0)` of pairs; np.max takes a second argument for an axis.
     return lambda *given: one(*given) if len(given) == 1 else two(*given)
 
 
 def _logsumexp(x: Any) -> Any:
-    highest = np.max(x)
+    highest = np.max(x, initial=-np.inf)  # which it is of no numbers
     # The difference of two infinities would be NaN.
     return highest + np.log(total(np.exp(x - highest))) if np.isfinite(highest) else highest
 
@@ -170,7 +178,8 @@ _COMPARISONS: dict[type, Callable[[Any, Any], Any]] = {
 UNARY: dict[str, Callable[[Any], Any]] = {
     **{name: getattr(np, name) for name in ("exp", "exp2", "expm1", "log", "log1p", "log2", "log10")},
     **{name: getattr(np, name) for name in ("sqrt", "sin", "cos", "tan", "sinh", "cosh", "tanh")},
-    **{name: getattr(np, name) for name in ("floor", "ceil", "trunc", "sign", "abs", "isnan", "isinf")},
+    **{name: getattr(np, name) for name in ("floor", "ceil", "trunc", "abs", "isnan", "isinf")},
+    "sign": lambda x: np.nan_to_num(np.sign(x)),  # torch's sign of NaN is 0
     "asin": np.arcsin,
     "acos": np.arccos,
     "atan": np.arctan,
@@ -178,7 +187,7 @@ UNARY: dict[str, Callable[[Any], Any]] = {
     "erfc": _erfc,
 }
 BINARY: dict[str, Callable[[Any, Any], Any]] = {
-    **{name: getattr(np, name) for name in ("fmod", "logaddexp", "remainder")},
+    **{name: getattr(np, name) for name in ("floor_divide", "fmod", "logaddexp", "remainder")},
     "atan2": np.arctan2,
     "bitwise_and": lambda a, b: np.bitwise_and(np.asarray(a, np.int64), np.asarray(b, np.int64)),
     "bitwise_or": lambda a, b: np.bitwise_or(np.asarray(a, np.int64), np.asarray(b, np.int64)),

@@ -36,6 +36,7 @@ def _put(call: Call) -> Made:
         factor = call.scalar("alpha") if "alpha" in call else 1
         # A number that is broadcast is added to each place.
         return Sum((own, single(key, piece, factor * (count // piece.size))))
+    # torch does not define which of them stays.
     if count > 1:
         raise NoRuleError("several numbers are put into one place")
     return Sum((single(key, piece),))
@@ -55,6 +56,7 @@ def _put_along(call: Call, index: NDArray[np.int64]) -> tuple[Any, ...]:
     """Return the places of a source with the wanted index along a dimension, and its own in others."""
     dim = call.value("dim") % max(len(call.index), 1)
     line = index.reshape(-1)
+    # Its index names a place for each number, that of index_add and index_copy for each slice.
     if "scatter" in call.kind:
         at: list[Any] = [slice(p, p + 1) for p in call.index]
         at[dim] = slice(None)
@@ -80,6 +82,7 @@ def _embedding_backward(call: Call) -> Made:
     places = np.nonzero(call.tensor("indices").cpu().numpy() == row)
     columns = np.full(len(places[0]) if places else 1, column)
     piece = call.piece("grad_output", *places, columns)
+    # Divided by how often the row is named: the terms are as many.
     by_frequency = bool(call.value("scale_grad_by_freq")) and piece.size > 0
     return Sum((single("grad_output", piece),), float(piece.size) if by_frequency else 1.0)
 
@@ -114,6 +117,7 @@ def _index_put_rows(call: RowsCall) -> list[Result]:
     indices = [each.value if isinstance(each, Tracked) else slice(None) for each in call["indices"]]
     if not call["accumulate"]:
         return [Result(_put_rows(call, whole, given))]
+    # torch itself resolves the indices: into the number of the cell that each value is added to.
     cells = torch.arange(whole.value.numel()).reshape(whole.value.shape)[tuple(indices)]
     labels = given.labels
     if not all(each.is_shared for each in call["indices"] if isinstance(each, Tracked)):
@@ -124,6 +128,7 @@ def _index_put_rows(call: RowsCall) -> list[Result]:
 def _put_rows(call: RowsCall, whole: Tracked, given: Tracked) -> Tensor:
     indices = [each for each in call["indices"] if each is not None]
     if all(each.is_shared for each in indices):
+        # The operator may write in place, which torch refuses in expanded memory.
         labels = [broadcast([each.labels]).contiguous() for each in (whole, given)]
         return call.again(self=labels[0], values=labels[1])[0]
     (where, *more) = indices

@@ -28,6 +28,12 @@ __all__ = [
     "rows_in",
 ]
 
+# Labels of x (3 rows of 2 numbers), of a weight, and of what is made of them:
+#   x            [[0, 0], [1, 1], [2, 2]]        in memory 3 numbers: the stride of the second axis is 0
+#   weight       [-1, -1]                        SHARED
+#   x * weight   [[0, 0], [1, 1], [2, 2]]        SHARED joins any row
+#   x.sum(0)     [-3, -3]                        SUM: terms(1) is what row 1 adds
+#   x * x.sum(0) [[-2, -2], [-2, -2], [-2, -2]]  MIXED: of several rows, and no sum over them
 #: Of no row: parameters, constants, random numbers.
 SHARED = -1
 #: Of several rows, in a way that is not a sum over them.
@@ -110,6 +116,7 @@ def broadcast(labels: Sequence[Tensor], *, is_sum: bool = False, is_strict: bool
     is_sum, is_strict: see `reduced`.
     """
     shape = torch.broadcast_tensors(*labels)[0].shape  # type: ignore[no-untyped-call]
+    # Narrowed first: labels that are the same along an axis are compared once, not for each number.
     together = torch.stack(_narrow([each.expand(shape) for each in labels]))
     return reduced(together, [0], is_sum=is_sum, is_strict=is_strict).expand(shape)
 
@@ -133,10 +140,13 @@ def reduced(
     for axis in axes:
         if core.stride(axis) == 0 and core.size(axis):
             core = core.narrow(axis, 0, 1)
+    # amin refuses an empty axis; what is made from no numbers belongs to no row.
     if 0 in core.shape:
         shape = [1 if a in axes else n for a, n in enumerate(core.shape)]
         found = labels.new_full(shape, SHARED)
     else:
+        # All are of one row where the least label and the largest are the same; SHARED must not be the
+        # least.
         low = torch.where(core == SHARED, _ABOVE, core).amin(axes, keepdim=True)
         high = core.amax(axes, keepdim=True)
         many = torch.where(_any(core == MIXED, axes), MIXED, SUM if is_sum else MIXED)
@@ -160,6 +170,7 @@ def gathered(labels: Tensor, cells: Tensor, count: int, *, is_strict: bool = Fal
     cells: the number of the cell of each, of the labels' shape; is_strict: see `reduced`.
     """
     flat, given = cells.reshape(-1), labels.expand(cells.shape).reshape(-1).to(torch.int64)
+    # As in `reduced`, but by cell.
     low = torch.full((count,), _ABOVE).scatter_reduce(
         0, flat, torch.where(given == SHARED, _ABOVE, given), "amin"
     )
@@ -179,6 +190,7 @@ def compressed(labels: Tensor) -> Tensor:
     for axis in range(core.dim()):
         if core.size(axis) > 1:
             first = core.narrow(axis, 0, 1)
+            # The stride decides without a look at the numbers.
             if core.stride(axis) == 0 or bool((core == first).all()):
                 core = first
     return core.contiguous().expand(labels.shape)
@@ -186,6 +198,7 @@ def compressed(labels: Tensor) -> Tensor:
 
 def rows_in(labels: Tensor) -> dict[int, Tensor]:
     """Return where each label is in a vector of labels, by label."""
+    # Stable: the places of a row stay in the order of the batch.
     values, order = torch.sort(labels, stable=True)
     found, counts = torch.unique_consecutive(values, return_counts=True)
     return dict(zip(found.tolist(), torch.split(order, counts.tolist()), strict=True))

@@ -69,12 +69,14 @@ def _nll(call: Call) -> Made:
     targets = call.tensor("target").cpu().numpy()
     ignored = call.value("ignore_index")
     if call.value("reduction") == 0 and call.place == 0:
+        # As arrays, from which an ignored target is taken out below.
         axes = tuple(np.asarray([place]) for place in call.index)
     else:
         axes = grid(*map(range, targets.shape))
     classes = targets[axes]
     if call.place == 1 and call.value("reduction") == 0:
         return Formula("0", note="not used: the losses are not added up")
+    # `total_weight`: how many targets count.
     if call.place == 1 and "weight" not in call:
         target = call.piece("target", *axes)
         return Formula("sum(target != ignored)", {"target": target}, {"ignored": ignored})
@@ -116,6 +118,8 @@ def _nll_backward(call: Call) -> Made:
     return Formula(f"{text} if target == {own} else 0", given)
 
 
+# Targets of multilabel_margin_loss for 3 classes: [2, 0, -1] names classes 2 and 0; what follows a -1
+# does not count. Each named class is compared with each of the others, here with class 1.
 def _margin(call: Call) -> Made:
     """Return the rule of losses that compare the numbers of the targets of a row with all others.
 
@@ -152,6 +156,7 @@ def _margin(call: Call) -> Made:
 def _multi_margin_backward(call: Call) -> Made:
     row, own = _place(call)
     (target,) = _targets(call, row)
+    # The target's own number is in the terms of all others, that of another class in its own alone.
     others = _others(call, row) if own == target else [own]
     given = {
         "grad_output": call.piece("grad_output", *_gradient_at(call, row)),
@@ -233,6 +238,7 @@ def _mean_or_sum(call: RowsCall, labels: Tensor, divisor: Tensor | None = None) 
     mode = _MEAN if call["reduction"] is None else call["reduction"]
     if mode == 0:
         return of_shape(labels.reshape(call.results[0].shape), call.results[0])
+    # The same operator without its reduction: the loss of each element.
     each = call.again(reduction=0)[0].reshape(labels.shape)
     whole, count = Tracked(each, labels), each.numel() if divisor is None else divisor
     found = reduced(labels, [*range(each.dim())], is_sum=True)

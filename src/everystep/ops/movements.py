@@ -36,6 +36,7 @@ _MOVED: dict[str, tuple[str, ...]] = {
 def _moved(call: Call, keys: tuple[str, ...]) -> Made:
     """Return where an operator that only moves numbers took the wanted one from."""
     positions: dict[str, Tensor] = {}
+    # Positions begin at 1: 0 is what the operator fills in.
     count = 1
     for name in (name for key in keys for name in references(call.arguments[key])):
         if name not in positions:
@@ -70,6 +71,7 @@ def _moving(call: RowsCall, keys: tuple[str, ...]) -> list[Result]:
         replaced = {k: [*map(of, v)] if isinstance(v, list) else of(v) for k, v in given.items()}
         return call.again(**replaced, **more)[0]
 
+    # Labels are shifted above 0, which stands for what the operator fills in.
     lowest = SUM - 1
     found = run(lambda each: each.labels - lowest, **_filling(call))
     found = torch.where(found == 0, SHARED, found + lowest)  # filled numbers are of no row
@@ -87,6 +89,7 @@ def of_indices(indices: list[Tracked | None], dims: int) -> Tensor:
     """Return the labels of indices, broadcast to the picked tensor, which has so many dimensions."""
     known = [each for each in indices if each is not None]
     first = next((place for place, each in enumerate(indices) if each is not None), 0)
+    # Where a slice is between indices, torch moves their dimension to the front.
     if not known or any(each is None for each in indices[first : first + len(known)]):
         raise MixesError("selects by values of rows")
     found = broadcast([_of_index(each) for each in known])

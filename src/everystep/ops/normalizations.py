@@ -21,6 +21,7 @@ from everystep.ops.call import (
     Terms,
     Words,
     grid,
+    numbers_of,
     single,
 )
 from everystep.ops.formula import names_in
@@ -42,12 +43,13 @@ from everystep.ops.row_rules import (
 __all__ = ["NORMALIZATIONS"]
 
 
+# A normalization returns the result, the means, and 1 / the deviations ("scale"; torch: rstd or invstd).
+# The numbers with one mean, for an input (N, C, ...), are in
+#   batch norm  a channel: means (C)                 a weight for each channel
+#   group norm  channels of a row: means (N, group)  a weight for each channel
+#   layer norm  the last dimensions: means (N, 1)    a weight for each place of them
 def _softmax(call: Call) -> Made:
-    given = {"self": call.piece("self", *call.index)}
-    given["row"] = given["self"]
-    if call.index:
-        dim = call.value("dim") % len(call.index)
-        given["row"] = call.along("self", dim, np.arange(call.shape("self")[dim]))
+    given = {"self": call.piece("self", *call.index), "row": call.line("self")}
     if "log" in call.kind:
         return Formula("self - logsumexp(row)", given)
     # "safe": a row that a mask hides as a whole has 0, not NaN.
@@ -56,13 +58,11 @@ def _softmax(call: Call) -> Made:
 
 
 def _softmax_backward(call: Call) -> Made:
-    dim = call.value("dim") % len(call.index)
     given = {key: call.piece(key, *call.index) for key in ("grad_output", "output")}
-    every = np.arange(call.shape("output")[dim])
-    given["gradients"] = call.along("grad_output", dim, every)
+    given["gradients"] = call.line("grad_output")
     if "log" in call.kind:
         return Formula("grad_output - exp(output) * sum(gradients)", given)
-    given["outputs"] = call.along("output", dim, every)
+    given["outputs"] = call.line("output")
     return Formula("output * (grad_output - sum(gradients * outputs))", given)
 
 
@@ -117,6 +117,8 @@ def _norm(call: Call) -> Made:
         return Formula(_DEVIATION, {"input": piece}, {"eps": call.value("eps")})
     at = _statistics_at(call, call.index)
     given = {"input": call.piece("input", *call.index)}
+    # The recorded statistics, which can be asked for in turn; without them, every number would be made
+    # of all.
     given |= {key: call.result_piece(place, *at) for place, key in ((1, "mean"), (2, "scale"))}
     return _affine(call, "(input - mean) * scale", given, *_weight_at(call, call.index))
 
@@ -186,6 +188,7 @@ def _norm_backward(call: Call) -> Made:
         given["weights"] = call.piece("weight", *_weight_at(call, places))
         gradient, every = "grad_out * weight", "gradients * weights"
     text = (
+        # Through the mean and the deviation: Ioffe and Szegedy, 2015, arXiv:1502.03167.
         f"{factor} * ({gradient} - mean({every}) - normal * mean({every} * normals))"
         f" where normal = (input - {mean}) * {scale}, normals = (inputs - {mean}) * {scale}"
     )
@@ -218,20 +221,25 @@ def _attention(call: Call) -> Made:
     m = call.shape("key")[-2]
     leading, row = call.index[:2], call.index[2]
     of_keys = leading[0], leading[1] // _sharing(call)
+    # A causal mask hides the keys after the place of the query.
     count = min(m, row + 1) if bool(call.value("is_causal")) else m
     given = {
         "query": call.piece("query", *leading, row, np.arange(size)),
         "key": call.piece("key", *of_keys, *grid(range(count), range(size))),
     }
     scores = "key · query * scale"
+    hidden = ""
     for mask in filter(call.__contains__, MASKS):
         scores += f" + {mask}"
         given[mask] = call.aligned(mask, (*leading, row, np.arange(count)))
+        if bool(np.isneginf(numbers_of(call.tensor(mask), given[mask])).all()):
+            # Of a query without any key, such as one in the padding, torch returns 0 instead of NaN.
+            hidden = f"0 if max({mask}) == -inf else "
     settings = {"scale": _scale(call)}
     if call.place == 1:
-        return Formula(f"logsumexp({scores})", given, settings)
+        return Formula(f"{hidden}logsumexp({scores})", given, settings)
     given["value"] = call.piece("value", *of_keys, np.arange(count), call.index[3])
-    return Formula(f"softmax({scores}) · value", given, settings)
+    return Formula(f"{hidden}softmax({scores}) · value", given, settings)
 
 
 def _scale(call: Call) -> float:
@@ -250,10 +258,12 @@ def _attention_backward(call: Call) -> Made:
     row, head = call.index[:2]
     n, m = call.shape("query")[-2], call.shape("key")[-2]
     is_query, shared = call.place == 0, _sharing(call)
+    # The gradient of a key adds up those of all heads of queries that share it.
     heads = [head] if is_query else range(head * shared, (head + 1) * shared)
     queries = [call.index[2]] if is_query else range(n)
     keys = range(m) if is_query else [call.index[2]]
     if bool(call.value("is_causal")):
+        # With a causal mask, queries before a key do not see it.
         queries = queries if is_query else range(min(call.index[2], n), n)
         keys = range(min(m, call.index[2] + 1)) if is_query else keys
     of_keys = row, head // shared if is_query else head
@@ -283,6 +293,7 @@ def _attention_backward(call: Call) -> Made:
     )[call.place]
     text = f"{slope} · column where weights = exp({scores} - logsumexp)"
     settings = {"scale": _scale(call), "size": len(sizes["out"])}
+    # Every piece is shown as an input: only those that the formula names.
     used = {key: piece for key, piece in given.items() if key in names_in(text)}
     return Formula(text, used, settings)
 

@@ -16,6 +16,10 @@ MadeRule = Callable[[Call], Made]
 LineRule = Callable[[Call], str]
 
 
+# e.g. "addmm": OperatorRecord(made, rows, line), where for each number of the result
+#   made(call)  is a Sum of the products of a row and a column, and of the bias;
+#   rows(call)  has the rows of `mat1` in the forward pass, and a sum over rows for a weight's gradient;
+#   line        is "{mat1} · {mat2} + {self}".
 class OperatorRecord(NamedTuple):
     """What is known of an operator; None: nothing.
 

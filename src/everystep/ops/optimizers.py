@@ -123,6 +123,7 @@ def _adamax(g: str, p: str, s: Settings, is_first: bool) -> _Formulas:
 
 def _nadam(g: str, p: str, s: Settings, is_first: bool) -> _Formulas:
     definitions = {
+        # 0.5 and 0.96 are constants of torch's implementation, not settings.
         "now": "beta1 * (1 - 0.5 * 0.96 ^ (t * momentum_decay))",
         "next": "beta1 * (1 - 0.5 * 0.96 ^ ((t + 1) * momentum_decay))",
         "q": "mu_product * now",
@@ -141,6 +142,8 @@ def _radam(g: str, p: str, s: Settings, is_first: bool) -> _Formulas:
         "r": "limit - 2 * t * beta2 ^ t / (1 - beta2 ^ t)",
         "c": "sqrt((r - 4) * (r - 2) * limit / ((limit - 4) * (limit - 2) * r))",
     }
+    # In the first steps the variance of the adaptive rate has no bound (Liu et al., 2019,
+    # arXiv:1908.03265): the momentum alone is used.
     factor = "c * sqrt(1 - beta2 ^ t) / (sqrt(v) + eps) if r > 5 else 1"
     parameter = f"{p} - lr * m / (1 - beta1 ^ t) * ({factor})"
     return definitions, {"exp_avg": "m", "exp_avg_sq": "v", "param": parameter}
@@ -237,8 +240,10 @@ def _fused(call: Call) -> Made:
     else:
         is_first = bool(settings.get("is_first_step"))
         text = update(optimizer, settings, t="step", is_first=is_first).formula(own)
+    # e.g. the count of steps, which the kernel only reads.
     if text == own:
         return Formula(own, {own: _piece(call, written)}, note="which it leaves as it is")
+    # A GradScaler found a gradient that is not finite: the kernel leaves everything as it is.
     if "found_inf" in tensors:
         text = f"{own} if found_inf == 1 else {text}"
     used = [name for name in names_in(text) if name in tensors]

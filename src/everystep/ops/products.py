@@ -38,6 +38,7 @@ def _matrix_product(call: Call) -> Made:
     alpha = call.scalar("alpha") if "alpha" in call else 1
     terms = [product((left, row), (right, column), alpha)]
     beta = call.scalar("beta") if "beta" in call else 1
+    # Where beta is 0, torch does not read the tensor, and a NaN in it has no effect.
     if added is not None and added in call and beta != 0:
         terms.insert(0, single(added, call.aligned(added), beta))
     return Sum(tuple(terms))
@@ -49,10 +50,12 @@ def _row_and_column(call: Call, left: str, right: str) -> tuple[Piece, Piece]:
     inner: Axis = np.arange(shape[-1])
     before: tuple[Axis, ...] = call.index[: len(shape) - 1]
     leading: tuple[Axis, ...] = call.index[:-2]
+    # It adds up the products of all matrices: the batch is one of the axes that are summed.
     if call.kind == "addbmm":
         batch, inner = grid(range(shape[0]), range(shape[-1]))
         before, leading = (batch, call.index[0]), (batch,)
     column: tuple[Axis, ...] = (inner,)
+    # Its weight is (outputs, inputs), and not transposed.
     if call.kind == "linear":
         column = (call.index[-1], inner)
     elif len(call.shape(right)) > 1:
@@ -71,7 +74,15 @@ def _product_rows(call: RowsCall) -> list[Result]:
     # A product with a weight adds up features; one of two other tensors may add up rows.
     if call.is_backward and a.is_shared and b.is_shared and not any(map(call.is_state, names)):
         raise MixesError("adds up numbers that are the same for all rows")
-    labels = broadcast([reduced(a.labels, [-1], keepdim=True), reduced(b.labels, [-2], keepdim=True)])
+    # In a gradient of a parameter, what is of no row is a term by itself: of a batch of one row that was
+    # joined with other numbers, the row has not made the whole gradient.
+    is_strict = call.is_backward and call.is_term
+    rows, columns = (
+        reduced(each.labels, [axis], keepdim=True, is_strict=is_strict)
+        for each, axis in ((a, -1), (b, -2))
+    )
+    labels = broadcast([rows, columns])
+    # Each number has factors of one row at most, as in a forward pass.
     if not bool((labels == MIXED).any()):
         labels = labels.reshape(shape)
         return [Result(broadcast([labels] if added is None else [labels, added.labels.expand(shape)]))]
@@ -80,7 +91,7 @@ def _product_rows(call: RowsCall) -> list[Result]:
         given = {n: m.squeeze(vectors[n]) if n in vectors else m for n, m in matrices.items()}
         return call.again(**given, **({} if added is None else {"self": added.term(row)}))[0]
 
-    labels, terms, summed = _sum_of_products(factors, run)
+    labels, terms, summed = _sum_of_products(factors, run, is_strict)
     labels = labels.reshape(shape)
     if added is not None:
         labels = broadcast([labels, added.labels.expand(shape)], is_sum=True, is_strict=True)
@@ -97,7 +108,7 @@ def _matrix(vector: Tracked, axis: int) -> Tracked:
 
 
 def _sum_of_products(
-    factors: dict[str, Tracked], run: Callable[..., Tensor]
+    factors: dict[str, Tracked], run: Callable[..., Tensor], is_strict: bool
 ) -> tuple[Tensor, Callable[[int], Tensor], list[Tracked]]:
     """Return labels and terms of a product that adds up rows, and the sums among its factors."""
     names, (a, b) = tuple(factors), factors.values()
@@ -110,10 +121,11 @@ def _sum_of_products(
         whole = factors[name]
         labels = reduced(whole.labels, [-1 if name == names[0] else -2], keepdim=True, is_sum=True)
         return labels.expand(shape), lambda row: run(row, **{name: whole.term(row)}), [whole]
+    # Column k of one factor meets row k of the other: both must be of the same row of the batch.
     left = reduced(a.labels, [-2], keepdim=True).transpose(-1, -2)
     keys = broadcast([left, reduced(b.labels, [-1], keepdim=True)])
     none_mixed(keys, "multiplies numbers of different rows with each other")
-    labels = reduced(keys, [-2], keepdim=True, is_sum=True).expand(shape)
+    labels = reduced(keys, [-2], keepdim=True, is_sum=True, is_strict=is_strict).expand(shape)
     return labels, _product_terms(names, a, b, keys, run), []
 
 
@@ -122,8 +134,10 @@ def _product_terms(
 ) -> Callable[[int], Tensor]:
     if keys.dim() == 2:  # within a batch of matrices, a row may be at different places in each
         rows = rows_in(keys.flatten())
+        # For a row without a place: the product of empty matrices is zeros.
         nowhere = next(iter(rows.values()))[:0]
 
+        # The numbers of the row alone: a product with zeros for all others costs as much as the whole.
         def selected(row: int) -> Tensor:
             at = rows.get(row, nowhere)
             return run(row, **{names[0]: a.value[:, at], names[1]: b.value[at]})
@@ -144,6 +158,7 @@ def _grouped_product(call: Call) -> Made:
         raise NoRuleError("with a bias")
     left, right = (len(call.shape(key)) for key in ("self", "mat2"))
     *before, row, column = call.index
+    # One past the last row, column or summed number of each group; the first group begins at 0.
     ends = call.tensor("offs").tolist() if "offs" in call else []
     inner: Axis = np.arange(call.shape("self")[-1])
     if left == right == 2:

@@ -37,6 +37,7 @@ def _layer(call: Call) -> Made:
     times = range(length)
     if call.place == 0:
         time = call.index[0]
+        # The output of a time depends on the sequence up to it; in reverse, on the rest of it.
         times = range(time, length) if is_reverse else range(time + 1)
     given = {"input": _sequence(call, "input", times, [row])}
     given |= {key: _state(call, key, [row]) for key in ("hx_", "cx_")}
@@ -68,6 +69,7 @@ _SETTINGS = ("mode", "hidden_size", "num_layers", "has_biases", "bidirectional",
 
 def _shared_rows(call: RowsCall, sequences: tuple[str, ...], states: tuple[str, ...]) -> Tensor:
     """Return the labels of the rows (N) that sequences and states have in common."""
+    # A row is at one place of the second axis at all times.
     given = [(call[name], [0, 2]) for name in sequences] + [(call[name], [1]) for name in states]
     parts = [reduced(each.labels, axes) for each, axes in given if isinstance(each, Tracked)]
     return none_mixed(broadcast(parts))

@@ -41,6 +41,7 @@ def _reduced(call: Call) -> Piece:
     shape = call.shape("self")
     dims = _dimensions(call.value("dim"), len(shape))
     kept = [dim for dim in range(len(shape)) if dim not in dims]
+    # With keepdim, the result has all dimensions, and size 1 along those that are reduced.
     is_kept = len(call.index) == len(shape)
     own = call.index if is_kept else dict(zip(kept, call.index, strict=True))
     axes = [range(size) if dim in dims else [own[dim]] for dim, size in enumerate(shape)]
@@ -56,7 +57,9 @@ def _total(call: Call) -> Made:
 
 
 def _cumulated(call: Call) -> Made:
-    dim = call.value("dim") % max(len(call.index), 1)
+    if not call.index:
+        return Sum((single("self", call.piece("self")),))
+    dim = call.value("dim") % len(call.index)
     return Sum((single("self", call.along("self", dim, np.arange(call.index[dim] + 1))),))
 
 
@@ -66,6 +69,7 @@ def _by_formula(call: Call, text: str) -> Made:
 
 def _extreme(call: Call) -> Made:
     """Return the rule of `max.dim` and similar operators, which also return the place of the number."""
+    # `max(self)` of all numbers; along a dimension, it returns the places as well.
     if len(call.outputs) < 2:
         return _by_formula(call, f"{call.kind}(self)")
     piece = _reduced(call)
@@ -76,12 +80,10 @@ def _extreme(call: Call) -> Made:
 
 def _sorted(call: Call) -> Made:
     """Return the rule of operators with the places of the first result as the second."""
-    dim = call.value("dim") % max(len(call.index), 1)
+    line = call.line("self")
     if call.place == 1:
-        return Words(
-            "where in self it is", {"self": call.along("self", dim, np.arange(call.shape("self")[dim]))}
-        )
-    return _chosen(call, call.along("self", dim, int(call.results[call.output(1)][call.index])))
+        return Words("where in self it is", {"self": line})
+    return _chosen(call, Piece(line.name, line.at(int(call.results[call.output(1)][call.index]))))
 
 
 def _chosen(call: Call, piece: Piece) -> Made:
@@ -91,6 +93,7 @@ def _chosen(call: Call, piece: Piece) -> Made:
 
 def _norm(call: Call) -> Made:
     order = call.value("ord") if "ord" in call else call.value("p") if "p" in call else 2
+    # Order 0 counts the numbers that are not 0, and -inf is the smallest.
     if not isinstance(order, int | float) or order <= 0:
         raise NoRuleError("of another order")
     text = "sum(abs(self) ^ order) ^ (1 / order)"
@@ -114,6 +117,7 @@ def _spread(call: Call) -> Made:
     text = "sum((self - mean(self)) ^ 2) / count"
     if call.kind.startswith("std"):
         text = f"sqrt({text})"
+    # As torch does: of one number, 0 / 0 is NaN.
     return Formula(text, {"self": piece}, {"count": max(piece.size - correction, 0)})
 
 
@@ -147,6 +151,7 @@ def _total_rows(call: RowsCall) -> list[Result]:
 
 
 def _reduced_rows(call: RowsCall) -> list[Result]:
+    # `max(self, other)`: of pairs of numbers.
     if isinstance(call["other"], Tracked):
         return each_alone(call)
     whole: Tracked = call["self"]

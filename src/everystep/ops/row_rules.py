@@ -38,6 +38,10 @@ __all__ = [
 ]
 
 
+# For each operation of a step, in order, `rows` calls the rule of its kind with a RowsCall: what was
+# recorded, and the labels of the inputs. The rule returns a Result for each result: its labels, and the
+# terms of a sum, which are computed only when they are asked for. A MixesError makes all results MIXED,
+# with its message as the reason; what does not depend on them stays exact.
 class MixesError(Exception):
     """Rows cannot be separated in the results of an operation; the message gives the reason."""
 
@@ -171,12 +175,12 @@ def sum_of(labels: Tensor, terms: Callable[[int], Tensor], parts: Sequence[Track
 
 
 def by_key(keys: Tensor, result: Tensor, on: Callable[[Tensor], Tensor]) -> Result:
-    """Return a sum over places with labels; `on` computes its terms from some of the places.
+    """Return a gradient that is a sum over places with labels; `on` computes terms from some places.
 
     keys: the labels (count). 0 for rows without a place: kernels need not support empty tensors.
     """
     rows = rows_in(keys)
-    labels = reduced(keys, [0], is_sum=True).expand(result.shape)
+    labels = reduced(keys, [0], is_sum=True, is_strict=True).expand(result.shape)
     return Result(labels, lambda row: on(rows[row]) if row in rows else torch.zeros_like(result))
 
 

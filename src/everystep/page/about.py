@@ -57,6 +57,7 @@ def about_data(
         "layers": _telling_layers(training.modules),
         "settings": settings or {},
         "snapshots": run.snapshots,
+        # Looking for damage reads files: once for as long as the run does not change.
         "damage": columns.remembered("damage", lambda: run.damage),
     }
 
@@ -87,6 +88,7 @@ def _argument(directory: Path) -> str:
     here = Path.cwd()
     is_below = directory.is_relative_to(here)
     argument = shortest_name(directory.relative_to(here) if is_below else directory)
+    # JSON has no bytes that are not text.
     return argument.encode("utf-8", "backslashreplace").decode()
 
 

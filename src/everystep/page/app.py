@@ -81,6 +81,7 @@ class UntilEnd:
         is_open = False
 
         async def receive_or_end() -> Message:
+            # Whatever comes first: the browser's message or the end of the server.
             end = asyncio.ensure_future(self._end.wait())
             message = asyncio.ensure_future(receive())
             try:

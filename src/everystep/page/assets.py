@@ -37,6 +37,7 @@ def index(request: Request) -> Response:
 
 def asset(request: Request) -> Response:
     """Answer with a file, or with "not modified" if the browser has it."""
+    # A name is looked up, never joined to a directory: `../` leads nowhere.
     path = _table().get(request.path_params["path"])
     if path is None:
         raise HTTPException(404)

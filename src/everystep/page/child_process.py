@@ -66,7 +66,9 @@ class Child:
             stdin=PIPE,
             stdout=PIPE,
             limit=_LONGEST_LINE,
+            # Its own session: no Ctrl-C from the terminal, and a group to kill with all its children.
             start_new_session=True,
+            # The user's variables win over ours, except that the working directory is not imported from.
             env=environment | os.environ | {"PYTHONSAFEPATH": "1"},
         )
         return cls(process)
@@ -137,6 +139,7 @@ class Speaker:
     @classmethod
     def begin(cls) -> Self:
         """Reserve stdout for messages: other output of this process goes to stderr."""
+        # A print of a library, or of C code, must not be read as a message.
         own = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
         return cls(own)
@@ -145,6 +148,7 @@ class Speaker:
         """Send a message."""
         if self._out is None:
             return
+        # The line tells how many bytes follow: tensors are sent as they are, not as text.
         about = {"event": event, "content": content, "bytes": len(data)}
         try:
             self._out.write(json.dumps(about).encode() + b"\n" + data)
@@ -168,6 +172,7 @@ def limit_memory(limit: int | None = None) -> None:
 
         wanted = limit or int(SHARE * MEMORY)
         soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        # An administrator's limit may be lower.
         known = [each for each in (soft, hard) if each != resource.RLIM_INFINITY]
         resource.setrlimit(resource.RLIMIT_DATA, (min([wanted, *known]), hard))
 

@@ -99,6 +99,11 @@ class RunSight(NamedTuple):
     status: str
 
 
+# From a write to the browser:
+#   the training writes run.sqlite-wal
+#     Watches.on_any_event, in a thread of watchdog    sets an asyncio.Event
+#     Feed._work                                       reads the run, once for all listeners
+#     Live.run_events, for each open page              sends what differs from what it has sent
 class Live:
     """Sends runs as they change."""
 
@@ -119,11 +124,14 @@ class Live:
         with feed.listening() as changes:
             async for sight in changes:
                 if sight is None:
+                    # It may come back: the page keeps listening.
                     if sent != "gone":
                         yield event("gone", {}, 0)
                     sent, before, after = "gone", None, 0
                     continue
                 columns: RunColumns = sight.columns
+                # A training that is resumed repeats steps: their losses may differ from those already
+                # sent.
                 after = _agreed(before, columns, after)
                 before = columns
                 state = live_data(sight.run, columns, sight.status)
@@ -165,6 +173,7 @@ class Live:
             feed.stop()
 
     def _feed(self, key: str | None, look: Callable[[], Sight[Any]], pause: float) -> Feed[Any]:
+        # Feeds without listeners have stopped; those of deleted runs would stay for ever.
         self._feeds = {known: feed for known, feed in self._feeds.items() if feed.has_listeners}
         return self._feeds.setdefault(key, Feed(look, pause))
 
@@ -258,8 +267,10 @@ class Feed(Generic[Content]):
             if self._seen != [sight.content]:
                 self._seen = [sight.content]
                 self._tell()
+            # The next look continues with the unread runs; a pause would only delay the list.
             if not sight.is_whole:
                 continue
+            # A training writes many times a second.
             await asyncio.sleep(self._pause)
             wait = SELDOM if is_complete and not sight.is_moving else AGAIN
             with suppress(TimeoutError):

@@ -35,6 +35,7 @@ class Region(NamedTuple):
 
 def npy(tensor: Tensor) -> bytes:
     """Return a tensor as a file of NumPy's; bfloat16, which NumPy does not have, as float32."""
+    # NumPy has no lazy conjugates and signs: .numpy() refuses them.
     numbers = tensor.detach().cpu().resolve_conj().resolve_neg()
     content = io.BytesIO()
     np.save(content, (numbers.float() if numbers.dtype == torch.bfloat16 else numbers).numpy())
@@ -103,6 +104,7 @@ def _slice(
     block = [max(1, math.ceil(size / most)) for size in (bottom - top, right - left)]
     floats = whole.to(_float_type(whole))
     drawn = _extremes(floats[top:bottom, left:right], *block)
+    # Of the whole slice, not of the region: colours stay the same while one moves through it.
     lowest, highest = _finite_range(floats)
     about = {
         "shape": list(tensor.shape),
@@ -118,6 +120,8 @@ def _slice(
         "lowest": lowest,
         "highest": highest,
     }
+    # Little endian: JavaScript's typed arrays have the order of the machine, which nearly always is
+    # that.
     form = "<f8" if drawn.dtype == torch.float64 else "<f4"
     return Region(about, drawn.numpy().astype(form, order="C", copy=False).tobytes())
 
@@ -134,6 +138,7 @@ def histogram(tensor: Tensor) -> dict[str, Any]:
     # What torch computes with the edges must be finite, too; a power of two changes no digit.
     scale = 1.0 if math.isfinite(4 * BUCKETS * max(abs(low), abs(high))) else 2.0**-10
     low, high = low * scale, high * scale
+    # histc needs a range.
     if low == high:
         half = abs(low) / 2 or 0.5
         low, high = low - half, high + half
@@ -172,9 +177,11 @@ def _extremes(numbers: Tensor, height: int, width: int) -> Tensor:
     if (height, width) == (1, 1):
         return numbers
     high, low = (
+        # Rows first, then columns as rows of the transpose; amax and amin of a block with NaN are NaN.
         _of_blocks(_of_blocks(numbers, height, reduce).T.contiguous(), width, reduce).T
         for reduce in (torch.amax, torch.amin)
     )
+    # With NaN, the comparison is false, and `low` is NaN.
     return torch.where(high >= -low, high, low)
 
 
@@ -192,6 +199,7 @@ def _finite_range(numbers: Tensor) -> tuple[float | None, float | None]:
     if not numbers.numel():
         return None, None
     low, high = map(float, torch.aminmax(numbers))
+    # NaN or infinite, or finite with a difference that is not: only then a second look is needed.
     if not math.isfinite(high - low):
         finite = numbers[torch.isfinite(numbers)]
         if not len(finite):

@@ -102,6 +102,7 @@ class RunIndex:
         began = time.monotonic()
         new = [name for name in directories if name not in self._known]
         for place, name in enumerate(new):
+            # At least one: repeated calls come to an end, however slow the disk is.
             if place and time.monotonic() - began > seconds:
                 with self._lock:
                     known = {name: self._known[name][1] for name in directories if name in self._known}

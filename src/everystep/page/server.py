@@ -37,6 +37,7 @@ def place_of(what: str | Path) -> tuple[Path, str | None]:
         RunError: there is neither. runs/ need not exist yet.
     """
     path = Path(what)
+    # A directory of runs; else a run, a sweep by its name, or runs/, which the first training makes.
     if not is_run(path) and path.is_dir():
         return path.resolve(), None
     if not path.exists() and is_sweep(RUNS / path):
@@ -72,6 +73,7 @@ def serve(
     until_end = UntilEnd(application(directory))
     server = _Server(Guard(until_end, token, host), until_end)
     path = f"/runs/{quote(shown_name(run), safe='')}" if run else "/"
+    # The token is in the address once; the answer sets it as a cookie.
     address = f"http://{_shown(host)}:{port}{path}?token={token}"
     print(address, flush=True)
     _say(host, port)
@@ -138,6 +140,7 @@ def _listen(host: str, port: int) -> socket.socket:
             listening.listen(128)
         except OSError as error:
             listening.close()
+            # A taken port, or one that is reserved: the next may be free.
             if error.errno not in (errno.EADDRINUSE, errno.EACCES):
                 reason = error.strerror or str(error)
                 raise UsageError(f"--host {host}: this machine cannot listen there ({reason})") from None

@@ -87,6 +87,7 @@ class _HeldNumbers:
 
     def step(self, step: Step, run: Run) -> dict[str, Any]:
         content = step.data()
+        # Memory that nothing was written to is no number to send.
         shown = [id for id, seen in content["tensors"].items() if "unset" not in seen]
         tensors = {id: tensor_of(step, id, run.facts) for id in shown}
         return {
@@ -107,6 +108,7 @@ class _HeldNumbers:
                 self.is_reduced = True
                 break
             self.is_reduced |= about["block"] != [1, 1]
+            # The shape and the like are those of the first slice.
             own = about if not found else {k: about[k] for k in ("format", "lowest", "highest")}
             text = base64.b64encode(content).decode("ascii")
             found.append(own | {"numbers": self._place(content, self.numbers, text)})
@@ -118,6 +120,7 @@ class _HeldNumbers:
 
     def _place(self, key: bytes, held: list[Any], content: Any) -> int:
         """Return the place of a content in a list that has each once."""
+        # An activation is the input of the next layer, of its backward pass, and so on: held once.
         if key not in self._places:
             self._places[key] = len(held)
             held.append(content)

@@ -82,7 +82,9 @@ def _tensor(
     if other is not None and other.shape == tensor.shape and other.dtype == tensor.dtype:
         if tensor.dtype in (torch.float32, torch.float64):
             pairs = (torch.stack([tensor[place], other[place]]) for place in positions)
+            # NaN and infinities have no distance.
             units = [distance(*pair) if pair.isfinite().all() else None for pair in pairs]
+        # By bits: NaN equals itself, and 0.0 differs from -0.0.
         differs = as_integers(tensor) != as_integers(other)
         places = torch.nonzero(_rows(differs.any(-1) if tensor.is_complex() else differs))
     window = _window(numbers, places)
@@ -109,6 +111,7 @@ def _window(numbers: Tensor, different: Tensor) -> Window:
     height, width = numbers.shape
     if numbers.numel() <= WHOLE:
         return (0, height), (0, width)
+    # In the order of the tensor, the first difference.
     row, column = different[0].tolist() if len(different) else (0, 0)
     return _around(row, height), _around(column, width)
 

@@ -76,7 +76,9 @@ def page_of(
     if around is not None:
         found = np.flatnonzero(rows == around - 1)
         start = int(found[0]) if len(found) else start
+        # The page that has the step, as its buttons would reach it.
         start -= start % length
+    # A filter may have left fewer pages than the browser remembers.
     last_page = (len(rows) - 1) // length * length if len(rows) else 0
     start = max(0, min(start, last_page))
     frame = frame_of(columns, rows[start : start + length])
@@ -99,11 +101,13 @@ def frame_of(columns: RunColumns, rows: Rows) -> pl.DataFrame:
 
 
 def _filtered(columns: RunColumns, wanted: Wanted) -> Rows:
+    # Sorting a million rows takes longer than choosing among them: kept for each filter in turn.
     order: Rows = columns.remembered(
         (wanted.sort, wanted.descending), lambda: _order(columns, wanted.sort, wanted.descending)
     )
     is_wanted = np.ones(columns.steps, dtype=bool)
     if wanted.first is not None:
+        # A negative first step would count from the end.
         is_wanted[: max(0, wanted.first - 1)] = False
     if wanted.last is not None:
         is_wanted[max(0, wanted.last) :] = False
@@ -137,6 +141,7 @@ def whole(query: Mapping[str, str], name: str, absent: Absent) -> int | Absent:
     plain = query.get(name, "").strip()
     if not plain:
         return absent
+    # int() also takes 1_000 and other alphabets' digits; 18 digits fit 64 bits.
     if re.fullmatch(r"-?\d{1,18}", plain, re.ASCII) is None:
         raise UsageError(f"{name} {plain[:80]!r} is not a whole number")
     return int(plain)

@@ -30,6 +30,8 @@ class Busy(EverystepError):  # noqa: N818  # nothing is wrong
     status = 409
 
 
+# A browser that connects again sends the number of the last event that it has seen: Task.events(after=2)
+# of the messages 1 progress, 2 begun, 3 progress, 4 progress yields 4 alone, the last of its kind.
 class Event(NamedTuple):
     """A message of a task: its number, from 1, its kind, and its content."""
 
@@ -63,6 +65,7 @@ class Task:
                 else:
                     self._keep(event, content)
         except Ended as ended:
+            # Killed, or out of memory: the process could not report it itself.
             if not self._said.keys() & {"result", "error"}:
                 text = (
                     "stopped"
@@ -82,10 +85,12 @@ class Task:
         while True:
             # Before the messages are read: one that comes meanwhile sets this event.
             changed = self._changed
+            # By number: in the order in which they were sent.
             for event in sorted(self._said.values()):
                 if event.number > after:
                     after = event.number
                     yield event
+            # Another message has come while these were sent.
             if changed is not self._changed:
                 continue
             if self.is_over:
@@ -156,6 +161,7 @@ class Tasks:
             id = secrets.token_urlsafe(9)
             task = Task(await Child.begin("everystep.page.task_process"), asked)
             self._tasks[id] = task, asyncio.create_task(task.follow())
+        # A page that was asleep may still ask for the result of one of the last.
         over = [known for known, (each, _) in self._tasks.items() if each.is_over]
         for known in over[:-REMEMBERED]:
             del self._tasks[known]

@@ -45,6 +45,10 @@ _LISTED = 10_000
 _POINTS = 20_000
 
 
+# The messages of a measurement, as the server reads them:
+#   ready     {}                                                   from here on, SIGINT stops it in order
+#   progress  {"done": 120, "total": 500, "what": "steps"}         ten times a second at most
+#   result    {"values": 500, "text": "...", ...}                  or error {"error": "..."}
 class Voice(Speaker):
     """Reports progress to the server; called with the number of steps just completed."""
 
@@ -55,6 +59,7 @@ class Voice(Speaker):
     def progress(self, done: int, total: int, what: str) -> None:
         """Report the progress, unless it was reported just now."""
         now = time.monotonic()
+        # The last one is always sent: a bar that stops at 98% looks like a failure.
         if now - self._said >= _PAUSE or done >= total:
             self._said = now
             self.say("progress", {"done": min(done, total), "total": total, "what": what})
@@ -73,6 +78,7 @@ class Voice(Speaker):
 def do(request: dict[str, Any], voice: Voice) -> None:
     """Run a task, and send its `result`, or its `error` as text."""
     try:
+        # The server may interrupt from here on; before, an interrupt could leave no message.
         voice.say("ready", {})
         answer = _TASKS[request["task"]]
         voice.say("result", plain_data(answer(Run(request["run"]), request["asked"], voice)))
@@ -88,6 +94,7 @@ def do(request: dict[str, Any], voice: Voice) -> None:
 def main() -> None:
     """Run the task that stdin describes."""
     sys.unraisablehook = _not_lost
+    # The server has ended, however that happened: nobody waits for the answer.
     end_with_stdin(in_order=True)
     warnings.simplefilter("ignore", DamageWarning)  # the server reports damage
     limit_memory()
@@ -143,6 +150,7 @@ def _rerun(run: Run, asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
     found = run.rerun(**asked, progress=voice)
     steps = np.arange(found.first, found.first + len(found.losses))
     drawn = reduced(steps, found.losses, _POINTS) if found.has_loss else None
+    # Of all losses, only those of the rerun are sent, as many as a plot shows.
     data = {key: each for key, each in found.data().items() if key not in ("recorded", "others")}
     return data | {"losses": drawn, "text": found.to_text()}
 

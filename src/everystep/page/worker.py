@@ -55,10 +55,12 @@ class Openers:
         """
         known = self._runs.pop(directory, None)
         run = known[1] if known else Run(directory)
+        # A run may be removed, and another one trained under its name, while the page is open.
         stamp = self._stamp(run)
         if known and known[0] != stamp:
             run = Run(directory)
         self._runs[directory] = stamp, run
+        # An open run holds states and programs in memory.
         while len(self._runs) > KEPT_RUNS:
             self._runs.popitem(last=False)
         return run
@@ -74,6 +76,7 @@ class Openers:
             StepError: there is no such step.
         """
         run = self.run(directory)
+        # -1 is the newest step in Python; an address has no such names.
         if number < 1:
             raise no_such_step(run, number)
         return run, run[number]

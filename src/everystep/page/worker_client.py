@@ -80,6 +80,7 @@ class WorkerClient:
         whole = own.parents[1] if own.parent.name == RANKS else own
         if self._directory not in [*whole.parents][:2] or ".." in own.parts:  # or in a sweep there
             raise RunError(f"{run.name} is not in {self._directory}, the directory that is shown")
+        # Without `gone`, an event that nobody sets: the client never leaves.
         leaving = asyncio.ensure_future(gone() if gone else asyncio.Event().wait())
         try:
             async with self._turn:
@@ -125,6 +126,7 @@ class WorkerClient:
     async def _give_up(self, process: Child, exchange: asyncio.Future[Answer]) -> None:
         """Have the worker stop an answer that no request waits for: the next one waits."""
         is_ready = process is self._ready
+        # First it may finish; then it is interrupted; at last killed, and its open runs are lost.
         for seconds in (_LEAVING_PATIENCE, _LEAVING_PATIENCE if is_ready else _STARTING_PATIENCE):
             done, _ = await asyncio.wait({exchange}, timeout=seconds)
             if done:

@@ -42,10 +42,12 @@ def class_names(facts: Facts) -> list[str] | None:
 def targets(batch: Batch, names: list[str] | None) -> list[str] | None:
     """Return the class of each row as a text, where y is classes."""
     y = batch.tensors.get("y")
+    # Whole numbers, one for each row: what torch's losses take for classes.
     if y is None or y.dim() != 1 or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         return None
     known = names or []
     numbers: list[int] = y.tolist()
+    # -100, for example, is a class that the loss ignores.
     return [known[n] if 0 <= n < len(known) else str(n) for n in numbers]
 
 
@@ -55,7 +57,10 @@ def classes_text(batch: Batch, names: list[str] | None) -> str | None:
     if names is None or of_rows is None:
         return None
     counts = Counter(of_rows)
-    order = [*(name for name in names if name in counts), *(counts.keys() - set(names))]
+    order = [
+        *(name for name in names if name in counts),
+        *(each for each in counts if each not in names),
+    ]
     return ", ".join(f"{name} ({counts[name]:,})" for name in order)
 
 
@@ -71,7 +76,9 @@ def classes_of_tensors(
         return {}
     shape = len(step.batch.tensors["y"]), len(names)
     found = {"batch.y": "values"}
+    # Only of a Sequential is it certain that its last module makes the output.
     is_sequential = "" in modules and modules[""].class_name == "Sequential"
+    # Its own modules, not those within them.
     inner = [path for path in modules if is_sequential and path and "." not in path]
     last = inner[-1] if inner else None  # it makes the output
     output = None if last is None else first_of(step.activations.get(last))
@@ -117,6 +124,7 @@ def other_values(nested: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         return
     if isinstance(nested, Mapping):
         items = nested.items()
+    # A list of plain values is one value for each row, such as the names of files.
     elif is_list and not (nested and all(isinstance(item, str | int | float) for item in nested)):
         items = enumerate(nested)
     else:
@@ -137,6 +145,7 @@ def columns_of(batch: Batch, facts: Facts, count: int) -> list[tuple[str, list[A
     table = _table(facts)
     found = [*_targets(batch, facts, table, count)]
     for name, tensor in batch.tensors.items():
+        # An x of another shape is not the table's, and its columns are unknown.
         if name == "x" and table is not None and tensor.shape == (count, len(table.x_names)):
             found += _of_table(tensor, table)
         elif name != "y" and tensor.dim() and len(tensor) == tensor.numel() == count:
@@ -183,6 +192,7 @@ def _of_table(x: Tensor, table: TablePreparation) -> Iterator[tuple[str, list[An
     ):
         if isinstance(column, CategoricalColumn):
             yield column.name, [_word(row, column.categories) for row in numbers.tolist()]
+        # Back to the units of the file: the inverse of (value - mean) / deviation.
         elif scaling := column.scaling:
             yield column.name, _values(numbers[:, 0] * scaling.deviation[0] + scaling.mean[0])
         else:

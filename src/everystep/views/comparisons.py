@@ -78,11 +78,13 @@ def diff_sentence(found: Difference) -> str:
     elif operation is None:
         texts.append(f"{found.states[0].tensor} of state {found.states[0].state:,} differs")
     if operation is not None:
+        # The step was named with the losses.
         at = "" if found.loss and found.loss.step == operation.step else f" of step {operation.step:,}"
         name = " | ".join(dict.fromkeys(_sides(operation)))
         texts.append(f"the first operation that differs is #{operation.index}{at}, {name}")
         inputs = (f"its input {_input_name(each.name)} differs" for each in operation.inputs)
         causes = [f"cause: {each}" for each in operation.causes]
+        # An input that differs is a consequence; it is named only where no cause is known.
         texts += (causes or [*dict.fromkeys(inputs)])[:MOST_CAUSES]
         texts += _first_state_texts(found)
     return "; ".join(texts) + "."
@@ -93,6 +95,7 @@ def _from_step(found: LossDifference) -> str:
 
 
 def _states_text(found: Difference) -> str:
+    # None: no state is the same; 0 is a state.
     common = found.common_state
     same = "no snapshot is identical" if common is None else f"identical up to state {common:,}"
     if not found.states:
@@ -126,6 +129,7 @@ def _of_runs(texts: Sequence[str], names: tuple[str, str]) -> str:
     """Return a text of each run, behind its name if they differ; empty ones are left out."""
     if texts[0] == texts[1]:
         return texts[0]
+    # Both texts begin in one column, so that the eye finds where they differ.
     width = max(map(len, names)) + 1
     return "\n".join(f"{n + ':':{width}} {text}" for n, text in zip(names, texts, strict=True) if text)
 
@@ -133,6 +137,7 @@ def _of_runs(texts: Sequence[str], names: tuple[str, str]) -> str:
 def _first_state_texts(found: Difference) -> list[str]:
     """Return when the difference of an operation reaches the model, unless that is in its own step."""
     first, operation = found.first_state, found.operation
+    # In its own step, the difference has reached the model at once: nothing is to be added.
     if first is None or operation is None or first.state == operation.step:
         return []
     if first.state is None:
@@ -150,6 +155,7 @@ def _input_name(name: str) -> str:
 
 
 def _tensor_text(found: TensorDifference) -> str:
+    # Tensors of different shapes have no elements to compare.
     if not found.positions:
         return f"{found.name}: different shape or dtype"
     lines = [f"{found.name}: {found.elements:,} of {found.of:,} elements differ{_far(found)}"]
@@ -188,6 +194,7 @@ def operation_name(operation: Operation | Apart) -> str:
 def _diff_verdict(found: Difference) -> str:
     if any((found.loss, found.states, found.operation)):
         return "the runs differ"
+    # Losses and states agree, and the batches do not: possible where no operation reads the tensor.
     if found.unread:
         return f"the batches differ: {found.unread[0]}, which no operation reads"
     if found.measured:
@@ -197,6 +204,7 @@ def _diff_verdict(found: Difference) -> str:
         return "no loss and no state that could be compared differs; not everything could be compared"
     if found.is_same and found.problems:
         return "nothing that could be compared differs"
+    # e.g. modules of the same shapes under other names.
     names = "; only names differ" if found.renamed and found.is_same else ""
     if found.is_same and not found.numerics and found.is_thorough:
         return f"the runs are bit-identical{names}"
@@ -232,6 +240,7 @@ def _data_lines(found: DataDifference) -> Iterator[Listed]:
     shown = list(zip(tensor.positions, tensor.values, strict=True))[:MOST_CELLS]
     for position, (one, other) in shown:
         row, *rest = position
+        # A column of a table has a name.
         others = [found.names[rest[0]]] if found.names and rest else [str(place) for place in rest]
         place = ", ".join([str(row), *others])
         yield Listed(f"data.{tensor.name}[{place}]", (number_text(one), number_text(other)))
@@ -249,6 +258,7 @@ def _pair_texts(pair: tuple[Any, Any]) -> tuple[str, str]:
     plain = (tuple(value) if isinstance(value, list) else value for value in pair)
     texts = [str(value).replace("\n", " ") for value in plain]
     short = [text if len(text) <= LONGEST else text[:24] + "..." for text in texts]
+    # Cut alike, two texts that differ at their ends would look the same.
     one, other = short if short[0] != short[1] else texts
     return one, other
 
@@ -270,6 +280,7 @@ def match_text(found: Match) -> str:
         ("missing", named(found.end)),
     ]
     if found.end:
+        # Each run has a suspect: what it has and the other one lacks.
         sides = zip(found.suspects, found.names, reversed(found.names), strict=True)
         lines += [("first", _suspect_text(each, *runs)) for each, *runs in sides if each is not None]
     return block(lines, f"step {found.step:,} {'matches' if found.is_match else 'does not match'}")
@@ -316,6 +327,7 @@ def _losses_text(found: Rerun) -> str:
     if not found.relative.any():
         return f"all {len(found.losses):,} bit-identical"
     first, lines = int(np.flatnonzero(found.relative)[0]), []
+    # In another precision, the first step differs already.
     if found.place.precision is None:
         before = f"bit-identical up to step {found.first + first - 1:,}; " if first else ""
         lines.append(f"{before}step {found.first + first:,}: {_pair(found, first)}")
@@ -363,6 +375,7 @@ def _rounding_text(found: Rerun) -> str:
             "results that are zero except for rounding do not count; the first:\n"
             f"  {_apart_text(found.residue)}\n  {_why_apart(found.residue, found)}"
         )
+    # `beyond` was described above.
     far = [each for each in found.farthest if each.relative > 0 and each != found.beyond]
     if far:
         lines += ["farthest apart:", *(f"  {_apart_text(each)}" for each in far)]
@@ -399,6 +412,7 @@ def _apart_text(found: Apart) -> str:
 
 def _nearer_text(found: Rerun) -> str:
     rows = sorted(found.distances.items(), key=lambda item: item[1]["median"])
+    # Runs of different lengths are compared over the shortest.
     steps = min(map(len, (found.losses, *found.others.values())))
     over = f", over {steps:,} steps" if steps < len(found.losses) else ""
     return "\n".join(

@@ -33,7 +33,14 @@ from everystep.recording.texts import (
     shortest,
     value_text,
 )
-from everystep.views.formatting import counted, labelled, measured_text, number, time_text
+from everystep.views.formatting import (
+    counted,
+    labelled,
+    measured_text,
+    number,
+    seconds_text,
+    time_text,
+)
 
 __all__ = [
     "closing",
@@ -91,22 +98,25 @@ def closing(directory: Path) -> str:
     run = RecordedRun(directory)
     summary = run.summary()
     facts = run.facts
-    seconds = "" if facts.seconds is None else f" in {facts.seconds:.3g} s"
+    seconds = "" if facts.seconds is None else f" in {seconds_text(facts.seconds)}"
     lines = [] if facts.reason is None else [f"stopped: {facts.reason}", ""]
     measured = "".join(
         f", {name} {measured_text(name, value)}"
         for name, value in run.latest_measurements.items()
+        # Not what was measured in hindsight, which is no result of this training.
         if name != "lr" and name not in facts.measured
     )
     has_loss = summary.first_loss is not None
     loss = f", loss {number(summary.first_loss)} to {number(summary.last_loss)}" if has_loss else ""
     taken = counted(summary.steps, "step")
     if summary.parent is not None:
+        # The parent took the steps before: the time is only that of the others.
         at = summary.parent[1]
         taken = f"{counted(summary.steps - at, 'step')} after the parent's {at:,},"
     lines.append(f"{taken}{seconds}{loss}{measured}")
     lines.append(engine_text(facts) if summary.steps else "only the initial state, state 0, is recorded")
     lines.append(f"recorded in {directory}")
+    # To paste into a shell, whatever the name of the directory.
     argument = shlex.quote(shortest_name(directory))
     following = [f"fork {argument} --at 0 --steps 500"]
     if summary.steps:
@@ -126,6 +136,7 @@ def engine_text(facts: Facts) -> str:
             kept += f"; the batches of steps up to {lost:,} were dropped to stay within the budget"
         if facts.not_kept:
             kept += f"; {kept_text(facts, facts.steps or 0)} (keep: {facts.not_kept[-1].keep})"
+        # A fork of a loop: its code is not there, so programs took the steps.
         if engine is not None and facts.fork is not None:
             return f"by your own code up to step {facts.fork.at:,}, by program alone after it; {kept}"
         if ranks is not None:
@@ -137,6 +148,7 @@ def engine_text(facts: Facts) -> str:
         return f"by Python; {which}, with the losses of its rows"
     if engine is None:
         return "by Python"
+    # No step was taken by a program.
     if engine.eager_from == 1 or (engine.eager_from is not None and not engine.programs):
         return f"by Python: {engine.reason}"
     if engine.stands_behind == "alone":
@@ -215,6 +227,7 @@ def ending(run: RecordedRun, facts: Facts, status: str, steps: int) -> str | Non
 
     facts, status, steps: of the run, as already read.
     """
+    # Nothing recorded the end: the last time that something was written is known.
     if status == "killed":
         planned = f" of {facts.steps:,}" if facts.steps and facts.steps > steps else ""
         where = f"after step {steps:,}{planned}" if steps else "before its first step"
@@ -236,6 +249,7 @@ def continue_with(run: RecordedRun, facts: Facts) -> str:
         ranks = None if trained is None else trained.ranks
         start = "" if ranks is None else f"torchrun --nproc-per-node {ranks.count} -m "
         return f"{start}everystep resume {shlex.quote(name)}"
+    # Python objects are not in the run: the caller has to pass them again.
     return f"everystep.open({name!r}).resume(model=..., loss=..., optimizer=...)"
 
 
@@ -268,7 +282,7 @@ def facts_data(facts: Facts) -> dict[str, Any]:
     times = [("started", facts.started), ("ended", facts.finished)]
     # In UTC, to the second: the page may be read anywhere.
     stamps = [f"{what} {time.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC" for what, time in times if time]
-    seconds = [] if facts.seconds is None else [f"{facts.seconds:.3g} s of training"]
+    seconds = [] if facts.seconds is None else [f"{seconds_text(facts.seconds)} of training"]
     return {
         "facts": [*facts_in_order(facts), ("seed", seed)],
         "details": [
@@ -292,6 +306,7 @@ def landmarks(steps: NDArray[Any], losses: NDArray[Any]) -> dict[str, Any]:
 
     steps, losses: of all steps, or of an excerpt that has them, in order (steps).
     """
+    # NaN has no order, and the smallest loss is of those that are numbers.
     finite = np.isfinite(losses)
     places = {"first": 0, "last": len(losses) - 1} if len(losses) else {}
     if finite.any():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from datetime import datetime
@@ -27,6 +28,8 @@ __all__ = [
     "measured_text",
     "number",
     "one_line",
+    "percent",
+    "seconds_text",
     "several",
     "shape_text",
     "time_text",
@@ -53,6 +56,7 @@ def clean(text: str) -> str:
 
 def one_line(text: str) -> str:
     """Return a text as part of a line: unprintable characters and line breaks are replaced."""
+    # Nearly every text is, and this look is much quicker than one at each character.
     if text.isprintable():
         return text
     return "".join(each if each.isprintable() else "\ufffd" for each in text)
@@ -60,6 +64,7 @@ def one_line(text: str) -> str:
 
 def cut(text: str, most: int) -> str:
     """Return a text of at most so many columns of the terminal; a longer one ends with an ellipsis."""
+    # By columns, of which a Chinese character takes two.
     return text if cell_len(text) <= most else set_cell_size(text, most - 1).rstrip("….") + "…"
 
 
@@ -67,7 +72,7 @@ def measured_text(name: str, value: float) -> str:
     """Return the value of a measurement in four significant digits, of a share in percent."""
     metric = metric_of(name)
     # A loop may log an accuracy in percent, which is above 1.
-    return f"{number(100 * value)}%" if metric and metric.is_share and 0 <= value <= 1 else number(value)
+    return percent(value, 4) if metric and metric.is_share and 0 <= value <= 1 else number(value)
 
 
 def number(value: float | None) -> str:
@@ -78,7 +83,23 @@ def number(value: float | None) -> str:
 def grouped(value: float) -> str:
     """Return a number in four significant digits, thousands apart."""
     text = number(value)
+    # Only whole ones; 12345 has an exponent in four digits: 1.234e+04.
     return f"{int(text):,}" if text.lstrip("-").isdigit() else text
+
+
+def percent(share: float, digits: int = 3) -> str:
+    """Return a share in percent, in so many digits or more: only what is whole is shown as 100%."""
+    value = 100 * share
+    if math.isfinite(value) and abs(value) >= 999.5:
+        return f"{value:,.0f}%"
+    # A gradient of which a few numbers are not 0 has no "100%" zeros.
+    texts = (f"{value:.{each}g}" for each in range(digits, 18))
+    return f"{next(text for text in texts if text != '100' or value == 100)}%"
+
+
+def seconds_text(seconds: float) -> str:
+    """Return a duration in three digits, a long one in whole seconds: `0.25 s`, `5,400 s`."""
+    return f"{seconds:.3g} s" if seconds < 999.5 else f"{seconds:,.0f} s"
 
 
 def shape_text(tensor: Tensor) -> str:

@@ -68,6 +68,7 @@ def losses_text(table: Mapping[str, Any], style: Literal["plain", "json"]) -> st
 
 
 def _status(run: Summary) -> Styled:
+    # Yellow for what did not end as planned: killed, stopped, failed.
     if run.nonfinite_step is None and run.damage is None:
         return run.status, {"finished": "", "running": "green"}.get(run.status, "yellow")
     bad = "" if run.nonfinite_step is None else f", not finite at step {run.nonfinite_step:,}"
@@ -75,6 +76,7 @@ def _status(run: Summary) -> Styled:
 
 
 def _note(run: Summary) -> str:
+    # A line break in a note is a space in the list.
     return cut(one_line(run.note or "").replace("\ufffd", " "), _LONGEST_NOTE)
 
 
@@ -105,6 +107,7 @@ def runs_text(runs: Sequence[Summary], width: int | None = None) -> Text:
 def sweep_text(sweep: Sweep, width: int | None = None) -> Text:
     """Return a sweep as a table, then why steps of runs are missing. width: of the terminal."""
     paths = list(sweep.cases[0].settings)
+    # What is the same in all runs tells nothing about them.
     varied = [path for path in paths if len({str(each.settings[path]) for each in sweep.cases}) > 1]
 
     def setting(path: str) -> Column[SweepRun]:
@@ -146,6 +149,7 @@ def ended_text(case: SweepRun) -> str:
 
 
 def _list_text(columns: Sequence[Column[Row]], rows: Sequence[Row], width: int | None) -> Text:
+    # Piped, a list is never cut: another program reads it.
     page = Page(sys.maxsize if width is None else width)
     page.table(columns, rows, indent=0)
     return page.text
@@ -154,6 +158,7 @@ def _list_text(columns: Sequence[Column[Row]], rows: Sequence[Row], width: int |
 def _size(name: str, rank: int = 0) -> Column[Space]:
     def text(space: Space) -> str:
         size = getattr(space, name)
+        # `0 bytes` in each second cell would hide the numbers.
         return size_text(size) if size else "0"
 
     return Column(name, text, is_number=True, rank=rank)
@@ -188,6 +193,7 @@ def pruning_text(pruning: Pruning) -> str:
 
 def spaces_text(spaces: Sequence[Space], width: int | None = None) -> Text:
     """Return what runs take on the disk as a table, with a line for all of them together."""
+    # A file that runs share counts once, so that the sums are true.
     numbers = [name for name in Space._fields if name not in ("name", "directory", "keep")]
     sums = {name: sum(getattr(each, name) for each in spaces) for name in numbers}
     whole = [Space("all", Path(), **sums)] if len(spaces) > 1 else []

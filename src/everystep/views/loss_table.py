@@ -68,6 +68,7 @@ class LossTable:
 
     def content(self) -> dict[str, Any]:
         """Return the content for a template: texts, the rows as data, and DataTables."""
+        # Numbers as texts: JavaScript would write other digits.
         steps, *numbers = self.frame.get_columns()
         columns = [steps.to_list(), *map(shortest_texts, numbers)]
         return {
@@ -121,6 +122,7 @@ def loss_table(run: RecordedRun, rows: int = 100_000) -> LossTable:
         return LossTable(run.name, frame, total, None, run.damage)
     names = frame.columns[1:]
     # A bucket keeps its step, and at most three rows of each column; 4 leaves room for the ends.
+    # Round numbers, so that the excerpt's steps are easy to read: every 500th.
     widths = (leading * 10**power for power in count() for leading in (1, 2, 5))
     width = next(each for each in widths if each >= total * (1 + 4 * len(names)) / rows)
     kept = [frame.filter(pl.col("step") % width == 0)["step"]]
@@ -131,6 +133,8 @@ def loss_table(run: RecordedRun, rows: int = 100_000) -> LossTable:
         f"every {width:,}th step; of each {width:,} steps the smallest and the largest "
         f"{of_each if names[1:] else names[0]}, and the first that is not finite; the first and the "
         "last step"
+        if names  # else the run has logged nothing
+        else f"one step of each {width:,}"
     )
     return LossTable(run.name, some, total, excerpt, run.damage)
 
@@ -143,6 +147,7 @@ def shortest_texts(values: pl.Series) -> list[str]:
     numbers = values.to_numpy()
     with np.errstate(over="ignore"):
         single = numbers.astype(np.float32)
+    # NaN equals nothing, and has one text in both precisions.
     is_single = (single == numbers) | np.isnan(single)
     texts = [
         str(short) if fits else repr(long)

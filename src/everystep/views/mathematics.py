@@ -24,6 +24,12 @@ from everystep.program.operators import parameters
 
 __all__ = ["Line", "all_arguments", "argument_texts", "kind_of", "mathematics"]
 
+# Operations of a step, as the program has them, and their lines; "~1" marks the first view of a tensor:
+#   addmm(parameter/0.bias, x, parameter/0.weight~1)   #0 = x · 0.weightᵀ + 0.bias
+#   relu(addmm)                                        #1 = relu(#0)
+#   threshold_backward(mm, relu, 0)                    ∂#0 = ∂#1 if #1 > 0 else 0
+#   mm(threshold_backward~1, x)                        0.weight.grad = ∂#0ᵀ · x
+# A result is called ∂#1 only where it is certainly the whole gradient of #1.
 _VIEW = re.compile(r"~\d+$")
 _NUMBERED = re.compile(r"#\d+(\.\d+)?")
 #: Parts of kernel names that are omitted in mathematics.
@@ -94,16 +100,19 @@ class _Naming:
             source = self._differentiated(call, seen.results[results[0]].numel())
             if source and called[results[0]] == f"#{number}":
                 called[results[0]] = f"∂{source}"
+        # backward() begins with it: the derivative of the loss by itself.
         if call.kind == "ones_like" and call.tensors.get("self") == "loss":
             self._called[_base(results[0])] = "1"
             return Line("∂loss", "1", names, {results[0]: "∂loss"})
         self._called.update({_base(name): text for name, text in called.items()})
         if operation.phase in ("forward", "loss"):
+            # How often the forward pass used each: the gradient of what it used twice is a sum of two.
             self._uses.update(text.removesuffix("ᵀ") for text in call.tensors.values())
             for name in results[:1]:
                 size = seen.results[name].numel()
                 self._made[called[name]] = _Made(call.kind, call.tensors, size)
         left = [*dict.fromkeys(text for text in called.values() if not _NUMBERED.fullmatch(text))]
+        # A foreach operator writes a tensor for each parameter.
         if len(left) > 3:
             left[1:] = [f"... ({len(left)} tensors)"]
         return Line(", ".join(left), right_side(call), names, called)
@@ -131,9 +140,11 @@ def _source(made: _Made, call: NamedCall) -> str:
     first = next(iter(made.tensors.values()), "")
     if call.kind == "mm" and made.kind in ("addmm", "mm"):
         right, factor = made.tensors["mat2"], call.tensors.get("mat2", "")
+        # The gradient of `mat1` is the gradient times mat2 transposed, that of `mat2` the reverse.
         is_its_transpose = right == f"{factor}ᵀ" or factor == f"{right}ᵀ"
         return made.tensors.get("mat1", first) if is_its_transpose else ""
     if call.kind == "mul" and made.kind == "mul" and len(made.tensors) == 2:
+        # The derivative by one factor is the gradient times the other.
         others = [text for text in made.tensors.values() if text != call.tensors.get("other")]
         return others[0] if len(others) == 1 else ""
     of_kind = {f"{made.kind}_backward", f"{made.kind}_backward_data"}
@@ -160,12 +171,15 @@ def _lasting_name(base: str) -> str | None:
 
 def _as_view(called: str, tensor: Tensor, base: tuple[int, ...] | None) -> str:
     shape, stride = tuple(tensor.shape), tensor.stride()
+    # Strides alone show a transposed matrix, whatever it is a view of; with a size of 1 they do not.
     if len(shape) == 2 and 1 not in shape and stride[0] == 1 and stride[1] >= shape[0]:
         return f"{called}ᵀ"
     if len(shape) == 2 and base == shape[::-1] and base != shape:
         return f"{called}ᵀ"
+    # Of a tensor from outside, only its view may be known: then its memory tells the size.
     whole = math.prod(base) if base else tensor.untyped_storage().nbytes() // tensor.itemsize
     if tensor.numel() < whole:
+        # A stride of 0 repeats numbers, as an expanded tensor does: it is whole.
         return f"part({called})" if 0 not in stride else called
     if tensor.numel() == whole and not tensor.is_contiguous():
         return f"permute({called})"
@@ -245,6 +259,7 @@ def _as_call(call: NamedCall) -> str:
     for key, (value, is_given) in call.arguments.items():
         tensors = list(references(value))
         if not tensors and (is_backward or not is_given or _is_usual(value, defaults.get(key))):
+            # As in Python, arguments after an omitted one need their names.
             is_named = not is_backward
             continue
         text = call[key] if len(tensors) <= 3 else f"{len(tensors)} tensors"

@@ -20,6 +20,7 @@ DERIVED: dict[str, Callable[[Any], dict[str, Any]]] = {}
 
 def as_json(data: Any) -> str:
     """Return plain data as JSON."""
+    # NaN is not JSON, and other programs refuse it: `plain_data` has made texts of it.
     return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
 
 
@@ -27,6 +28,7 @@ def plain_number(value: float | None) -> float | str | None:
     """Return a number in the fewest digits that give it back; nan, inf and -inf are texts."""
     if value is None or not math.isfinite(value):
         return value if value is None else str(value)
+    # 0.1 of float32 is 0.10000000149011612 as a float of Python, which JSON would print.
     return float(shortest(value))
 
 
@@ -57,6 +59,7 @@ def plain_data(value: Any) -> Any:
         return found | {"line": None if value.line is None else value.line.data()}
     names = None
     if is_dataclass(value):
+        # Fields without a repr are the machinery behind an answer, such as its opened steps.
         names = [each.name for each in fields(value) if each.repr]
     elif isinstance(value, tuple) and hasattr(value, "_fields"):
         names = list(value._fields)
@@ -69,4 +72,5 @@ def plain_data(value: Any) -> Any:
         return [plain_data(item) for item in value]
     if isinstance(value, datetime):
         return value.astimezone(UTC).isoformat()
+    # Tensors, and arrays and numbers of NumPy.
     return plain_data(value.tolist()) if hasattr(value, "tolist") else str(value)

@@ -57,8 +57,10 @@ def loss_plot(
     Raises:
         UsageError: none of the runs has a measurement.
     """
+    # By directory, since a run may be named twice, by different paths.
     runs = [*{rank.directory.resolve(): rank for run in runs for rank in run.shown_ranks}.values()]
     count = Counter(run.name for run in runs)
+    # Runs of two directories may have one name; curves of one name would be one curve.
     names = [_plain(run.name if count[run.name] == 1 else str(run.directory)) for run in runs]
     curves = dict(zip(names, (run.losses for run in runs), strict=True))
     damage = [_plain("\n".join(wrap(run.damage, _CAPTION_WIDTH))) for run in runs if run.damage]
@@ -89,7 +91,9 @@ def sweep_plot(
     if not runs:
         raise UsageError("nothing to plot; no run has begun")
     paths = dict.fromkeys(path for each in settings for path in each)
+    # As text: settings may be lists, which no set can hold.
     varied = [path for path in paths if len({str(each.get(path)) for each in settings}) > 1]
+    # Seeds last: they show the scatter within a setting.
     varied.sort(key=lambda path: path == "seed")
     colour, panel = [*varied, "", ""][:2]
     panel = "" if panel == "seed" else panel
@@ -146,6 +150,7 @@ def _plot(
         rug = p9.geom_rug(p9.aes(x="step"), data=wrong, inherit_aes=False, sides="b", colour=ALARM)
         layers.append(rug)
     others = [name for name in dict.fromkeys(measurements) if not name.endswith("loss")]
+    # plotnine refuses a log axis without any point.
     log = log and any(map(len, [*points, lines]))
     y = ", ".join(["loss", *map(_plain, others)])
     layers += _finish(log, y, "" if several else names[0], notes)
@@ -161,6 +166,7 @@ def save_plot(plot: p9.ggplot, path: str | Path) -> None:
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
         raise UsageError(f"{path}: plots are saved as {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+    # In memory first, so that a failure leaves no half of a file.
     content = io.BytesIO()
     # A later plot may replace it: see `default_output`.
     mark = {"metadata": {"Software": "everystep"}} if suffix == ".png" else {}
@@ -180,6 +186,7 @@ def _drawable(frame: pl.DataFrame, name: str, column: str, log: bool, notes: lis
             notes.append(f"{name}: the log axis omits {left_out:,} {what} of 0 or less")
         finite = positive
     if len(finite) > MOST:
+        # Extremes so that no spike is lost, and evenly spaced points so that the density stays visible.
         extremes = reduce(finite, BUCKETS, value=column)
         spread = finite.gather_every(len(finite) // SPREAD)
         finite = pl.concat([extremes, spread]).unique("step").sort("step")
@@ -194,6 +201,7 @@ def _nonfinite(frame: pl.DataFrame, name: str, notes: list[str]) -> pd.DataFrame
             f"{name}: the loss is not finite at {len(wrong):,} of {len(frame):,} steps, "
             f"first {wrong['loss'].item(0)} at step {wrong['step'].item(0):,}"
         )
+    # Rounded up, so that no more than MARKS are drawn.
     return _pandas(wrong.gather_every(max(1, -(-len(wrong) // MARKS))), name, "loss")
 
 
@@ -216,6 +224,8 @@ def _measured(
             raise UsageError(f"no measurement {wanted!r}; {cure}")
         for run, frame, name in zip(runs, frames, names, strict=True):
             of_run = frame.filter(pl.col("name") == wanted)
+            # A learning rate is recorded where it changes; a line from change to change would be a
+            # slope.
             if run.facts.is_setting(wanted) and len(of_run):
                 of_run = _held(of_run, run.newest_step())
             line = _drawable(of_run, f"{name}, {_plain(wanted)}", "value", log, notes)

@@ -80,6 +80,7 @@ class TerminalProgress(Silent):
             text = "".join(
                 f"{step}\t{shortest(loss)}\n"
                 for step, loss in enumerate(losses, first_step)
+                # `_every` is 1 except in a notebook.
                 if step in (1, self._last) or step % self._every == 0
             )
             self._lines(text)
@@ -108,6 +109,7 @@ class _Speed(bars.ProgressColumn):
     """Steps per second."""
 
     def render(self, task: bars.Task) -> Text:
+        # Slower ones would be 0/s.
         speed = task.finished_speed or task.speed
         return Text(f"{speed:,.0f}/s" if speed and speed >= 1 else "", style="dim")
 
@@ -146,6 +148,7 @@ def line_for_each(
     line for each run; what went wrong is printed in any case.
     """
     if is_shown and left:
+        # To watch it, from another terminal.
         runs = f"{left:,} of {total:,} runs, {how}"
         print(clean(f"{runs}: everystep view {shlex.quote(str(directory))}"), file=sys.stderr)
     with counting("runs", left, is_shown) as advance:
@@ -166,6 +169,7 @@ def _bar(console: Console, what: str, total: int, text: str, *, is_shown: bool =
     bar = bars.Progress(
         bars.TextColumn("{task.description:<8}"),
         bars.BarColumn(bar_width=32),
+        # As wide from the first step as at the last one: the line does not move.
         bars.TextColumn("{task.completed:>{task.fields[width]}}/{task.total}"),
         bars.TextColumn("{task.fields[text]:<14}"),
         _Speed(),

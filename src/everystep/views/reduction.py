@@ -50,10 +50,12 @@ def _extremes(frame: polars.DataFrame, begins: NDArray[np.int64], value: str) ->
 
     A frame of up to two rows for each bucket is returned unchanged.
     """
+    # A bucket without rows, such as steps without a measurement, begins where the next one does.
     starts = np.unique(np.searchsorted(frame["step"].to_numpy(), begins))
     if len(frame) <= 2 * len(starts):
         return frame
     values = frame[value].to_numpy()
+    # The ends hold the axes in place, whatever their values.
     kept = [0, len(values) - 1]
     # A bucket fits into the processor's cache; arrays of all rows do not.
     for begin, end in pairwise([*starts.tolist(), len(values)]):

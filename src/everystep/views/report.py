@@ -27,6 +27,7 @@ ROWS = 50_000
 #: The page's modules; the one that draws a report; how modules name each other.
 _STATIC = Path(__file__).parent.parent / "page" / "static"
 _FIRST = "report/report.js"
+# e.g. "./plot.js" in `import { draw } from "./plot.js";`
 _IMPORT = re.compile(r'(?<=")\.{1,2}/[\w/.-]+\.js(?=")')
 
 
@@ -46,6 +47,8 @@ class Report(str):
 
     def _repr_html_(self) -> str:
         return (
+            # In a frame of its own: styles and scripts of the page do not reach the notebook, nor the
+            # reverse.
             f'<iframe srcdoc="{escape(str(self))}" sandbox="allow-scripts allow-downloads" '
             f'title="{escape(f"report of {self._name}")}" '
             'style="width: 100%; height: 45rem; border: 1px solid #8886"></iframe>'
@@ -70,6 +73,7 @@ def report_html(run: RecordedRun, opened: Markup | None = None, modules: Sequenc
     table = loss_table(run, rows=ROWS)
     facts = run.facts
     losses = table.frame.select("step", "loss") if facts.has_loss else table.frame[:0]
+    # Of a run without losses, any column, and empty: it has no landmarks.
     columns = [losses["step"].to_numpy(), losses[losses.columns[-1]].to_numpy()]
     return rendered(
         "report.html",
@@ -102,6 +106,8 @@ def summary_html(run: RecordedRun) -> str:
 def _inlined(first: Sequence[str]) -> dict[str, str]:
     """Return modules of the page and all their imports, by bare names, each as a data: address."""
     found: dict[str, str] = {}
+    # Each module becomes one data: address in the page's import map, e.g. of report/report.js:
+    #   {"report/report.js": "data:text/javascript;...", "plot/plot.js": "data:text/javascript;...", ...}
     due = [*first]
     while due:
         name = due.pop()

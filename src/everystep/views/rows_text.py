@@ -58,6 +58,7 @@ def rows_text(
     """
     title = f"{name}, step {step.number:,}: loss {number(step.loss)}"
     orders = orders_of(step.rows, by, parameter)
+    # Neither loss nor gradient is known by row: the reasons are all there is.
     if not orders:
         return "\n".join([title, "", *about_rows(step, parameter)])
     order, places = next(iter(orders.items()))
@@ -90,11 +91,13 @@ def about_rows(step: Step, parameter: str | None = None) -> list[str]:
     known = [name for name in names if isinstance(rows.gradients[name], Share)]
     if known:
         which = known[0] if parameter else f"{len(known)} of {len(names)} parameters"
+        # The norm of all these gradients together.
         rest = math.hypot(*(each.rest for each in _shares(rows, known)))
         lines.append(
             f"gradient: 2-norm of the row's term in the gradient of {which}, before clipping"
             + _rest(rest)
         )
+    # By reason: parameters often share one, and it is long.
     unknown: dict[Reason, list[str]] = {}
     for name in names:
         if not isinstance(reason := rows.gradients[name], Share):
@@ -170,6 +173,7 @@ def rows_data(
                     if isinstance(each, Share)
                 },
             }
+            # Rows of both orders, each once.
             for place in sorted({place for order in orders.values() for place in order[:most]})
         },
     }
@@ -189,6 +193,7 @@ def _numbers(rows: Rows, parameter: str | None) -> dict[str, Tensor]:
         found["loss"] = rows.loss
     with suppress(RunError):
         found["gradient"] = rows.gradient_of(*names)
+        # Of a gradient of 0, no row has a share.
         if whole := math.hypot(*(each.whole for each in _shares(rows, names))):
             found["share"] = found["gradient"] / whole
     return found

@@ -91,6 +91,7 @@ class RunView(NamedTuple):
         shown = self.shown(answer)
         if isinstance(shown, str):
             return _HTML.format(code=escape(shown))
+        # Recorded, not printed: rich turns its styles into HTML.
         console = Console(file=io.StringIO(), record=True, color_system="truecolor")
         console.print(shown, soft_wrap=True)
         return console.export_html(inline_styles=True, code_format=_HTML)
@@ -126,6 +127,7 @@ def _verify_text(found: Verification, view: RunView) -> str:
         *(("problem", problem) for problem in found.problems),
     ]
     verdict = "replays bit for bit" if found.is_exact else "does not replay bit for bit"
+    # The lines about losses and snapshots would only say that all 0 of them are identical.
     if not found.all_steps and found.is_exact:
         return block(lines[:3], f"{view.run.name} has nothing to verify")
     what = f"what {view.run.name} keeps" if facts.not_kept else view.run.name
@@ -139,6 +141,7 @@ def _replayed_text(found: Verification, facts: Facts) -> str:
         f"{counted(steps, 'step')} with {counted(count, 'thread')}"
         for count, steps in sorted(found.threads.items())
     )
+    # A loop may keep only some of its steps: the others are not missing.
     missing = _kept(found, facts) - found.steps
     left_out = f"; {missing:,} of {found.all_steps:,} could not be" if missing else ""
     kept = f"; {kept_text(facts, found.all_steps)}" if facts.not_kept else ""
@@ -164,10 +167,12 @@ def _share(count: int, whole: int) -> str:
 
 
 def _apart(recorded: float, replayed: float, units: int | None) -> str:
+    # Imported here, as in all functions below that need torch: the list of runs does without it.
     from everystep.step.state import READABLE
 
     if not units:
         return ""
+    # Millions of units in the last place mean nothing to a reader.
     if units > READABLE:
         return f", {abs(recorded - replayed):.4g} apart" if math.isfinite(recorded - replayed) else ""
     return f", {units:,} units in the last place apart"
@@ -177,6 +182,7 @@ def _snapshots_text(found: Verification) -> str:
     if not found.states:
         return f"{_share(found.snapshots, found.all_snapshots)} after state 0 bit-identical"
     states = sorted({each.state for each in found.states})
+    # Later states differ in more tensors, as a consequence of the first.
     first = [each for each in found.states if each.state == states[0]]
     text = f"{len(states):,} of {found.snapshots:,} differ, first state {states[0]:,}:\n"
     return text + tensors_text(first)
@@ -187,10 +193,11 @@ def _measured_text(found: Measured, view: RunView | None) -> str:
     if not values:
         return f"{found.name}: no values"
     (first, begin), (last, end) = values[0], values[-1]
+    # One NaN would be the smallest and the largest of all.
     finite = [value for value in found.values.values() if math.isfinite(value)]
     span = f", from {number(min(finite))} to {number(max(finite))}" if finite else ""
     text = (
-        f"{found.name}: {len(values):,} values{span}; "
+        f"{found.name}: {counted(len(values), 'value')}{span}; "
         f"{number(begin)} at step {first:,}, {number(end)} at step {last:,}"
     )
     return f"{text}\n{skipped_text(found.left_out)}" if found.left_out else text
@@ -226,6 +233,7 @@ def _nonfinite_text(found: NonFinite, view: RunView) -> str:
     from everystep.answers.operations import name_in_words
 
     infinite = "infinite number" + "s" * (found.infinities > 1)
+    # e.g. "2 NaN and 1 infinite number".
     counts = (found.nans, "NaN"), (found.infinities, infinite)
     what = " and ".join(f"{count:,} {kind}" for count, kind in counts if count)
     step, how = found.step.number, _by_own_code(found)
@@ -252,6 +260,7 @@ def _nonfinite_text(found: NonFinite, view: RunView) -> str:
     if found.why is not None:
         from everystep.views.why_text import why_text
 
+        # Without its heading: the step is named in the first line.
         lines.append(why_text(found.why).plain.partition("\n")[2].rstrip())
     return "\n".join(lines)
 
@@ -312,6 +321,7 @@ def _diagnosis_text(found: Diagnosis, view: RunView | None = None) -> str:
     findings: list[str] = []
     for each in found.findings:
         findings += [labelled("place", each.place), labelled("problem", each.problem)]
+        # Cures are written for any run: `everystep resume RUN`.
         findings += [labelled("cure", each.cure.replace("RUN", found.name)), ""]
     checked = f"{', '.join(found.checked)}, by their digests" if found.checked else ""
     lines = [("readable", "\n".join(found.readable) or "nothing"), ("checked", checked)]
@@ -327,9 +337,12 @@ def _what_if_text(found: WhatIf, view: RunView) -> str:
 
     def changed(case: Case) -> str:
         if is_of_rates:
-            return "as recorded" if case.lr is None else f"{case.lr:g}"
+            return "as recorded" if case.lr is None else _given_text(case.lr)
         if relabelled is not None:
-            texts = [f"{row}: {one:g} | {other:g}" for row, (one, other) in case.targets.items()]
+            texts = [
+                f"{row}: {_given_text(one)} | {_given_text(other)}"
+                for row, (one, other) in case.targets.items()
+            ]
             return named(texts, _ROWS_NAMED) or "as recorded"
         return named(case.rows, _ROWS_NAMED) or "none"
 
@@ -342,9 +355,11 @@ def _what_if_text(found: WhatIf, view: RunView) -> str:
         [found.recorded, *found.cases],
     )
     title = f"{found.name}, trained again from state {found.at:,}: {found.by} at step {found.until:,}"
+    # The earliest of all trainings: up to there, the table is certain for each of them.
     differs = min((c.differs_from for c in found.cases if c.differs_from is not None), default=None)
     notes = [] if is_of_rates else [about_numbers(found.source)]
     if relabelled is not None and not found.source:
+        # Rows of a loop have no numbers in a data set: they are named by a batch that had them.
         notes[0] += f" of step {found.at + 1:,}; found in step {named(relabelled.found_in, _ROWS_NAMED)}"
         notes.append("what your code made of the targets outside of torch stays as recorded")
     if is_of_rates and not found.source:
@@ -360,11 +375,17 @@ def _what_if_text(found: WhatIf, view: RunView) -> str:
     return "\n".join([title, "", *table, *([""] if notes else []), *notes])
 
 
+def _given_text(number: float) -> str:
+    """Return a number that the user gave as they would write it: 4, 0.001, 1234567."""
+    return shortest(number).removesuffix(".0")
+
+
 def _change(case: Case, known: float | None) -> str:
     if not case.rows and case.lr is None and not case.targets:
         return ""
     if known is None or case.value is None:
         return "-"
+    # A sign in front of nan has no meaning.
     return f"{case.value - known:+.4g}".replace("+nan", "nan")
 
 

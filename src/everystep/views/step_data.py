@@ -27,6 +27,12 @@ from everystep.views.update_formula import UpdateFormula, update_formulas
 __all__ = ["SegmentSeen", "as_it_happened", "step_data", "tensor_of"]
 
 
+# The segments of a loop's step with two models and two optimizers:
+#   forward of maker   #0
+#   forward of judge   #1
+#   loss, backward     #2 to #4, #5 to #13
+#   update of_judge    #14 to #15   settings {"lr": 0.01}, parameters ["judge.weight", "judge.bias"]
+#   update of_maker    #16 to #21   settings {"lr": 0.1}, parameters ["maker.weight", "maker.bias"]
 class SegmentSeen(NamedTuple):
     """A segment of a step.
 
@@ -51,14 +57,17 @@ def as_it_happened(step: Step, training: TrainingFacts) -> tuple[list[SegmentSee
     """
     is_own, optimizers = training.loop is None, training.optimizers
     updates = step.updates.items()
+    # What a loop changes can be any parameters, and only a look at them tells.
     left = [n for n, u in updates if is_own or not torch.equal(u.before, u.after)]
     known = {name: update_formulas(step.operations, {name: o}) for name, o in optimizers.items()}
     segments = step.segments(() if training.loop is None else training.loop.parts)
+    # Before the backward pass, as in the chapter's loop; it has no operations: last < first.
     if is_own and all(each.phase != "zero_grad" for each in segments):
         at = next((n for n, each in enumerate(segments) if each.phase == "backward"), len(segments))
         first = segments[at - 1].last + 1 if at else 0
         segments.insert(at, Segment("zero_grad", None, first, first - 1))
     found = []
+    # From the last on: a parameter that several segments change belongs to the last of them.
     for segment in reversed(segments):
         if segment.phase != "update":
             found.append(SegmentSeen(segment))
@@ -142,6 +151,7 @@ def network(step: Step, modules: Mapping[str, ModuleFacts]) -> list[dict[str, An
 
     modules: of the model, by path.
     """
+    # Modules with others inside, by path: "0.1" is in "0".
     containers = {path.rpartition(".")[0] for path in modules if path}
     operations: dict[str, list[int]] = {}
     backward: dict[str, list[int]] = {}
@@ -168,6 +178,7 @@ def _follows(step: Step, before: list[int], operations: list[int]) -> bool:
     """Return whether a layer uses the output of the previous one; True for one without operations."""
     if not before or not operations:
         return True
+    # What depends on the layer before, from its own results on.
     reached: set[str] = set()
     for number in range(before[0], operations[-1] + 1):
         seen = step.operations[number]
@@ -182,6 +193,7 @@ def _follows(step: Step, before: list[int], operations: list[int]) -> bool:
 def _in_order(step: Step, operations: dict[str, list[int]]) -> list[str]:
     """Return the paths of modules; one without operations comes after the module before it."""
     places: dict[str, float] = {path: numbers[0] for path, numbers in operations.items()}
+    # Between the operations of its neighbours: numbers are whole, and places of such modules are halves.
     last = -0.5
     for path in step.activations:
         if path in operations:
@@ -194,6 +206,7 @@ def _in_order(step: Step, operations: dict[str, list[int]]) -> list[str]:
 def _described(module: ModuleFacts | None, is_container: bool) -> dict[str, str]:
     """Return a module's class, its printed settings, and both together."""
     name = module.class_name if module else ""
+    # The settings of a container are the modules in it, which have lines of their own.
     if module is None or is_container or "\n" in module.arguments:
         return {"type": name, "arguments": "", "text": name}
     return {"type": name, "arguments": module.arguments, "text": f"{name}({module.arguments})"}
@@ -224,6 +237,7 @@ def _input_shape(step: Step, operations: list[int]) -> list[int] | None:
         seen = step.operations[number]
         made |= _bases(seen.results)
         for name, tensor in seen.inputs.items():
+            # The first tensor that it neither made nor owns.
             if not name.startswith(_OWN) and _bases([name]).isdisjoint(made):
                 return list(tensor.shape)
     return None
@@ -261,6 +275,7 @@ class _Tensors:
         if is_complex := tensor.is_complex():
             about["statistics_of"] = "absolute values"
         if self._values:
+            # JSON has no complex numbers: they become pairs.
             content = torch.view_as_real(tensor.detach().resolve_conj()) if is_complex else tensor
             about["values"] = content.tolist()
         return id
@@ -385,6 +400,7 @@ def tensor_of(step: Step, id: str, facts: Facts) -> Tensor:
     elif kind == "operations":
         number, _, own = rest.partition("/")
         role, _, name = own.partition("/")
+        # By text: int() also takes " 7" and "+7", which would be further names of one tensor.
         seen = {str(place): each for place, each in enumerate(step.operations)}.get(number)
         if seen is not None and role in ("inputs", "results"):
             found[id] = getattr(seen, role).get(name)

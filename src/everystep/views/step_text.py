@@ -24,7 +24,7 @@ from everystep.views.batch_text import (
     other_values,
     targets,
 )
-from everystep.views.formatting import cut, grouped
+from everystep.views.formatting import cut, grouped, percent
 from everystep.views.mathematics import argument_texts, mathematics
 from everystep.views.step_data import SegmentSeen, as_it_happened
 from everystep.views.tensor_texts import (
@@ -114,6 +114,13 @@ def step_text(
     return opened.page.text
 
 
+# A page in the order of the step; headings are the phases:
+#   two-layer-1, step 137 of 500
+#   batch       rows 3, 17, 4, ... (64 of 1,000)
+#   forward     #0  0  x · 0.weightᵀ + 0.bias  the shape and statistics of the result
+#   loss  zero_grad  backward
+#   grads       what backward left
+#   update      the formula, once for all parameters that share it, then how far each of them went
 class _Opened:
     """A step on its way to a page.
 
@@ -139,11 +146,13 @@ class _Opened:
             self._batch()
         segments, changed_otherwise = as_it_happened(self.step, self.training)
         shown = [each for each in segments if phase in (None, each.segment.phase)]
+        # A phase that is asked for and has no operations gets its heading, and a line that says so.
         if not shown and phase in get_args(Phase):
             shown = [SegmentSeen(Segment(cast("Phase", phase), None, 0, -1))]
         phases = [each.segment.phase for each in shown]
         for number, seen in enumerate(shown):
             self._segment(seen, in_full, is_first=phases[number] not in phases[:number])
+            # After the last of several: earlier ones leave only a part.
             if phases[number] == "backward" and "backward" not in phases[number + 1 :]:
                 self._gradients()
         if phase is None and "backward" not in phases:
@@ -151,6 +160,7 @@ class _Opened:
         if phase is None and changed_otherwise:
             self.page.heading("changed", "outside the updates")
             self.page.table(UPDATES, [self._update_row(name, None) for name in changed_otherwise])
+        # A footnote, only on pages with a complex tensor.
         if f", {ABSOLUTE}" in self.page.text.plain:
             self.page.blank()
             self.page.line((f"{ABSOLUTE}: numbers are complex, statistics of absolute values", "dim"))
@@ -195,6 +205,7 @@ class _Opened:
 
     def _about_classes(self) -> dict[str, str]:
         """Return explanations of tensors, by id; classes with their numbers as names need none."""
+        # Of a data set of digits, the name of class 3 is "3".
         names = self.classes or []
         if names == [str(number) for number in range(len(names))]:
             return {}
@@ -226,6 +237,7 @@ class _Opened:
             return f"bit-identical, {how}"
         losses = [shortest(loss) for loss in (step.loss, step.recorded_loss)]
         here = f"replayed loss {losses[0]}, recorded {losses[1]}"
+        # A step before this one differs, and this loss happens to agree.
         if losses[0] == losses[1]:
             here = f"this loss matches, but step {step.diverged_at:,} differs"
         if not self.training.has_loss:
@@ -291,6 +303,7 @@ class _Opened:
             page.blank()
         for place in range(first, last + 1) if in_full else ():
             self._operation_in_full(place)
+        # zero_grad may set gradients to None, which is no operation.
         if last < first and phase != "zero_grad":
             page.line(("no operations", "dim"), indent=_INDENT)
         elif first <= last and not in_full:
@@ -310,6 +323,7 @@ class _Opened:
         """Return the optimizer with its settings, first those recorded at each step."""
         optimizer = self.training.optimizers.get(seen.optimizer or "")
         name, settings = optimizer_parts({"": optimizer}) if optimizer else ("", {})
+        # As recorded in this step: a scheduler may have changed what the optimizer was made with.
         shown = {key: repr(float(shortest(value))) for key, value in seen.settings.items()}
         shown |= {k: v for k, v in settings.items() if k not in (*shown, "decoupled_weight_decay")}
         texts = [f"{key} = {value}" for key, value in shown.items()]
@@ -327,6 +341,7 @@ class _Opened:
         self.page.line((f"#{first}{several}", "dim"), indent=_INDENT)
         if limit is not None:
             self.page.line((self._clipping(limit), ""), indent=_INDENT)
+        # Most parameters share one formula, which would be written as often as there are parameters.
         of_formula: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = {}
         for parameter, formula in seen.formulas.items():
             of_formula.setdefault((formula.operators, formula.calls), []).append(parameter)
@@ -348,7 +363,7 @@ class _Opened:
         norms = (grouped(norm(each)) for each in (update.before, update.after, update.change))
         return dict(zip(("norm before", "norm after", "norm of change"), norms, strict=True)) | {
             "parameter": name,
-            "relative": f"{100 * update.relative_size:.3g}%",
+            "relative": percent(update.relative_size),
             "by": _operations_text(formula.numbers) if formula else "",
         }
 

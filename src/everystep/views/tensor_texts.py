@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from everystep.replay.opened_step import statistics
-from everystep.views.formatting import dtype_text, grouped, shape_text
+from everystep.views.formatting import dtype_text, grouped, percent, shape_text
 from everystep.views.terminal import Cell, Column, Page, Styled, keyed
 
 __all__ = ["ABSOLUTE", "NUMBERS", "numbers_of", "statistics_text", "write_numbers", "write_tensors"]
@@ -45,7 +45,8 @@ def numbers_of(tensor: Tensor) -> dict[str, Cell]:
     if tensor.numel() != 1:
         values = zip(("mean", "std", "min", "max"), seen[:4], strict=True)
         found |= {name: "" if math.isnan(value) else grouped(value) for name, value in values}
-        found["zeros"] = f"{100 * seen.zeros:.3g}%" if seen.zeros > 0 else ""
+        found["zeros"] = percent(seen.zeros) if seen.zeros > 0 else ""
+    # Statistics are of finite numbers, and this one is not.
     elif seen.nonfinite:
         found["mean"] = grouped(float(tensor.abs() if tensor.is_complex() else tensor)), "bold red"
     else:
@@ -91,6 +92,7 @@ def write_tensors(page: Page, named: Mapping[str, Tensor], title: str = "", *, v
 
 def write_numbers(page: Page, tensor: Tensor, *, indent: int) -> None:
     """Add the numbers of a tensor, in six significant digits."""
+    # NumPy has no bfloat16: all floating-point numbers become float64, in which they are exact.
     values = tensor.detach().cpu()
     if values.dtype.is_floating_point:
         values = values.double()

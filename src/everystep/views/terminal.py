@@ -67,6 +67,7 @@ def table_lines(
 
     width: of the lines, reached by cutting cells and omitting columns.
     """
+    # All cells first: the widest one of each column decides what fits.
     filled = [_Filled(column, [column.cell(row) for row in rows]) for column in columns]
     shown = _fitting([each for each in filled if each.has_text or not rows], width)
     is_narrow = any(each.width < each.widest for each in shown)
@@ -74,6 +75,7 @@ def table_lines(
     if any(headings):
         yield _line(shown, [(heading, "dim") for heading in headings])
     for row in zip(*(each.cells for each in shown), strict=True):
+        # Only a cut cell needs folding, and most tables are not cut.
         if is_narrow:
             folded = (each.folded(cell) for each, cell in zip(shown, row, strict=True))
             yield from (_line(shown, line) for line in zip_longest(*folded, fillvalue=("", "")))
@@ -107,9 +109,11 @@ class _Filled:
 
 def _fitting(columns: list[_Filled], width: float) -> list[_Filled]:
     """Return the columns that a table of this width shows; cuts those that may be cut."""
+    # A column is left out only where cutting all that may be cut is not enough.
     for rank in sorted({each.column.rank for each in columns} - {0}, reverse=True):
         if _total(min(each.width, each.column.least or each.width) for each in columns) > width:
             columns = [each for each in columns if each.column.rank != rank]
+    # From the right, so that the first columns, by which a reader finds a row, are cut last.
     for each in reversed(columns):
         excess = _total(other.width for other in columns) - width
         if each.column.least and excess > 0:
@@ -152,6 +156,7 @@ class Page:
         line = Text(" " * indent)
         for text, style in pieces:
             line.append(one_line(text), style=style or None)
+        # The padding of the last column would wrap in a narrow terminal.
         line.rstrip()
         self.text.append(line).append("\n")
 
@@ -186,5 +191,6 @@ class SafeConsole(Console):
     def render(self, *given: Any, **named: Any) -> Iterator[Segment]:
         """Yield the pieces of something to print, cleaned."""
         for segment in super().render(*given, **named):
+            # Control segments are rich's own, such as those that move a progress bar.
             is_text = segment.control is None
             yield segment._replace(text=clean(segment.text)) if is_text else segment

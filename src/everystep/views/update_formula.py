@@ -61,10 +61,15 @@ class _Term(NamedTuple):
         return self.operators if self.strength >= strength else f"({self.operators})"
 
 
+# SGD with momentum, operation by operation; a term is kept for each tensor that was written:
+#   mul_(momentum_buffer, 0.9)           momentum_buffer * 0.9
+#   add_(momentum_buffer, grad)          momentum_buffer * 0.9 + param.grad
+#   add_(param, momentum_buffer, -0.1)   param - 0.1 * (momentum_buffer * 0.9 + param.grad)
 class _Composer:
     """Expresses each tensor, at the current operation, by the tensors before the update."""
 
     def __init__(self, optimizers: Mapping[str, OptimizerFacts]) -> None:
+        # Of several, it is unknown which one updates a parameter.
         alone = next(iter(optimizers.values())) if len(optimizers) == 1 else None
         known = _documented(alone) if alone and alone.is_torchs else None
         self._settings = (f"{optimizers_text(optimizers)}, as the run began",)
@@ -153,6 +158,7 @@ def _composed(kind: str, arguments: dict[str, Any]) -> _Term:
     ]
     numbers: frozenset[int] = frozenset().union(*(term.numbers for term in terms))
     of: frozenset[str] = frozenset().union(*(term.parameters for term in terms))
+    # A copy is what was copied: the last argument.
     if kind in ("clone", "copy") and terms:
         return terms[-1]._replace(numbers=numbers, parameters=of)
     texts = {key: _text(value, "calls") for key, value in arguments.items()}
@@ -166,10 +172,12 @@ def _composed(kind: str, arguments: dict[str, Any]) -> _Term:
         inner = ", ".join(_text(value, "operators") for value in arguments.values())
         return _Term(f"{kind}({inner})", calls, _ATOM, numbers, of)
     strength = _PRODUCT if sign in "*/" else _SUM
+    # a - (b + c) needs its parentheses, a + (b + c) does not.
     second = right.within(strength + 1 if sign in "-/" else strength)
     alpha = arguments.get("alpha")
     if alpha is not None and alpha.operators not in ("1", "1.0"):
         factor = alpha.operators
+        # Adding -0.1 times something is written as subtracting 0.1 times it.
         if factor.startswith("-"):
             sign, factor = ("-" if sign == "+" else "+"), factor[1:]
         second = right.within(_PRODUCT)
@@ -193,6 +201,7 @@ def _documented(optimizer: OptimizerFacts) -> tuple[str, ...] | None:
     if optimizer.class_name not in UPDATES or not optimizer.groups:
         return None
     flags = [{key: bool(group.get(key)) for key in _FLAGS} for group in optimizer.groups]
+    # Param groups of different algorithms have no formula in common.
     if any(each != flags[0] for each in flags):
         return None
     # A number that is 0 in one param group only is in the formula of all.
@@ -218,6 +227,7 @@ def _lines(optimizer: str, settings: Mapping[str, Any], *, is_first: bool = Fals
     assigned = found.definitions | {
         key: text for key, text in found.results.items() if text not in found.definitions
     }
+    # The count of steps is no line of the update.
     del assigned["t"]
 
     def renamed(word: re.Match[str]) -> str:

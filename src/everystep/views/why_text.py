@@ -40,6 +40,14 @@ def why_text(found: Why, *, name: str = "", width: int = 100) -> Text:
     return page.text
 
 
+# For run.why(3, "gradients['0.weight'][2, 1]", terms=1), it writes
+#   gradients['0.weight'][2, 1]  0.0660336  #10[2, 1]         what was asked, the number, its own name
+#     #10  0.weight.grad = ∂#0ᵀ · x  (backward of 0)          `_made`
+#     from the sum of 8 terms self * mat2
+#              term  self                   mat2              `_columns`, then `_rows`
+#        0.09333699  #9[3, 2]  0.090104215  batch.x[3, 1]  1.0358782  row 3
+#       -0.02730335  7 more
+#     ≈ 0.066033594  off by 7.451e-09                         `_check_text`
 class _Writer:
     def __init__(self, page: Page, found: Why) -> None:
         self.page = page
@@ -52,6 +60,7 @@ class _Writer:
         exact = "bit-identical" if step.is_exact else f"differs from step {step.diverged_at} on"
         where = f"{name}, step {step.number:,}" if name else f"step {step.number:,}"
         self.page.line((where, "bold"), (f"  replayed, {exact}", "dim"))
+        # The way of a NaN has lines of its own; other followed numbers are blocks like the first.
         blocks = [self.found, *(_below(self.found) if self.found.began is None else ())]
         for each in blocks:
             self._block(each)
@@ -68,6 +77,7 @@ class _Writer:
         if through:
             self.page.blank()
             self.page.line(("through", "dim"))
+            # Those that the answer itself has left out are in the middle, too.
             left_out = len(through) - 2 * _ENDS + self.found.left_out
             for place, each in enumerate(through):
                 if left_out > 0 and place == _ENDS:
@@ -97,6 +107,7 @@ class _Writer:
     def _block(self, each: Why) -> None:
         number = each.number
         name = each.asked or number.name
+        # #7[17,3] and #7[17, 3] are one name.
         is_same = name.replace(" ", "") == number.name.replace(" ", "")
         also = ("" if is_same else f"  {number.name}") + f"  {self._where(number)}"
         self.page.blank()
@@ -123,6 +134,7 @@ class _Writer:
     def _made(self, each: Why) -> str:
         if each.operation is None:
             return each.note or each.origin
+        # The mathematics of a step is of all its operations: made once for the numbers of one step.
         place = each.number.rank, each.number.step
         if place not in self.lines:
             self.lines[place] = mathematics(each.step.operations)
@@ -150,6 +162,7 @@ def _below(found: Why) -> Iterator[Why]:
 
 def _columns(each: Why) -> list[Column[Mapping[str, Cell]]]:
     """Return the columns of the numbers of an answer: a term, its numbers, where they are from."""
+    # Groups have different arguments; the titles are those of the one with the most terms.
     most = max(len(_numbers(term)) for group in each.groups for term in group.terms or (Term({}),))
     main = max(each.groups, key=lambda group: group.count)
     names = [*main.terms[0].numbers, *main.terms[0].weights] if _is_sum(each) and main.terms else []
@@ -200,6 +213,7 @@ def _check_text(each: Why) -> list[tuple[str, str]]:
     if each.is_equal:
         return [("= ", "bold"), (exact_text(each.number), ""), ("  the same bits", "dim")]
     text = _text_of(each.recomputed, each.number.dtype)
+    # Whole numbers and truths are right or wrong: no distance says anything.
     if isinstance(each.number.value, bool | int) or each.recomputed != each.recomputed:
         return [("\N{NOT EQUAL TO} ", "bold"), (text, "")]
     off = each.number.value - each.recomputed
@@ -239,6 +253,7 @@ def _digits_text(value: Any) -> str:
 
 
 def _of_number(value: Number) -> dict[str, Any]:
+    # Linked where the page can ask again: nothing is behind a number of the batch.
     is_linked = value.is_made or value.name.startswith(("parameters", "buffers", "tensors"))
     is_linked &= value.rank is None and not value.name.endswith(".bits")
     return {"text": exact_text(value), "is_linked": is_linked}
@@ -282,6 +297,7 @@ def spot_of(step: Step, facts: Facts, id: str, index: str) -> str | Spot:
     place = tuple(map(int, index.split(","))) if index else ()
     at = str([*place]) if place else ""
     kind, _, name = id.partition("/")
+    # Ids are nearly expressions; the names of other tensors of the batch are those of the program.
     if id in ("batch.x", "batch.y"):
         return f"{id}{at}"
     if kind in ("parameters", "buffers", "gradients", "activations"):

@@ -29,6 +29,7 @@ async def fields_of(request: Request) -> dict[str, Any]:
         UsageError: it is longer, or not a JSON object.
     """
     body = bytearray()
+    # In parts, so that a long body is refused before it is in memory.
     async for part in request.stream():
         body += part
         if len(body) > MOST_BYTES:
@@ -103,6 +104,7 @@ def settings(value: Any, name: str) -> dict[str, str]:
         keys = re.findall(r"[^.\[\]]+", path)
         if not keys or "=" in path:
             raise UsageError(f"{path!r:.80} is not a setting; write a path: optimizer.lr")
+        # A path of a file in `data` would let the page read any file of the user.
         if keys[0].strip() == "data":
             raise UsageError(
                 f"{path!r:.80} cannot be changed on the page, which reads no files; "

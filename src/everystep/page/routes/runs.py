@@ -58,6 +58,7 @@ def curve(request: Request) -> Response:
     steps, values = columns.curve(query.get("measurement") or None)
     first = whole(query, "first", int(steps[0]) if len(steps) else 1)
     last = whole(query, "last", int(steps[-1]) if len(steps) else columns.steps)
+    # Steps are in order: no look at all of them for a part of the plot.
     shown = slice(*steps.searchsorted([first, last + 1]))
     points = min(max(whole(query, "points", POINTS), 2), MOST_POINTS)
     found = reduced(steps[shown], values[shown], points)
@@ -77,6 +78,7 @@ def csv(request: Request) -> Response:
     columns = _columns(request)
     frame = frame_of(columns, rows_of(columns, wanted_of(request.query_params)))
     file = quote(f"{request.path_params['name']} losses.csv", safe="")
+    # Two names: a plain one for old browsers, and that of the run, in UTF-8.
     headers = {"Content-Disposition": f"attachment; filename=losses.csv; filename*=UTF-8''{file}"}
     return Response(frame.write_csv(), headers=headers, media_type="text/csv")
 

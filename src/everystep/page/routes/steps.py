@@ -79,6 +79,7 @@ async def _answered(request: Request, worker: WorkerClient, kind: str, **asked: 
     directory = request.app.state.run_index.place(request.path_params["name"])
 
     async def gone() -> None:
+        # Nothing else comes: these requests have no body.
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
@@ -90,11 +91,13 @@ async def _answered(request: Request, worker: WorkerClient, kind: str, **asked: 
 
 def _response(kind: str, answer: Answer, name: str) -> Response:
     if kind == "numbers":
+        # The body is the numbers alone; what they are is in a header.
         headers = {"Everystep-Tensor": json.dumps(answer.about)}
         return Response(answer.content, media_type="application/octet-stream", headers=headers)
     if kind == "file":
         return Response(answer.content, media_type="application/octet-stream")
     if kind == "report":
+        # A quote or a line break in a name would end the header.
         plain = re.sub(r"[^\w. -]", "_", name, flags=re.ASCII)
         headers = {"Content-Disposition": f'attachment; filename="{plain}.html"'}
         return Response(answer.content, media_type="text/html; charset=utf-8", headers=headers)

@@ -65,6 +65,7 @@ def _asking(kind: str) -> Callable[[Request], Awaitable[Response]]:
         asked = {name: read(fields.get(name), name) for name, read in QUESTIONS[kind].items()}
         run_index = request.app.state.run_index
         if kind == "compare":
+            # By name, like all runs: a path from the page is never opened.
             directory = run_index.run(asked.pop("one")).directory
             asked["other"] = str(run_index.run(asked["other"]).directory.absolute())
         else:
