@@ -221,6 +221,20 @@ def test_a_long_replay_is_announced_until_the_step_is_open(copied, visit):
     page.unroute_all()
 
 
+def test_a_step_that_was_left_before_it_opened_does_not_replace_the_one_returned_to(visit):
+    page, held = visit("/runs/chapter?step=137"), []
+    expect_step(page, 137)
+    page.route("**/steps/138", lambda route: held.append(route))
+    page.keyboard.press("ArrowRight")
+    expect(page.locator(".step")).to_have_attribute("aria-busy", "true")
+    with page.expect_event("requestfailed", lambda request: request.url.endswith("/138")):
+        page.keyboard.press("ArrowLeft")
+    expect(page).to_have_url(re.compile("step=137$"))
+    expect_step(page, 137)
+    expect(page.locator(".step")).not_to_have_attribute("aria-busy", "true")
+    page.unroute_all()
+
+
 def test_losses_that_are_not_finite_are_said(visit, recorded):
     page = visit("/runs/diverged")
     alarm = page.locator(".run-head .alarm")
