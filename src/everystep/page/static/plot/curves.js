@@ -87,6 +87,12 @@ export class Curve {
   }
 }
 
+/** Return the points between two steps (null: no bound) of those that are known already, as a source does. */
+export function pointsBetween({ steps, values }, { first, last }) {
+  const shown = [...steps.keys()].filter((row) => steps[row] >= (first ?? 0) && steps[row] <= (last ?? Infinity));
+  return { steps: shown.map((row) => steps[row]), values: shown.map((row) => values[row]), total: shown.length };
+}
+
 /**
  * Return the exponential moving average of values; values that are not finite are left out.
  *
