@@ -185,6 +185,23 @@ def test_the_overlay_says_where_a_run_explodes_and_leads_there(visit, recorded):
     assert re.search(rf"/runs/diverged\?step={step}&overlay=chapter$", page.url)
 
 
+def test_a_run_that_loads_slowly_changes_nothing_once_another_is_shown(visit):
+    page, held = visit("/"), []
+    page.route("**/api/runs/digits", lambda route: held.append(route))
+    row(page, "digits").get_by_role("link", name="digits", exact=True).click()
+    expect(page.get_by_text("Loading the run.")).to_be_visible()
+    page.go_back()
+    row(page, "chapter").get_by_role("link", name="chapter", exact=True).click()
+    plot(page)
+    with page.expect_response("**/api/runs/digits") as answered:
+        held.pop().continue_()
+    answered.value.finished()
+    page.wait_for_function("() => fetch('/api/runs').then((answer) => answer.ok)")
+    expect(page).to_have_title("chapter \N{EN DASH} everystep")
+    expect(page.locator("#trail")).to_have_text("All runs / chapter")
+    page.unroute_all()
+
+
 def test_an_empty_directory_says_how_a_run_is_made_and_the_list_follows(view, tmp_path, open_page):
     shelf = tmp_path / "runs"
     shelf.mkdir()
