@@ -26,8 +26,8 @@ from everystep.views.formatting import number
 def tensor(visit):
     """Unfold a tensor of a step; return its panel's heat map, what that says, and the histogram."""
 
-    def show(run, step, phase, name):
-        page = visit(f"/runs/{run}?step={step}")
+    def show(run, step, phase, name, **options):
+        page = visit(f"/runs/{run}?step={step}", **options)
         panel = unfold(part(page, phase), name).locator(".panel")
         found = [
             panel.locator(place)
@@ -133,6 +133,24 @@ def test_tensors_of_more_dimensions_are_seen_in_slices(tensor, recorded):
     assert value(readout, re.escape("[2, 4, 1, 0]")) == pytest.approx(
         numbers[2, 4, 1, 0].item(), rel=1e-6
     )
+
+
+def test_a_number_has_the_index_of_its_own_slice_until_another_slice_is_there(tensor, recorded):
+    heat, readout, _ = tensor("digits", 7, "Backward", "2.weight.grad", expected=["400"])
+    numbers = everystep.open(recorded / "digits")[7].gradients["2.weight"]
+    page, held = heat.page, []
+    page.route(re.compile(r"/tensor\?.*index=1&"), lambda route: held.append(route))
+    with page.expect_request(re.compile(r"/tensor\?.*index=1&")):
+        page.get_by_role("button", name="next slice").click()
+    heat.press("Home")
+    first = pytest.approx(numbers[0, 0, 0, 0].item(), rel=1e-6)
+    assert value(readout, re.escape("[0, 0, 0, 0]")) == first
+    held.pop().fulfill(status=400, json={"error": "there is no such slice"})
+    expect(readout).to_have_text("there is no such slice")
+    expect(page.get_by_text("of 512 slices: [0, 0, :, :]")).to_be_visible()
+    heat.press("Home")
+    assert value(readout, re.escape("[0, 0, 0, 0]")) == first
+    page.unroute_all()
 
 
 def test_a_vector_is_one_row_and_a_number_is_told(visit, recorded):
