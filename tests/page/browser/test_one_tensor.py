@@ -299,3 +299,22 @@ def test_numbers_are_rounded_as_in_the_terminal(visit):
         numbers,
     )
     assert shown == [number(each) for each in numbers]
+
+
+def test_what_is_different_never_looks_the_same_by_rounding(visit):
+    texts = visit("/").evaluate(
+        """async () => {
+            const { distinct, percent } = await import("/static/shared/format.js");
+            const scales = [[0.99987, 1.00012], [0, 1.5], [1, 1], [-1e-45, 1e38], [1e6, 1e6 + 0.5]];
+            const shares = [0.9999, 1, 0.99999999, 0.5, 1.5, 1e-9];
+            return [...scales.map((each) => distinct(each, 3)), shares.map(percent)];
+        }"""
+    )
+    assert texts == [
+        ["0.99987", "1.0001"],
+        ["0", "1.5"],
+        ["1", "1"],
+        ["-1e-45", "1e+38"],
+        ["1000000", "1000000.5"],
+        ["99.99%", "100%", "99.999999%", "50%", "150%", "1e-07%"],
+    ]
