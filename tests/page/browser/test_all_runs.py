@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -200,6 +201,19 @@ def test_a_run_that_loads_slowly_changes_nothing_once_another_is_shown(visit):
     expect(page).to_have_title("chapter \N{EN DASH} everystep")
     expect(page.locator("#trail")).to_have_text("All runs / chapter")
     page.unroute_all()
+
+
+def test_the_picture_of_a_run_is_that_of_the_one_which_has_its_name_now(
+    visit, recorded, copied, tmp_path
+):
+    run, new = copied("chapter"), shutil.copytree(recorded / "fork", tmp_path / "new")
+    page = visit("/")
+    line = row(page, run.name).locator(".sparkline path")
+    expect(line).to_be_visible()
+    before = line.get_attribute("d")
+    run.rename(tmp_path / "old")
+    new.rename(run)
+    expect(line).not_to_have_attribute("d", before)
 
 
 def test_an_empty_directory_says_how_a_run_is_made_and_the_list_follows(view, tmp_path, open_page):

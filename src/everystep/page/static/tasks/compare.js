@@ -83,7 +83,8 @@ function compare(view) {
   main.append(verdict, progress, plot, details);
   const goTo = (step) => go({ view: "run", run: names[0], step, overlay: [names[1]] });
   view.closing.push(plotBeside(plot, names, { goTo }));
-  const key = (thorough) => JSON.stringify([names, found.map((run) => run.steps), thorough]);
+  // Another run may have the name by now.
+  const key = (thorough) => JSON.stringify([found.map(({ name, steps, started, last_loss: loss }) => [name, steps, started, loss]), thorough]);
   const show = (result) => {
     verdict.replaceChildren(...verdictOf(result));
     details.replaceChildren(...detailsOf(view, result, lookAtAll));
