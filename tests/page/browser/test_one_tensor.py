@@ -301,6 +301,19 @@ def test_numbers_are_rounded_as_in_the_terminal(visit):
     assert shown == [number(each) for each in numbers]
 
 
+def test_whole_numbers_that_are_not_exact_are_said_to_be_about(visit):
+    texts = visit("/").evaluate(
+        """async () => {
+            const { Patch } = await import("/static/tensor/patch.js");
+            const cells = { block: [1, 1], rows: [0, 1], columns: [0, 2], height: 1, width: 2 };
+            const numbers = new Float64Array([2 ** 53 - 1, -(2 ** 53)]);
+            const patch = new Patch({ ...cells, numbers, dtype: "int64", format: "float64" });
+            return [0, 1].map((column) => patch.text([0, column]));
+        }"""
+    )
+    assert texts == ["9007199254740991", "about -9007199254740992"]
+
+
 def test_what_is_different_never_looks_the_same_by_rounding(visit):
     texts = visit("/").evaluate(
         """async () => {
