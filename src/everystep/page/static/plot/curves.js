@@ -60,9 +60,11 @@ export class Curve {
       numbers.splice(again);
       this.#part = null;
     }
+    // The steps before were asked for together with those after them, and may have come earlier: between, some are missing.
+    const isGap = steps[0] > (known.at(-1) ?? 0) + 1;
     known.push(...steps);
     numbers.push(...values.map(numberOf));
-    return known.length > 4 * POINTS || (again >= 0 && this.#whole.isReduced);
+    return isGap || known.length > 4 * POINTS || (again >= 0 && this.#whole.isReduced);
   }
 
   /** Return [steps, values] in order. */

@@ -164,8 +164,8 @@ export class LossPlot {
 
   #toggle(line) {
     line.isShown = !line.isShown;
-    if (line.isShown && !line.curve.points()[0].length) this.#load([line]);
-    else this.#build();
+    if (!line.isShown || line.curve.points()[0].length) this.#build();
+    if (line.isShown) this.#load([line]); // it may have more points than when it was hidden
   }
 
   #toggleLine() {
