@@ -130,6 +130,19 @@ def test_forks_stand_beneath_their_parents(visit):
     expect(page.locator("tr[data-name=chapter] + tr")).to_have_attribute("data-name", "fork")
 
 
+def test_runs_that_are_each_others_parents_by_name_are_listed(visit):
+    shown = visit("/").evaluate(
+        """async () => {
+            const { arranged } = await import("/static/runs/order.js");
+            const runs = [["a", "b"], ["b", "a"], ["c", null]].map(
+              ([name, parent]) => ({ name, parent: parent && [parent, 1] }),
+            );
+            return arranged(runs, { key: "name", direction: "ascending" }, "").map(({ name }) => name);
+        }"""
+    )
+    assert sorted(shown) == ["a", "b", "c"]
+
+
 def test_runs_are_searched_by_name_and_status(listed, open_page):
     page = open_page(listed.address)
     search = page.get_by_role("searchbox", name="search the runs")

@@ -83,7 +83,7 @@ def test_points_become_a_line_and_the_axis_logarithmic_and_back(chapter, name):
     )
 
 
-#: The numbers at the axis of the loss, which are written, not marked up, and their heights, from the top.
+#: The numbers at the axis of the loss, which are written, not marked up, and their heights from the top.
 WRITTEN = """() => {
   const { fillText } = CanvasRenderingContext2D.prototype;
   window.written = [];

@@ -235,6 +235,23 @@ def test_a_step_that_was_left_before_it_opened_does_not_replace_the_one_returned
     page.unroute_all()
 
 
+def test_no_replay_is_announced_for_a_run_without_steps(copied, visit):
+    run, held = copied("chapter"), []
+    with changed(run) as database:
+        database.forget_after(0)
+    page = visit("/", expected=["404"])
+    page.route("**/steps/5", lambda route: held.append(route))
+    with page.expect_request("**/steps/5"):
+        page.evaluate(
+            "path => (history.pushState(null, '', path), dispatchEvent(new PopStateEvent('popstate')))",
+            f"/runs/{run.name}?step=5",
+        )
+    expect(part(page, "Step").locator("p[role=status]").first).to_have_text("Opening step 5.")
+    held.pop().continue_()
+    expect(part(page, "Step").get_by_role("alert")).not_to_be_empty()
+    page.unroute_all()
+
+
 def test_a_dialog_stays_open_while_the_run_plays_behind_it(visit):
     page = visit("/runs/chapter?step=1")
     expect_step(page, 1)

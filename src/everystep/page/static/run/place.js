@@ -63,7 +63,7 @@ export class StepPlace {
   #replay(step) {
     const { snapshots, seconds, steps } = this.about();
     const begin = Math.max(0, ...[this.#last, ...snapshots].filter((known) => known < step));
-    const wait = ((seconds ?? 0) * (step - 1 - begin)) / steps;
+    const wait = steps ? ((seconds ?? 0) * (step - 1 - begin)) / steps : 0;
     return wait < LONG ? "" : ` Steps ${whole(begin + 1)} to ${whole(step - 1)} are replayed first: about ${duration(wait)}.`;
   }
 
