@@ -57,13 +57,7 @@ export function zoomButtons({ zoom, reset }) {
   const out = button("−", () => zoom(1 / 1.6), { "aria-label": "zoom out", class: "plain" });
   const all = button("all", reset, { class: "plain", title: "show everything (0, or a double click)" });
   const node = element("span", { class: "zoom" }, out, button("+", () => zoom(1.6), { "aria-label": "zoom in", class: "plain" }), all);
-  return {
-    node,
-    update(isNear) {
-      out.disabled = !isNear;
-      all.disabled = !isNear;
-    },
-  };
+  return { node, update: (isNear) => [out, all].forEach((each) => (each.disabled = !isNear)) };
 }
 
 /** Return the legend: {node, update(colours, range, patch)}. */

@@ -46,10 +46,7 @@ export class Patch {
     };
     const [top, bottom] = along(row, this.rows, this.block[0]);
     const [left, right] = along(column, this.columns, this.block[1]);
-    return [
-      [top, left],
-      [bottom, right],
-    ];
+    return [[top, left], [bottom, right]];
   }
 
   /** Draw it, a pixel for each number. */
