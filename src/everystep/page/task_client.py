@@ -114,8 +114,9 @@ class Task:
 
     @property
     def is_active(self) -> bool:
-        """Whether it is running, and was not stopped."""
-        return not self.is_over and not self._is_stopped
+        """Whether it is running, has not answered yet, and was not stopped."""
+        # After its answer, a process needs a moment to end.
+        return not (self.is_over or self._is_stopped or self._said.keys() & {"result", "error"})
 
     @property
     def trains(self) -> str | None:

@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -129,6 +130,19 @@ def test_forks_stand_beneath_their_parents(visit):
     expect(page.locator("tr[data-name=chapter] + tr")).to_have_attribute("data-name", "fork")
 
 
+def test_runs_that_are_each_others_parents_by_name_are_listed(visit):
+    shown = visit("/").evaluate(
+        """async () => {
+            const { arranged } = await import("/static/runs/order.js");
+            const runs = [["a", "b"], ["b", "a"], ["c", null]].map(
+              ([name, parent]) => ({ name, parent: parent && [parent, 1] }),
+            );
+            return arranged(runs, { key: "name", direction: "ascending" }, "").map(({ name }) => name);
+        }"""
+    )
+    assert sorted(shown) == ["a", "b", "c"]
+
+
 def test_runs_are_searched_by_name_and_status(listed, open_page):
     page = open_page(listed.address)
     search = page.get_by_role("searchbox", name="search the runs")
@@ -183,6 +197,36 @@ def test_the_overlay_says_where_a_run_explodes_and_leads_there(visit, recorded):
     of_run.get_by_role("link", name=re.compile(f"step {step}$")).click()
     expect(page.locator("h1")).to_have_text("diverged")
     assert re.search(rf"/runs/diverged\?step={step}&overlay=chapter$", page.url)
+
+
+def test_a_run_that_loads_slowly_changes_nothing_once_another_is_shown(visit):
+    page, held = visit("/"), []
+    page.route("**/api/runs/digits", lambda route: held.append(route))
+    row(page, "digits").get_by_role("link", name="digits", exact=True).click()
+    expect(page.get_by_text("Loading the run.")).to_be_visible()
+    page.go_back()
+    row(page, "chapter").get_by_role("link", name="chapter", exact=True).click()
+    plot(page)
+    with page.expect_response("**/api/runs/digits") as answered:
+        held.pop().continue_()
+    answered.value.finished()
+    page.wait_for_function("() => fetch('/api/runs').then((answer) => answer.ok)")
+    expect(page).to_have_title("chapter \N{EN DASH} everystep")
+    expect(page.locator("#trail")).to_have_text("All runs / chapter")
+    page.unroute_all()
+
+
+def test_the_picture_of_a_run_is_that_of_the_one_which_has_its_name_now(
+    visit, recorded, copied, tmp_path
+):
+    run, new = copied("chapter"), shutil.copytree(recorded / "fork", tmp_path / "new")
+    page = visit("/")
+    line = row(page, run.name).locator(".sparkline path")
+    expect(line).to_be_visible()
+    before = line.get_attribute("d")
+    run.rename(tmp_path / "old")
+    new.rename(run)
+    expect(line).not_to_have_attribute("d", before)
 
 
 def test_an_empty_directory_says_how_a_run_is_made_and_the_list_follows(view, tmp_path, open_page):

@@ -83,14 +83,14 @@ def test_points_become_a_line_and_the_axis_logarithmic_and_back(chapter, name):
     )
 
 
-#: The numbers at the axis of the loss, which are written, not marked up: their heights, from the top.
+#: The numbers at the axis of the loss, which are written, not marked up, and their heights from the top.
 WRITTEN = """() => {
   const { fillText } = CanvasRenderingContext2D.prototype;
   window.written = [];
   window.writeAsBefore = () => (CanvasRenderingContext2D.prototype.fillText = fillText);
   CanvasRenderingContext2D.prototype.fillText = function (text, x, y) {
     const isNumber = this.textAlign === "right" && /^[-+.e\\d]+$/.test(text);
-    if (isNumber) window.written.push(y / devicePixelRatio);
+    if (isNumber) window.written.push([text, y / devicePixelRatio]);
     return fillText.apply(this, arguments);
   };
 }"""
@@ -111,7 +111,7 @@ def test_the_numbers_of_a_log_axis_can_be_read(copied, visit, most, path, height
     page.evaluate(WRITTEN)
     toggle(page, "log axis").click()
     page.wait_for_function("window.written.length > 0")
-    heights = sorted(set(page.evaluate("window.written")))
+    heights = sorted({height for _, height in page.evaluate("window.written")})
     assert len(heights) > 1
     assert min(below - above for above, below in pairwise(heights)) >= 14
     page.evaluate("window.writeAsBefore() && null")
@@ -149,6 +149,30 @@ def test_many_measurements_leave_the_plot_on_the_first_screen(copied, visit):
     expect(panel.get_by_text("no measurement matches")).to_be_visible()
     page.mouse.click(*across(plot(page), 0.9))
     expect(panel).to_be_hidden()
+
+
+def test_losses_that_are_close_have_different_numbers_at_the_axis(copied, visit):
+    run = copied("chapter")
+    with changed(run) as database:
+        database.forget_after(0)
+        database.write_losses(1, [2.3025850, 2.3025853, 2.3025862])
+        database.write_facts({"steps": 3, "loss_dtype": "float64"})
+    page = visit(f"/runs/{run.name}?log=0")
+    plot(page)
+    page.evaluate(WRITTEN)
+    toggle(page, "line").click()
+    page.wait_for_function("window.written.length > 0")
+    written = page.evaluate("window.written")
+    page.evaluate("window.writeAsBefore() && null")
+    assert len({text for text, _ in written}) == len({height for _, height in written}) > 2
+
+
+def test_losses_that_a_log_axis_cannot_show_are_said_but_not_counted(copied, visit):
+    run = copied("chapter")
+    with changed(run) as database:
+        database.write_losses(501, [step % 7 for step in range(20_000)])  # of which the plot has some
+    page = visit(f"/runs/{run.name}?log=1")
+    expect(readout(page)).to_contain_text("Losses of 0 or less are not shown on a log axis.")
 
 
 def test_the_axis_is_the_one_on_which_the_losses_can_be_read(visit, copied):

@@ -4,7 +4,15 @@ import re
 
 import pytest
 from playwright.sync_api import expect
-from tests.page.browser.places import expect_step, heading, operation, part, unfold
+from tests.page.browser.places import (
+    expect_another_picture,
+    expect_step,
+    heading,
+    operation,
+    part,
+    picture,
+    unfold,
+)
 
 import everystep
 
@@ -170,6 +178,15 @@ def test_every_row_with_a_tensor_has_a_picture_of_it(chapter):
         rows = shown.locator(".unfolding > .head:has(.thumbnail) canvas:not([width='1'])")
         expect(rows).to_have_count(count)
     expect(part(page, "Loss").locator(".thumbnail canvas")).to_be_hidden()  # of one number
+
+
+def test_small_pictures_have_the_colours_of_the_page(chapter):
+    page = chapter()
+    small = part(page, "Forward").locator(".thumbnail canvas:not([width='1'])").first
+    expect(small).to_be_visible()
+    before = picture(small)
+    page.emulate_media(color_scheme="dark")
+    expect_another_picture(small, before)
 
 
 def test_how_the_page_looks_is_remembered(visit):

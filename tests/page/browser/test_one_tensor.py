@@ -26,8 +26,8 @@ from everystep.views.formatting import number
 def tensor(visit):
     """Unfold a tensor of a step; return its panel's heat map, what that says, and the histogram."""
 
-    def show(run, step, phase, name):
-        page = visit(f"/runs/{run}?step={step}")
+    def show(run, step, phase, name, **options):
+        page = visit(f"/runs/{run}?step={step}", **options)
         panel = unfold(part(page, phase), name).locator(".panel")
         found = [
             panel.locator(place)
@@ -133,6 +133,24 @@ def test_tensors_of_more_dimensions_are_seen_in_slices(tensor, recorded):
     assert value(readout, re.escape("[2, 4, 1, 0]")) == pytest.approx(
         numbers[2, 4, 1, 0].item(), rel=1e-6
     )
+
+
+def test_a_number_has_the_index_of_its_own_slice_until_another_slice_is_there(tensor, recorded):
+    heat, readout, _ = tensor("digits", 7, "Backward", "2.weight.grad", expected=["400"])
+    numbers = everystep.open(recorded / "digits")[7].gradients["2.weight"]
+    page, held = heat.page, []
+    page.route(re.compile(r"/tensor\?.*index=1&"), lambda route: held.append(route))
+    with page.expect_request(re.compile(r"/tensor\?.*index=1&")):
+        page.get_by_role("button", name="next slice").click()
+    heat.press("Home")
+    first = pytest.approx(numbers[0, 0, 0, 0].item(), rel=1e-6)
+    assert value(readout, re.escape("[0, 0, 0, 0]")) == first
+    held.pop().fulfill(status=400, json={"error": "there is no such slice"})
+    expect(readout).to_have_text("there is no such slice")
+    expect(page.get_by_text("of 512 slices: [0, 0, :, :]")).to_be_visible()
+    heat.press("Home")
+    assert value(readout, re.escape("[0, 0, 0, 0]")) == first
+    page.unroute_all()
 
 
 def test_a_vector_is_one_row_and_a_number_is_told(visit, recorded):
@@ -281,3 +299,35 @@ def test_numbers_are_rounded_as_in_the_terminal(visit):
         numbers,
     )
     assert shown == [number(each) for each in numbers]
+
+
+def test_whole_numbers_that_are_not_exact_are_said_to_be_about(visit):
+    texts = visit("/").evaluate(
+        """async () => {
+            const { Patch } = await import("/static/tensor/patch.js");
+            const cells = { block: [1, 1], rows: [0, 1], columns: [0, 2], height: 1, width: 2 };
+            const numbers = new Float64Array([2 ** 53 - 1, -(2 ** 53)]);
+            const patch = new Patch({ ...cells, numbers, dtype: "int64", format: "float64" });
+            return [0, 1].map((column) => patch.text([0, column]));
+        }"""
+    )
+    assert texts == ["9007199254740991", "about -9007199254740992"]
+
+
+def test_what_is_different_never_looks_the_same_by_rounding(visit):
+    texts = visit("/").evaluate(
+        """async () => {
+            const { distinct, percent } = await import("/static/shared/format.js");
+            const scales = [[0.99987, 1.00012], [0, 1.5], [1, 1], [-1e-45, 1e38], [1e6, 1e6 + 0.5]];
+            const shares = [0.9999, 1, 0.99999999, 0.5, 1.5, 1e-9];
+            return [...scales.map((each) => distinct(each, 3)), shares.map(percent)];
+        }"""
+    )
+    assert texts == [
+        ["0.99987", "1.0001"],
+        ["0", "1.5"],
+        ["1", "1"],
+        ["-1e-45", "1e+38"],
+        ["1000000", "1000000.5"],
+        ["99.99%", "100%", "99.999999%", "50%", "150%", "1e-07%"],
+    ]

@@ -221,6 +221,82 @@ def test_a_long_replay_is_announced_until_the_step_is_open(copied, visit):
     page.unroute_all()
 
 
+def test_a_step_that_was_left_before_it_opened_does_not_replace_the_one_returned_to(visit):
+    page, held = visit("/runs/chapter?step=137"), []
+    expect_step(page, 137)
+    page.route("**/steps/138", lambda route: held.append(route))
+    page.keyboard.press("ArrowRight")
+    expect(page.locator(".step")).to_have_attribute("aria-busy", "true")
+    with page.expect_event("requestfailed", lambda request: request.url.endswith("/138")):
+        page.keyboard.press("ArrowLeft")
+    expect(page).to_have_url(re.compile("step=137$"))
+    expect_step(page, 137)
+    expect(page.locator(".step")).not_to_have_attribute("aria-busy", "true")
+    page.unroute_all()
+
+
+def test_no_replay_is_announced_for_a_run_without_steps(copied, visit):
+    run, held = copied("chapter"), []
+    with changed(run) as database:
+        database.forget_after(0)
+    page = visit("/", expected=["404"])
+    page.route("**/steps/5", lambda route: held.append(route))
+    with page.expect_request("**/steps/5"):
+        page.evaluate(
+            "path => (history.pushState(null, '', path), dispatchEvent(new PopStateEvent('popstate')))",
+            f"/runs/{run.name}?step=5",
+        )
+    expect(part(page, "Step").locator("p[role=status]").first).to_have_text("Opening step 5.")
+    held.pop().continue_()
+    expect(part(page, "Step").get_by_role("alert")).not_to_be_empty()
+    page.unroute_all()
+
+
+def test_a_dialog_stays_open_while_the_run_plays_behind_it(visit):
+    page = visit("/runs/chapter?step=1")
+    expect_step(page, 1)
+    page.keyboard.press("p")
+    page.keyboard.press("?")
+    dialog = page.get_by_role("dialog", name="Keys")
+    expect(dialog).to_be_visible()
+    expect(page).to_have_url(re.compile(r"step=\d\d"))
+    expect(dialog).to_be_visible()
+    page.keyboard.press("Escape")
+    page.keyboard.press("p")
+    expect(page.get_by_role("button", name="play (p)")).to_be_visible()
+
+
+def test_numbers_measured_by_another_process_come_into_the_table_and_a_hidden_curve(copied, visit):
+    run = copied("digits")
+    page = visit(f"/runs/{run.name}")
+    plot(page)
+    shown = page.get_by_role("group", name="what the plot shows")
+    button = shown.get_by_role("button", name="validation_accuracy")
+    button.click()
+    expect(button).to_have_attribute("aria-pressed", "false")
+    with changed(run) as database:
+        database.write_measurements([("validation_accuracy", 3, 0.125)])
+    expect(page.locator("tr[data-step='3']")).to_contain_text("0.125")
+    button.click()
+    page.get_by_role("slider", name="step").focus()
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    expect(page.locator(".loss-part .readout")).to_contain_text("validation_accuracy 0.125")
+
+
+def test_losses_that_a_curve_lacks_before_the_newest_are_asked_for(visit):
+    asks = visit("/").evaluate(
+        """async () => {
+            const { Curve } = await import("/static/plot/curves.js");
+            const curve = new Curve("run", async () => ({ steps: [1, 2], values: [3, 4], total: 2 }));
+            await curve.load();
+            return [curve.extend([3], [5]), curve.extend([5, 6], [7, 8]), curve.extend([7], [9])];
+        }"""
+    )
+    assert asks == [False, True, False]
+
+
 def test_losses_that_are_not_finite_are_said(visit, recorded):
     page = visit("/runs/diverged")
     alarm = page.locator(".run-head .alarm")

@@ -277,6 +277,14 @@ def test_a_row_a_point_and_the_address_go_to_a_step(saved, recorded):
     expect(linked.locator(".saved-plot .at-step")).to_have_text(re.compile("^137 · "))
 
 
+def test_a_step_that_a_report_does_not_have_shows_no_loss(saved):
+    page = saved("chapter")
+    page.clock.install()
+    page.evaluate("location.hash = 'step=501'")
+    page.clock.run_for(1000)  # after which it would have looked for the loss
+    expect(page.locator(".saved-plot .readout")).to_have_text(re.compile(r"^step 501\s*$"))
+
+
 def test_a_long_run_can_be_browsed(copied, saved):
     run = copied("chapter")
     with changed(run) as database:

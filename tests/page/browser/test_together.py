@@ -1,6 +1,7 @@
 """Several runs in the browser: compared and forked; and views that are saved."""
 
 import re
+import shutil
 
 import pytest
 from playwright.sync_api import expect
@@ -13,6 +14,7 @@ from tests.page.browser.places import (
     expect_step,
     part,
     plot,
+    row,
     unfold,
     value,
 )
@@ -65,6 +67,18 @@ def test_a_copy_is_the_same_bit_for_bit(copied, visit):
     page.get_by_role("button", name="Compare every operation").click()
     expect(page.locator("p.verdict")).to_have_text("The runs are bit-identical.")
     expect(page.get_by_text("The losses are identical up to step 30.")).to_be_visible()
+
+
+def test_a_comparison_is_that_of_the_runs_which_have_the_names_now(visit, recorded, copied, tmp_path):
+    run, new = copied("chapter"), shutil.copytree(recorded / "fork", tmp_path / "new")
+    page = visit(f"/compare?one=chapter&other={run.name}")
+    expect(page.locator("p.verdict")).to_contain_text("identical")
+    page.get_by_role("link", name="All runs").click()
+    run.rename(tmp_path / "old")
+    new.rename(run)
+    expect(row(page, run.name)).to_contain_text("0.0002")
+    page.go_back()
+    expect(page.locator("p.verdict")).to_contain_text("first differ at step 139")
 
 
 def test_a_run_without_steps_has_no_losses_to_tell(copied, visit):

@@ -21,10 +21,9 @@ let turn = 0;
 
 /** Show a place: update the current view, or open another one. */
 async function show(place) {
-  // A dialog belongs to the previous view.
-  document.querySelectorAll("dialog[open]").forEach((dialog) => dialog.close());
   const key = place.view === "compare" ? JSON.stringify(place) : `${place.view} ${place.run ?? ""}`;
   if (shown?.key === key) return shown.view.update(place);
+  closeDialogs();
   const mine = ++turn;
   shown?.view.close();
   shown = null;
@@ -45,6 +44,11 @@ async function show(place) {
     main.replaceChildren(host);
   }
   document.querySelector("#status").textContent = document.title;
+}
+
+// A dialog belongs to the previous view; it stays while a run plays or is followed, behind it.
+function closeDialogs() {
+  document.querySelectorAll("dialog[open]").forEach((dialog) => dialog.close());
 }
 
 function failure({ run }, message) {
@@ -70,4 +74,5 @@ keys.bind([{ keys: ["?"], shown: "?", label: "this list", press: keys.help }]);
 keys.begin();
 address.begin();
 address.watch(show);
+window.addEventListener("popstate", closeDialogs);
 show(address.read());

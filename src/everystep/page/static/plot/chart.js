@@ -1,6 +1,6 @@
 // The look of the loss plot: the options of uPlot.
 
-import { short, whole } from "../shared/format.js";
+import { distinct, whole } from "../shared/format.js";
 
 /** The maximum number of decades with a line on a log axis, and the minimum pixels between two lines. */
 const MOST_DECADES = 12;
@@ -106,8 +106,8 @@ function axis(scale, title, side, isLog, token = "--muted") {
     ...plainAxis(scale, title.length > LONGEST_TITLE ? `${title.slice(0, LONGEST_TITLE - 1)}…` : title, side),
     stroke: colour(token),
     grid: { show: side === 3, stroke: colour("--line"), width: 1, filter: (chart, splits) => gridLines(chart, splits, isLog) },
-    values: (_, splits) => splits.map((split) => (split === null ? null : short(split, 6))),
-    size: (_, values) => 14 + Math.max(14, ...(values ?? []).map((value) => widthOf(value ?? ""))),
+    values: (_, splits) => distinct(splits, 6),
+    size: (_, values) => 14 + Math.max(14, ...(values ?? []).map((value) => widthOf(value))),
     filter: (chart, splits) => gridLines(chart, splits, isLog),
   };
 }

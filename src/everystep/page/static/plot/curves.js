@@ -60,9 +60,11 @@ export class Curve {
       numbers.splice(again);
       this.#part = null;
     }
+    // The steps before were asked for together with those after them, and may have come earlier: between, some are missing.
+    const isGap = steps[0] > (known.at(-1) ?? 0) + 1;
     known.push(...steps);
     numbers.push(...values.map(numberOf));
-    return known.length > 4 * POINTS || (again >= 0 && this.#whole.isReduced);
+    return isGap || known.length > 4 * POINTS || (again >= 0 && this.#whole.isReduced);
   }
 
   /** Return [steps, values] in order. */
@@ -85,6 +87,12 @@ export class Curve {
     const { steps, values, total } = await this.#source(this.run, query, { signal });
     return { steps, values: values.map(numberOf), isReduced: total > steps.length };
   }
+}
+
+/** Return the points between two steps (null: no bound) of those that are known already, as a source does. */
+export function pointsBetween({ steps, values }, { first, last }) {
+  const shown = [...steps.keys()].filter((row) => steps[row] >= (first ?? 0) && steps[row] <= (last ?? Infinity));
+  return { steps: shown.map((row) => steps[row]), values: shown.map((row) => values[row]), total: shown.length };
 }
 
 /**

@@ -164,8 +164,8 @@ export class LossPlot {
 
   #toggle(line) {
     line.isShown = !line.isShown;
-    if (line.isShown && !line.curve.points()[0].length) this.#load([line]);
-    else this.#build();
+    if (!line.isShown || line.curve.points()[0].length) this.#build();
+    if (line.isShown) this.#load([line]); // it may have more points than when it was hidden
   }
 
   #toggleLine() {
@@ -306,7 +306,8 @@ export class LossPlot {
     this.plot.setAttribute("aria-valuemax", this.chart ? this.#ends()[1] : 1);
     this.plot.setAttribute("aria-valuenow", this.at ?? this.step ?? 1);
     this.plot.setAttribute("aria-valuetext", parts.map((part) => part.join(" ")).join(", ") || "no step chosen");
-    const can = this.chart ? hint(this, this.#lines[0].curve, this.#isLog, this.#nonfinite) : "";
+    const losses = this.#lines.filter(({ curve }) => curve.measurement === null).map(({ curve }) => curve);
+    const can = this.chart ? hint(this, losses, this.#isLog, this.#nonfinite) : "";
     this.readout.replaceChildren(...(parts.length ? words(parts) : [can]));
   }
 

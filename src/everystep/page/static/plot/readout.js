@@ -46,14 +46,15 @@ export function words(parts) {
 }
 
 /** Return the hint of a plot without a cursor, and which values it does not show. */
-export function hint({ goTo, walks, hasLoss }, curve, isLog, nonfinite) {
+export function hint({ goTo, walks, hasLoss }, curves, isLog, nonfinite) {
   const isOpening = goTo && !walks;
   const opens = isOpening ? "Click to open a step; drag" : "Drag";
-  if (!curve.points()[0].length) return "No steps.";
+  if (!curves.some((curve) => curve.points()[0].length)) return "No steps.";
   if (!hasLoss) return `This loop logs no loss.${isOpening ? " Click to open a step." : ""}`;
   const found = [`${opens} to zoom, double click to see the whole run.`];
-  const left = isLog ? curve.points()[1].filter((value) => value <= 0).length : 0;
-  if (left) found.push(`0 or less, not shown on a log axis: ${whole(left)}.`);
+  // Not how many: the points of a long run are only some of its losses.
+  const isLeft = isLog && curves.some((curve) => curve.points()[1].some((value) => Number.isFinite(value) && value <= 0));
+  if (isLeft) found.push("Losses of 0 or less are not shown on a log axis.");
   if (nonfinite.length) found.push("Marked at the bottom: losses that are not finite.");
   return found.join(" ");
 }

@@ -1,5 +1,6 @@
 // A saved report: the plot and the table of the page, with the numbers in the report.
 
+import { pointsBetween } from "../plot/curves.js";
 import { LossPlot } from "../plot/plot.js";
 import { StepTable } from "../table/table.js";
 import { savedRows } from "./rows.js";
@@ -19,17 +20,17 @@ function plotOf(host, { name, titles, columns }, step) {
   const curves = new Map(titles.map((title, place) => [title, rowsWith(columns[0], columns[place])]));
   const hasLoss = curves.has("loss");
   if (!hasLoss) curves.set("loss", rowsWith(columns[0], columns[0].map(() => "nan")));
-  const source = async (run, { measurement }) => curves.get(measurement ?? "loss");
+  const source = async (run, { measurement, first, last }) => pointsBetween(curves.get(measurement ?? "loss"), { first, last });
   const measured = [...curves].filter(([title]) => title !== "step" && title !== "loss");
   const plot = new LossPlot(host, [name], { source, step, goTo: choose, walks: true, hasLoss });
-  plot.setMeasurements(measured.map(([title, { total }]) => ({ name: title, count: total, is_rate: /^(.*\.)?lr(\[|$)/.test(title) })));
+  plot.setMeasurements(measured.map(([title, { steps }]) => ({ name: title, count: steps.length, is_rate: /^(.*\.)?lr(\[|$)/.test(title) })));
   return plot;
 }
 
 // A step without the number has an empty cell.
 function rowsWith(steps, texts) {
   const rows = [...texts.keys()].filter((row) => texts[row] !== "");
-  return { steps: rows.map((row) => steps[row]), values: rows.map((row) => texts[row]), total: rows.length };
+  return { steps: rows.map((row) => steps[row]), values: rows.map((row) => texts[row]) };
 }
 
 /** Return the open step, or null: it is in the address (`report.html#step=137`), and Back works. */

@@ -7,13 +7,17 @@ import { whole } from "../shared/format.js";
 
 /** Return a link to a step of a run. `go(step)`: goes there, keeping what else is shown. */
 export function stepLink(run, step, go) {
-  const press = (event) => {
+  const place = { view: "run", run, step, overlay: address.read().overlay };
+  return element("a", { href: address.write(place), onclick: plainly(() => go(step)) }, `step ${whole(step)}`);
+}
+
+// Return what a click on a link does, unless it opens a tab or a window.
+function plainly(does) {
+  return (event) => {
     if (event.ctrlKey || event.metaKey || event.shiftKey || event.altKey) return;
     event.preventDefault();
-    go(step);
+    does();
   };
-  const place = { view: "run", run, step, overlay: address.read().overlay };
-  return element("a", { href: address.write(place), onclick: press }, `step ${whole(step)}`);
 }
 
 /** Return a link to an operation of a run, which keeps what is plotted with it. */
@@ -37,11 +41,7 @@ export function statusLine(about, speed) {
 /** Return the ranks of a run, to switch between them at the open step; they are plotted together. */
 export function ranksSwitch({ name, ranks }) {
   const link = (run, rank) => {
-    const press = (event) => {
-      if (event.ctrlKey || event.metaKey || event.shiftKey || event.altKey) return;
-      event.preventDefault();
-      address.go({ view: "run", run, step: address.read().step });
-    };
+    const press = plainly(() => address.go({ view: "run", run, step: address.read().step }));
     if (run === name) return element("strong", { "aria-current": "true" }, `${rank}`);
     return element("a", { href: address.write({ view: "run", run }), onclick: press }, `${rank}`);
   };

@@ -11,6 +11,7 @@ const LONG = 5; // seconds of a replay that are announced
 export class StepPlace {
   #view = null; // a promise
   #shown = null; // the target that was drawn, or failed
+  #newest = null; // the target that was asked for last
   #isThere = false; // something is drawn
   #isClosed = false;
   #last = 0; // the step that was drawn last
@@ -32,8 +33,11 @@ export class StepPlace {
 
   // `target`: {step, phase, operation, open}; a step of null: none.
   async #draw(target) {
-    const isThere = JSON.stringify(target) === this.#shown && !this.isFailed;
+    const key = JSON.stringify(target);
+    // Back at the drawn step, while another is still being opened: that one must not arrive later.
+    const isThere = key === this.#shown && key === this.#newest && !this.isFailed;
     if (isThere || this.#isClosed || (target.step === null && !this.#view)) return;
+    this.#newest = key;
     this.#view ??= this.#open();
     try {
       const view = await this.#view;
@@ -46,7 +50,7 @@ export class StepPlace {
       if (error.name === "AbortError" || this.#isClosed) return;
       this.#tell(error, target.step);
     }
-    this.#shown = JSON.stringify(target);
+    this.#shown = key;
   }
 
   // Until the first step is loaded, and during a long replay, a message is shown.
@@ -59,7 +63,7 @@ export class StepPlace {
   #replay(step) {
     const { snapshots, seconds, steps } = this.about();
     const begin = Math.max(0, ...[this.#last, ...snapshots].filter((known) => known < step));
-    const wait = ((seconds ?? 0) * (step - 1 - begin)) / steps;
+    const wait = steps ? ((seconds ?? 0) * (step - 1 - begin)) / steps : 0;
     return wait < LONG ? "" : ` Steps ${whole(begin + 1)} to ${whole(step - 1)} are replayed first: about ${duration(wait)}.`;
   }
 

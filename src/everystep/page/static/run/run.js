@@ -274,6 +274,7 @@ class RunView {
   // Its steps are those of the losses that follow.
   #hearState({ steps, ...state }) {
     const isOther = state.status !== this.about.status;
+    const isMeasured = JSON.stringify(state.measurements) !== JSON.stringify(this.about.measurements);
     Object.assign(this.about, state);
     this.parts.note.update(this.about);
     this.plot.setMeasurements(this.about.measurements);
@@ -281,6 +282,7 @@ class RunView {
     this.#drawLandmarks();
     this.#drawState();
     if (isOther) this.#askAgain();
+    else if (isMeasured) this.table.refresh();
   }
 
   async #askAgain() {

@@ -49,7 +49,9 @@ function nested(runs) {
     }
   };
   add(null, 0);
-  return found;
+  // Parents are names: since a run was renamed, two may be each other's.
+  const listed = new Set(found.map(({ name }) => name));
+  return [...found, ...runs.filter(({ name }) => !listed.has(name)).map(({ name }) => ({ name, depth: 0 }))];
 }
 
 function valueOf(run, key) {

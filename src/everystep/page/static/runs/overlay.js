@@ -46,10 +46,10 @@ class Overlay {
     if (!names.length) return this.body.replaceChildren();
     const remove = (name) => address.go({ view: "overlay", runs: runs.filter((other) => other !== name) });
     const goTo = (step) => address.go({ view: "run", run: names[0], step, overlay: names.slice(1) });
-    this.plot = new LossPlot(this.place, names, { source: serverCurves, goTo, remove });
-    this.end = listenToThose(names, (name, steps, losses) => this.plot.extend(name, { steps, losses }));
+    const plot = (this.plot = new LossPlot(this.place, names, { source: serverCurves, goTo, remove }));
+    this.end = listenToThose(names, (name, steps, losses) => plot.extend(name, { steps, losses }));
     const about = await Promise.all(names.map((name) => ask(addressOf(name)).catch(() => null)));
-    this.body.replaceChildren(this.#table(names, about));
+    if (plot === this.plot) this.body.replaceChildren(this.#table(names, about));
   }
 
   close() {

@@ -13,7 +13,7 @@ const CELLS = ["status", "steps", "last_loss", "picture", "validation", "optimiz
 /** The row of a run; `pick(isPicked)`: called for its checkbox. */
 export class RunRow {
   #isSeen = false;
-  #pictured = null; // the number of steps that the picture shows
+  #pictured = null; // what the picture shows: another run may take the name, with as many steps
   #isWaiting = false;
 
   constructor(run, pick) {
@@ -72,11 +72,12 @@ export class RunRow {
 
   // The picture, once the row is visible; redrawn from time to time while steps are added.
   async #draw() {
-    const { name, steps } = this.run;
-    if (!this.#isSeen || this.#isWaiting || !steps || steps === this.#pictured) return;
+    const { name, steps, started, last_loss: loss } = this.run;
+    const now = JSON.stringify([steps, started, loss]);
+    if (!this.#isSeen || this.#isWaiting || !steps || now === this.#pictured) return;
     this.#isWaiting = true;
     const isFirst = this.#pictured === null;
-    this.#pictured = steps;
+    this.#pictured = now;
     try {
       this.picture.replaceChildren(sparkline(await ask(addressOf(name, "sparkline")), name));
     } catch {

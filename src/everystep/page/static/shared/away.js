@@ -5,11 +5,13 @@ import { ask } from "./server.js";
 
 const PATIENCE = 1000; // milliseconds: a short break shows no message
 
-/** Ask for what a view shows; until then it shows a message. */
+/** Ask for what a view shows; until then it shows a message. Throws an error if the reader has left: a late view would change the title. */
 export async function awaited(main, message, address) {
   const waiting = element("p", { class: "waiting muted" }, message);
   main.append(waiting);
-  return ask(address).finally(() => waiting.remove());
+  const found = await ask(address).finally(() => waiting.remove());
+  if (!main.isConnected) throw new Error("another place is shown");
+  return found;
 }
 
 /** Make the banner; return {host, tell(isThere), close()}. */

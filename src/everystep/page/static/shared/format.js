@@ -39,10 +39,19 @@ export function shapeText(shape) {
   return shape.length ? shape.map(whole).join("×") : "number";
 }
 
-/** Return a share as percent in three digits. */
+/** Return numbers in `digits`, or in more if two different ones would look the same: the ends of a scale. */
+export function distinct(numbers, digits) {
+  const textsIn = (count) => numbers.map((number) => short(number, count));
+  let count = digits;
+  while (count < 17 && new Set(textsIn(count)).size < new Set(numbers).size) count += 1;
+  // One digit more: between neighbours, the last one alone may be off by half their distance.
+  return textsIn(count > digits ? count + 1 : count);
+}
+
+/** Return a share as percent in three digits; in more if it would look like all, but is not. */
 export function percent(share) {
   const number = numberOf(share);
-  return Number.isFinite(number) ? `${short(100 * number, 3)}%` : short(number);
+  return Number.isFinite(number) ? `${distinct([100 * number, 100], 3)[0]}%` : short(number);
 }
 
 /** Return how long ago a time was, or its date if that is long. */
@@ -62,7 +71,7 @@ export function duration(seconds) {
   return `${Math.round(seconds / 3600)} h`;
 }
 
-/** Return a number in the fewest digits that restore it; `isSingle`: as a float32. */
+/** Return a number in the fewest digits that restore it; `isSingle`: as a float32, by default if it is one, as in the server's texts. */
 export function fullText(value, isSingle = Math.fround(value) === value) {
   if (!Number.isFinite(value)) return String(value).replace("NaN", "nan").replace("Infinity", "inf");
   if (Object.is(value, -0)) return "-0";

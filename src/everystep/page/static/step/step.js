@@ -48,6 +48,7 @@ export class StepView {
     this.asked.abort();
     this.asked = new AbortController();
     const content = this.content?.step === step ? this.content : await this.#ask(step, this.asked.signal);
+    this.node.removeAttribute("aria-busy");
     const isOther = open.join("\n") !== this.place.open.join("\n");
     if (isOther) this.opened = new Set([...open, ...impliedBy(content, operation, open)]);
     if (isOther || content !== this.content) this.#draw(content);
@@ -105,7 +106,6 @@ export class StepView {
   #draw(content) {
     this.content = content;
     this.node.hidden = false;
-    this.node.removeAttribute("aria-busy");
     this.heading.update(content);
     this.body.update(content);
     this.rows.get(this.place.operation)?.node.classList.add("marked");

@@ -137,11 +137,8 @@ function along(relative) {
 
 /** Return the explanation of the rows of changes. */
 export function scale() {
-  const text = [
-    "Norms of the parameter before, after, and of the change; ",
-    "the bar is their relative size, from 0.0001% to 100% on a logarithmic scale.",
-  ];
-  return fixed(element("p", { class: "small muted" }, ...text));
+  const text = "Norms of the parameter before, after, and of the change; the bar is their relative size, from 0.0001% to 100% on a logarithmic scale.";
+  return fixed(element("p", { class: "small muted" }, text));
 }
 
 /** Return the panel of a parameter's change, or of the parameter before or after it. */

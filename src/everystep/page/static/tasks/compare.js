@@ -6,7 +6,8 @@ import { ofRun, partingView } from "./parting.js";
 import { plotBeside } from "../plot/source.js";
 import { button, element } from "../shared/elements.js";
 import { short, whole } from "../shared/format.js";
-import { ask, tell } from "../shared/server.js";
+import { awaited } from "../shared/away.js";
+import { tell } from "../shared/server.js";
 import { runTask } from "./task.js";
 
 // Comparisons since the page was loaded, so that Back is immediate.
@@ -17,7 +18,7 @@ export async function open({ one, other }, main) {
   const names = [one, other];
   document.title = names.every(Boolean) ? `${one} and ${other} – everystep` : "Compare – everystep";
   document.querySelector("#trail").replaceChildren(element("a", { href: "/" }, "All runs"), " / Compare");
-  const { directory, runs } = await ask("/api/runs");
+  const { directory, runs } = await awaited(main, "Loading the runs.", "/api/runs");
   const found = names.map((name) => runs.find((run) => run.name === name));
   main.classList.add("wide");
   main.append(element("h1", { class: "unseen" }, document.title), headOf(names, found, runs));
@@ -82,7 +83,8 @@ function compare(view) {
   main.append(verdict, progress, plot, details);
   const goTo = (step) => go({ view: "run", run: names[0], step, overlay: [names[1]] });
   view.closing.push(plotBeside(plot, names, { goTo }));
-  const key = (thorough) => JSON.stringify([names, found.map((run) => run.steps), thorough]);
+  // Another run may have the name by now.
+  const key = (thorough) => JSON.stringify([found.map(({ name, steps, started, last_loss: loss }) => [name, steps, started, loss]), thorough]);
   const show = (result) => {
     verdict.replaceChildren(...verdictOf(result));
     details.replaceChildren(...detailsOf(view, result, lookAtAll));

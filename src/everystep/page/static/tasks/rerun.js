@@ -1,6 +1,7 @@
 // Rerun: the steps of a run under other numerics, or in another precision.
 
 import { element } from "../shared/elements.js";
+import { pointsBetween } from "../plot/curves.js";
 import { plotBeside, serverCurves } from "../plot/source.js";
 import { numberOf } from "../shared/format.js";
 import { detailsOf, labelled, questionForm } from "./question.js";
@@ -55,12 +56,6 @@ function choice(names) {
 // The recorded losses and those of the rerun.
 function overlay({ about, goTo }, host, { place, losses }) {
   const other = `${about.name}, ${place.precision ?? "rerun"}`;
-  const source = (run, query, options) => (run === other ? between(losses, query) : serverCurves(run, query, options));
+  const source = (run, query, options) => (run === other ? pointsBetween(losses, query) : serverCurves(run, query, options));
   return plotBeside(host, [about.name, other], { source, goTo });
-}
-
-// All points that the server sent.
-async function between({ steps, values }, { first, last }) {
-  const shown = [...steps.keys()].filter((place) => steps[place] >= (first ?? 0) && steps[place] <= (last ?? Infinity));
-  return { steps: shown.map((place) => steps[place]), values: shown.map((place) => values[place]), total: shown.length };
 }

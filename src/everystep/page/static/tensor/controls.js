@@ -2,7 +2,7 @@
 
 import { css } from "./colours.js";
 import { button, element } from "../shared/elements.js";
-import { short, whole } from "../shared/format.js";
+import { distinct, whole } from "../shared/format.js";
 import { setText, show } from "../shared/part.js";
 
 /** Return the choice of a slice: {node, update(about, shape), indices(index)}. */
@@ -57,13 +57,7 @@ export function zoomButtons({ zoom, reset }) {
   const out = button("−", () => zoom(1 / 1.6), { "aria-label": "zoom out", class: "plain" });
   const all = button("all", reset, { class: "plain", title: "show everything (0, or a double click)" });
   const node = element("span", { class: "zoom" }, out, button("+", () => zoom(1.6), { "aria-label": "zoom in", class: "plain" }), all);
-  return {
-    node,
-    update(isNear) {
-      out.disabled = !isNear;
-      all.disabled = !isNear;
-    },
-  };
+  return { node, update: (isNear) => [out, all].forEach((each) => (each.disabled = !isNear)) };
 }
 
 /** Return the legend: {node, update(colours, range, patch)}. */
@@ -95,8 +89,7 @@ export function legend(rooted) {
         context.fillStyle = css(shades[Math.round((pixel / (bar.width - 1)) * (shades.length - 1))]);
         context.fillRect(pixel, 0, 1, 1);
       }
-      setText(ends[0], short(range.from, 3));
-      setText(ends[1], short(range.to, 3));
+      distinct([range.from, range.to], 3).forEach((text, place) => setText(ends[place], text));
       others.replaceChildren(...key(colours, numbers));
     },
   };

@@ -36,7 +36,7 @@ export class HeatMap {
     const beneath = element("div", { class: "beneath" }, this.legend.node, this.buttons.node, spoken);
     this.node = element("figure", { class: "heat-map" }, this.slices.node, this.frame, beneath);
     this.isRooted = false;
-    this.index = 0;
+    this.index = 0; // of the slice that was asked for last; that of the numbers shown is in their patch
     this.whole = null; // the patch of all the numbers
     this.fine = null; // the patch of the visible ones, when zoomed
     this.cursor = null;
@@ -154,8 +154,13 @@ export class HeatMap {
   async turnTo(index) {
     const { signal } = this;
     this.index = index;
-    const whole = await this.ask({ index, most: MOST }, { signal });
-    if (signal !== this.signal || index !== this.index) return;
+    const whole = await this.ask({ index, most: MOST }, { signal }).catch((error) => error);
+    if (signal.aborted || signal !== this.signal || index !== this.index) return;
+    if (whole instanceof Error) {
+      this.index = this.whole.index;
+      this.slices.update(this.whole, this.shape);
+      return setText(this.readout, whole.message);
+    }
     this.whole = new Patch(whole);
     this.fine = null;
     this.slices.update(whole, this.shape);
@@ -192,8 +197,8 @@ export class HeatMap {
   }
 
   async #refine() {
-    const { index, whole, signal } = this;
-    const answer = await this.ask({ index, ...this.#wanted(), most: MOST }, { signal }).catch(() => null);
+    const { whole, signal } = this;
+    const answer = await this.ask({ index: whole.index, ...this.#wanted(), most: MOST }, { signal }).catch(() => null);
     if (!answer || whole !== this.whole) return;
     this.fine = new Patch(answer);
     this.fine.paint(this.colourOf);
@@ -254,7 +259,7 @@ export class HeatMap {
   #sentence(cell) {
     const patch = this.#patchAt(cell);
     const value = patch.text(cell);
-    const before = this.slices.indices(this.index);
+    const before = this.slices.indices(this.whole.index);
     const index = this.#indexOf(cell);
     const about = this.#classAt(cell, patch);
     if (patch.isFine) return (index.length ? `[${index.join(", ")}] = ${value}` : value) + about;
@@ -265,7 +270,7 @@ export class HeatMap {
 
   #indexOf(cell) {
     const own = this.shape.length > 1 ? cell : this.shape.length ? [cell[1]] : [];
-    return [...this.slices.indices(this.index), ...own];
+    return [...this.slices.indices(this.whole.index), ...own];
   }
 
   // The name of a class: of the number itself, or of its column.

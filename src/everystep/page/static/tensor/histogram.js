@@ -1,7 +1,7 @@
 // A histogram of a tensor's numbers.
 
 import { button, drawing, element } from "../shared/elements.js";
-import { short, whole } from "../shared/format.js";
+import { distinct, whole } from "../shared/format.js";
 import { setText } from "../shared/part.js";
 
 const WIDTH = 256;
@@ -52,8 +52,8 @@ export class Histogram {
     const zero = zeroAt(edges);
     this.plot.replaceChildren(...(zero === null ? [] : [zeroLine(zero)]), ...this.bars);
     this.plot.setAttribute("aria-label", labelOf(counted));
-    setText(this.low, short(edges[0], 3));
-    setText(this.high, short(edges.at(-1), 3));
+    const ends = distinct([edges[0], edges.at(-1)], 3);
+    [this.low, this.high].forEach((end, place) => setText(end, ends[place]));
     // The 0 is written only if it does not overlap the ends.
     setText(this.zero, zero > 0.25 && zero < 0.75 ? "0" : "");
     this.zero.style.left = `${100 * (zero ?? 0)}%`;
@@ -66,7 +66,7 @@ export class Histogram {
     if (place === null) return setText(this.readout, summary(this.counted));
     this.bars[place].classList.add("pointed");
     const { edges, counts } = this.counted;
-    setText(this.readout, `${whole(counts[place])} from ${short(edges[place])} to ${short(edges[place + 1])}`);
+    setText(this.readout, `${whole(counts[place])} from ${distinct(edges.slice(place, place + 2), 4).join(" to ")}`);
   }
 
   #toggle() {
@@ -104,7 +104,7 @@ function summary({ counts, nonfinite }) {
 function labelOf(counted) {
   const { edges, counts } = counted;
   const most = counts.indexOf(Math.max(...counts));
-  const range = `${short(edges[0])} to ${short(edges.at(-1))}`;
-  const peak = `${whole(counts[most])}, between ${short(edges[most])} and ${short(edges[most + 1])}`;
+  const range = distinct([edges[0], edges.at(-1)], 4).join(" to ");
+  const peak = `${whole(counts[most])}, between ${distinct(edges.slice(most, most + 2), 4).join(" and ")}`;
   return `Histogram of ${summary(counted)} from ${range}; most, ${peak}`;
 }

@@ -32,7 +32,10 @@ export class Patch {
 
   /** Return the number at a cell in full: the fewest digits that restore it in its dtype. */
   text(cell) {
-    return fullText(this.at(cell), this.format === "float32");
+    const number = this.at(cell);
+    const text = fullText(number, this.format === "float32");
+    // Larger whole numbers come as float64, which does not hold all of them.
+    return /int64/.test(this.dtype) && Math.abs(number) >= 2 ** 53 ? `about ${text}` : text;
   }
 
   /** Return the first and the last cell of a cell's block. */
@@ -43,10 +46,7 @@ export class Patch {
     };
     const [top, bottom] = along(row, this.rows, this.block[0]);
     const [left, right] = along(column, this.columns, this.block[1]);
-    return [
-      [top, left],
-      [bottom, right],
-    ];
+    return [[top, left], [bottom, right]];
   }
 
   /** Draw it, a pixel for each number. */

@@ -3,6 +3,7 @@
 // They must not delay anything else: only visible ones are requested, one after the other, while the browser is idle.
 
 import { coloursOf, painter, rangeOf } from "./colours.js";
+import { watchAppearance } from "../shared/appearance.js";
 import { element } from "../shared/elements.js";
 import { numberOf } from "../shared/format.js";
 import { show } from "../shared/part.js";
@@ -32,6 +33,10 @@ export class Thumbnail {
     Object.assign(this, { view, idOf });
     this.canvas = element("canvas", { width: 1, height: 1 });
     this.node = element("span", { class: "thumbnail", "aria-hidden": "true" }, this.canvas);
+    this.unwatch = watchAppearance(() => {
+      this.drawn = null;
+      this.#draw();
+    });
     pictures.set(this.node, this);
     watcher.observe(this.node);
   }
@@ -50,6 +55,7 @@ export class Thumbnail {
     this.#asked.abort();
     clearTimeout(this.#timer);
     watcher.unobserve(this.node);
+    this.unwatch();
   }
 
   #draw() {
