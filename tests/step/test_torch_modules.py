@@ -48,6 +48,7 @@ def test_by_program_it_has_the_bits_of_a_loop_written_by_hand(case, make_trainee
     if case.name in EAGER:
         with numerics.in_force(threads=1), pytest.raises(TrainingError, match=EAGER[case.name]):
             stepper.advance(STEPS)
+        stepper.watched.finish()
         return
     with numerics.in_force(threads=1):
         stepper.advance(STEPS)
