@@ -111,6 +111,13 @@ def loop(optimizer, x, y, model, log=lambda loss: None, batches=iter):
     return losses
 
 
+def recorded(optimizer, x, y, model, place):
+    """Record the loop; return the run."""
+    with everystep.record(model=model, optimizer=optimizer, run=place) as recording:
+        loop(optimizer, x, y, model, lambda loss: recording.log(loss=loss), recording.steps)
+    return recording.run
+
+
 @pytest.mark.parametrize("kind", ["fused AdamW", "AdamW that reads its counter"])
 def test_a_recorded_loop_is_taken_in_double_precision(small, tmp_path, kind):
     model, x, y = small
@@ -120,10 +127,8 @@ def test_a_recorded_loop_is_taken_in_double_precision(small, tmp_path, kind):
         return torch.optim.AdamW(model.parameters(), lr=0.01, **options)
 
     start = {name: value.double() for name, value in model.state_dict().items()}
-    parts = {"model": model, "optimizer": optimizer()}
-    with everystep.record(**parts, run=tmp_path / "loop") as recording:
-        loop(parts["optimizer"], x, y, model, lambda loss: recording.log(loss=loss), recording.steps)
-    found = recording.run.rerun(precision="float64", progress=False)
+    run = recorded(optimizer(), x, y, model, tmp_path / "loop")
+    found = run.rerun(precision="float64", progress=False)
     model.double().load_state_dict(start)
     assert found.losses.tolist() == loop(optimizer(), x.double(), y.double(), model)
     assert 0 < found.relative.max() < 1e-5 and found.beyond is None
@@ -145,13 +150,11 @@ def test_what_an_optimizer_counts_with_and_its_rate_keep_their_dtype(small, tmp_
         return getattr(torch.optim, name)(model.parameters(), **{"lr": 0.01} | options)
 
     start = {name: value.double() for name, value in model.state_dict().items()}
-    parts = {"model": model, "optimizer": optimizer()}
-    with everystep.record(**parts, run=tmp_path / "loop") as recording:
-        loop(parts["optimizer"], x, y, model, lambda loss: recording.log(loss=loss), recording.steps)
-    found = recording.run.rerun(precision="float64", progress=False)
+    run = recorded(optimizer(), x, y, model, tmp_path / "loop")
+    found = run.rerun(precision="float64", progress=False)
     model.double().load_state_dict(start)
     assert found.losses.tolist() == loop(optimizer(), x.double(), y.double(), model)
-    found = recording.run.rerun(precision="bfloat16", progress=False)
+    found = run.rerun(precision="bfloat16", progress=False)
     model.bfloat16().load_state_dict(start)
     assert found.losses.tolist() == loop(optimizer(), x.bfloat16(), y.bfloat16(), model)
 

@@ -51,7 +51,7 @@ _PLAIN = {
 }
 
 
-# Apart from other errors of the system: `everystep losses RUN | head` is no failure of the command.
+# Apart from other errors of the system: `everystep losses RUN | head` is not a failed command.
 class OutputError(EverystepError, OSError):
     """Stdout cannot be written: the disk is full, it is closed, or its reader has gone (`| head`)."""
 

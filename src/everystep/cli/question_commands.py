@@ -306,7 +306,7 @@ def rerun(
 
         save_plot(curves_plot(found.curves, log=log), output)
         say_written(output)
-    # In another precision, all results differ: that is no failure.
+    # In another precision, all results differ: that does not count as a failure.
     if found.place.precision is None and not found.has_same_bits:
         raise typer.Exit(1)
 

@@ -181,8 +181,8 @@ class _CachedRun:
                     known = _extended(old, database, facts, ends)
             if losses is None:
                 losses = in_own_precision(database.losses(1), facts)
-                # The same losses read again, as at the end of a training, are no new edition: pages keep
-                # theirs.
+                # The same losses read again, as at the end of a training, make no new edition: pages
+                # keep theirs.
                 edition += old is not None and not _is_same(old.losses, losses[: old.steps])
             steps = database.newest_step()
         return RunColumns(facts, steps, losses, ends, edition, self._directory, known)

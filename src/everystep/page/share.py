@@ -87,7 +87,7 @@ class _HeldNumbers:
 
     def step(self, step: Step, run: Run) -> dict[str, Any]:
         content = step.data()
-        # Memory that nothing was written to is no number to send.
+        # Memory that nothing was written to has no numbers to send.
         shown = [id for id, seen in content["tensors"].items() if "unset" not in seen]
         tensors = {id: tensor_of(step, id, run.facts) for id in shown}
         return {

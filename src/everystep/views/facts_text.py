@@ -103,7 +103,7 @@ def closing(directory: Path) -> str:
     measured = "".join(
         f", {name} {measured_text(name, value)}"
         for name, value in run.latest_measurements.items()
-        # Not what was measured in hindsight, which is no result of this training.
+        # Not what was measured in hindsight, which does not come from this training.
         if name != "lr" and name not in facts.measured
     )
     has_loss = summary.first_loss is not None

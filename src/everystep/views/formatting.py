@@ -64,7 +64,7 @@ def one_line(text: str) -> str:
 
 def cut(text: str, most: int) -> str:
     """Return a text of at most so many columns of the terminal; a longer one ends with an ellipsis."""
-    # By columns, of which a Chinese character takes two.
+    # By columns: a Chinese character takes two.
     return text if cell_len(text) <= most else set_cell_size(text, most - 1).rstrip("….") + "…"
 
 
@@ -92,7 +92,7 @@ def percent(share: float, digits: int = 3) -> str:
     value = 100 * share
     if math.isfinite(value) and abs(value) >= 999.5:
         return f"{value:,.0f}%"
-    # A gradient of which a few numbers are not 0 has no "100%" zeros.
+    # A gradient with a few numbers that are not 0 must not show "100%" zeros.
     texts = (f"{value:.{each}g}" for each in range(digits, 18))
     return f"{next(text for text in texts if text != '100' or value == 100)}%"
 

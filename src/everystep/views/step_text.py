@@ -146,7 +146,7 @@ class _Opened:
             self._batch()
         segments, changed_otherwise = as_it_happened(self.step, self.training)
         shown = [each for each in segments if phase in (None, each.segment.phase)]
-        # A phase that is asked for and has no operations gets its heading, and a line that says so.
+        # A phase that is asked for and has no operations gets its heading, and a line that reports this.
         if not shown and phase in get_args(Phase):
             shown = [SegmentSeen(Segment(cast("Phase", phase), None, 0, -1))]
         phases = [each.segment.phase for each in shown]
@@ -303,7 +303,7 @@ class _Opened:
             page.blank()
         for place in range(first, last + 1) if in_full else ():
             self._operation_in_full(place)
-        # zero_grad may set gradients to None, which is no operation.
+        # zero_grad may set gradients to None, without an operation.
         if last < first and phase != "zero_grad":
             page.line(("no operations", "dim"), indent=_INDENT)
         elif first <= last and not in_full:

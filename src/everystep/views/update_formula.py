@@ -227,7 +227,7 @@ def _lines(optimizer: str, settings: Mapping[str, Any], *, is_first: bool = Fals
     assigned = found.definitions | {
         key: text for key, text in found.results.items() if text not in found.definitions
     }
-    # The count of steps is no line of the update.
+    # The count of steps gets no line of its own.
     del assigned["t"]
 
     def renamed(word: re.Match[str]) -> str:

@@ -213,7 +213,7 @@ def _check_text(each: Why) -> list[tuple[str, str]]:
     if each.is_equal:
         return [("= ", "bold"), (exact_text(each.number), ""), ("  the same bits", "dim")]
     text = _text_of(each.recomputed, each.number.dtype)
-    # Whole numbers and truths are right or wrong: no distance says anything.
+    # Whole numbers and truths are right or wrong: a distance has no meaning.
     if isinstance(each.number.value, bool | int) or each.recomputed != each.recomputed:
         return [("\N{NOT EQUAL TO} ", "bold"), (text, "")]
     off = each.number.value - each.recomputed

@@ -170,7 +170,7 @@ def test_losses_that_are_close_have_different_numbers_at_the_axis(copied, visit)
 def test_losses_that_a_log_axis_cannot_show_are_said_but_not_counted(copied, visit):
     run = copied("chapter")
     with changed(run) as database:
-        database.write_losses(501, [step % 7 for step in range(20_000)])  # of which the plot has some
+        database.write_losses(501, [step % 7 for step in range(20_000)])  # the plot has some of them
     page = visit(f"/runs/{run.name}?log=1")
     expect(readout(page)).to_contain_text("Losses of 0 or less are not shown on a log axis.")
 
