@@ -232,7 +232,8 @@ def _modes(found: OperationDifference, evidence: Evidence) -> dict[str, str]:
             only = evidence.names[runs.index(True)]
             text = f"module {path} {owner}, which does nothing in eval mode, computes only in {only}"
             texts[text] = "training"
-        for operator in sides[0].keys() & sides[1].keys():
+        # In the order of the step: that of a set would differ from process to process.
+        for operator in [each for each in sides[0] if each in sides[1]]:
             one, other = (side[operator] for side in sides)
             arguments = OperationPair(one, other, evidence.sources).arguments
             texts |= {_argument_text(one, each, evidence): each.name for each in arguments}
