@@ -1162,6 +1162,25 @@ def test_layers_that_are_unfrozen_and_groups_that_are_added_stay_so(record):
     return [each.detach() for each in model.parameters()]
 
 
+@resumes(4, 13)
+def test_what_a_loop_keeps_in_an_optimizer_of_torchs_goes_on(record):
+    model = nn.Linear(6, 1)
+    optimizer = torch.optim.Adam(model.parameters())
+    optimizer.last, (group,) = {"sizes": [1.0]}, optimizer.param_groups
+    group |= {"phase": "warm", "turn": 1j, "recent": deque(maxlen=3), "seen": {0}}
+    with record(model=model, optimizer=optimizer) as recording:
+        for x, y in recording.steps(DataLoader(tensors(), batch_size=1)):
+            scale = len(group["seen"]) + sum(group["recent"]) + group["turn"].real
+            scale *= optimizer.last["sizes"][0] * (2 if group["phase"] == "cold" else 1)
+            recording.log(loss=descend(optimizer, functional.mse_loss(model(x) * scale, y)))
+            group["phase"] = "cold" if len(group["seen"]) % 7 > 3 else "warm"
+            group["turn"] *= 1j
+            group["recent"].append(recording.step_count)
+            group["seen"] = group["seen"] | {recording.step_count}
+            optimizer.last = {"sizes": [optimizer.last["sizes"][0] / 2 + 1]}
+    return [each.detach() for each in model.parameters()]
+
+
 @resumes(13)
 def test_batches_of_conjugated_views_are_found_again(record):
     seeded()

@@ -63,7 +63,8 @@ _COLLECTIONS: dict[str, Any] = {
 }
 #: What is written of a value besides its kind and content.
 _DETAILS = {
-    *("class", "attributes", "longest", "factory", "dtype", "shape", "strides", "is_trained", "text")
+    *("class", "attributes", "longest", "factory", "dtype", "shape", "strides", "is_trained", "text"),
+    "on_device",
 }
 #: What a `defaultdict` that a run can make again makes its values with.
 _FACTORIES = {each.__name__: each for each in (int, float, bool, str, list, dict, set)}
@@ -278,6 +279,8 @@ class _Capturing:
         # A copy lies row after row, but a kernel may sum a transposed tensor in another order.
         if (strides := _strides(value)) is not None:
             node["strides"] = strides
+        if value.device.type != "cpu":
+            node["on_device"] = True
         if has_graph(value):
             # A module may have its last activations, which its next forward pass replaces.
             self.unkept |= {"Tensor with a graph"} if self._limit is None else set()
@@ -588,9 +591,13 @@ class _Restoring:
             with torch.no_grad():
                 copy_into(there, saved)
             return there  # type: ignore[no-any-return]
-        # Tensors with the shape of a parameter are on its device; a count of steps stays on the CPU.
+        # Where the parameters are, which may be another device than that of the recording. A count of
+        # steps may have been on the CPU.
+        is_there = node.get("on_device", saved.ndim > 0)
         like = next((p for p in self._parameters.values() if p.shape == saved.shape), None)
-        device = saved.device if like is None or saved.ndim == 0 else like.device
+        if "on_device" in node and like is None:
+            like = next(iter(self._parameters.values()), None)
+        device = like.device if like is not None and is_there else saved.device
         found = torch.empty(saved.shape, dtype=saved.dtype, device=device)
         if strides is not None:
             found = torch.empty_strided(saved.shape, strides, dtype=saved.dtype, device=device)

@@ -174,7 +174,7 @@ class Parts:
     def objects(self) -> set[int]:
         """Return the ids of all objects within the parts, themselves included."""
         found = {id(inner) for module in self.modules.values() for inner in module.modules()}
-        for part in self._others.values():
+        for part in (*self._others.values(), *map(vars, self.optimizers.values())):
             for _ in _within(part, "", found, ()):
                 pass
         return found | {id(part) for part in self.named.values()}

@@ -97,11 +97,12 @@ class PartsState:
                 held[name] = {"attributes": attributes}
             elif isinstance(part, torch.optim.Optimizer):
                 # In torch's format, too, in which a run shows settings, and a fork changes them.
-                held[name] = {"optimizer": optimizer_settings(part, names)}
-                if _keeps_more(part):
-                    found = self._noted(name, encoded(part, name, live, names))
-                    tensors |= found.tensors
-                    held[name]["own"] = found.data["object"]
+                found = self._noted(name, encoded(part, name, live, names))
+                tensors |= found.tensors
+                held[name] = {
+                    "optimizer": optimizer_settings(part, names),
+                    "own": found.data["object"],
+                }
             else:
                 # Parts that lie within this one are written under their own names.
                 alone = others - {id(part)}
@@ -164,8 +165,7 @@ class PartsState:
             here, there = map(_without_draws, pair)
             if not is_written_alike(here, there):
                 # What only one of them has is not named.
-                here, there = (each.get("object", each) if each else each for each in (here, there))
-                other += dict.fromkeys(_differing(here, there, name)) or [name]
+                other += dict.fromkeys(_differing(_compared(here), _compared(there), name)) or [name]
         if now["frozen"] != then.get("frozen"):
             other.append("which parameters are trained")
         if other:
@@ -274,12 +274,11 @@ class PartsState:
             own_class, known = type(part).__qualname__, held["optimizer"]["class"]
             if own_class != known:
                 raise ValueError(f"it is {own_class}, but the snapshot has {known}")
-            if "own" in held:  # all its attributes, its param groups and its state among them
+            if is_whole or _keeps_more(part):
+                # All its attributes, its param groups and its state among them.
                 decoded(part, name, saved, {"object": held["own"]}, names)
                 return
             own = "" if len(parts.optimizers) == 1 else f"{name}."
-            if is_whole:
-                _restore_groups(part, names, held["optimizer"]["groups"])
             in_it = {p: names[p] for group in part.param_groups for p in group["params"]}
             restore_optimizer(part, in_it, held["optimizer"], saved, f"optimizer/{own}")
         elif isinstance(part, Tensor):
@@ -344,8 +343,7 @@ class PartsState:
         faults = {name.removeprefix(OWN) for name in other}
         for name in self.parts.named:
             if name not in self.parts.modules:
-                here, there = (each[name].get("object", each[name]) for each in (now.held, held))
-                faults |= {*_differing(here, there, name)}
+                faults |= {*_differing(_compared(now.held[name]), _compared(held[name]), name)}
                 continue
             attributes = self._attributes(name, {})
             for path, each in held[name]["attributes"].items():
@@ -362,7 +360,7 @@ class PartsState:
 
 
 def _keeps_more(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether an optimizer may keep more than settings, and tensors and numbers by parameter."""
+    """Return whether steps may use more of it than settings, and tensors and numbers by parameter."""
     # Such as LBFGS, which keeps lists of tensors.
     entries = (value for _, each in entries_of(optimizer) for value in each.values())
     is_usual = all(isinstance(value, Tensor | bool | int | float | str | None) for value in entries)
@@ -373,10 +371,18 @@ def _place(part: str, path: str, attribute: str) -> str:
     return ".".join(each for each in (part, path, attribute) if each)
 
 
+def _compared(held: Any) -> Any:
+    """Return what shows by name where a part differs. held: of the part; None: there is none."""
+    if not held:
+        return held
+    return {"own": held["own"]} if "own" in held else held.get("object", held)
+
+
 def _differing(now: Any, saved: Any, place: str) -> Iterator[str]:
     """Yield where values differ, as JSON can hold them."""
     if isinstance(now, dict) and isinstance(saved, dict):
-        for key, value in saved.items():
+        # A run may be resumed on another device.
+        for key, value in ((key, each) for key, each in saved.items() if key != "on_device"):
             here, there = (_by_name(key, each) for each in (now.get(key), value))
             if here is None or there is None or (key == "dict" and [*here] != [*there]):
                 yield from _differing(now.get(key), value, place)
@@ -542,18 +548,6 @@ def _set_gradient(tensor: Tensor, gradient: Tensor | None) -> None:
     else:  # in its memory, which may be a part of one buffer for all gradients
         with torch.no_grad():
             copy_into(there, gradient)
-
-
-def _restore_groups(
-    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], groups: list[dict[str, Any]]
-) -> None:
-    """Restore the param groups of an optimizer, including those added during training."""
-    by_name = {name: parameter for parameter, name in names.items()}
-    for group in groups[len(optimizer.param_groups) :]:
-        optimizer.add_param_group({"params": [by_name[name] for name in group["params"]]})
-    for live, group in zip(optimizer.param_groups, groups, strict=False):
-        if [names.get(p) for p in live["params"]] != group["params"]:
-            live["params"] = [by_name[name] for name in group["params"]]
 
 
 def _without_draws(node: Any) -> Any:
