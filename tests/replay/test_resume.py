@@ -9,7 +9,10 @@ import re
 import shutil
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
 from functools import partial
+from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -731,6 +734,7 @@ class Counting(nn.Module):
         self.layer = nn.Linear(6, 1)
         self.seen, self.by_number, self.mean = [], Counter(), torch.zeros(6)
         self.recent, self.entry, self.stage = deque(maxlen=3), Entry(), Stage.WARM
+        self.layer.means, self.layer.best = {"x": torch.zeros(6)}, Path("none")  # in one of torch's
         self.generator = torch.Generator().manual_seed(3)
 
     def forward(self, x):
@@ -740,11 +744,13 @@ class Counting(nn.Module):
             self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
             self.recent.append(x[0] * 2)
             self.entry.number += 1
+            self.layer.means["x"] = 0.9 * self.layer.means["x"] + 0.1 * x.mean(0)
+            self.layer.best = Path(f"best-{len(self.seen)}")
             self.stage = Stage.MAIN if len(self.seen) > 12 else Stage.WARM
         # Only late does anything depend on them.
         scale = len(self.seen) + self.by_number[0] if self.stage is Stage.MAIN else 1.0
         noise = torch.rand(1, generator=self.generator) if len(self.seen) > 19 else 0.0
-        return self.layer(x) / scale + noise
+        return self.layer(x - self.layer.means["x"]) / scale + noise
 
 
 def as_text(value):
@@ -776,7 +782,9 @@ def with_state(kept):
             "settings": Settings(), "named": Attributes(number=0), "pairs": set(), "gap": 0j, "raw": b"",
             "wide": np.zeros(2, complex), "text": np.array(["a"]), "turned": None, "latent": [],
             "first": default, "second": default, "by_key": defaultdict(list), "by_pair": {},
-            "corner": Corner.NEAR, "repeated": torch.zeros(1).expand(3),
+            "corner": Corner.NEAR, "repeated": torch.zeros(1).expand(3), "best": Path("none"),
+            "share": Fraction(1, 2), "exact": Decimal(1), "span": range(1), "part": slice(None),
+            "size": torch.Size([1]),
         }  # fmt: skip
         pairs, place = state["pairs"], {"last": torch.zeros(6)}
         with record(model=model, optimizer=optimizer, state=state, place=place) as recording:
@@ -794,6 +802,9 @@ def with_state(kept):
                 state["named"]["number"] += 1
                 pairs.add((number, -number))
                 state["gap"] += 1j
+                state["best"], state["size"] = Path(f"best-{number}"), torch.Size([number])
+                state["share"], state["exact"] = state["share"] / 3, state["exact"] / 3
+                state["span"], state["part"] = range(number), slice(None, number)
                 state["raw"] += b"x"
                 state["wide"] += 1j * number
                 state["text"] = np.array(["a" * number])
@@ -804,6 +815,7 @@ def with_state(kept):
                 state["by_pair"][number, "a"] = Counter([number])
                 recording.log(loss=loss)
                 own = {n: vars(model)[n] for n in ("seen", "by_number", "mean", "recent", "entry")}
+                own |= {n: vars(model.layer)[n] for n in ("means", "best")}
                 kept[number] = as_text(state), as_text(own), repr(model.stage)
         return model.state_dict()["layer.weight"]
 
@@ -1216,13 +1228,13 @@ def test_what_only_the_code_of_a_loop_can_make_is_named(dying, capfd):
     def body(record, key):
         model = nn.Linear(6, 1)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        state = {"averages": [], "range": range(0), "iterator": iter([]), "kind": np.dtype("f4")}
+        state = {"averages": [], "iterator": iter([]), "kind": np.dtype("f4")}
         state["loss"] = functional.mse_loss
         with record(model=model, optimizer=optimizer, state=state) as recording:
             for x, y in recording.steps(DataLoader(tensors(), batch_size=1)):
                 made = {
                     "averages": lambda: [*state["averages"], Average()],
-                    "range": lambda: range(state["range"].stop + 1),
+                    "kind": lambda: np.dtype("f8"),
                     "iterator": lambda: iter([1, 2]),
                     "loss": lambda: functional.l1_loss,
                 }
@@ -1231,7 +1243,7 @@ def test_what_only_the_code_of_a_loop_can_make_is_named(dying, capfd):
 
     for key, message in (
         ("averages", r"a Average, which only your code can make: make it before everystep\.record"),
-        ("range", r"state\.range: cannot be made again as after step \d+; keep numbers, texts"),
+        ("kind", r"state\.kind: cannot be made again as after step \d+; keep numbers, texts"),
         ("loss", r"state\.loss: cannot be made again as after step \d+; keep numbers, texts"),
     ):
         with pytest.raises(RunError, match=message):

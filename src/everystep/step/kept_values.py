@@ -21,12 +21,12 @@ import json
 import random
 import sys
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import suppress
 from decimal import Decimal
 from enum import Enum
 from fractions import Fraction
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from types import BuiltinFunctionType, FunctionType, MappingProxyType, ModuleType, SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
@@ -79,8 +79,20 @@ _OF_TORCH = {
 }
 #: Objects that are left unchanged: code, modules, and objects that cannot be copied.
 _LEFT_ALONE = (type, nn.Module, torch.device, torch.dtype)
-#: Values that never change: a state shows whether there is another one.
-_WITH_TEXTS = (range, slice, torch.Size, np.dtype, PurePath, Fraction, Decimal)
+#: Values that never change: their classes, their plain contents, and what makes such a value of these.
+_CONSTANTS: dict[str, tuple[type, Callable[[Any], list[Any]], Callable[..., Any]]] = {
+    "complex": (complex, lambda value: [value.real, value.imag], complex),
+    "bytes": (bytes, lambda value: [value.hex()], bytes.fromhex),
+    "range": (range, lambda value: [value.start, value.stop, value.step], range),
+    "slice": (slice, lambda value: [value.start, value.stop, value.step], slice),
+    "fraction": (Fraction, lambda value: [value.numerator, value.denominator], Fraction),
+    "decimal": (Decimal, lambda value: [str(value)], Decimal),
+    "size": (torch.Size, list, lambda *sizes: torch.Size(sizes)),
+    "path": (type(Path()), lambda value: [str(value)], Path),
+}
+_NAMES_OF_CONSTANTS = {kind: name for name, (kind, _, _) in _CONSTANTS.items()}
+#: Values of which a state only shows whether there is another one.
+_WITH_TEXTS = (slice, torch.dtype, np.dtype, PurePath)
 #: Limits of an object in an attribute of a module: it may lead to a data set or a trainer.
 MOST_OBJECTS, MOST_VALUES, MOST_BYTES = 10, 1000, 16_000_000
 #: Of a collection and of tensors in what batches are drawn from, which may be the data itself.
@@ -352,10 +364,9 @@ class _Capturing:
 
 def _of_constant(value: Any) -> dict[str, Any] | None:
     """Return a value that never changes, as JSON can hold it; None of all else."""
-    if type(value) is complex:
-        return {"complex": [value.real, value.imag]}
-    if type(value) is bytes:
-        return {"bytes": value.hex()}
+    if (name := _NAMES_OF_CONSTANTS.get(type(value))) is not None:
+        content = _CONSTANTS[name][1](value)
+        return {name: content} if all(map(is_plain_value, content)) else None
     if isinstance(value, Enum):
         # Several flags together may have no name; other members may have values that JSON cannot hold.
         by_value = is_plain_value(value.value)
@@ -519,10 +530,8 @@ class _Restoring:
             return self._made.get(content, there)
         if kind == "parameter":
             return self._parameters.get(content, there)
-        if kind == "complex":
-            return complex(*content)
-        if kind == "bytes":
-            return bytes.fromhex(content)
+        if kind in _CONSTANTS:
+            return _CONSTANTS[kind][2](*content)
         if kind == "enum":
             return _class_of(node["class"], there, Enum, place)(content)
         if kind == "member":

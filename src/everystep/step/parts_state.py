@@ -312,18 +312,18 @@ class PartsState:
         found, names, seen = {}, self.parts.parameter_names(), set[int]()
         parts = {id(each) for each in self.parts.named.values()}
         for path, inner in self.parts.modules[part].named_modules():
-            is_torchs = type(inner).__module__.startswith("torch.")
             for name, value in vars(inner).items():
                 if is_plain_value(value):
                     found[path, name] = Encoded(value)
                 # An object that several modules have, such as a configuration, is found once.
-                elif not is_torchs and name not in _OF_MODULES and id(value) not in seen:
+                elif name not in _OF_MODULES and id(value) not in seen:
                     place = _place(part, path, name)
                     each = encoded(value, place, live, names, parts, "attribute")
                     # What is large may be a trainer, or the data; the rest is kept as a whole, or named.
                     if not each.is_large:
                         self.lost[part] |= each.unkept
-                    if not (each.is_large or each.unkept or "left" in each.data):
+                    is_left = "left" in each.data and "text" not in each.data
+                    if not (each.is_large or each.unkept or is_left):
                         found[path, name] = each
                         seen |= {id(value)} if each.objects else set()
         return found

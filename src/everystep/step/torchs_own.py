@@ -236,15 +236,20 @@ def _is_from(cls: type, package: str) -> bool:
     return getattr(sys.modules.get(own), cls.__qualname__, None) is cls
 
 
-def _is_known(value: Any) -> bool:
-    """Return whether a module's attribute is plain, a tensor, a torch function, or made of these."""
+def _is_known(value: Any, depth: int = 8) -> bool:
+    """Return whether a module's attribute is plain, a tensor, a torch function, or made of these.
+
+    depth: of what it is made of; a list may be within itself.
+    """
+    if not depth:
+        return False
     kind = kind_of(value)
     if is_plain(value) or kind in TENSOR_TYPES:
         return True
     if kind in (list, set, tuple):
-        return all(map(_is_known, value))
+        return all(_is_known(each, depth - 1) for each in value)
     if kind in (dict, OrderedDict):
-        return all(_is_known(each) or is_a(each, nn.Module) for each in value.values())
+        return all(_is_known(each, depth - 1) or is_a(each, nn.Module) for each in value.values())
     if _is_from(kind, "torch.nn."):  # options of a loss
         return hasattr(value, "__dict__") and all(map(is_plain, vars(value).values()))
     # Recurrent layers refer to their weights.
