@@ -9,6 +9,7 @@ import re
 import shutil
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from decimal import Decimal
 from fractions import Fraction
 from functools import partial
@@ -784,7 +785,7 @@ def with_state(kept):
             "first": default, "second": default, "by_key": defaultdict(list), "by_pair": {},
             "corner": Corner.NEAR, "repeated": torch.zeros(1).expand(3), "best": Path("none"),
             "share": Fraction(1, 2), "exact": Decimal(1), "span": range(1), "part": slice(None),
-            "size": torch.Size([1]),
+            "size": torch.Size([1]), "begun": datetime(2026, 1, 1), "took": timedelta(0),
         }  # fmt: skip
         pairs, place = state["pairs"], {"last": torch.zeros(6)}
         with record(model=model, optimizer=optimizer, state=state, place=place) as recording:
@@ -805,6 +806,8 @@ def with_state(kept):
                 state["best"], state["size"] = Path(f"best-{number}"), torch.Size([number])
                 state["share"], state["exact"] = state["share"] / 3, state["exact"] / 3
                 state["span"], state["part"] = range(number), slice(None, number)
+                state["took"] += timedelta(seconds=number)
+                state["begun"] += state["took"]
                 state["raw"] += b"x"
                 state["wide"] += 1j * number
                 state["text"] = np.array(["a" * number])

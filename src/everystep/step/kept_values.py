@@ -23,6 +23,7 @@ import sys
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Container, Mapping
 from contextlib import suppress
+from datetime import date, datetime, timedelta
 from decimal import Decimal
 from enum import Enum
 from fractions import Fraction
@@ -87,6 +88,13 @@ _CONSTANTS: dict[str, tuple[type, Callable[[Any], list[Any]], Callable[..., Any]
     "slice": (slice, lambda value: [value.start, value.stop, value.step], slice),
     "fraction": (Fraction, lambda value: [value.numerator, value.denominator], Fraction),
     "decimal": (Decimal, lambda value: [str(value)], Decimal),
+    "duration": (timedelta, lambda value: [value.days, value.seconds, value.microseconds], timedelta),
+    "date": (date, lambda value: [value.isoformat()], date.fromisoformat),
+    "time": (
+        datetime,  # a time zone is an object of any class
+        lambda value: [value.isoformat() if value.tzinfo is None else value],
+        datetime.fromisoformat,
+    ),
     "size": (torch.Size, list, lambda *sizes: torch.Size(sizes)),
     "path": (type(Path()), lambda value: [str(value)], Path),
 }
