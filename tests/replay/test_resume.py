@@ -1183,7 +1183,9 @@ def test_what_a_loop_keeps_in_an_optimizer_of_torchs_goes_on(record):
     optimizer = torch.optim.Adam(model.parameters())
     optimizer.last, (group,) = {"sizes": [1.0]}, optimizer.param_groups
     group |= {"phase": "warm", "turn": 1j, "recent": deque(maxlen=3), "seen": {0}}
-    with record(model=model, optimizer=optimizer) as recording:
+    scheduler = lr_scheduler.StepLR(optimizer, 7)
+    scheduler.began = np.datetime64("2026-01-01")
+    with record(model=model, optimizer=optimizer, scheduler=scheduler) as recording:
         for x, y in recording.steps(DataLoader(tensors(), batch_size=1)):
             scale = len(group["seen"]) + sum(group["recent"]) + group["turn"].real
             scale *= optimizer.last["sizes"][0] * (2 if group["phase"] == "cold" else 1)

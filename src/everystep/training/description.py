@@ -265,7 +265,8 @@ def _plain(value: Any) -> Any:
         return float(str(np.float32(number))) if value.dtype == torch.float32 else number
     if isinstance(value, np.generic | np.ndarray):
         item = value.item()
-        return str(item) if isinstance(item, np.generic) else item  # Python has no long floats
+        # Not long floats, complex numbers and dates.
+        return item if isinstance(item, bool | int | float | str) else str(item)
     if type(value) in (list, tuple) and len(value) <= _MOST_ITEMS:
         return [_plain(item) for item in value]
     if type(value) in (dict, Counter) and len(value) <= _MOST_ITEMS:
