@@ -91,6 +91,7 @@ def test_every_built_in_experiment_is_listed_printed_and_trains_from_its_print(e
         (["train", "--set", "loss.reduction=none"], "mean or sum"),
         (["train", "--threads", "100000"], "threads: should be less than or equal to 1024"),
         (["train", "--set", "optimizer.lr=abc"], "optimizer.lr: must be a number, not 'abc'"),
+        (["train", "--set", "optimizer.lr=[0.1]"], "optimizer.lr: must be a number, not [0.1]"),
         (["train", "--set", "data=3"], "data: must be a section [data], not 3"),
         (["train", "--run", "."], "never overwrites a run"),
         (["train", "wine", "--set", "data.path=nothing.csv"], "does not exist"),

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -83,6 +84,10 @@ def test_settings_override_and_steps_and_epochs_replace_each_other():
     assert experiment.optimizer.keywords["lr"] == 1e-3
     assert experiment.model.layers[1] == "Tanh()"
     assert (experiment.steps, experiment.epochs) == (None, 3)
+    # As `numpy.logspace` and `numpy.arange` have them.
+    experiment = load("two-layer", {"optimizer.lr": np.float32(0.5), "seed": np.arange(9)[5]})
+    assert "seed = 5\n" in experiment.to_toml()
+    assert "lr = 0.5\n" in experiment.to_toml()
     for path in ("model.layers[9]", "[0]", "..."):
         assert "no such key or index" in faults("two-layer", {path: "Tanh()"})[path]
 

@@ -247,7 +247,7 @@ def load(
     """
     raw, where, folder = _read(source)
     for path, value in (settings or {}).items():
-        _override(raw, path, value)
+        _override(raw, path, _copied(value))
     faults: dict[str, Fault] = {}
     try:
         experiment = Experiment.model_validate(raw)
@@ -330,7 +330,9 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str, 
 def _copied(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _copied(item) for key, item in value.items()}
-    return [_copied(item) for item in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return [_copied(item) for item in value]
+    return value.tolist() if hasattr(value, "tolist") else value  # numbers and arrays of NumPy or torch
 
 
 def _override(raw: dict[str, Any], path: str, value: Any) -> None:
