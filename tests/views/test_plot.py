@@ -6,7 +6,7 @@ import pytest
 import everystep
 from everystep.errors import UsageError
 from everystep.recording.recorded_run import RecordedRun
-from everystep.views.plot import loss_plot, save_plot
+from everystep.views.plot import loss_plot, save_plot, sweep_plot
 
 NAN, INF = None, float("inf")  # NULL in a run's database means NaN
 
@@ -60,6 +60,22 @@ def test_losses_that_are_not_finite_are_marked_and_counted(run_of):
     assert plot.layers[1]._data["step"].to_list() == [2, 4]
     assert plot.data["step"].to_list() == [1, 3, 5]
     assert plot.labels.caption == "changed: the loss is not finite at 2 of 5 steps, first inf at step 2"
+
+
+def test_a_line_has_a_gap_where_it_is_not_finite_and_a_caption_of_all_steps(run_of):
+    values = [0.5, NAN, INF, 0.25]
+    plot = loss_plot(
+        [run_of([1.0] * 4, [("a", n, v) for n, v in enumerate(values, 1)])], measurements=["a"]
+    )
+    assert plot.layers[1]._data["value"].isna().to_list() == [False, True, True, False]
+    assert plot.labels.caption == "changed, a: it is not finite at 2 of 4 steps, first nan at step 2"
+    # Of many steps, few are drawn.
+    plot = sweep_plot([run_of([1.0] * 3000 + [NAN] * 900 + [-1.0] * 100, name="swept")], [{}], log=True)
+    assert plot.data["value"].isna().any()
+    assert plot.labels.caption.splitlines() == [
+        "swept: the loss is not finite at 900 of 4,000 steps, first nan at step 3,001",
+        "swept: the log axis omits 100 losses of 0 or less",
+    ]
 
 
 def test_measurements_are_lines_of_the_runs_that_have_them(run_of, tmp_path):
