@@ -156,6 +156,16 @@ def test_losses_in_every_form(everystep_command):
     assert everystep_command("losses", "run", "--parquet")[0] == 2
 
 
+def test_names_survive_json_in_any_encoding(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    name = "é\N{ZERO WIDTH JOINER}\N{GRINNING FACE}²"
+    everystep.train_experiment("two-layer", {"steps": 1}, run="run", progress=False).measure(
+        lambda step: 1.0, name=name, progress=False
+    )
+    with start("losses", "run", "--json") as process:
+        assert name in json.loads(process.stdout.read())[0]
+
+
 def test_nan_and_infinity_survive_json(everystep_command):
     everystep_command("train", "--steps", 12, "--set", "optimizer.lr=10.0", "--run", "./run", "-q")
     losses = [row["loss"] for row in json.loads(everystep_command("losses", "run", "--json")[1])]
