@@ -107,7 +107,8 @@ class Run(RecordedRun):
         if isinstance(step, slice):
             count = len(self)
             # Steps are numbered from 1: in `run[:3]`, these are 1 and 2.
-            begin = 1 if step.start is None and (step.step or 1) > 0 else step.start
+            is_before = step.start is None or step.start < -count
+            begin = 1 if is_before and (step.step or 1) > 0 else step.start
             first, *others = slice(begin, step.stop, step.step).indices(count + 1)
             return Steps([(self, number) for number in range(first, *others) if number > 0])
         number = self._number(step)
@@ -134,6 +135,13 @@ class Run(RecordedRun):
 
     def __iter__(self) -> Iterator[Step]:
         return iter(self[:])
+
+    def __reversed__(self) -> Iterator[Step]:
+        return iter(self[::-1])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy, or one in another process, opens its own steps.
+        return type(self), (self.directory, self._objects)
 
     @property
     def note(self) -> str | None:

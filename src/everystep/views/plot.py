@@ -56,8 +56,10 @@ def loss_plot(
     with a note in the caption.
 
     Raises:
-        UsageError: none of the runs has a measurement.
+        UsageError: one is not a run, or none of them has a measurement.
     """
+    if wrong := [run for run in runs if not isinstance(run, RecordedRun)]:
+        raise UsageError(f"expected runs to draw, not {wrong[0]!r:.80}")
     # By directory, since a run may be named twice, by different paths.
     runs = [*{rank.directory.resolve(): rank for run in runs for rank in run.shown_ranks}.values()]
     count = Counter(run.name for run in runs)
@@ -126,6 +128,7 @@ def _plot(
 ) -> p9.ggplot:
     """Return the plot of losses by name; runs: that have the measurements."""
     names = list(curves)
+    measurements = [measurements] if isinstance(measurements, str) else measurements
     points, marks = [], []
     for name, curve in curves.items():
         drawn = _drawable(curve, name, "loss", log, notes)
