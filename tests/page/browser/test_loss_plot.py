@@ -271,7 +271,8 @@ DRAWN = """((over, from, to) => {
   const [left, width] = [over.offsetLeft, over.offsetWidth].map((each) => each * devicePixelRatio);
   const colour = getComputedStyle(document.documentElement).getPropertyValue("--series-1").trim();
   const wanted = [1, 3, 5].map((at) => parseInt(colour.slice(at, at + 2), 16));
-  const image = canvas.getContext("2d").getImageData(left + from * width, 0, (to - from) * width, canvas.height);
+  const part = [left + from * width, 0, (to - from) * width, canvas.height];
+  const image = canvas.getContext("2d").getImageData(...part);
   for (let at = 0; at < image.data.length; at += 4)
     if (wanted.every((each, channel) => each === image.data[at + channel])) return true;
   return false;
