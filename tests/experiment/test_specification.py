@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from everystep.errors import ExperimentError
 from everystep.experiment.catalogue import parse_layer
-from everystep.experiment.specification import built_in, load, parse_setting
+from everystep.experiment.specification import built_in, check_iteration, load, parse_setting
 
 CHAPTER = built_in()["two-layer"]
 
@@ -88,6 +88,7 @@ def test_settings_override_and_steps_and_epochs_replace_each_other():
     experiment = load("two-layer", {"optimizer.lr": np.float32(0.5), "seed": np.arange(9)[5]})
     assert "seed = 5\n" in experiment.to_toml()
     assert "lr = 0.5\n" in experiment.to_toml()
+    assert check_iteration(steps=np.int64(3)).steps == 3
     for path in ("model.layers[9]", "[0]", "..."):
         assert "no such key or index" in faults("two-layer", {path: "Tanh()"})[path]
 
@@ -149,6 +150,11 @@ def test_no_text_of_a_layer_does_anything_but_parse_or_say_why_not(text):
 def test_code_in_a_layer_is_refused(text):
     with pytest.raises(ValueError, match=r"literal|write only the name|not a layer|cannot be read|\*\*"):
         parse_layer(text)
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "e.toml").write_bytes(b"\xef\xbb\xbf" + CHAPTER.read_bytes())
+    assert load(tmp_path / "e.toml") == load(CHAPTER)
 
 
 def test_a_relative_path_is_relative_to_the_file_of_the_experiment(tmp_path):

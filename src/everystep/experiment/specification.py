@@ -217,6 +217,7 @@ class Experiment(Iteration):
 
 def check_iteration(**arguments: Any) -> Iteration:
     """Return the checked arguments of `train`; raise ExperimentError, which lists every fault."""
+    arguments = _copied(arguments)
     try:
         return Iteration.model_validate(arguments)
     except ValidationError as error:
@@ -298,7 +299,7 @@ def parse(content: bytes, where: str) -> dict[str, Any]:
             f"{where} has a line with more than {_MOST_DOTS:,} dots; write long lists on several lines"
         )
     try:
-        return tomllib.loads(content.decode())
+        return tomllib.loads(content.decode("utf-8-sig"))  # editors may begin it with a byte order mark
     except UnicodeDecodeError:
         raise ExperimentError(f"{where} is not UTF-8 text") from None
     except RecursionError:
