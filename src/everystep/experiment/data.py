@@ -273,7 +273,7 @@ def _source(
         x, y = _open_arrays(data, sources)
     fitted = partial(
         ArrayPreparation.fit,
-        scale=data.scale,
+        scale=data.scale is not None,
         classes=target == "classes",
         indices=experiment.model.layers[0].startswith("Embedding"),
     )

@@ -82,14 +82,7 @@ class ArrayPreparation(Fitted):
 
     @classmethod
     def fit(
-        cls,
-        x: Parts,
-        training: Parts,
-        y: np.ndarray,
-        *,
-        scale: str | None,
-        classes: bool,
-        indices: bool,
+        cls, x: Parts, training: Parts, y: np.ndarray, *, scale: bool, classes: bool, indices: bool
     ) -> ArrayPreparation:
         """Check all rows x (N, ...) and targets y (N, ...); fit the scaling to training rows (n, ...).
 
