@@ -133,9 +133,12 @@ def _plot(
     for name, curve in curves.items():
         drawn = _drawable(curve, name, "loss", log, notes)
         points.append(_pandas(_thinned(drawn, "loss"), name, "loss").dropna())
-        marks.append(_nonfinite(curve, name))
+        wrong = curve.filter(~pl.col("loss").is_finite())
+        # Rounded up, so that no more than MARKS are drawn.
+        few = wrong.gather_every(max(1, -(-len(wrong) // MARKS)))
+        marks.append(_pandas(few, name, "loss"))
     lines = _measured(runs, names, measurements, log, notes)
-    frame, wrong, several = pd.concat(points), pd.concat(marks), len(names) > 1
+    frame, rug, several = pd.concat(points), pd.concat(marks), len(names) > 1
     dots = {"size": 1.4 if len(frame) <= MOST / 2 else 0.9, "stroke": 0}
     if several:  # colour distinguishes runs, or else measurements
         by = p9.aes(colour="run", linetype="measurement", group="run + measurement")
@@ -152,9 +155,9 @@ def _plot(
         layers.append(p9.guides(colour=p9.guide_legend(override_aes={"size": 3})))
     if several:
         layers.append(p9.scale_colour_manual(COLOURS * len(names), breaks=names, limits=names))
-    if len(wrong):
-        rug = p9.geom_rug(p9.aes(x="step"), data=wrong, inherit_aes=False, sides="b", colour=ALARM)
-        layers.append(rug)
+    if len(rug):
+        by = p9.aes(x="step")
+        layers.append(p9.geom_rug(by, data=rug, inherit_aes=False, sides="b", colour=ALARM))
     others = [name for name in dict.fromkeys(measurements) if not name.endswith("loss")]
     # plotnine refuses a log axis without any point.
     log = log and any(len(each.dropna()) for each in [*points, lines])
@@ -207,13 +210,6 @@ def _thinned(frame: pl.DataFrame, column: str) -> pl.DataFrame:
     extremes = reduce(frame, BUCKETS, value=column)
     spread = frame.gather_every(len(frame) // SPREAD)
     return pl.concat([extremes, spread]).unique("step").sort("step")
-
-
-def _nonfinite(frame: pl.DataFrame, name: str) -> pd.DataFrame:
-    """Return where the loss is not finite."""
-    wrong = frame.filter(~pl.col("loss").is_finite())
-    # Rounded up, so that no more than MARKS are drawn.
-    return _pandas(wrong.gather_every(max(1, -(-len(wrong) // MARKS))), name, "loss")
 
 
 def _measured(

@@ -56,10 +56,6 @@ class _Term(NamedTuple):
     numbers: frozenset[int] = frozenset()
     parameters: frozenset[str] = frozenset()
 
-    def seen_as(self, view: str) -> _Term:
-        """Return the term of a view, such as complex numbers as pairs, or a part: no formula has it."""
-        return self._replace(parameters=self.parameters | {view})
-
     def within(self, strength: int) -> str:
         """Return the term as operators; in parentheses, if its surroundings bind more strongly."""
         return self.operators if self.strength >= strength else f"({self.operators})"
@@ -102,8 +98,9 @@ class _Composer:
                 for key, value in arguments.items()
             }
             term = _composed(kind.removeprefix("foreach_"), own)
-            term = term._replace(numbers=term.numbers | {number})
-            self._terms[base] = term.seen_as(name) if is_view else term
+            # No formula has a view, such as complex numbers as pairs, or a part.
+            of = term.parameters | {name} if is_view else term.parameters
+            self._terms[base] = term._replace(numbers=term.numbers | {number}, parameters=of)
 
     def formulas(self) -> dict[str, UpdateFormula]:
         found = dict(self._known)
@@ -156,7 +153,7 @@ class _Composer:
             found = _Term(text, text, parameters=frozenset([own]))
         else:
             found = _Term(value, value)
-        return found.seen_as(value) if is_view else found
+        return found._replace(parameters=found.parameters | {value}) if is_view else found
 
 
 def _composed(kind: str, arguments: dict[str, Any]) -> _Term:
