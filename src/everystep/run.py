@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -658,11 +657,13 @@ class Run(RecordedRun):
 
     @property
     def _opener(self) -> Opener:
+        # Only now: it imports torch, and a run may be opened for its losses alone.
         from everystep.replay.processes import Opener
+        from everystep.views.progress import counting
 
         if self._own_opener is None:
-            # Only now: it imports torch, and a run may be opened for its losses alone.
-            self._own_opener = Opener(self, self._objects, _counting)
+            # A bar is shown for steps that are replayed before one can be opened.
+            self._own_opener = Opener(self, self._objects, counting)
         return self._own_opener
 
     def _answered(self, what: str, steps: int, progress: Counting, ask: Callable[..., Answer]) -> Answer:
@@ -773,13 +774,6 @@ def run_from_objects(outcome: Outcome, objects: Objects) -> Run:
     is_read = any(stretch.facts.data.lazy for stretch in run_of(outcome).stretches)
     data = objects.data if is_read else None
     return run_of(outcome, replace(objects, data=data, validation=None))
-
-
-def _counting(what: str, steps: int) -> AbstractContextManager[Callable[[int], None]]:
-    """Show a bar for steps that are replayed before one can be opened."""
-    from everystep.views.progress import counting
-
-    return counting(what, steps)
 
 
 def progress_of(wanted: bool | Progress) -> Progress:

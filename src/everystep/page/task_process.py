@@ -113,7 +113,8 @@ def _not_lost(lost: sys.UnraisableHookArgs) -> None:
 
 
 def _with_text(found: Any, **more: Any) -> dict[str, Any]:
-    return found.data() | {"text": found.to_text()} | more
+    data: dict[str, Any] = found.data()
+    return data | {"text": found.to_text()} | more
 
 
 def _measure(run: Run, asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
