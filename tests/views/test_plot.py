@@ -68,7 +68,8 @@ def test_a_line_has_a_gap_where_it_is_not_finite_and_a_caption_of_all_steps(run_
         [run_of([1.0] * 4, [("a", n, v) for n, v in enumerate(values, 1)])], measurements=["a"]
     )
     assert plot.layers[1]._data["value"].isna().to_list() == [False, True, True, False]
-    assert plot.labels.caption == "changed, a: it is not finite at 2 of 4 steps, first nan at step 2"
+    noted = "changed, a: the value is not finite at 2 of 4 steps, first nan at step 2"
+    assert plot.labels.caption == noted
     # Of many steps, few are drawn.
     plot = sweep_plot([run_of([1.0] * 3000 + [NAN] * 900 + [-1.0] * 100, name="swept")], [{}], log=True)
     assert plot.data["value"].isna().any()

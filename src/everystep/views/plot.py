@@ -189,9 +189,8 @@ def _drawable(frame: pl.DataFrame, name: str, column: str, log: bool, notes: lis
     value = pl.col(column)
     wrong = frame.filter(~value.is_finite())
     if len(wrong):
-        what = "the loss is" if column == "loss" else "it is"
         notes.append(
-            f"{name}: {what} not finite at {len(wrong):,} of {len(frame):,} steps, "
+            f"{name}: the {column} is not finite at {len(wrong):,} of {len(frame):,} steps, "
             f"first {wrong[column].item(0)} at step {wrong['step'].item(0):,}"
         )
     is_low = value.is_finite() & (value <= 0) if log else pl.lit(False)
