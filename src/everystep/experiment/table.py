@@ -371,8 +371,9 @@ def _slip(columns: TableColumns, name: str) -> str:
     if is_numeric(column):
         return ""
     words = column.cast(pl.String).drop_nulls()
+    are_numbers = words.str.strip_chars().cast(pl.Float64, strict=False).is_not_null()
     # More than half are numbers: the others are taken for slips.
-    if _are_numbers(words).sum() * 2 > len(words):
+    if are_numbers.sum() * 2 > len(words):
         return (
             f"text in a numeric column{_first_word(columns, name)}; correct it, leave the value "
             "empty, or leave the column out of data.features"
@@ -385,10 +386,6 @@ def _slip(columns: TableColumns, name: str) -> str:
         f"numbers with commas or thousands separators ({found}); "
         "write 1234.5, or leave the column out of data.features"
     )
-
-
-def _are_numbers(words: pl.Series) -> pl.Series:
-    return words.str.strip_chars().cast(pl.Float64, strict=False).is_not_null()
 
 
 def _first_word(columns: TableColumns, name: str) -> str:

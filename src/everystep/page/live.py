@@ -342,11 +342,10 @@ class Watches(events.FileSystemEventHandler):
 
 def _place(directory: Path) -> tuple[int, int] | None:
     """Return what distinguishes a directory from another one at its path; None if there is none."""
-    try:
+    with suppress(OSError):
         stat = directory.stat()
-    except OSError:
-        return None
-    return stat.st_dev, stat.st_ino
+        return stat.st_dev, stat.st_ino
+    return None
 
 
 def _agreed(before: RunColumns | None, now: RunColumns, after: int) -> int:
