@@ -197,8 +197,9 @@ def _drawable(frame: pl.DataFrame, name: str, column: str, log: bool, notes: lis
     if left_out := len(frame.filter(is_low)):
         what = "losses" if column == "loss" else "values"
         notes.append(f"{name}: the log axis omits {left_out:,} {what} of 0 or less")
-    # Not left out: a line has a gap there.
-    return frame.with_columns(pl.when(value.is_finite() & ~is_low).then(value).otherwise(math.nan))
+    # Not left out: a line has a gap there. plotnine fails on a line of gaps alone.
+    shown = frame.with_columns(pl.when(value.is_finite() & ~is_low).then(value).otherwise(math.nan))
+    return shown if shown[column].is_not_nan().any() else shown.clear()
 
 
 def _thinned(frame: pl.DataFrame, column: str) -> pl.DataFrame:
