@@ -63,10 +63,8 @@ def test_losses_that_are_not_finite_are_marked_and_counted(run_of):
 
 
 def test_a_line_has_a_gap_where_it_is_not_finite_and_a_caption_of_all_steps(run_of):
-    values = [0.5, NAN, INF, 0.25]
-    plot = loss_plot(
-        [run_of([1.0] * 4, [("a", n, v) for n, v in enumerate(values, 1)])], measurements=["a"]
-    )
+    values = [("a", step, value) for step, value in enumerate([0.5, NAN, INF, 0.25], 1)]
+    plot = loss_plot([run_of([1.0] * 4, values)], measurements="a")
     assert plot.layers[1]._data["value"].isna().to_list() == [False, True, True, False]
     assert plot.labels.caption.startswith("changed, a: the value is not finite at 2 of 4 steps, first")
     # Of many steps, few are drawn.

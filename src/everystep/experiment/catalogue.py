@@ -162,9 +162,8 @@ def _section_faults(section: str, name: str, keywords: Mapping[str, Any]) -> lis
     for key in sorted({*keywords} - {*parameters}):
         cure = did_you_mean(key, list(parameters)) or listed
         faults.append(Fault(f"{section}.{key}", f"{name} has no such argument; {cure}"))
-    lr = keywords.get("lr", 0)
     # torch would take True for 1.
-    if isinstance(lr, bool) or not isinstance(lr, int | float):
+    if type(lr := keywords.get("lr", 0)) not in (int, float):
         faults.append(Fault(f"{section}.lr", f"must be a number, not {lr!r}"))
     faults += [
         Fault(f"{section}.{key}", f"is missing; {name} requires it")
