@@ -91,6 +91,7 @@ def test_every_built_in_experiment_is_listed_printed_and_trains_from_its_print(e
         (["train", "--set", "loss.reduction=none"], "mean or sum"),
         (["train", "--threads", "100000"], "threads: should be less than or equal to 1024"),
         (["train", "--set", "optimizer.lr=abc"], "optimizer.lr: must be a number, not 'abc'"),
+        (["train", "--set", "optimizer.lr=[0.1]"], "optimizer.lr: must be a number, not [0.1]"),
         (["train", "--set", "data=3"], "data: must be a section [data], not 3"),
         (["train", "--run", "."], "never overwrites a run"),
         (["train", "wine", "--set", "data.path=nothing.csv"], "does not exist"),
@@ -153,6 +154,16 @@ def test_losses_in_every_form(everystep_command):
     assert [row["loss"] for row in rows] == frame["loss"].to_list()
     assert everystep_command("losses", "run", "--csv", "--json")[0] == 2
     assert everystep_command("losses", "run", "--parquet")[0] == 2
+
+
+def test_names_survive_json_in_any_encoding(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    name = "é\N{ZERO WIDTH JOINER}\N{GRINNING FACE}²"
+    everystep.train_experiment("two-layer", {"steps": 1}, run="run", progress=False).measure(
+        lambda step: 1.0, name=name, progress=False
+    )
+    with start("losses", "run", "--json") as process:
+        assert name in json.loads(process.stdout.read())[0]
 
 
 def test_nan_and_infinity_survive_json(everystep_command):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -107,7 +106,8 @@ class Run(RecordedRun):
         if isinstance(step, slice):
             count = len(self)
             # Steps are numbered from 1: in `run[:3]`, these are 1 and 2.
-            begin = 1 if step.start is None and (step.step or 1) > 0 else step.start
+            is_before = step.start is None or step.start < -count
+            begin = 1 if is_before and (step.step or 1) > 0 else step.start
             first, *others = slice(begin, step.stop, step.step).indices(count + 1)
             return Steps([(self, number) for number in range(first, *others) if number > 0])
         number = self._number(step)
@@ -134,6 +134,13 @@ class Run(RecordedRun):
 
     def __iter__(self) -> Iterator[Step]:
         return iter(self[:])
+
+    def __reversed__(self) -> Iterator[Step]:
+        return iter(self[::-1])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy, or one in another process, opens its own steps.
+        return type(self), (self.directory, self._objects)
 
     @property
     def note(self) -> str | None:
@@ -650,11 +657,13 @@ class Run(RecordedRun):
 
     @property
     def _opener(self) -> Opener:
+        # Only now: it imports torch, and a run may be opened for its losses alone.
         from everystep.replay.processes import Opener
+        from everystep.views.progress import counting
 
         if self._own_opener is None:
-            # Only now: it imports torch, and a run may be opened for its losses alone.
-            self._own_opener = Opener(self, self._objects, _counting)
+            # A bar is shown for steps that are replayed before one can be opened.
+            self._own_opener = Opener(self, self._objects, counting)
         return self._own_opener
 
     def _answered(self, what: str, steps: int, progress: Counting, ask: Callable[..., Answer]) -> Answer:
@@ -765,13 +774,6 @@ def run_from_objects(outcome: Outcome, objects: Objects) -> Run:
     is_read = any(stretch.facts.data.lazy for stretch in run_of(outcome).stretches)
     data = objects.data if is_read else None
     return run_of(outcome, replace(objects, data=data, validation=None))
-
-
-def _counting(what: str, steps: int) -> AbstractContextManager[Callable[[int], None]]:
-    """Show a bar for steps that are replayed before one can be opened."""
-    from everystep.views.progress import counting
-
-    return counting(what, steps)
 
 
 def progress_of(wanted: bool | Progress) -> Progress:

@@ -1,4 +1,5 @@
 import sys
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +7,7 @@ import polars as pl
 import pytest
 import sklearn.datasets
 import torch
-from safetensors.numpy import save_file
+from safetensors.torch import save_file
 from sklearn.preprocessing import StandardScaler
 
 from everystep.errors import DataError
@@ -145,6 +146,7 @@ def test_missing_values_are_an_error_dropped_or_filled_with_the_mean():
         ({"age": [1], "y": [1]}, {"features": ["agee"]}, "did you mean age"),
         ({"a": [1, 2], "y": [1, None]}, {}, "'y' is missing in 1 of 2 rows"),
         ({"a": ["1", "2", "x", "4"], "y": [1, 2, 3, 4]}, {}, "text in a numeric column .'x' in row 2"),
+        ({"a": [" 1", "2"], "y": [1, 2]}, {}, "text in a numeric column .' 1' in row 0"),
         ({"a": [1, 2, 3], "y": ["u", "v", "w"]}, {}, "CrossEntropyLoss"),
         ({"a": [], "y": []}, {}, "no rows"),
         ({"y": [1, 2]}, {}, "no column other than the target"),
@@ -203,6 +205,12 @@ def test_a_column_of_bytes_is_named():
         make_data(experiment({"source": "table", "path": "bytes.parquet", "target": "y"}), "classes")
 
 
+def test_decimals_are_classes():
+    pl.DataFrame({"a": [1, 2], "y": [Decimal("0.2"), Decimal("0.1")]}).write_parquet("t.parquet")
+    made = experiment({"source": "table", "path": "t.parquet", "target": "y"})
+    assert make_data(made, "classes").y.tolist() == [1, 0]
+
+
 def test_all_missing_columns_are_told_at_once():
     with pytest.raises(DataError) as caught:
         table({"a": [1], "y": [1]}, features=["b", "c"], target="z")
@@ -226,8 +234,10 @@ def test_arrays_come_from_npy_npz_and_safetensors():
     x, y = np.arange(6.0).reshape(3, 2), np.array([5, 3, 5])
     np.save("x.npy", x)
     np.save("y.npy", y)
-    np.savez("both.npz", x=x, y=y)
-    save_file({"inputs": x, "y": y}, "both.safetensors")
+    # Other arrays in a file need not be numbers that NumPy reads.
+    np.savez("both.npz", x=x, y=y, names=np.array([None]))
+    given = {"inputs": torch.from_numpy(x), "y": torch.from_numpy(y)}
+    save_file(given | {"others": torch.zeros(2, dtype=torch.bfloat16)}, "both.safetensors")
     for source in (
         {"x": "x.npy", "y": "y.npy"},
         {"path": "both.npz"},
@@ -237,6 +247,9 @@ def test_arrays_come_from_npy_npz_and_safetensors():
         assert data.x.tolist() == x.tolist()
         assert data.y.tolist() == [1, 0, 1]
         assert data.preparation.classes == [3, 5]
+    np.save("y.npy", np.array([2**60, 2**60 + 1, 2**60], np.uint64))
+    data = make_data(experiment({"source": "arrays", "x": "x.npy", "y": "y.npy"}), "classes")
+    assert data.y.tolist() == [0, 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -256,11 +269,20 @@ def test_bad_arrays_are_told(arrays, problem):
         make_data(experiment({"source": "arrays", "path": "a.npz"}), "values")
 
 
-def test_an_embedding_refuses_indices_that_it_would_cut():
-    np.savez("a.npz", x=np.array([[1.5, 2.0]]), y=np.zeros(1))
-    source = {"source": "arrays", "path": "a.npz"}
+@pytest.mark.parametrize("is_held_out", [False, True])
+def test_rows_are_checked_whether_or_not_they_are_held_out(is_held_out):
+    row = int(split_rows(8, 0.25, seed=0)[is_held_out][-1])
+    source = {"source": "arrays", "path": "a.npz", "validation": 0.25}
+    x = np.arange(16.0).reshape(8, 2)
+    x[row, 1] = 1.5
+    np.savez("a.npz", x=x, y=np.zeros(8))
+    # It would cut the index.
     with pytest.raises(DataError, match="an embedding needs integer inputs"):
-        make_data(experiment(source, model={"layers": ["Embedding(4, 2)", "Flatten()"]}), "values")
+        make_data(experiment(source, model={"layers": ["Embedding(16, 2)", "Flatten()"]}), "values")
+    x[row, 1] = np.nan
+    np.savez("a.npz", x=x, y=np.zeros(8))
+    with pytest.raises(DataError, match=f"1 of 8 rows have NaN.*first: row {row}"):
+        make_data(experiment(source), "values")
 
 
 def test_no_pickle_is_opened():

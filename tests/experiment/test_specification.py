@@ -1,10 +1,11 @@
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from everystep.errors import ExperimentError
 from everystep.experiment.catalogue import parse_layer
-from everystep.experiment.specification import built_in, load, parse_setting
+from everystep.experiment.specification import built_in, check_iteration, load, parse_setting
 
 CHAPTER = built_in()["two-layer"]
 
@@ -23,7 +24,8 @@ def raw():
 @pytest.mark.parametrize("name", built_in())
 def test_a_resolved_experiment_reads_back_as_itself(name, tmp_path):
     experiment = load(name)
-    (tmp_path / "again.toml").write_text(experiment.to_toml())
+    # Editors may begin it with a byte order mark.
+    (tmp_path / "again.toml").write_text(experiment.to_toml(), "utf-8-sig")
     assert load(tmp_path / "again.toml") == experiment
 
 
@@ -83,6 +85,10 @@ def test_settings_override_and_steps_and_epochs_replace_each_other():
     assert experiment.optimizer.keywords["lr"] == 1e-3
     assert experiment.model.layers[1] == "Tanh()"
     assert (experiment.steps, experiment.epochs) == (None, 3)
+    # As `numpy.logspace` and `numpy.arange` have them.
+    experiment = load("two-layer", {"optimizer.lr": np.float32(0.5), "seed": np.arange(9)[5]})
+    assert {"seed = 5", "lr = 0.5"} <= {*experiment.to_toml().splitlines()}
+    assert check_iteration(steps=np.int64(3)).steps == 3
     for path in ("model.layers[9]", "[0]", "..."):
         assert "no such key or index" in faults("two-layer", {path: "Tanh()"})[path]
 

@@ -119,7 +119,7 @@ def test_every_task(runs):
         said.verified["result"]["is_exact"] and "replays bit for bit" in said.verified["result"]["text"]
     )
     assert "of all operations are finite" in said.finite["result"]["text"]
-    assert said.never["result"]["steps"] == [] and said.never["result"]["text"] == "no step"
+    assert said.never["result"]["steps"] == []
     assert "loss +" in said.wrong["error"]["error"] and "result" not in said.wrong
     check_comparison(said.compared["result"], runs)
 

@@ -1,3 +1,4 @@
+import io
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 import everystep
 from everystep.errors import UsageError
-from everystep.page.regions import histogram, matrix, region
+from everystep.page.regions import histogram, matrix, npy, region
 from everystep.recording.facts import Facts
 from everystep.views.step_data import tensor_of
 
@@ -87,6 +88,7 @@ def test_the_buckets_of_a_histogram():
         (torch.tensor([1, 2**24 + 1]), [[1, 2**24 + 1]], "float64"),
         (torch.tensor([1.5, 2.25]).bfloat16(), [[1.5, 2.25]], "float32"),
         (torch.tensor([1.5, -2.25]).half(), [[1.5, -2.25]], "float32"),
+        (torch.tensor([1.5, -2.0]).to(torch.float8_e5m2), [[1.5, -2]], "float32"),
         (torch.tensor([3 + 4j, -1j]), [[5, 1]], "float32"),
         (torch.tensor([0.1], dtype=torch.float64), [[0.1]], "float64"),
         (torch.tensor([7], dtype=torch.uint8), [[7]], "float32"),
@@ -100,6 +102,8 @@ def test_every_kind_of_number(tensor, expected, form):
     assert found.about["format"] == form
     assert found.about["shape"] == list(tensor.shape)
     assert f"torch.{found.about['dtype']}" == str(tensor.dtype)
+    saved = np.load(io.BytesIO(npy(tensor)))
+    assert np.abs(np.atleast_2d(saved)).tolist() == np.abs(expected).tolist()
 
 
 def test_slices():

@@ -1,5 +1,6 @@
 """What results look like where Python shows them: short, whatever they hold."""
 
+import copy
 import pickle
 import re
 from html import escape, unescape
@@ -78,6 +79,11 @@ def test_a_notebook_shows_answers_as_the_terminal_prints_them(run, everystep_com
     assert "no step matches" in run.when("loss < 0", progress=False)._repr_html_()
     again = pickle.loads(pickle.dumps(answers["diff", *names]))
     assert again._repr_html_() == answers["diff", *names]._repr_html_()
+    for opened in (run[3:5], run.why(3, "loss")):  # with the opened steps of a run
+        for again in (pickle.loads(pickle.dumps(opened)), copy.deepcopy(opened)):
+            assert repr(again) == repr(opened)
+    with pytest.raises(UsageError, match="expected runs to draw, not 'fork'"):
+        run.plot("fork")
 
 
 def test_the_origin_of_a_nan_is_shown_in_a_notebook(everystep_command):

@@ -127,6 +127,8 @@ def test_steps_by_any_kind_of_whole_number(run, everystep_command):
     assert run[-1].number == run[40].number == 40
     assert [step.number for step in run[38:]] == [38, 39, 40]
     assert [step.number for step in run[5:1:-2]] == [5, 3]
+    assert [step.number for step in run[-99:6:2]] == [1, 3, 5]  # as of a list
+    assert next(reversed(run)).number == 40
     assert len(list(run)) == len(run) == 40
     code, out, _ = everystep_command("step", run.directory, "-1")
     assert code == 0

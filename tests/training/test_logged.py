@@ -73,6 +73,8 @@ def test_a_recording_without_a_loss_says_so(tmp_path, capfd):
             pass
     assert "no loss was recorded; record it in each step" in capfd.readouterr().err
     assert recording.run.table_frame().columns == ["step"]
+    assert not recording.run.plot().labels.caption
+    assert "nan" not in recording.run._repr_html_()
 
 
 def test_what_was_logged_is_kept_when_a_step_is_taken_again(tmp_path, capfd, monkeypatch):

@@ -1,5 +1,6 @@
 """Metrics by name, compared with scikit-learn's: those of validation rows, and those asked for."""
 
+import math
 from functools import partial
 
 import numpy as np
@@ -67,6 +68,11 @@ def test_r2_of_equal_targets():
     target = torch.ones(10, 1)
     assert measured(nn.MSELoss(), target.clone(), target, "validation_r2") == 1.0
     assert measured(nn.MSELoss(), target + 0.1, target, "validation_r2") == 0.0
+    # Three times 0.1 in float64 is more than 0.3, and its third more than 0.1.
+    target = torch.full((3, 1), 0.1, dtype=torch.float64)
+    assert measured(nn.MSELoss(), target + 0.1, target, "validation_r2") == 0.0
+    target[1] = math.nan
+    assert math.isnan(measured(nn.MSELoss(), target + 0.1, target, "validation_r2"))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from tests.page.serving import Application
 from tests.training.swept import here, stopping, trained
 
@@ -184,3 +186,4 @@ def test_names_of_runs_are_short_distinct_and_plain():
     )
     assert list(combinations({"optimizer.lr": [1e-3], "seed": range(2)})) == ["seed=0", "seed=1"]
     assert list(combinations({"x": ["a b", "a/b"]})) == ["x=a-b-1", "x=a-b-2"]
+    assert list(combinations({"x": torch.tensor([0.5, 2]), "y": np.array(3)})) == ["x=0.5", "x=2.0"]

@@ -52,7 +52,7 @@ def test_an_update_has_its_own_parameters_and_the_last_of_several_has_them(tmp_p
 
 def test_the_only_optimizer_is_named_and_statistics_of_complex_numbers_say_what_they_are_of(tmp_path):
     weight = nn.Parameter(torch.tensor([3 + 4j, 1j, 0j]))
-    optimizer = torch.optim.SGD([weight], lr=0.5)
+    optimizer = torch.optim.Adam([weight], lr=0.5)
     with everystep.record(run=tmp_path / "run", weight=weight, optimizer=optimizer) as recording:
         for x in recording.steps([torch.tensor([1.0, 2.0, 3.0])] * 2):
             optimizer.zero_grad()
@@ -62,7 +62,8 @@ def test_the_only_optimizer_is_named_and_statistics_of_complex_numbers_say_what_
             recording.log(loss=loss)
     run = everystep.open(tmp_path / "run")
     page = step_text(run[1], run.facts).plain
-    assert "update    SGD, lr = 0.5\n  #" in page
+    assert "update    Adam, lr = 0.5, betas" in page
+    assert "outside the updates" not in page
     product = next(line.split() for line in page.splitlines() if line.split()[:1] == ["#0"])
     assert product[4:7] == ["3,", "|z|", "2.333"]  # the mean of 5, 2 and 0
     alone = step_text(run[1], run.facts, operation=0).plain

@@ -6,7 +6,7 @@ import pytest
 import everystep
 from everystep.errors import UsageError
 from everystep.recording.recorded_run import RecordedRun
-from everystep.views.plot import loss_plot, save_plot
+from everystep.views.plot import loss_plot, save_plot, sweep_plot
 
 NAN, INF = None, float("inf")  # NULL in a run's database means NaN
 
@@ -62,6 +62,20 @@ def test_losses_that_are_not_finite_are_marked_and_counted(run_of):
     assert plot.labels.caption == "changed: the loss is not finite at 2 of 5 steps, first inf at step 2"
 
 
+def test_a_line_has_a_gap_where_it_is_not_finite_and_a_caption_of_all_steps(run_of):
+    values = [("a", step, value) for step, value in enumerate([0.5, NAN, INF, 0.25], 1)]
+    plot = loss_plot([run_of([1.0] * 4, values)], measurements="a")
+    assert plot.layers[1]._data["value"].isna().to_list() == [False, True, True, False]
+    assert plot.labels.caption.startswith("changed, a: the value is not finite at 2 of 4 steps, first")
+    # Of many steps, few are drawn.
+    plot = sweep_plot([run_of([1.0] * 3000 + [NAN] * 900 + [-1.0] * 100, name="swept")], [{}], log=True)
+    assert plot.data["value"].isna().any()
+    assert plot.labels.caption.splitlines() == [
+        "swept: the loss is not finite at 900 of 4,000 steps, first nan at step 3,001",
+        "swept: the log axis omits 100 losses of 0 or less",
+    ]
+
+
 def test_measurements_are_lines_of_the_runs_that_have_them(run_of, tmp_path):
     one = run_of([3.0, 2.0], [("validation_loss", 1, 2.5), ("validation_loss", 2, 1.5)], name="one")
     two = run_of([4.0, 1.0], name="two")
@@ -95,7 +109,9 @@ def test_a_long_run_is_thinned_without_losing_a_spike(run_of):
     ],
 )
 def test_whatever_the_losses_there_is_a_plot(run_of, tmp_path, losses, log):
-    save_plot(loss_plot([run_of(losses)], log=log), tmp_path / "loss.png")
+    measured = [("a", step, NAN) for step, _ in enumerate(losses, 1)]
+    plot = loss_plot([run_of(losses, measured)], log=log, measurements=["a"] * bool(losses))
+    save_plot(plot, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").stat().st_size > 1000
 
 

@@ -219,9 +219,9 @@ def step(
     phase: Annotated[
         str | None,
         typer.Option(
-            autocompletion=shared.one_of(
-                "batch", "forward", "loss", "zero_grad", "backward", "update", "other"
-            )
+            autocompletion=lambda: [
+                *("batch", "forward", "loss", "zero_grad", "backward", "update", "other")
+            ]
         ),
     ] = None,
     operation: Annotated[int | None, typer.Option("--op", metavar="N")] = None,

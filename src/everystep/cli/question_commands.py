@@ -268,7 +268,7 @@ def rerun(
     capability: Annotated[str | None, typer.Option(metavar="NAME")] = None,
     mkl: Annotated[str | None, typer.Option(metavar="BRANCH")] = None,
     precision: Annotated[
-        str | None, typer.Option(metavar="DTYPE", autocompletion=shared.one_of("float64", "bfloat16"))
+        str | None, typer.Option(metavar="DTYPE", autocompletion=lambda: ["float64", "bfloat16"])
     ] = None,
     python: Annotated[str | None, typer.Option(metavar="FILE")] = None,
     compare: Annotated[list[str] | None, typer.Option("--compare", metavar="RUN")] = None,

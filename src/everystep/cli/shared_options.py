@@ -8,7 +8,7 @@ directories.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -35,7 +35,6 @@ __all__ = [
     "experiments_and_files",
     "measurement_names",
     "of_rank",
-    "one_of",
     "row_numbers",
     "run_names",
     "targets",
@@ -63,11 +62,6 @@ def experiments_and_files() -> list[str]:
     # pyproject.toml is a TOML file, but never an experiment.
     files = sorted(path.name for path in Path().glob("*.toml") if path.name != "pyproject.toml")
     return [*experiment_names(), *files]
-
-
-def one_of(*names: str) -> Callable[[], list[str]]:
-    """Return what offers these names."""
-    return lambda: list(names)
 
 
 def measurement_names(ctx: typer.Context) -> list[str]:

@@ -32,12 +32,12 @@ def train(
     steps: int | None = None,
     epochs: int | None = None,
     device: Annotated[
-        str | None, typer.Option(autocompletion=shared.one_of("cpu", "cuda", "mps", "xpu", "auto"))
+        str | None, typer.Option(autocompletion=lambda: ["cpu", "cuda", "mps", "xpu", "auto"])
     ] = None,
     seed: int | None = None,
     threads: int | None = None,
     engine: Annotated[
-        str | None, typer.Option(autocompletion=shared.one_of("auto", "program", "eager"))
+        str | None, typer.Option(autocompletion=lambda: ["auto", "program", "eager"])
     ] = None,
     run: Annotated[str | None, typer.Option("--run", metavar="RUN")] = None,
     resume_run: Annotated[bool, typer.Option("--resume")] = False,

@@ -163,8 +163,8 @@ def _section_faults(section: str, name: str, keywords: Mapping[str, Any]) -> lis
         cure = did_you_mean(key, list(parameters)) or listed
         faults.append(Fault(f"{section}.{key}", f"{name} has no such argument; {cure}"))
     # torch would take True for 1.
-    if isinstance(keywords.get("lr"), bool | str):
-        faults.append(Fault(f"{section}.lr", f"must be a number, not {keywords['lr']!r}"))
+    if type(lr := keywords.get("lr", 0)) not in (int, float):
+        faults.append(Fault(f"{section}.lr", f"must be a number, not {lr!r}"))
     faults += [
         Fault(f"{section}.{key}", f"is missing; {name} requires it")
         for key, is_needed in parameters.items()

@@ -7,7 +7,7 @@ applied where rows are taken: at once, or for each batch if they stay in files.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -273,7 +273,7 @@ def _source(
         x, y = _open_arrays(data, sources)
     fitted = partial(
         ArrayPreparation.fit,
-        scale=data.scale,
+        scale=data.scale is not None,
         classes=target == "classes",
         indices=experiment.model.layers[0].startswith("Embedding"),
     )
@@ -284,19 +284,20 @@ def _source(
 class ArraySource:
     """Arrays x (N, ...) and y (N, ...).
 
-    fitted: returns the preparation of rows of x, and of all of y; progress: called with how many rows
-    were looked at, and of all; dropped: no row is.
+    fitted: returns the preparation, of all rows of x, those to train on, and all of y; progress: called
+    with how many rows were looked at, and of all; dropped: no row is.
     """
 
     x: SourceArray
     y: SourceArray
-    fitted: Callable[[Parts, np.ndarray], ArrayPreparation]
+    fitted: Callable[[Parts, Parts, np.ndarray], ArrayPreparation]
     progress: Reading
     dropped: tuple[int, ...] = ()
 
     def fit(self, training: np.ndarray | None) -> ArrayPreparation:
         """Fit the preparation to the training rows (int64 places), or to all."""
-        return self.fitted(partial(self.x.parts, training, self.progress), self.y.array)
+        whole, part = (partial(self.x.parts, rows, self.progress) for rows in (None, training))
+        return self.fitted(whole, part, self.y.array)
 
     def prepared_by(self, fitted: Any) -> tuple[Prepare, Prepare]:
         """Return what makes features of rows of x, and targets of rows of y."""
@@ -326,7 +327,7 @@ def _read(data: ArrayData) -> tuple[SourceArray, SourceArray]:
             )
         if data.path is not None and path.suffix not in (".npz", ".safetensors"):
             raise DataError(f"{path}: expected a .npz or .safetensors file")
-    found = [read_file(path, partial(_content, path)) for path in paths]
+    found = [read_file(path, partial(_content, path, (data.x, data.y))) for path in paths]
     arrays = found[0] if data.path is not None else dict(zip((data.x, data.y), found, strict=True))
     absent = [name for name in (data.x, data.y) if name not in arrays]
     if absent:
@@ -346,14 +347,16 @@ def _read(data: ArrayData) -> tuple[SourceArray, SourceArray]:
     return SourceArray(x), SourceArray(y)
 
 
-def _content(path: Path) -> Any:
+def _content(path: Path, wanted: Collection[str]) -> Any:
+    """Return the array of a .npy file, or all names in another file, with the arrays that are wanted."""
     match path.suffix:
         case ".npy":
             return np.lib.format.open_memmap(path, mode="r")
         case ".npz":
-            return dict(np.load(path, allow_pickle=False))
+            with np.load(path, allow_pickle=False) as file:
+                return {name: file[name] if name in wanted else None for name in file}
         case _:
-            return mapped_safetensors(path)
+            return mapped_safetensors(path, wanted)
 
 
 def derived_generator(seed: int, *purpose: Any) -> torch.Generator:

@@ -86,6 +86,7 @@ def combinations(settings: Mapping[str, Any], *, may_be_many: bool = False) -> d
 
 
 def _listed(values: Any) -> Sequence[Any]:
+    values = values.tolist() if hasattr(values, "tolist") else values  # an array, perhaps of one number
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
         return [values]
     return values if isinstance(values, range) else list(values)

@@ -54,8 +54,10 @@ def _r2(prediction: Tensor, target: Tensor) -> Tensor:
     # On the CPU, since not every accelerator has double precision (MPS).
     target, prediction = target.cpu().double(), prediction.cpu().double()
     residual = (target - prediction).square().sum(0)
-    total = (target - target.mean(0)).square().sum(0)
-    return (1 - residual / total).where(total > 0, (residual == 0).double()).mean().float()
+    # Clamped, so that the mean of equal numbers is that number, whatever their sum rounds to.
+    mean = target.mean(0).clamp(target.amin(0), target.amax(0))
+    total = (target - mean).square().sum(0)
+    return (1 - residual / total).where(total != 0, (residual == 0).double()).mean().float()
 
 
 #: All metrics; a run in one line has the first that was measured.

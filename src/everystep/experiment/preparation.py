@@ -82,11 +82,12 @@ class ArrayPreparation(Fitted):
 
     @classmethod
     def fit(
-        cls, x: Parts, y: np.ndarray, *, scale: str | None, classes: bool, indices: bool
+        cls, x: Parts, training: Parts, y: np.ndarray, *, scale: bool, classes: bool, indices: bool
     ) -> ArrayPreparation:
-        """Fit to training rows x (n, ...) and all targets y (N, ...): numbers, or names of classes (N).
+        """Check all rows x (N, ...) and targets y (N, ...); fit the scaling to training rows (n, ...).
 
-        `classes`: the loss needs class indices; `indices`: the model uses x as indices (an embedding).
+        y: numbers, or names of classes (N); classes: the loss needs class indices; indices: the model
+        uses x as indices (an embedding).
         """
         _check_finite("x", x())
         _check_finite("y", iter([y]))
@@ -99,7 +100,7 @@ class ArrayPreparation(Fitted):
             raise DataError("data.scale: an embedding needs integer inputs; remove scale")
         targets = np.unique(y).tolist() if classes and not are_shares else None
         targets = targets and [each if isinstance(each, str) else int(each) for each in targets]
-        return cls(scaling=Scaling.fit(x) if scale else None, classes=targets, indices=indices)
+        return cls(scaling=Scaling.fit(training) if scale else None, classes=targets, indices=indices)
 
     def features(self, x: np.ndarray) -> np.ndarray:
         """Return x in float32 (int64 for an embedding)."""
@@ -109,7 +110,8 @@ class ArrayPreparation(Fitted):
     def targets(self, y: np.ndarray) -> np.ndarray:
         """Return y as classes (int64) or float32 values."""
         if self.classes is not None:
-            return np.searchsorted(np.array(self.classes), y).astype(np.int64)
+            # In the type of y: NumPy would make float64 of int64 and uint64, and large ones equal.
+            return np.searchsorted(np.array(self.classes).astype(y.dtype), y).astype(np.int64)
         values = y.astype(np.float32)
         return values[:, np.newaxis] if values.ndim == 1 else values
 

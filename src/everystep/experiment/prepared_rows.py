@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -116,8 +116,8 @@ def _mapped_bytes() -> int:
     return pages * mmap.PAGESIZE
 
 
-def mapped_safetensors(path: Path) -> Mapping[str, np.ndarray]:
-    """Return the arrays of a safetensors file, by name, without reading them.
+def mapped_safetensors(path: Path, wanted: Collection[str]) -> Mapping[str, np.ndarray | None]:
+    """Return arrays of a safetensors file, by name, without reading them; None where not wanted.
 
     Raises:
         OSError, ValueError: the file is unreadable, or has numbers that NumPy does not know.
@@ -131,8 +131,9 @@ def mapped_safetensors(path: Path) -> Mapping[str, np.ndarray]:
         size = int.from_bytes(file.read(8), "little")
         header = parse_json(file.read(size))
     header.pop("__metadata__", None)
-    found = dict[str, np.ndarray]()
-    for name, about in header.items():
+    found = dict[str, np.ndarray | None].fromkeys(header)
+    for name in {*wanted} & {*header}:
+        about = header[name]
         if about["dtype"] not in _TYPES:
             raise ValueError(f"array {name!r} is {about['dtype']}, which NumPy does not have")
         shape, begin = tuple(about["shape"]), about["data_offsets"][0]

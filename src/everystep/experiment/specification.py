@@ -217,6 +217,7 @@ class Experiment(Iteration):
 
 def check_iteration(**arguments: Any) -> Iteration:
     """Return the checked arguments of `train`; raise ExperimentError, which lists every fault."""
+    arguments = _copied(arguments)
     try:
         return Iteration.model_validate(arguments)
     except ValidationError as error:
@@ -247,7 +248,7 @@ def load(
     """
     raw, where, folder = _read(source)
     for path, value in (settings or {}).items():
-        _override(raw, path, value)
+        _override(raw, path, _copied(value))
     faults: dict[str, Fault] = {}
     try:
         experiment = Experiment.model_validate(raw)
@@ -298,7 +299,7 @@ def parse(content: bytes, where: str) -> dict[str, Any]:
             f"{where} has a line with more than {_MOST_DOTS:,} dots; write long lists on several lines"
         )
     try:
-        return tomllib.loads(content.decode())
+        return tomllib.loads(content.decode("utf-8-sig"))  # editors may begin it with a byte order mark
     except UnicodeDecodeError:
         raise ExperimentError(f"{where} is not UTF-8 text") from None
     except RecursionError:
@@ -330,7 +331,9 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str, 
 def _copied(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _copied(item) for key, item in value.items()}
-    return [_copied(item) for item in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return [_copied(item) for item in value]
+    return value.tolist() if hasattr(value, "tolist") else value  # numbers and arrays of NumPy or torch
 
 
 def _override(raw: dict[str, Any], path: str, value: Any) -> None:

@@ -40,6 +40,8 @@ _DAY = r"(\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.](\d{4}|\d{2}))"
 _DATE = r"^\s*" + _DAY + r"([T ]\d{1,2}:\d{2}.*)?\s*$"
 #: 1,5; 1.234,5; 1,234.5; 1 000: numbers to people, text to programs.
 _OWN_MARKS = r"^\s*[-+]?(\d+,\d+|\d{1,3}([.,'\u00a0\u202f ]\d{3})+([.,]\d+)?)\s*$"
+#: What is read as a number; not ` 1` and `+1`.
+_NUMBER = r"^-?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$"
 #: Formats of text, with the usual separator of each, and the others.
 _TEXT = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
 #: A path is one file, whatever is in its name.
@@ -105,6 +107,8 @@ def table_frame(data: TableData, *, in_memory: bool) -> tuple[pl.LazyFrame, bool
     with read_errors(data.path):
         # Relaxed: each file has its own types, and a column may be whole numbers in one of them only.
         frame = pl.concat([frame for frame, _ in found], how="vertical_relaxed")
+        # A decimal of Python equals no float, and is not JSON.
+        frame = frame.with_columns(pl.selectors.decimal().cast(pl.Float64))
         return frame.collect().lazy() if in_memory else frame, files[0].suffix.lower() in _TEXT
 
 
@@ -367,8 +371,9 @@ def _slip(columns: TableColumns, name: str) -> str:
     if is_numeric(column):
         return ""
     words = column.cast(pl.String).drop_nulls()
+    are_numbers = words.str.strip_chars().cast(pl.Float64, strict=False).is_not_null()
     # More than half are numbers: the others are taken for slips.
-    if _are_numbers(words).sum() * 2 > len(words):
+    if are_numbers.sum() * 2 > len(words):
         return (
             f"text in a numeric column{_first_word(columns, name)}; correct it, leave the value "
             "empty, or leave the column out of data.features"
@@ -383,11 +388,7 @@ def _slip(columns: TableColumns, name: str) -> str:
     )
 
 
-def _are_numbers(words: pl.Series) -> pl.Series:
-    return words.str.strip_chars().cast(pl.Float64, strict=False).is_not_null()
-
-
 def _first_word(columns: TableColumns, name: str) -> str:
     words = columns[name].cast(pl.String)
-    places = (~_are_numbers(words) & words.is_not_null()).arg_true()
+    places = (~words.str.contains(_NUMBER)).arg_true()
     return f" ({words[places[0]]!r} in {columns.row(places[0])})" if len(places) else ""

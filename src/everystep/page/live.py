@@ -17,16 +17,7 @@ import numpy as np
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Send
-from watchdog.events import (
-    DirCreatedEvent,
-    DirDeletedEvent,
-    DirMovedEvent,
-    FileDeletedEvent,
-    FileModifiedEvent,
-    FileMovedEvent,
-    FileSystemEvent,
-    FileSystemEventHandler,
-)
+from watchdog import events
 from watchdog.observers import Observer
 from watchdog.observers.api import BaseObserver, ObservedWatch
 
@@ -282,17 +273,17 @@ class Feed(Generic[Content]):
 
 
 #: Events that show that a run was written to, or that a directory was created or deleted.
-_EVENTS: list[type[FileSystemEvent]] = [
-    DirCreatedEvent,
-    DirDeletedEvent,
-    DirMovedEvent,
-    FileDeletedEvent,
-    FileModifiedEvent,
-    FileMovedEvent,
+_EVENTS: list[type[events.FileSystemEvent]] = [
+    events.DirCreatedEvent,
+    events.DirDeletedEvent,
+    events.DirMovedEvent,
+    events.FileDeletedEvent,
+    events.FileModifiedEvent,
+    events.FileMovedEvent,
 ]
 
 
-class Watches(FileSystemEventHandler):
+class Watches(events.FileSystemEventHandler):
     """Sets an event when a run in one of some directories, or a directory in them, changes.
 
     Used from one event loop.
@@ -340,7 +331,7 @@ class Watches(FileSystemEventHandler):
         self._observer = None
         self._watched = {}
 
-    def on_any_event(self, event: FileSystemEvent) -> None:
+    def on_any_event(self, event: events.FileSystemEvent) -> None:
         """Set the event, from the thread of the observer."""
         names = {Path(str(path)).name for path in (event.src_path, event.dest_path)}
         # Reading a run touches its other files (the lock, the shared memory), which is not a change.
@@ -351,11 +342,10 @@ class Watches(FileSystemEventHandler):
 
 def _place(directory: Path) -> tuple[int, int] | None:
     """Return what distinguishes a directory from another one at its path; None if there is none."""
-    try:
+    with suppress(OSError):
         stat = directory.stat()
-    except OSError:
-        return None
-    return stat.st_dev, stat.st_ino
+        return stat.st_dev, stat.st_ino
+    return None
 
 
 def _agreed(before: RunColumns | None, now: RunColumns, after: int) -> int:

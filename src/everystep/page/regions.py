@@ -34,11 +34,12 @@ class Region(NamedTuple):
 
 
 def npy(tensor: Tensor) -> bytes:
-    """Return a tensor as a file of NumPy's; bfloat16, which NumPy does not have, as float32."""
+    """Return a tensor as a file of NumPy's; types that NumPy does not have (bfloat16), as float32."""
     # NumPy has no lazy conjugates and signs: .numpy() refuses them.
     numbers = tensor.detach().cpu().resolve_conj().resolve_neg()
+    fits = not numbers.is_floating_point() or numbers.dtype in (torch.half, torch.float, torch.double)
     content = io.BytesIO()
-    np.save(content, (numbers.float() if numbers.dtype == torch.bfloat16 else numbers).numpy())
+    np.save(content, (numbers if fits else numbers.float()).numpy())
     return content.getvalue()
 
 

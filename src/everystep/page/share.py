@@ -48,7 +48,7 @@ def shared_report(run: Run, steps: Sequence[int]) -> str:
 
 def _numbers(run: Run, steps: Sequence[int]) -> list[int]:
     count = len(run)
-    numbers = {step + count + 1 if step < 0 else step for step in steps}
+    numbers = {step + count + 1 if -count <= step < 0 else step for step in steps}
     for number in sorted(numbers):
         if not 1 <= number <= count:
             raise no_such_step(run, number)

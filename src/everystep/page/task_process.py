@@ -112,15 +112,14 @@ def _not_lost(lost: sys.UnraisableHookArgs) -> None:
         sys.__unraisablehook__(lost)
 
 
+def _with_text(found: Any, **more: Any) -> dict[str, Any]:
+    data: dict[str, Any] = found.data()
+    return data | {"text": found.to_text()} | more
+
+
 def _measure(run: Run, asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
     found = run.measure(asked.pop("expression"), **asked, progress=voice)
-    return found.data() | {"values": len(found.values), "text": found.to_text()}
-
-
-def _when(run: Run, asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
-    found = run.when(**asked, progress=voice)
-    data = found.data(most=_LISTED)
-    return data | {"text": "" if found.steps else "no step"}
+    return _with_text(found, values=len(found.values))
 
 
 def _first_nonfinite(run: Run, asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
@@ -130,20 +129,10 @@ def _first_nonfinite(run: Run, asked: dict[str, Any], voice: Voice) -> dict[str,
     return {"found": found.data(), "text": found.to_text()}
 
 
-def _verify(run: Run, asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
-    found = run.verify(progress=voice)
-    return found.data() | {"text": found.to_text()}
-
-
 def _compare(run: Run, asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
     other = Run(asked["other"])
     found = run.diff(other, thorough=asked["thorough"], progress=voice)
-    return found.data() | {"text": found.to_text(), "sides": sides(found.operation, (run, other))}
-
-
-def _what_if(run: Run, asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
-    found = run.what_if(without_rows=set(asked.pop("rows")), **asked, progress=voice)
-    return found.data()
+    return _with_text(found, sides=sides(found.operation, (run, other)))
 
 
 def _rerun(run: Run, asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
@@ -198,12 +187,14 @@ def _next_free(run: Run) -> Path:
 
 _TASKS: dict[str, Callable[[Run, dict[str, Any], Voice], dict[str, Any]]] = {
     "measure": _measure,
-    "when": _when,
+    "when": lambda run, asked, voice: run.when(**asked, progress=voice).data(most=_LISTED),
     "first-nonfinite": _first_nonfinite,
-    "verify": _verify,
+    "verify": lambda run, asked, voice: _with_text(run.verify(progress=voice)),
     "compare": _compare,
     "fork": _fork,
-    "what-if": _what_if,
+    "what-if": lambda run, asked, voice: run.what_if(
+        without_rows=set(asked.pop("rows")), **asked, progress=voice
+    ).data(),
     "rerun": _rerun,
 }
 

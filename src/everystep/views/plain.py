@@ -19,9 +19,9 @@ DERIVED: dict[str, Callable[[Any], dict[str, Any]]] = {}
 
 
 def as_json(data: Any) -> str:
-    """Return plain data as JSON."""
+    """Return plain data as JSON, in ASCII: names stay whole in any encoding, and steer no terminal."""
     # NaN is not JSON, and other programs refuse it: `plain_data` has made texts of it.
-    return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
+    return json.dumps(data, indent=1, allow_nan=False)
 
 
 def plain_number(value: float | None) -> float | str | None:

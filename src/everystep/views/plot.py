@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ import polars as pl
 from everystep.errors import UsageError, did_you_mean
 from everystep.recording.recorded_run import RecordedRun
 from everystep.views.output_file import write_file
-from everystep.views.reduction import reduce
+from everystep.views.reduction import curve_of, reduce
 
 __all__ = ["curves_plot", "loss_plot", "save_plot", "sweep_plot"]
 
@@ -55,14 +56,16 @@ def loss_plot(
     with a note in the caption.
 
     Raises:
-        UsageError: none of the runs has a measurement.
+        UsageError: one is not a run, or none of them has a measurement.
     """
+    if wrong := [run for run in runs if not isinstance(run, RecordedRun)]:
+        raise UsageError(f"expected runs to draw, not {wrong[0]!r:.80}")
     # By directory, since a run may be named twice, by different paths.
     runs = [*{rank.directory.resolve(): rank for run in runs for rank in run.shown_ranks}.values()]
     count = Counter(run.name for run in runs)
     # Runs of two directories may have one name; curves of one name would be one curve.
     names = [_plain(run.name if count[run.name] == 1 else str(run.directory)) for run in runs]
-    curves = dict(zip(names, (run.losses for run in runs), strict=True))
+    curves = dict(zip(names, map(curve_of, runs), strict=True))
     damage = [_plain("\n".join(wrap(run.damage, _CAPTION_WIDTH))) for run in runs if run.damage]
     return _plot(curves, runs, measurements, log, damage)
 
@@ -100,8 +103,9 @@ def sweep_plot(
     notes: list[str] = []
     lines = []
     for run, each in zip(runs, settings, strict=True):
-        losses = reduce(run.losses, max(BUCKETS // len(runs), 100))  # of all, about as many as of one
-        line = _drawable(losses, run.name, "loss", log, notes)
+        losses = _drawable(curve_of(run), run.name, "loss", log, notes)
+        # Of all runs together, about as many as of one.
+        line = _pandas(reduce(losses, max(BUCKETS // len(runs), 100)), run.name, "loss")
         texts = {name: _plain(str(each.get(name, ""))) for name in (colour, panel)}
         lines.append(line.assign(colour=texts[colour], panel=f"{panel} {texts[panel]}"))
     frame = pd.concat(lines)
@@ -124,12 +128,17 @@ def _plot(
 ) -> p9.ggplot:
     """Return the plot of losses by name; runs: that have the measurements."""
     names = list(curves)
+    measurements = [measurements] if isinstance(measurements, str) else measurements
     points, marks = [], []
     for name, curve in curves.items():
-        points.append(_drawable(curve, name, "loss", log, notes))
-        marks.append(_nonfinite(curve, name, notes))
+        drawn = _drawable(curve, name, "loss", log, notes)
+        points.append(_pandas(_thinned(drawn, "loss"), name, "loss").dropna())
+        wrong = curve.filter(~pl.col("loss").is_finite())
+        # Rounded up, so that no more than MARKS are drawn.
+        few = wrong.gather_every(max(1, -(-len(wrong) // MARKS)))
+        marks.append(_pandas(few, name, "loss"))
     lines = _measured(runs, names, measurements, log, notes)
-    frame, wrong, several = pd.concat(points), pd.concat(marks), len(names) > 1
+    frame, rug, several = pd.concat(points), pd.concat(marks), len(names) > 1
     dots = {"size": 1.4 if len(frame) <= MOST / 2 else 0.9, "stroke": 0}
     if several:  # colour distinguishes runs, or else measurements
         by = p9.aes(colour="run", linetype="measurement", group="run + measurement")
@@ -146,12 +155,12 @@ def _plot(
         layers.append(p9.guides(colour=p9.guide_legend(override_aes={"size": 3})))
     if several:
         layers.append(p9.scale_colour_manual(COLOURS * len(names), breaks=names, limits=names))
-    if len(wrong):
-        rug = p9.geom_rug(p9.aes(x="step"), data=wrong, inherit_aes=False, sides="b", colour=ALARM)
-        layers.append(rug)
+    if len(rug):
+        by = p9.aes(x="step")
+        layers.append(p9.geom_rug(by, data=rug, inherit_aes=False, sides="b", colour=ALARM))
     others = [name for name in dict.fromkeys(measurements) if not name.endswith("loss")]
     # plotnine refuses a log axis without any point.
-    log = log and any(map(len, [*points, lines]))
+    log = log and any(len(each.dropna()) for each in [*points, lines])
     y = ", ".join(["loss", *map(_plain, others)])
     layers += _finish(log, y, "" if several else names[0], notes)
     return p9.ggplot(frame, p9.aes("step", "value")) + layers
@@ -175,34 +184,32 @@ def save_plot(plot: p9.ggplot, path: str | Path) -> None:
     write_file(path, content.getvalue())
 
 
-def _drawable(frame: pl.DataFrame, name: str, column: str, log: bool, notes: list[str]) -> pd.DataFrame:
-    """Return the points to draw: run, step, value; notes omitted ones."""
-    finite = frame.filter(pl.col(column).is_finite())
-    if log:
-        positive = finite.filter(pl.col(column) > 0)
-        left_out = len(finite) - len(positive)
-        if left_out:
-            what = "losses" if column == "loss" else "values"
-            notes.append(f"{name}: the log axis omits {left_out:,} {what} of 0 or less")
-        finite = positive
-    if len(finite) > MOST:
-        # Extremes so that no spike is lost, and evenly spaced points so that the density stays visible.
-        extremes = reduce(finite, BUCKETS, value=column)
-        spread = finite.gather_every(len(finite) // SPREAD)
-        finite = pl.concat([extremes, spread]).unique("step").sort("step")
-    return _pandas(finite, name, column)
-
-
-def _nonfinite(frame: pl.DataFrame, name: str, notes: list[str]) -> pd.DataFrame:
-    """Return where the loss is not finite; adds a note with their number and the first step."""
-    wrong = frame.filter(~pl.col("loss").is_finite())
+def _drawable(frame: pl.DataFrame, name: str, column: str, log: bool, notes: list[str]) -> pl.DataFrame:
+    """Return values with NaN where nothing can be drawn, which notes count."""
+    value = pl.col(column)
+    wrong = frame.filter(~value.is_finite())
     if len(wrong):
         notes.append(
-            f"{name}: the loss is not finite at {len(wrong):,} of {len(frame):,} steps, "
-            f"first {wrong['loss'].item(0)} at step {wrong['step'].item(0):,}"
+            f"{name}: the {column} is not finite at {len(wrong):,} of {len(frame):,} steps, "
+            f"first {wrong[column].item(0)} at step {wrong['step'].item(0):,}"
         )
-    # Rounded up, so that no more than MARKS are drawn.
-    return _pandas(wrong.gather_every(max(1, -(-len(wrong) // MARKS))), name, "loss")
+    is_low = value.is_finite() & (value <= 0) if log else pl.lit(False)
+    if left_out := len(frame.filter(is_low)):
+        what = "losses" if column == "loss" else "values"
+        notes.append(f"{name}: the log axis omits {left_out:,} {what} of 0 or less")
+    # Not left out: a line has a gap there. plotnine fails on a line of gaps alone.
+    shown = frame.with_columns(pl.when(value.is_finite() & ~is_low).then(value).otherwise(math.nan))
+    return shown if shown[column].is_not_nan().any() else shown.clear()
+
+
+def _thinned(frame: pl.DataFrame, column: str) -> pl.DataFrame:
+    """Return the rows to draw of one series."""
+    if len(frame) <= MOST:
+        return frame
+    # Extremes so that no spike is lost, and evenly spaced points so that the density stays visible.
+    extremes = reduce(frame, BUCKETS, value=column)
+    spread = frame.gather_every(len(frame) // SPREAD)
+    return pl.concat([extremes, spread]).unique("step").sort("step")
 
 
 def _measured(
@@ -228,8 +235,9 @@ def _measured(
             # slope.
             if run.facts.is_setting(wanted) and len(of_run):
                 of_run = _held(of_run, run.newest_step())
-            line = _drawable(of_run, f"{name}, {_plain(wanted)}", "value", log, notes)
-            lines.append(line.assign(run=name, measurement=_plain(wanted)))
+            drawn = _drawable(of_run, f"{name}, {_plain(wanted)}", "value", log, notes)
+            line = _pandas(_thinned(drawn, "value"), name, "value")
+            lines.append(line.assign(measurement=_plain(wanted)))
     return pd.concat(lines)
 
 

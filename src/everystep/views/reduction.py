@@ -12,12 +12,19 @@ import numpy as np
 import polars
 from numpy.typing import NDArray
 
-__all__ = ["Sparkline", "extremes", "reduce", "sparkline"]
+from everystep.recording.recorded_run import RecordedRun
+
+__all__ = ["Sparkline", "curve_of", "extremes", "reduce", "sparkline"]
 
 #: The picture's size in CSS pixels, and the room it leaves at its edges.
 WIDTH, HEIGHT, MARGIN = 320, 72, 5
 #: The loss is drawn on a log axis if its largest value is so many times its smallest.
 DECADES = 100.0
+
+
+def curve_of(run: RecordedRun) -> polars.DataFrame:
+    """Return the losses to draw: those of every step, none of a loop that logs none."""
+    return run.losses if run.facts.has_loss else run.losses.clear()
 
 
 def reduce(frame: polars.DataFrame, buckets: int, value: str = "loss") -> polars.DataFrame:

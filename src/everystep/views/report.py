@@ -17,7 +17,7 @@ from everystep.views.facts_text import facts_data, facts_in_order, landmarks, st
 from everystep.views.formatting import number
 from everystep.views.loss_table import loss_table, rendered
 from everystep.views.output_file import write_file
-from everystep.views.reduction import sparkline
+from everystep.views.reduction import curve_of, sparkline
 
 __all__ = ["Report", "report_html", "summary_html"]
 
@@ -72,15 +72,13 @@ def report_html(run: RecordedRun, opened: Markup | None = None, modules: Sequenc
     """
     table = loss_table(run, rows=ROWS)
     facts = run.facts
-    losses = table.frame.select("step", "loss") if facts.has_loss else table.frame[:0]
-    # Of a run without losses, any column, and empty: it has no landmarks.
-    columns = [losses["step"].to_numpy(), losses[losses.columns[-1]].to_numpy()]
+    losses = table.frame.select("step", "loss") if facts.has_loss else curve_of(run)
     return rendered(
         "report.html",
         name=run.name,
         **state_data(run, facts, run.status, table.total),
         **facts_data(facts),
-        **landmarks(*columns),
+        **landmarks(losses["step"].to_numpy(), losses["loss"].to_numpy()),
         opened=opened,
         first=_FIRST,
         modules={"imports": _inlined((_FIRST, *modules))},
@@ -90,13 +88,13 @@ def report_html(run: RecordedRun, opened: Markup | None = None, modules: Sequenc
 
 def summary_html(run: RecordedRun) -> str:
     """Return a run as a small table of facts and a picture of the loss: a piece of HTML, no scripts."""
-    facts, losses = run.facts, run.losses
+    facts, losses = run.facts, curve_of(run)
     ends = [losses["loss"].item(0), losses["loss"].item(-1)] if len(losses) else []
     return rendered(
         "summary.html",
         name=run.name,
         damage=run.damage,
-        **state_data(run, facts, run.status, len(losses)),
+        **state_data(run, facts, run.status, run.newest_step()),
         ends=[(number(loss), str(loss)) for loss in ends],
         rows=facts_in_order(facts),
         line=sparkline(losses),

@@ -39,8 +39,6 @@ from everystep.views.plain import DERIVED, plain_data
 from everystep.views.terminal import Column, table_text
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from rich.text import Text
 
     from everystep.answers.doctor import Diagnosis
@@ -105,11 +103,7 @@ class RunView(NamedTuple):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # An answer can be pickled; a run with its opened steps cannot.
-        return _view_of, (self.run and self.run.directory, self.step)
-
-
-def _view_of(directory: Path | None, step: Step | None) -> RunView:
-    return RunView(None if directory is None else RecordedRun(directory), step)
+        return RunView, (self.run and RecordedRun(self.run.directory), self.step)
 
 
 def _verify_text(found: Verification, view: RunView) -> str:

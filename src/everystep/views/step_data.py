@@ -430,9 +430,8 @@ def images_of(x: Tensor, facts: Facts) -> Tensor | None:
     x: (N, 1 or 3, H, W); facts: of the run.
     """
     shape = x.shape
-    if len(shape) != 4 or shape[1] not in (1, 3) or max(shape[2:]) > _LARGEST_IMAGE:
-        return None
-    if not x.is_floating_point():
+    has_shape = len(shape) == 4 and shape[1] in (1, 3) and max(shape[2:]) <= _LARGEST_IMAGE
+    if not (has_shape and x.is_floating_point()):
         return None
     preparation = facts.trained and facts.trained.preparation
     scaling = (preparation or {}).get("scaling") or {}

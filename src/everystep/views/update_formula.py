@@ -89,15 +89,18 @@ class _Composer:
         }
         results = [name for name in seen.operation.results if name] or list(seen.results)
         for place, name in enumerate(results):
-            if name.startswith("gradient/"):  # clipped: from here it is the parameter's gradient
-                self._terms.pop(name, None)
+            base, is_view, _ = name.partition("~")
+            if base.startswith("gradient/"):  # clipped: from here it is the parameter's gradient
+                self._terms.pop(base, None)
                 continue
             own = {
                 key: value[place] if isinstance(value, list) and place < len(value) else value
                 for key, value in arguments.items()
             }
             term = _composed(kind.removeprefix("foreach_"), own)
-            self._terms[name] = term._replace(numbers=term.numbers | {number})
+            # No formula has a view, such as complex numbers as pairs, or a part.
+            of = term.parameters | {name} if is_view else term.parameters
+            self._terms[base] = term._replace(numbers=term.numbers | {number}, parameters=of)
 
     def formulas(self) -> dict[str, UpdateFormula]:
         found = dict(self._known)
@@ -128,7 +131,7 @@ class _Composer:
     def _as_a_whole(self, number: int, seen: Observed) -> None:
         formula = _of_kernel(seen.operation) or self._documented
         for result in seen.results:
-            kind, _, parameter = result.partition("/")
+            kind, _, parameter = result.partition("~")[0].partition("/")
             if kind == "parameter":
                 self._known[parameter] = UpdateFormula(formula, (seen.operation.operator,), (number,))
 
@@ -140,16 +143,17 @@ class _Composer:
         if not isinstance(value, str):
             text = next(iter(value.values())) if isinstance(value, dict) else value
             return _Term(str(text), str(text))
-        if value in self._terms:
-            return self._terms[value]
-        kind, _, parameter = value.partition("/")
-        if kind == "optimizer":
-            parameter, _, text = parameter.rpartition("/")
-        elif kind in ("parameter", "gradient"):
-            text = "param" if kind == "parameter" else "param.grad"
+        base, is_view, _ = value.partition("~")
+        kind, _, parameter = base.partition("/")
+        if base in self._terms:
+            found = self._terms[base]
+        elif kind in ("parameter", "gradient", "optimizer"):
+            own, _, text = parameter.rpartition("/") if kind == "optimizer" else (parameter, "", "")
+            text = text or ("param" if kind == "parameter" else "param.grad")
+            found = _Term(text, text, parameters=frozenset([own]))
         else:
-            return _Term(value, value)
-        return _Term(text, text, parameters=frozenset([parameter]))
+            found = _Term(value, value)
+        return found._replace(parameters=found.parameters | {value}) if is_view else found
 
 
 def _composed(kind: str, arguments: dict[str, Any]) -> _Term:

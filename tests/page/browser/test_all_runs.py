@@ -199,6 +199,15 @@ def test_the_overlay_says_where_a_run_explodes_and_leads_there(visit, recorded):
     assert re.search(rf"/runs/diverged\?step={step}&overlay=chapter$", page.url)
 
 
+def test_settings_that_differ_look_different(visit, train):
+    seeds = 1234567890, 1234567891
+    for seed in seeds:
+        assert train(f"of-{seed}", "--steps", 1, "--seed", seed).wait() == 0
+    page = visit(f"/overlay?run=of-{seeds[0]}&run=of-{seeds[1]}")
+    for seed in seeds:
+        expect(page.get_by_role("cell", name=str(seed), exact=True)).to_be_visible()
+
+
 def test_a_run_that_loads_slowly_changes_nothing_once_another_is_shown(visit):
     page, held = visit("/"), []
     page.route("**/api/runs/digits", lambda route: held.append(route))

@@ -242,10 +242,41 @@ def test_a_long_run_is_reduced_until_it_is_looked_at_closely(copied, visit):
     page = visit(f"/runs/{run.name}")
     slider = page.get_by_role("slider", name="step")
     expect(slider).to_have_attribute("aria-valuemax", "20500")
+    page.get_by_role("slider", name="smoothing").fill("0.9")
+    slider.press("End")
+    expect(readout(page)).to_contain_text("loss, points smoothed")
+    page.get_by_role("slider", name="smoothing").fill("0")
     drag(page, 0.5, 0.52)
     page.mouse.move(0, 0)
     # Once all is there, the next point is the next step.
     page.wait_for_function(f"plot => {STRIDE}(plot) === 1", arg=slider.element_handle())
+
+
+def test_a_line_has_a_gap_where_a_measurement_is_not_finite(copied, visit):
+    run = copied("chapter")
+    for middle in (math.nan, 0.5):
+        values = [0.5] * 100 + [middle] * 300 + [0.5] * 100
+        with changed(run) as database:
+            database.write_measurements([("a", step, value) for step, value in enumerate(values, 1)])
+        page = visit(f"/runs/{run.name}", expected=["willReadFrequently"])
+        toggle(page, "loss").click()
+        over = plot(page)
+        page.wait_for_function(f"over => {DRAWN}(over, 0.02, 0.18)", arg=over.element_handle())
+        assert over.evaluate(f"over => {DRAWN}(over, 0.25, 0.75)") is (middle == 0.5)
+
+
+#: Whether pixels between two shares of the width of a plot have the colour of the second line.
+DRAWN = """((over, from, to) => {
+  const canvas = over.parentNode.querySelector("canvas");
+  const [left, width] = [over.offsetLeft, over.offsetWidth].map((each) => each * devicePixelRatio);
+  const colour = getComputedStyle(document.documentElement).getPropertyValue("--series-1").trim();
+  const wanted = [1, 3, 5].map((at) => parseInt(colour.slice(at, at + 2), 16));
+  const part = [left + from * width, 0, (to - from) * width, canvas.height];
+  const image = canvas.getContext("2d").getImageData(...part);
+  for (let at = 0; at < image.data.length; at += 4)
+    if (wanted.every((each, channel) => each === image.data[at + channel])) return true;
+  return false;
+})"""
 
 
 STRIDE = """(plot => {

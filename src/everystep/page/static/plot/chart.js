@@ -87,8 +87,8 @@ function seriesOptions({ title, colour: token, scale, kind, curve }, { isLine, i
   const stroke = colour(token);
   const common = { label: title, scale, stroke };
   if (kind === "average") return { ...common, width: 2, points: { show: false } };
-  // A learning rate is constant until it changes; between other measurements, a line is only a guide.
-  const guide = { ...common, width: 2, spanGaps: true, points: { show: () => curve.points()[0].length <= FEW, size: 6, fill: stroke } };
+  // A learning rate is constant until it changes; between other measurements, a line is only a guide, with a gap where one is not finite.
+  const guide = { ...common, width: 2, points: { show: () => curve.points()[0].length <= FEW, size: 6, fill: stroke } };
   if (kind === "rate") return { ...guide, paths: window.uPlot.paths.stepped({ align: 1 }) };
   if (kind === "measured") return guide;
   const alpha = kind === "faint" ? 0.28 : 1;

@@ -20,6 +20,11 @@ export class Curve {
     this.#source = source;
   }
 
+  /** Whether it has only some of the steps, among them the extremes: no average of these is one of all. */
+  get isReduced() {
+    return this.#whole.isReduced;
+  }
+
   /** Return the loss of one step in full precision. */
   async lossAt(step, signal) {
     const { values } = await this.#source(this.run, { first: step, last: step, points: POINTS }, { signal });

@@ -29,7 +29,7 @@ export function partsAt(lines, step, weight) {
     if (row === null) continue;
     const where = steps[row] === step || kind === "rate" ? "" : ` at ${whole(steps[row])}`;
     if (kind !== "average") parts.push([title, fullText(values[row]), where]);
-    else parts.push([`${title}, smoothed`, short(smoothed(values, weight)[row], 6), where]);
+    else parts.push([`${title}, ${curve.isReduced ? "points smoothed" : "smoothed"}`, short(smoothed(values, weight)[row], 6), where]);
   }
   return parts;
 }

@@ -4,7 +4,7 @@ import * as address from "../shared/address.js";
 import { element, showText } from "../shared/elements.js";
 import { awaited } from "../shared/away.js";
 import { addressOf, ask } from "../shared/server.js";
-import { duration, short, whole } from "../shared/format.js";
+import { duration, fullText, whole } from "../shared/format.js";
 import { LossPlot } from "../plot/plot.js";
 import { serverCurves } from "../plot/source.js";
 import { listenToThose } from "../run/live.js";
@@ -86,7 +86,7 @@ class Overlay {
 }
 
 function settingsOf({ settings }) {
-  return new Map(Object.entries(settings).map(([key, value]) => [key, String(value)]));
+  return new Map(Object.entries(settings).map(([key, value]) => [key, typeof value === "number" ? fullText(value, false) : String(value)]));
 }
 
 // Data of the list of runs: the only common data if not all are experiments.
@@ -98,16 +98,10 @@ function settingsThatDiffer(all) {
   const keys = [...new Set(all.flatMap((settings) => [...settings.keys()]))];
   const rows = keys.map((key) => [key, all.map((settings) => settings.get(key) ?? "")]);
   const found = rows.filter(([key, values]) => new Set(values).size > 1 && !["steps", "epochs"].includes(key));
-  const differing = found.sort(([one], [other]) => rank(one) - rank(other));
-  return differing.slice(0, MOST).map(([key, values]) => [key, values.map(brief)]);
+  return found.sort(([one], [other]) => rank(one) - rank(other)).slice(0, MOST);
 }
 
 function rank(key) {
   const place = FIRST.indexOf(key.split(/[.[]/)[0]);
   return place < 0 ? FIRST.length : place;
-}
-
-function brief(text) {
-  const number = Number(text);
-  return text !== "" && Number.isFinite(number) ? short(number, 8) : text;
 }

@@ -137,10 +137,10 @@ function expressionField(label, id) {
   };
 }
 
-function foundSteps(place, { steps, count: all, inexact: leftOut = [], text }) {
+function foundSteps(place, { steps, count: all, inexact: leftOut }) {
   const from = leftOut.map(whole).join(", ");
   const left = leftOut.length > 0 && element("p", { class: "note" }, `Not evaluated, because the replay was not exact or ended: from step ${from}.`);
-  if (!steps.length) return [element("p", { class: "result" }, text?.trim() || "at no step"), left];
+  if (!steps.length) return [element("p", { class: "result" }, "at no step"), left];
   const list = element("ul", { class: "found" });
   const more = button("", () => show(list.children.length + 10 * LISTED), { class: "plain" });
   const show = (count) => {
