@@ -1,3 +1,6 @@
+from contextlib import nullcontext
+
+import numpy as np
 import pytest
 import torch
 
@@ -7,6 +10,7 @@ from everystep.experiment.catalogue import build
 from everystep.experiment.data import Data
 from everystep.experiment.loss import check_loss
 from everystep.experiment.model import build_model, try_model
+from everystep.experiment.preparation import ArrayPreparation
 from everystep.experiment.specification import Model
 
 
@@ -68,6 +72,21 @@ def test_a_loss_that_does_not_fit_is_explained():
         check("CrossEntropyLoss", torch.zeros(2, 3), torch.tensor([1, 5, 2]))
     with pytest.raises(ModelError, match="BCELoss cannot compare"):
         check("BCELoss", torch.full((2, 1), 3.0), torch.zeros(2, 1))
+
+
+@pytest.mark.parametrize(
+    ("labels", "ignored", "is_refused"),
+    [([1, 2, 3], 3, True), ([1, 2, 3], 0, True), ([-100, 0, 1], -100, True), ([0, 1, 2], 1, False)],
+)
+def test_a_loss_cannot_ignore_a_class_that_gets_another_number(labels, ignored, is_refused):
+    y = np.array(labels)
+    known = ArrayPreparation.fit(
+        lambda: iter([y]), lambda: iter([y]), y, scale=False, classes=True, indices=False
+    )
+    data = Data(torch.zeros(3, 1), torch.from_numpy(known.targets(y)), preparation=known)
+    loss = build("loss", "CrossEntropyLoss", {"ignore_index": ignored})
+    with pytest.raises(DataError, match="numbered again from 0") if is_refused else nullcontext():
+        check_loss(loss, torch.zeros(3, 3), data)
 
 
 def test_class_weights_are_a_list_of_numbers():
