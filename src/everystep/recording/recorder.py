@@ -508,7 +508,7 @@ class Recorder:
             self._again.keep(measured, facts)
             if not losses:
                 return
-            measured, facts = self._again.measured, self._again.facts
+            measured, facts = self._again.new_measured(), self._again.facts
         with self._database.transaction():
             self._database.write_measurements(measured)
             self._database.write_facts(facts)
@@ -546,8 +546,9 @@ class Recorder:
         self._give_up_old()
 
     def _write_last_facts(self, facts: Mapping[str, Any]) -> None:
-        last = facts if self._again is None else self._again.last_facts(facts)
+        measured, last = ((), facts) if self._again is None else self._again.at_end(facts)
         with self._database.transaction():
+            self._database.write_measurements(measured)
             self._database.write_facts(last)
 
     @_in_thread
