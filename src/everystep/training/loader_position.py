@@ -26,7 +26,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from everystep.errors import RunError
+from everystep.errors import RunError, UsageError
 from everystep.recording.contents import DRAW
 from everystep.recording.keep import RECENT, Ahead
 from everystep.step.generators import Generators, different, generator_states
@@ -105,8 +105,8 @@ class LoaderPosition:
 
     Args:
         device: of the parts, for its random generator.
-        reached: called where a resumed training continues in the middle of batches: a loop may have
-            changed something after epochs that it skipped.
+        reached: called where a resumed training continues: a loop may have changed something before, or
+            after epochs that it skipped.
 
     goal: the place to go to before the next batch, None if that is the next one; taken: how many batches
     of the current call of `steps` were drawn; generators: those before the last draw, by name, if it
@@ -128,7 +128,11 @@ class LoaderPosition:
         self._epoch: Epoch | None = None
         self._epochs: int | None = None
         self._is_between = False
+        #: Whether a loop over `epochs` is under way.
+        self._is_within = False
         self._has_workers = False
+        #: Where a resumed training continues between two epochs, until it draws a batch.
+        self._between: Recorded | None = None
         self._loader: Any = None
         self._sources = BatchSources()
         self._begun = Changed()
@@ -194,31 +198,46 @@ class LoaderPosition:
 
         Raises:
             RunError: the recorded training did not use `epochs`.
+            UsageError: they are within others.
         """
+        if self._is_within:
+            raise UsageError(
+                "recording.epochs is called within another recording.epochs, and a resumed loop could "
+                "not find its place; use it for the inner or for the outer loop alone"
+            )
         self._loop, self._epochs = self._loop + 1, count
-        goal, first = self.goal, 0
-        if goal is not None:
-            if goal.epoch is None and (goal.call or goal.taken):
-                raise RunError(
-                    "the loop was recorded without recording.epochs, so which epoch it was in is not "
-                    "known; write the loop as it was, or record it again"
-                )
-            if goal.epoch is not None and self._loop < goal.epoch.loop:
+        goal, first, is_between = self.goal, 0, False
+        if goal is not None and goal.epoch is None and (goal.call or goal.taken):
+            raise RunError(
+                "the loop was recorded without recording.epochs, so which epoch it was in is not "
+                "known; write the loop as it was, or record it again"
+            )
+        if goal is not None and goal.epoch is not None:
+            if self._loop < goal.epoch.loop:
                 return
             # As if the calls of `steps` in the epochs before had been made.
-            if goal.epoch is not None:
+            if self._loop == goal.epoch.loop:
                 first, self._call = goal.epoch.number, goal.epoch.calls - 1
-        for number in itertools.count(first) if count is None else range(first, count):
-            self._enter(number)
-            self.has_skipped = goal is not None and 0 < number == first
-            yield number
+                is_between = goal.call == goal.epoch.calls and not goal.taken
+        self._is_within = True
+        try:
+            for number in itertools.count(first) if count is None else range(first, count):
+                self._enter(number, is_reached=is_between and number == first)
+                self.has_skipped = goal is not None and 0 < number == first
+                yield number
+        finally:
+            self._is_within = False
         # Code after the loop is between two epochs, too: a resume begins with it.
-        self._enter(first if count is None else max(first, count))
+        last = first if count is None else max(first, count)
+        self._enter(last, is_reached=is_between and last == first)
 
-    def _enter(self, number: int) -> None:
-        """Begin an epoch, or end the last one."""
+    def _enter(self, number: int, *, is_reached: bool) -> None:
+        """Begin an epoch, or end the last one. is_reached: whether a resumed training continues here."""
         self._epoch = Epoch(self._loop, number, self._call + 1)
         self._is_between, self.at_end = True, {}
+        if is_reached:
+            self._between, self.goal = self.goal, None
+            self._reached()
 
     def draw(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Yield batches; of a resumed training, from its place on.
@@ -238,13 +257,15 @@ class LoaderPosition:
             self._start_workers(batches, goal)
         # Before the iterator is made, which starts workers that stay.
         self._has_workers = getattr(batches, "_iterator", None) is not None
-        if goal is not None:
-            self._sources.restore(own, _BEGUN, Changed(goal.tensors, goal.begun))
+        if (begun := goal or self._between) is not None:
+            changed = Changed(begun.tensors, begun.begun)
+            self._sources.restore(own, _BEGUN, changed, but_set=self._between is not None)
+        self._between = None
         self._begun = self._sources.changed(own, _BEGUN)
         iterator = self._skipped(batches, goal) if goal is not None and goal.taken else None
         self.has_skipped = iterator is not None
         # After the batches before were skipped, which may have changed the objects again.
-        if goal is not None and (goal.taken or goal.begun):
+        if goal is not None and goal.taken:
             self._sources.restore(own, _DRAWN, Changed(goal.tensors, goal.drawn))
             self._reached()
         self.goal = None
