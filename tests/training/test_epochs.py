@@ -399,6 +399,16 @@ def test_what_cannot_be_logged_outside_of_a_step_is_reported():
     assert everystep.open("run").measured("validation") == {1: 1.0}
 
 
+class Noisy(Dataset):
+    """Draws a random number for each row."""
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, row):
+        return torch.rand(3) + row
+
+
 class Ordered(Sampler):
     """Has an order for each epoch, from one that it was set to, or from the one before."""
 
@@ -449,6 +459,39 @@ def test_a_loop_continues_between_epochs_as_the_code_before_them_left_it(of, tmp
         trained(tmp_path / "run", 2)
     # By force, nothing is repeated and compared: it continues with the state between two epochs.
     assert trained(tmp_path / "run", 3, force=True).equals(whole)
+
+
+@pytest.mark.parametrize("every", [1, 1000])
+@pytest.mark.parametrize("where", ["after a step", "before a step"])
+def test_a_loop_that_leaves_its_batches_by_break_leaves_them_when_it_is_resumed(
+    where, every, tmp_path, monkeypatch
+):
+    take_snapshots_every(monkeypatch, every)
+
+    def trained(directory, stop=None, force=False):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        loader = DataLoader(Noisy(), batch_size=4, shuffle=True)
+        parts = {"model": model, "optimizer": optimizer}
+        with everystep.record(run=directory, resume=True, force=force, **parts) as recording:
+            for _ in recording.epochs(3):
+                for number, x in enumerate(recording.steps(loader)):
+                    if recording.step_count == stop:
+                        raise StopError
+                    if number == 2 and where == "before a step":
+                        break
+                    recording.log(loss=descend(optimizer, model(x).square().mean()))
+                    if number == 1 and where == "after a step":
+                        break
+                recording.log(validation=torch.rand(()))
+        return recording.run.table_frame()
+
+    whole = trained(tmp_path / "whole")
+    for stop in (2, 3, 4):
+        with pytest.raises(StopError):
+            trained(tmp_path / f"{stop}", stop)
+        assert trained(tmp_path / f"{stop}", force=stop % 2 == 0).equals(whole), stop
 
 
 def test_epochs_within_epochs_are_refused_before_the_first_step(tmp_path):

@@ -77,8 +77,9 @@ class Recorded(BaseModel):
     None if it has none; tensors: those of the state on disk; at_first: the random generators of state 0;
     epoch: the epoch, None if the loop does not use `epochs`; has_workers: whether the call began with
     workers of an earlier one; begun, drawn: what had changed in the objects that batches are drawn
-    from as the call began, and since; size: how many batches the call had, if another number of
-    processes continues, with other batches each: they continue at the same share of them.
+    from as the call began, and since; is_over: whether the loop takes no more of the call; size: how
+    many batches the call had, if another number of processes continues, with other batches each: they
+    continue at the same share of them.
 
     Raises:
         ValueError: a snapshot has no such place.
@@ -97,6 +98,7 @@ class Recorded(BaseModel):
     has_workers: bool = False
     begun: dict[str, dict[str, Any]] = {}
     drawn: dict[str, dict[str, Any]] = {}
+    is_over: bool = False
     size: PositiveInt | None = None
 
 
@@ -110,16 +112,18 @@ class LoaderPosition:
 
     goal: the place to go to before the next batch, None if that is the next one; taken: how many batches
     of the current call of `steps` were drawn; generators: those before the last draw, by name, if it
-    used them, and they had changed since the previous draw; at_end: those before a draw that found no
-    more batches, by the names that a state has; is_still: whether only Python and torch have run between
-    the last two batches; has_skipped: whether batches of this call, or epochs, were skipped just before.
+    used them, and they had changed since the previous draw; before: those before a draw that is of no
+    step so far; left: the call that the loop has left by `break` after a step; is_still: whether only
+    Python and torch have run between the last two batches; has_skipped: whether batches of this call,
+    or epochs, were skipped just before.
     """
 
     def __init__(self, device: torch.device, reached: Callable[[], None]) -> None:
         self.goal: Recorded | None = None
         self.taken = 0
         self.generators: dict[str, Tensor] = {}
-        self.at_end: dict[str, Tensor] = {}
+        self.before: dict[str, Any] = {}
+        self.left = -1
         self.is_still = False
         self.has_skipped = False
         self._device = device
@@ -127,7 +131,7 @@ class LoaderPosition:
         self._loop = -1
         self._epoch: Epoch | None = None
         self._epochs: int | None = None
-        self._is_between = False
+        self._is_between = self._is_over = False
         #: Whether a loop over `epochs` is under way.
         self._is_within = False
         self._has_workers = False
@@ -158,6 +162,14 @@ class LoaderPosition:
         """The ids of the objects that the current batches are drawn from."""
         return {id(each) for each in sources_of(self._loader).values()}
 
+    @property
+    def is_torn(self) -> bool:
+        """Whether a batch that is of no step has changed what it was drawn from, besides generators."""
+        loader = self._loader
+        return bool(self.before) and (
+            _has_state(loader) or bool(self._sources.changed(loader, _DRAWN).held)
+        )
+
     def settings(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the current place, as a state has it: tensors, and plain data."""
         if self._call < 0 and self._epoch is None:
@@ -171,6 +183,8 @@ class LoaderPosition:
             place["is_between"] = True
         elif self._has_workers:
             place["has_workers"] = True
+        if self._is_over and not self._is_between:
+            place["is_over"] = True
         if not self._is_between and (size := _length(self._loader)):
             place["size"] = size
         if _has_state(self._loader):
@@ -234,7 +248,7 @@ class LoaderPosition:
     def _enter(self, number: int, *, is_reached: bool) -> None:
         """Begin an epoch, or end the last one. is_reached: whether a resumed training continues here."""
         self._epoch = Epoch(self._loop, number, self._call + 1)
-        self._is_between, self.at_end = True, {}
+        self._is_between, self.before = True, {}
         if is_reached:
             self._between, self.goal = self.goal, None
             self._reached()
@@ -246,7 +260,8 @@ class LoaderPosition:
             RunError: the batches are not those of the recording.
         """
         self._call += 1
-        self.taken, self._loader, self._is_between = 0, batches, False
+        self.taken, self._loader = 0, batches
+        self._is_between = self._is_over = False
         goal = self.goal
         if goal is not None and self._call < goal.call:  # it is past, and has no batch to yield
             self._start_workers(batches, goal)
@@ -265,10 +280,13 @@ class LoaderPosition:
         iterator = self._skipped(batches, goal) if goal is not None and goal.taken else None
         self.has_skipped = iterator is not None
         # After the batches before were skipped, which may have changed the objects again.
-        if goal is not None and goal.taken:
+        if goal is not None and (goal.taken or goal.is_over):
             self._sources.restore(own, _DRAWN, Changed(goal.tensors, goal.drawn))
             self._reached()
         self.goal = None
+        self._is_over = goal is not None and goal.is_over
+        if self._is_over:
+            return
         quiet, draws = is_quiet(batches), type(batches) not in (list, tuple)
         # The first draw is compared with state 0, from which a resumed training begins.
         after = self._at_first if self._call == 0 else {}
@@ -276,14 +294,13 @@ class LoaderPosition:
             self.generators = {}
             # A quiet loader draws the seed and the order of an epoch before its first batch alone.
             is_seen = draws and (not quiet or self.taken == 0)
-            before = self._generators() if is_seen else {}
+            self.before = before = self._generators() if is_seen else {}
             # After the generators were read: a DataLoader draws a seed as its iterator is made.
             iterator = iter(batches) if iterator is None else iterator
             try:
                 batch = next(iterator)
             except StopIteration:
-                held = _tensors(before, before.keys() & _GLOBAL)
-                self.at_end = {f"generator/{name}": tensor for name, tensor in held.items()}
+                self._is_over, self.before = True, {}
                 return
             if is_seen:
                 # A resume has them as the previous draw left them, so these are not stored again.
@@ -294,9 +311,23 @@ class LoaderPosition:
                 self.generators = {f"{DRAW}{name}": tensor for name, tensor in held.items()}
             self.is_still = quiet and self.taken > 0
             self.taken += 1
-            self.at_end = {}
             yield batch
             self.has_skipped = False
+
+    def leave(self, *, is_untouched: bool) -> None:
+        """Note that the loop leaves the current call by `break`.
+
+        is_untouched: before it has done anything with the last batch, which is of no step.
+        """
+        if is_untouched:
+            self.taken -= 1
+        else:
+            self.left = self._call
+
+    def generators_before(self) -> dict[str, Tensor]:
+        """Return the generators before a draw that is of no step, by the names that a state has."""
+        held = _tensors(self.before, self.before.keys() & _GLOBAL)
+        return {f"generator/{name}": tensor for name, tensor in held.items()}
 
     def _start_workers(self, batches: Any, goal: Recorded) -> None:
         """Start workers that stay from epoch to epoch.
