@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import random
 import re
 import time
 import warnings
@@ -14,7 +15,7 @@ import torch
 from tests.descent import descend
 from tests.snapshots import take_snapshots_every
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, TensorDataset
 from tqdm import tqdm
 
 import everystep
@@ -492,6 +493,36 @@ def test_a_loop_that_leaves_its_batches_by_break_leaves_them_when_it_is_resumed(
         with pytest.raises(StopError):
             trained(tmp_path / f"{stop}", stop)
         assert trained(tmp_path / f"{stop}", force=stop % 2 == 0).equals(whole), stop
+
+
+class Chunked(Sampler):
+    """Shuffles eight rows at a time, as it comes to them."""
+
+    def __iter__(self):
+        for begin in range(0, 24, 8):
+            yield from random.sample(range(begin, begin + 8), 8)
+
+
+def test_a_sampler_within_a_batch_sampler_may_draw_in_the_middle_of_an_epoch(tmp_path):
+    def trained(directory, stop=None):
+        torch.manual_seed(0)
+        random.seed(0)
+        model = nn.Linear(3, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        data = TensorDataset(torch.randn(24, 3))
+        loader = DataLoader(data, batch_sampler=BatchSampler(Chunked(), 3, False))
+        parts = {"model": model, "optimizer": optimizer}
+        with everystep.record(run=directory, resume=True, force=True, **parts) as recording:
+            for (x,) in recording.steps(loader):
+                if recording.step_count == stop:
+                    raise StopError
+                loss = model(x + random.random()).square().mean()
+                recording.log(loss=descend(optimizer, loss))
+        return recording.run.table_frame()
+
+    with pytest.raises(StopError):
+        trained(tmp_path / "run", 5)
+    assert trained(tmp_path / "run").equals(trained(tmp_path / "whole"))
 
 
 def test_epochs_within_epochs_are_refused_before_the_first_step(tmp_path):

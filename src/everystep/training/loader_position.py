@@ -33,7 +33,7 @@ from everystep.step.generators import Generators, different, generator_states
 from everystep.step.kept_values import decoded, encoded
 from everystep.training.batch_sources import BatchSources, Changed, samplers_of, sources_of
 
-__all__ = ["Drawn", "Epoch", "LoaderPosition", "Recorded", "is_quiet"]
+__all__ = ["Drawn", "Epoch", "LoaderPosition", "Recorded", "is_quiet", "known_length"]
 
 #: Prefix of the names of a loader's own state.
 LOADER = "own/loader"
@@ -146,7 +146,7 @@ class LoaderPosition:
     def ahead(self, step: int) -> Ahead:
         """Return the steps to come after `step`, as far as batches and epochs have lengths."""
         # All later epochs are taken to have as many batches as this one.
-        size = _length(self._loader)
+        size = known_length(self._loader)
         if size is None:
             return Ahead(None, None)
         left = max(0, size - self.taken)
@@ -185,7 +185,7 @@ class LoaderPosition:
             place["has_workers"] = True
         if self._is_over and not self._is_between:
             place["is_over"] = True
-        if not self._is_between and (size := _length(self._loader)):
+        if not self._is_between and (size := known_length(self._loader)):
             place["size"] = size
         if _has_state(self._loader):
             if not self._is_between:
@@ -347,7 +347,7 @@ class LoaderPosition:
         self.taken = goal.taken
         # Another number of processes has other batches: at the same share of them.
         if goal.size is not None:
-            self.taken = goal.taken * (_length(batches) or 0) // goal.size
+            self.taken = goal.taken * (known_length(batches) or 0) // goal.size
         elif _has_state(batches) and goal.loader is not None:
             batches.load_state_dict(decoded({}, LOADER, goal.tensors, goal.loader))
             return iter(batches)
@@ -415,7 +415,7 @@ def is_quiet(batches: Any) -> bool:
         is_indexed(batches)
         and type(batches.dataset) is TensorDataset
         and batches.collate_fn is default_collate
-        and type(batches.sampler) is not WeightedRandomSampler
+        and WeightedRandomSampler not in _kinds_of_samplers(batches)
     )
 
 
@@ -425,15 +425,21 @@ def is_indexed(batches: Any) -> bool:
         type(batches) is DataLoader
         and batches.num_workers == 0
         and batches._dataset_kind == 0  # by index: torch's `_DatasetKind.Map`
-        and type(batches.sampler) in _SAMPLERS
+        and _kinds_of_samplers(batches) <= {*_SAMPLERS}
         and (batches.batch_sampler is None or type(batches.batch_sampler) is BatchSampler)
     )
 
 
-def _length(batches: Any) -> int | None:
+def _kinds_of_samplers(loader: DataLoader[Any]) -> set[type]:
+    # A loader that got a batch sampler has a sampler that it does not use.
+    return {type(loader.sampler), type(getattr(loader.batch_sampler, "sampler", loader.sampler))}
+
+
+def known_length(batches: Any) -> int | None:
+    """Return how many batches there are, None if that is unknown."""
     try:
         return len(batches)
-    except (TypeError, NotImplementedError):  # torch's IterableDataset has one that raises
+    except Exception:  # a class of the user's may raise anything before it is iterated over
         return None
 
 
