@@ -495,6 +495,24 @@ def test_a_loop_that_leaves_its_batches_by_break_leaves_them_when_it_is_resumed(
         assert trained(tmp_path / f"{stop}", force=stop % 2 == 0).equals(whole), stop
 
 
+def test_a_state_that_code_after_the_last_step_has_changed_is_not_that_after_the_step(tmp_path):
+    def trained(directory, stop=None):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        with everystep.record(run=directory, resume=True, model=model) as recording:
+            for _ in range(2):
+                for x in recording.steps([torch.ones(2, 3)] * 3):
+                    if recording.step_count == stop:
+                        raise StopError
+                    recording.log(loss=model(x).sum())
+                nn.init.ones_(model.weight)
+        return recording.run.table_frame()
+
+    with pytest.raises(StopError):
+        trained(tmp_path / "run", 3)
+    assert trained(tmp_path / "run").equals(trained(tmp_path / "whole"))
+
+
 class Chunked(Sampler):
     """Shuffles eight rows at a time, as it comes to them."""
 
