@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from everystep.recording.contents import given_of
 from everystep.step.kept_values import Encoded, decoded, encoded, is_aside, is_plain_value
 
-__all__ = ["BatchSources", "Changed", "samplers_of", "sources_of"]
+__all__ = ["BatchSources", "Changed", "sources_of"]
 
 
 # e.g. of a sampler that shuffles a list of its own:
@@ -139,17 +139,11 @@ class BatchSources:
 
 def sources_of(batches: Any) -> dict[str, Any]:
     """Return a loader, its samplers and its data sets, by name, as far as it has them."""
-    found = samplers_of(batches) | {"collate_fn": getattr(batches, "collate_fn", None)}
+    names = "sampler", "batch_sampler", "collate_fn"
+    found = {"loader": batches} | {name: getattr(batches, name, None) for name in names}
+    found["inner_sampler"] = getattr(found["batch_sampler"], "sampler", None)
     found |= _data_sets("dataset", getattr(batches, "dataset", None))
     return {name: source for name, source in found.items() if source is not None}
-
-
-def samplers_of(batches: Any) -> dict[str, Any]:
-    """Return a loader and its samplers, by name, None for those that it does not have."""
-    sampler, batch_sampler = (getattr(batches, n, None) for n in ("sampler", "batch_sampler"))
-    inner = getattr(batch_sampler, "sampler", None)
-    names = ("loader", "sampler", "batch_sampler", "inner_sampler")
-    return dict(zip(names, (batches, sampler, batch_sampler, inner), strict=True))
 
 
 def _data_sets(name: str, data: Any) -> dict[str, Any]:

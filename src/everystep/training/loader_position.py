@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from types import GeneratorType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -31,7 +30,7 @@ from everystep.recording.contents import DRAW
 from everystep.recording.keep import RECENT, Ahead
 from everystep.step.generators import Generators, different, generator_states
 from everystep.step.kept_values import decoded, encoded
-from everystep.training.batch_sources import BatchSources, Changed, samplers_of, sources_of
+from everystep.training.batch_sources import BatchSources, Changed, sources_of
 
 __all__ = ["Drawn", "Epoch", "LoaderPosition", "Recorded", "is_quiet", "known_length"]
 
@@ -39,8 +38,6 @@ __all__ = ["Drawn", "Epoch", "LoaderPosition", "Recorded", "is_quiet", "known_le
 LOADER = "own/loader"
 #: The same of what batches are drawn from, as a call of `steps` began, and since.
 _BEGUN, _DRAWN = "own/begun/", "own/drawn/"
-#: Generators that belong to no loader.
-_GLOBAL = {"torch", "device", "python", "numpy"}
 _SAMPLERS = (SequentialSampler, RandomSampler, WeightedRandomSampler)
 
 
@@ -294,7 +291,7 @@ class LoaderPosition:
             self.generators = {}
             # A quiet loader draws the seed and the order of an epoch before its first batch alone.
             is_seen = draws and (not quiet or self.taken == 0)
-            self.before = before = self._generators() if is_seen else {}
+            self.before = before = generator_states(self._device) if is_seen else {}
             # After the generators were read: a DataLoader draws a seed as its iterator is made.
             iterator = iter(batches) if iterator is None else iterator
             try:
@@ -304,8 +301,8 @@ class LoaderPosition:
                 return
             if is_seen:
                 # A resume has them as the previous draw left them, so these are not stored again.
-                is_left = after.keys() >= before.keys() and not different(before, after)
-                after = self._generators()
+                is_left = bool(after) and not different(before, after)
+                after = generator_states(self._device)
                 used = set() if is_left else different(before, after)
                 held = _tensors(before, used)
                 self.generators = {f"{DRAW}{name}": tensor for name, tensor in held.items()}
@@ -326,7 +323,7 @@ class LoaderPosition:
 
     def generators_before(self) -> dict[str, Tensor]:
         """Return the generators before a draw that is of no step, by the names that a state has."""
-        held = _tensors(self.before, self.before.keys() & _GLOBAL)
+        held = _tensors(self.before, self.before.keys())
         return {f"generator/{name}": tensor for name, tensor in held.items()}
 
     def _start_workers(self, batches: Any, goal: Recorded) -> None:
@@ -380,18 +377,10 @@ class LoaderPosition:
 
     def begin(self) -> None:
         """Note the random generators at the beginning of a training, which its state 0 has."""
-        self._at_first = self._generators()
-
-    def _generators(self) -> dict[str, Any]:
-        """Return the states of all random generators that a draw can use."""
-        own = {name: each.get_state() for name, each in _own_generators(self._loader).items()}
-        return generator_states(self._device) | own
+        self._at_first = generator_states(self._device)
 
     def _restore(self, generators: Mapping[str, Tensor]) -> None:
         found = {name.removeprefix(DRAW): tensor for name, tensor in generators.items()}
-        for name, own in _own_generators(self._loader).items():
-            if name in found:
-                own.set_state(found[name])
         known = Generators.capture(self._device).tensors()
         Generators.from_tensors(known | found).restore(self._device)
 
@@ -403,8 +392,7 @@ def _tensors(states: Mapping[str, Any], names: Collection[str]) -> dict[str, Ten
         return {}
     states = {"device": None, **states}
     held = Generators(states["torch"], states["device"], states["python"], states["numpy"]).tensors()
-    own = {name: state for name, state in states.items() if name not in _GLOBAL}
-    return {name: tensor for name, tensor in (held | own).items() if name.partition(".")[0] in names}
+    return {name: tensor for name, tensor in held.items() if name.partition(".")[0] in names}
 
 
 def is_quiet(batches: Any) -> bool:
@@ -447,13 +435,3 @@ def _has_state(loader: Any) -> bool:
     has_methods = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
     # Accelerate's loaders have the methods, and a state only if they are asked to keep one.
     return has_methods and bool(getattr(loader, "use_stateful_dataloader", True))
-
-
-def _own_generators(loader: Any) -> dict[str, torch.Generator]:
-    """Return the generators of a loader and of its samplers, by name."""
-    # It has no attributes, and is the usual thing besides a loader.
-    if type(loader) is GeneratorType:
-        return {}
-    found = {name: getattr(owner, "generator", None) for name, owner in samplers_of(loader).items()}
-    # None first: the class of generators has a Python function that looks at what is no instance.
-    return {n: e for n, e in found.items() if e is not None and isinstance(e, torch.Generator)}
