@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from everystep.bounded import check_budgets
 from everystep.errors import RunError, UsageError
 from everystep.recording.contents import DEFAULT_BATCH_BUDGET
 from everystep.recording.directories import (
@@ -226,6 +227,7 @@ def train(
         stop_on_nan=stop_on_nan,
         engine=engine,
     )
+    check_budgets(snapshot_budget, batch_budget)
     place, resumed, user_facts = _start(run, resume, config, tags)
     watcher = progress_of(progress)
     if parts is not None:
@@ -352,6 +354,7 @@ def record(
             f"record got {kinds} without a name; name each part: everystep.record(model=model, "
             "optimizer=optimizer)"
         )
+    check_budgets(snapshot_budget, batch_budget)
     place, resumed, user_facts = _start(run, resume, config, tags)
     budgets = snapshot_budget, batch_budget, keep_of(keep)
     start = LoopStart(place, *budgets, None, resumed, _forked(fork, at, resumed), force, user_facts)
@@ -451,6 +454,7 @@ def train_experiment(
         experiment.model_dump(exclude_none=True) if isinstance(experiment, Experiment) else experiment
     )
     loaded = load(source, settings)
+    check_budgets(snapshot_budget)
     place, resumed, user_facts = _start(run, resume, None, tags)
     watcher = progress_of(progress)
     if resumed is None:
@@ -520,6 +524,7 @@ def sweep(
     from everystep.views.run_view import RunView
 
     _check_sweep(run, resume=resume, ray=ray)
+    check_budgets(snapshot_budget)
     runs = combinations(settings, may_be_many=force)
     numerics.prepare()
     calls: dict[str, tuple[Any, ...]]  # what to call for each run, and with what after its directory

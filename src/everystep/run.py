@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
+from everystep.bounded import check_budgets
 from everystep.errors import StepError, UsageError
 from everystep.recording.directories import AWAITED, place_of
 from everystep.recording.recorded_run import RecordedRun, stretch_at
@@ -580,6 +581,7 @@ class Run(RecordedRun):
 
         short = {"lr": lr, "steps": steps, "batch_size": batch_size, "seed": seed}
         changed = {name: value for name, value in short.items() if value is not None}
+        check_budgets(snapshot_budget)
         place = place_of(run)
         asked = Fork(
             self,

@@ -4,6 +4,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 import everystep
 from everystep.errors import RunError
@@ -76,3 +78,19 @@ def test_a_run_removed_before_its_newest_losses_are_read_is_refused(recorded, mo
     before(monkeypatch, columns, "reading", lambda: shutil.rmtree(recorded))
     with pytest.raises(RunError, match="is not a run"):
         columns.Columns().of(RecordedRun(recorded))
+
+
+def test_a_program_with_a_file_that_is_gone_keeps_its_number(tmp_path):
+    def trained(steps):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        with everystep.record(run=tmp_path / "run", resume=True, model=model) as recording:
+            for x in recording.steps([torch.ones(2, 3), torch.ones(3, 3), torch.ones(4, 3)][:steps]):
+                recording.log(loss=model(x).sum() if len(x) < 4 else model(x).prod())
+        return recording.run
+
+    trained(2)
+    (tmp_path / "run" / "programs" / "1.json").unlink()
+    run = trained(3)
+    assert run[3].is_exact
+    assert "programs/1.json" in str(run.doctor()) + repr(run.verify(progress=False))

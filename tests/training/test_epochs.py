@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import random
 import re
 import time
 import warnings
@@ -14,7 +15,7 @@ import torch
 from tests.descent import descend
 from tests.snapshots import take_snapshots_every
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, TensorDataset
 from tqdm import tqdm
 
 import everystep
@@ -34,7 +35,8 @@ def snapshot_every_fourth_step(monkeypatch):
 def train(directory, epochs, stop=(None, None), workers=0, patience=math.inf):
     """Train with a validation after each epoch, which draws random numbers; return what it prints.
 
-    stop: where the loop fails: `step` or `validation`, and how many steps it has taken by then.
+    stop: where the loop fails: `step`, `validation`, or `log` before it logs that, and how many steps it
+    has taken by then.
     """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.2), nn.Linear(4, 1))
@@ -58,6 +60,8 @@ def train(directory, epochs, stop=(None, None), workers=0, patience=math.inf):
             with torch.no_grad():
                 found = nn.functional.mse_loss(model(data.tensors[0]), data.tensors[1])
                 found += 0.3 * torch.rand(())
+            if stop == ("log", recording.step_count):
+                raise StopError
             recording.log(validation=found)
             best["without"] += 1
             if found < best["loss"]:
@@ -77,7 +81,9 @@ def whole(tmp_path_factory):
         return train("run", 6), everystep.open("run").table_frame()
 
 
-@pytest.mark.parametrize("stop", [("step", 1), ("step", 15), ("step", 18), ("validation", 18)])
+@pytest.mark.parametrize(
+    "stop", [("step", 1), ("step", 15), ("step", 18), ("validation", 18), ("log", 36)]
+)
 def test_a_resumed_loop_enters_no_epoch_that_is_past(stop, whole, tmp_path, capfd):
     lines, table = whole
     with pytest.raises(StopError):
@@ -392,6 +398,144 @@ def test_what_cannot_be_logged_outside_of_a_step_is_reported():
             recording.log(loss=1.0)
         recording.log(validation=1.0)
     assert everystep.open("run").measured("validation") == {1: 1.0}
+
+
+class Noisy(Dataset):
+    """Draws a random number for each row."""
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, row):
+        return torch.rand(3) + row
+
+
+class Ordered(Sampler):
+    """Has an order for each epoch, from one that it was set to, or from the one before."""
+
+    def __init__(self):
+        self.epoch, self.order = 0, [*range(8)]
+
+    def __iter__(self):
+        self.order = [self.order[(3 * n + self.epoch) % 8] for n in range(8)]
+        return iter(self.order)
+
+
+@pytest.mark.parametrize("of", ["seed", "parameters", "sampler", "generator", "more epochs"])
+def test_a_loop_continues_between_epochs_as_the_code_before_them_left_it(of, tmp_path, monkeypatch):
+    take_snapshots_every(monkeypatch, 1000)
+
+    def trained(directory, epochs, stop=None, force=False):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        data, sampler = torch.arange(24.0).view(8, 3) / 9, Ordered() if of == "sampler" else None
+        own = torch.Generator().manual_seed(1) if of == "generator" else None
+        order = {"sampler": sampler} if sampler else {"shuffle": True, "generator": own}
+        loader = DataLoader(data, batch_size=2, **order)
+        parts = {"model": model, "optimizer": optimizer}
+        with everystep.record(run=directory, resume=True, force=force, **parts) as recording:
+            if of == "seed":
+                torch.manual_seed(5)
+            elif of == "parameters":
+                nn.init.ones_(model.weight)
+            for loop in range(1 + (of == "more epochs")):
+                for epoch in recording.epochs(epochs):
+                    if epoch == stop:
+                        raise StopError
+                    if sampler is not None:
+                        sampler.epoch = epoch
+                    if epoch:
+                        recording.log(before=epoch + 10 * loop)
+                    for x in recording.steps(loader):
+                        loss = descend(optimizer, model(x).square().mean())
+                        recording.log(loss=loss)
+        return recording.run.table_frame()
+
+    whole = trained(tmp_path / "whole", 3)
+    if of == "more epochs":  # it ends between two loops
+        with pytest.raises(StopError):
+            trained(tmp_path / "run", 3, 2)
+    else:
+        trained(tmp_path / "run", 2)
+    # By force, nothing is repeated and compared: it continues with the state between two epochs.
+    assert trained(tmp_path / "run", 3, force=True).equals(whole)
+
+
+class Chunked(Sampler):
+    """Shuffles eight rows at a time, as it comes to them."""
+
+    def __iter__(self):
+        for begin in range(0, 24, 8):
+            yield from random.sample(range(begin, begin + 8), 8)
+
+
+@pytest.mark.parametrize("every", [1, 1000])
+@pytest.mark.parametrize("where", ["after a step", "before a step", "nowhere"])
+def test_a_loop_that_leaves_its_batches_by_break_leaves_them_when_it_is_resumed(
+    where, every, tmp_path, monkeypatch
+):
+    take_snapshots_every(monkeypatch, every)
+
+    def trained(directory, stop=None, force=False):
+        torch.manual_seed(0)
+        random.seed(0)
+        model = nn.Linear(3, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        loader = DataLoader(Noisy(), batch_size=4, shuffle=True)
+        if where == "nowhere":  # what draws is a sampler within one of torch's own
+            loader = DataLoader(
+                torch.arange(72.0).view(24, 3) / 72, batch_sampler=BatchSampler(Chunked(), 3, False)
+            )
+        parts = {"model": model, "optimizer": optimizer}
+        with everystep.record(run=directory, resume=True, force=force, **parts) as recording:
+            for _ in recording.epochs(3):
+                for number, x in enumerate(recording.steps(loader)):
+                    if recording.step_count == stop:
+                        raise StopError
+                    if number == 2 and where == "before a step":
+                        break
+                    loss = model(x + random.random()).square().mean()
+                    recording.log(loss=descend(optimizer, loss))
+                    if number == 1 and where == "after a step":
+                        break
+                recording.log(validation=torch.rand(()))
+        return recording.run.table_frame()
+
+    whole = trained(tmp_path / "whole")
+    for stop in (2, 3, 4):
+        with pytest.raises(StopError):
+            trained(tmp_path / f"{stop}", stop)
+        assert trained(tmp_path / f"{stop}", force=stop % 2 == 0).equals(whole), stop
+
+
+def test_a_state_that_code_after_the_last_step_has_changed_is_not_that_after_the_step(tmp_path):
+    def trained(directory, stop=None):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        with everystep.record(run=directory, resume=True, model=model) as recording:
+            for _ in range(2):
+                for x in recording.steps([torch.ones(2, 3)] * 3):
+                    if recording.step_count == stop:
+                        raise StopError
+                    recording.log(loss=model(x).sum())
+                nn.init.ones_(model.weight)
+        return recording.run.table_frame()
+
+    with pytest.raises(StopError):
+        trained(tmp_path / "run", 3)
+    assert trained(tmp_path / "run").equals(trained(tmp_path / "whole"))
+
+
+def test_epochs_within_epochs_are_refused_before_the_first_step(tmp_path):
+    with (
+        pytest.raises(everystep.UsageError, match=r"within another recording\.epochs"),
+        everystep.record(run=tmp_path / "run", model=nn.Linear(2, 1)) as recording,
+    ):
+        for _ in recording.epochs(2):
+            for _ in recording.epochs(2):
+                raise AssertionError
+    assert len(everystep.open(tmp_path / "run")) == 0
 
 
 def test_a_loop_recorded_without_epochs_is_not_resumed_with_them(tmp_path):

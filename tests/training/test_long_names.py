@@ -58,13 +58,15 @@ def test_a_long_name_is_refused_before_the_first_step(record):
     ("log", "message"),
     [
         ({LONG: 1.0}, "has 10,001 characters"),
+        ({3: 1.0}, "3 is not the name of a measurement"),
+        ({"\ud800": 1.0}, "is not the name of a measurement"),
         ({f"m{n}": 1.0 for n in range(10_000)}, "a run holds 10,000; log fewer names"),
     ],
-    ids=["long", "many"],
+    ids=["long", "number", "surrogate", "many"],
 )
 def test_a_name_is_refused_where_it_is_logged(log, message):
     with pytest.raises(everystep.UsageError, match=message):
-        loop(nn.Linear(3, 2), log=lambda recording, step: recording.log(**(log if step == 1 else {})))
+        loop(nn.Linear(3, 2), log=lambda recording, step: recording.log(log if step == 1 else {}))
     run = everystep.open("run")
     assert (run.status, len(run.losses)) == ("failed", 1) and run[1].is_exact
     assert run.verify(progress=False).is_exact

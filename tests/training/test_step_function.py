@@ -47,6 +47,24 @@ def test_a_generator_that_is_used_up_is_said(capsys):
     assert "no more batches after step 4" in capsys.readouterr().err
 
 
+class Endless(list):
+    """Batches of which nothing has the number."""
+
+    def __len__(self):
+        raise RuntimeError("iterate first")
+
+
+def test_batches_may_have_no_length():
+    gan = new_gan()
+    batches = Endless(gan.batches)
+    run = everystep.train(gan.step, batches, parts=gan.parts, epochs=2, progress=False)
+    assert len(run.losses) == 8
+    with everystep.record(**gan.parts) as recording:
+        for batch in recording.steps(batches):
+            gan.step(batch)
+    assert len(recording.run.losses) == 4
+
+
 def test_a_loader_without_batches_is_said(capsys):
     gan = new_gan()
     run = everystep.train(gan.step, [], parts=gan.parts, steps=50, progress=False)

@@ -212,7 +212,7 @@ def test_a_step_function_that_is_stopped_keeps_its_last_state():
 
 
 def test_what_is_raised_as_a_loop_breaks_off_is_raised_after_it(monkeypatch):
-    def differs(self):
+    def differs(self, **options):
         raise everystep.RunError("the state is not the recorded one")
 
     monkeypatch.setattr(LoopWriter, "rests", differs)

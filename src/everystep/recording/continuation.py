@@ -41,8 +41,7 @@ Measurements = Sequence[tuple[str, int, float]]
 class Continuation:
     """Compares repeated steps, and keeps what will be written with the first new step.
 
-    facts: to be written with the first new step, by name; recorded: the newest step that the run has;
-    measured: kept measurements.
+    facts: to be written with the first new step, by name; recorded: the newest step that the run has.
     """
 
     def __init__(self, database: Database, facts: Mapping[str, Any]) -> None:
@@ -55,30 +54,37 @@ class Continuation:
         self._name = database.directory.resolve().name
         self._database = database
         self.facts = dict(facts)
-        self.measured: list[tuple[str, int, float]] = []
-        self._has_differed = False
+        self._measured: dict[tuple[str, int], float] = {}
 
     def keep(self, rows: Measurements, facts: Mapping[str, Any]) -> None:
-        """Keep facts, and measurements except those that the run has; report one that differs."""
+        """Keep facts and measurements."""
         self.facts |= facts
-        for name, step, value in rows:
+        # A name may be logged in a step, and again after it: the last value counts.
+        self._measured |= {(name, step): value for name, step, value in rows}
+
+    def new_measured(self) -> Measurements:
+        """Return the measurements that the run does not have; report the first that differs."""
+        new, has_differed = [], False
+        for (name, step), value in self._measured.items():
             known: list[float] = []
             if step <= self.recorded:
                 known = self._database.series(series_of(name), step, step)[1].tolist()
             if not known:
-                self.measured.append((name, step, value))
-            elif not self._has_differed and not same_number(value, known[0]):
-                self._has_differed = True
+                new.append((name, step, value))
+            elif not has_differed and not same_number(value, known[0]):
+                has_differed = True
                 say(
                     f"when step {step} of {self._name} is repeated, {name} is {value!r}; the recorded "
                     f"{known[0]!r} is kept. Unless it is a time or the like, pass what the loop carries "
                     "from step to step as parts, or later values will differ, too"
                 )
+        return new
 
-    def last_facts(self, facts: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return the facts to close the run with: of a failure, those from before."""
+    def at_end(self, facts: Mapping[str, Any]) -> tuple[Measurements, Mapping[str, Any]]:
+        """Return the measurements, such as of its last epoch, and facts to close a run with."""
         # A run that could not be continued has not failed: what it was before still holds.
-        return self._before if facts.get("status") == "failed" else facts
+        is_failed = facts.get("status") == "failed"
+        return ((), self._before) if is_failed else (self.new_measured(), facts)
 
     def new_losses(self, first: int, losses: Sequence[float]) -> tuple[int, list[float]]:
         """Compare the losses of steps that were recorded; return the first new step, and the others.

@@ -545,9 +545,11 @@ def check_measurement_names(names: Collection[str]) -> None:
     """Check that a run can hold measurements of all these names.
 
     Raises:
-        UsageError: one is too long, or there are too many.
+        UsageError: one is not a text, or too long, or there are too many.
     """
     for name in names:
+        if not isinstance(name, str) or name.encode("utf-8", "replace").decode() != name:
+            raise UsageError(f"{name!r:.80} is not the name of a measurement; use a text")
         if len(name) > LONGEST_NAME:
             raise UsageError(
                 f"the name {name[:40]!r}... of a measurement has {len(name):,} characters, and a run "

@@ -157,7 +157,8 @@ class Recorder:
                     self._resume(facts)
                 else:
                     self._begin(facts, parent, at, beginning)
-                programs = [path.stem for path in (self._home.here / PROGRAMS).glob("*.json")]
+                # By their rows: one whose file is missing keeps its number.
+                programs = [Path(row.name).stem for row in self._database.files(f"{PROGRAMS}/*.json")]
                 self.program_count = max((int(each) for each in programs if each.isdecimal()), default=0)
                 given = batch_budget, self._last_step, keep, self._is_kept
                 self._repeats = Repeats(self._database, *given)
@@ -508,7 +509,7 @@ class Recorder:
             self._again.keep(measured, facts)
             if not losses:
                 return
-            measured, facts = self._again.measured, self._again.facts
+            measured, facts = self._again.new_measured(), self._again.facts
         with self._database.transaction():
             self._database.write_measurements(measured)
             self._database.write_facts(facts)
@@ -546,8 +547,9 @@ class Recorder:
         self._give_up_old()
 
     def _write_last_facts(self, facts: Mapping[str, Any]) -> None:
-        last = facts if self._again is None else self._again.last_facts(facts)
+        measured, last = ((), facts) if self._again is None else self._again.at_end(facts)
         with self._database.transaction():
+            self._database.write_measurements(measured)
             self._database.write_facts(last)
 
     @_in_thread

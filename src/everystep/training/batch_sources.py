@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from everystep.recording.contents import given_of
 from everystep.step.kept_values import Encoded, decoded, encoded, is_aside, is_plain_value
 
-__all__ = ["BatchSources", "Changed", "samplers_of", "sources_of"]
+__all__ = ["BatchSources", "Changed", "sources_of"]
 
 
 # e.g. of a sampler that shuffles a list of its own:
@@ -30,7 +30,7 @@ __all__ = ["BatchSources", "Changed", "samplers_of", "sources_of"]
 class Changed(NamedTuple):
     """The attributes that have changed: their tensors, and the rest, by the names of their objects.
 
-    held: each with its `value`, and a `digest` of both.
+    held: each with its `value`, a `digest` of both, and that of what it was at `first`.
     """
 
     tensors: Mapping[str, Tensor] = {}
@@ -81,11 +81,15 @@ class BatchSources:
                     tensors |= {
                         f"{prefix}{n}": each.detach().clone() for n, each in found.tensors.items()
                     }
-                    held.setdefault(name, {})[key] = {"value": found.data, "digest": now.digest}
+                    node = {"value": found.data, "digest": now.digest, "first": then.digest}
+                    held.setdefault(name, {})[key] = node
         return Changed(tensors, held)
 
-    def restore(self, batches: Any, prefix: str, changed: Changed) -> None:
-        """Bring the objects to what `changed` returned; where it does not fit, the batches differ."""
+    def restore(self, batches: Any, prefix: str, changed: Changed, *, but_set: bool = False) -> None:
+        """Bring the objects to what `changed` returned; where it does not fit, the batches differ.
+
+        but_set: except attributes that are not as at first: the loop has set them since (`set_epoch`).
+        """
         named = changed.tensors.items()
         tensors = {n.removeprefix(prefix): each for n, each in named if n.startswith(prefix)}
         for name, source in _with_state(batches).items():
@@ -93,6 +97,8 @@ class BatchSources:
             current = {key: now.digest for key, _, now in self._attributes(name, source, batches)}
             for key, node in known.items():
                 with suppress(LookupError, TypeError, ValueError, AttributeError):
+                    if but_set and node["first"] != current.get(key, ""):
+                        continue
                     if node["digest"] != current.get(key):  # an iterator may be in the middle of it
                         own[key] = decoded(own.get(key), _place(name, key), tensors, node["value"])
 
@@ -104,6 +110,8 @@ class BatchSources:
         for key, value in list(vars(source).items()):
             if isinstance(source, DataLoader) and key.startswith("_"):
                 continue  # its iterator
+            if _is_torchs(source) and key != "generator":
+                continue
             with suppress(Exception):  # a class of the user's may raise anywhere
                 yield key, *self._found(_place(name, key), value, others)
 
@@ -131,17 +139,11 @@ class BatchSources:
 
 def sources_of(batches: Any) -> dict[str, Any]:
     """Return a loader, its samplers and its data sets, by name, as far as it has them."""
-    found = samplers_of(batches) | {"collate_fn": getattr(batches, "collate_fn", None)}
+    names = "sampler", "batch_sampler", "collate_fn"
+    found = {"loader": batches} | {name: getattr(batches, name, None) for name in names}
+    found["inner_sampler"] = getattr(found["batch_sampler"], "sampler", None)
     found |= _data_sets("dataset", getattr(batches, "dataset", None))
     return {name: source for name, source in found.items() if source is not None}
-
-
-def samplers_of(batches: Any) -> dict[str, Any]:
-    """Return a loader and its samplers, by name, None for those that it does not have."""
-    sampler, batch_sampler = (getattr(batches, n, None) for n in ("sampler", "batch_sampler"))
-    inner = getattr(batch_sampler, "sampler", None)
-    names = ("loader", "sampler", "batch_sampler", "inner_sampler")
-    return dict(zip(names, (batches, sampler, batch_sampler, inner), strict=True))
 
 
 def _data_sets(name: str, data: Any) -> dict[str, Any]:
@@ -159,14 +161,18 @@ _DEEPEST = 32
 
 
 def _with_state(batches: Any) -> dict[str, Any]:
-    """Return the objects that may carry something: torch's own carry generators alone."""
+    """Return the objects that may carry something."""
     return {
         name: source
         for name, source in sources_of(batches).items()
-        if hasattr(source, "__dict__") and not type(source).__module__.startswith("torch.utils.data")
-        # A loader of the user's class may carry something, too, and has a sampler.
-        if hasattr(source, "sampler") or not is_aside(source)
+        # A loader may carry something, too, and has a sampler.
+        if hasattr(source, "__dict__") and (hasattr(source, "sampler") or not is_aside(source))
     }
+
+
+def _is_torchs(source: Any) -> bool:
+    """Return whether the class is torch's own: such an object carries a generator alone."""
+    return type(source).__module__.startswith("torch.utils.data")
 
 
 def _place(name: str, key: str) -> str:

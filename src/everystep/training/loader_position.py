@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from types import GeneratorType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -26,21 +25,19 @@ from torch.utils.data import (
     default_collate,
 )
 
-from everystep.errors import RunError
+from everystep.errors import RunError, UsageError
 from everystep.recording.contents import DRAW
 from everystep.recording.keep import RECENT, Ahead
 from everystep.step.generators import Generators, different, generator_states
 from everystep.step.kept_values import decoded, encoded
-from everystep.training.batch_sources import BatchSources, Changed, samplers_of, sources_of
+from everystep.training.batch_sources import BatchSources, Changed, sources_of
 
-__all__ = ["Drawn", "Epoch", "LoaderPosition", "Recorded", "is_quiet"]
+__all__ = ["Drawn", "Epoch", "LoaderPosition", "Recorded", "is_quiet", "known_length"]
 
 #: Prefix of the names of a loader's own state.
 LOADER = "own/loader"
 #: The same of what batches are drawn from, as a call of `steps` began, and since.
 _BEGUN, _DRAWN = "own/begun/", "own/drawn/"
-#: Generators that belong to no loader.
-_GLOBAL = {"torch", "device", "python", "numpy"}
 _SAMPLERS = (SequentialSampler, RandomSampler, WeightedRandomSampler)
 
 
@@ -77,8 +74,9 @@ class Recorded(BaseModel):
     None if it has none; tensors: those of the state on disk; at_first: the random generators of state 0;
     epoch: the epoch, None if the loop does not use `epochs`; has_workers: whether the call began with
     workers of an earlier one; begun, drawn: what had changed in the objects that batches are drawn
-    from as the call began, and since; size: how many batches the call had, if another number of
-    processes continues, with other batches each: they continue at the same share of them.
+    from as the call began, and since; is_over: whether the loop takes no more of the call; size: how
+    many batches the call had, if another number of processes continues, with other batches each: they
+    continue at the same share of them.
 
     Raises:
         ValueError: a snapshot has no such place.
@@ -97,6 +95,7 @@ class Recorded(BaseModel):
     has_workers: bool = False
     begun: dict[str, dict[str, Any]] = {}
     drawn: dict[str, dict[str, Any]] = {}
+    is_over: bool = False
     size: PositiveInt | None = None
 
 
@@ -105,21 +104,23 @@ class LoaderPosition:
 
     Args:
         device: of the parts, for its random generator.
-        reached: called where a resumed training continues in the middle of batches: a loop may have
-            changed something after epochs that it skipped.
+        reached: called where a resumed training continues: a loop may have changed something before, or
+            after epochs that it skipped.
 
     goal: the place to go to before the next batch, None if that is the next one; taken: how many batches
     of the current call of `steps` were drawn; generators: those before the last draw, by name, if it
-    used them, and they had changed since the previous draw; at_end: those before a draw that found no
-    more batches, by the names that a state has; is_still: whether only Python and torch have run between
-    the last two batches; has_skipped: whether batches of this call, or epochs, were skipped just before.
+    used them, and they had changed since the previous draw; before: those before a draw that is of no
+    step so far; left: the call that the loop has left by `break` after a step; is_still: whether only
+    Python and torch have run between the last two batches; has_skipped: whether batches of this call,
+    or epochs, were skipped just before.
     """
 
     def __init__(self, device: torch.device, reached: Callable[[], None]) -> None:
         self.goal: Recorded | None = None
         self.taken = 0
         self.generators: dict[str, Tensor] = {}
-        self.at_end: dict[str, Tensor] = {}
+        self.before: dict[str, Any] = {}
+        self.left = -1
         self.is_still = False
         self.has_skipped = False
         self._device = device
@@ -127,8 +128,12 @@ class LoaderPosition:
         self._loop = -1
         self._epoch: Epoch | None = None
         self._epochs: int | None = None
-        self._is_between = False
+        self._is_between = self._is_over = False
+        #: Whether a loop over `epochs` is under way.
+        self._is_within = False
         self._has_workers = False
+        #: Where a resumed training continues between two epochs, until it draws a batch.
+        self._between: Recorded | None = None
         self._loader: Any = None
         self._sources = BatchSources()
         self._begun = Changed()
@@ -138,7 +143,7 @@ class LoaderPosition:
     def ahead(self, step: int) -> Ahead:
         """Return the steps to come after `step`, as far as batches and epochs have lengths."""
         # All later epochs are taken to have as many batches as this one.
-        size = _length(self._loader)
+        size = known_length(self._loader)
         if size is None:
             return Ahead(None, None)
         left = max(0, size - self.taken)
@@ -154,6 +159,14 @@ class LoaderPosition:
         """The ids of the objects that the current batches are drawn from."""
         return {id(each) for each in sources_of(self._loader).values()}
 
+    @property
+    def is_torn(self) -> bool:
+        """Whether a batch that is of no step has changed what it was drawn from, besides generators."""
+        loader = self._loader
+        return bool(self.before) and (
+            _has_state(loader) or bool(self._sources.changed(loader, _DRAWN).held)
+        )
+
     def settings(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the current place, as a state has it: tensors, and plain data."""
         if self._call < 0 and self._epoch is None:
@@ -167,7 +180,9 @@ class LoaderPosition:
             place["is_between"] = True
         elif self._has_workers:
             place["has_workers"] = True
-        if not self._is_between and (size := _length(self._loader)):
+        if self._is_over and not self._is_between:
+            place["is_over"] = True
+        if not self._is_between and (size := known_length(self._loader)):
             place["size"] = size
         if _has_state(self._loader):
             if not self._is_between:
@@ -194,31 +209,46 @@ class LoaderPosition:
 
         Raises:
             RunError: the recorded training did not use `epochs`.
+            UsageError: they are within others.
         """
+        if self._is_within:
+            raise UsageError(
+                "recording.epochs is called within another recording.epochs, and a resumed loop could "
+                "not find its place; use it for the inner or for the outer loop alone"
+            )
         self._loop, self._epochs = self._loop + 1, count
-        goal, first = self.goal, 0
-        if goal is not None:
-            if goal.epoch is None and (goal.call or goal.taken):
-                raise RunError(
-                    "the loop was recorded without recording.epochs, so which epoch it was in is not "
-                    "known; write the loop as it was, or record it again"
-                )
-            if goal.epoch is not None and self._loop < goal.epoch.loop:
+        goal, first, is_between = self.goal, 0, False
+        if goal is not None and goal.epoch is None and (goal.call or goal.taken):
+            raise RunError(
+                "the loop was recorded without recording.epochs, so which epoch it was in is not "
+                "known; write the loop as it was, or record it again"
+            )
+        if goal is not None and goal.epoch is not None:
+            if self._loop < goal.epoch.loop:
                 return
             # As if the calls of `steps` in the epochs before had been made.
-            if goal.epoch is not None:
+            if self._loop == goal.epoch.loop:
                 first, self._call = goal.epoch.number, goal.epoch.calls - 1
-        for number in itertools.count(first) if count is None else range(first, count):
-            self._enter(number)
-            self.has_skipped = goal is not None and 0 < number == first
-            yield number
+                is_between = goal.call == goal.epoch.calls and not goal.taken
+        self._is_within = True
+        try:
+            for number in itertools.count(first) if count is None else range(first, count):
+                self._enter(number, is_reached=is_between and number == first)
+                self.has_skipped = goal is not None and 0 < number == first
+                yield number
+        finally:
+            self._is_within = False
         # Code after the loop is between two epochs, too: a resume begins with it.
-        self._enter(first if count is None else max(first, count))
+        last = first if count is None else max(first, count)
+        self._enter(last, is_reached=is_between and last == first)
 
-    def _enter(self, number: int) -> None:
-        """Begin an epoch, or end the last one."""
+    def _enter(self, number: int, *, is_reached: bool) -> None:
+        """Begin an epoch, or end the last one. is_reached: whether a resumed training continues here."""
         self._epoch = Epoch(self._loop, number, self._call + 1)
-        self._is_between, self.at_end = True, {}
+        self._is_between, self.before = True, {}
+        if is_reached:
+            self._between, self.goal = self.goal, None
+            self._reached()
 
     def draw(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Yield batches; of a resumed training, from its place on.
@@ -227,7 +257,8 @@ class LoaderPosition:
             RunError: the batches are not those of the recording.
         """
         self._call += 1
-        self.taken, self._loader, self._is_between = 0, batches, False
+        self.taken, self._loader = 0, batches
+        self._is_between = self._is_over = False
         goal = self.goal
         if goal is not None and self._call < goal.call:  # it is past, and has no batch to yield
             self._start_workers(batches, goal)
@@ -238,16 +269,21 @@ class LoaderPosition:
             self._start_workers(batches, goal)
         # Before the iterator is made, which starts workers that stay.
         self._has_workers = getattr(batches, "_iterator", None) is not None
-        if goal is not None:
-            self._sources.restore(own, _BEGUN, Changed(goal.tensors, goal.begun))
+        if (begun := goal or self._between) is not None:
+            changed = Changed(begun.tensors, begun.begun)
+            self._sources.restore(own, _BEGUN, changed, but_set=self._between is not None)
+        self._between = None
         self._begun = self._sources.changed(own, _BEGUN)
         iterator = self._skipped(batches, goal) if goal is not None and goal.taken else None
         self.has_skipped = iterator is not None
         # After the batches before were skipped, which may have changed the objects again.
-        if goal is not None and (goal.taken or goal.begun):
+        if goal is not None and (goal.taken or goal.is_over):
             self._sources.restore(own, _DRAWN, Changed(goal.tensors, goal.drawn))
             self._reached()
         self.goal = None
+        self._is_over = goal is not None and goal.is_over
+        if self._is_over:
+            return
         quiet, draws = is_quiet(batches), type(batches) not in (list, tuple)
         # The first draw is compared with state 0, from which a resumed training begins.
         after = self._at_first if self._call == 0 else {}
@@ -255,27 +291,40 @@ class LoaderPosition:
             self.generators = {}
             # A quiet loader draws the seed and the order of an epoch before its first batch alone.
             is_seen = draws and (not quiet or self.taken == 0)
-            before = self._generators() if is_seen else {}
+            self.before = before = generator_states(self._device) if is_seen else {}
             # After the generators were read: a DataLoader draws a seed as its iterator is made.
             iterator = iter(batches) if iterator is None else iterator
             try:
                 batch = next(iterator)
             except StopIteration:
-                held = _tensors(before, before.keys() & _GLOBAL)
-                self.at_end = {f"generator/{name}": tensor for name, tensor in held.items()}
+                self._is_over, self.before = True, {}
                 return
             if is_seen:
                 # A resume has them as the previous draw left them, so these are not stored again.
-                is_left = after.keys() >= before.keys() and not different(before, after)
-                after = self._generators()
+                is_left = bool(after) and not different(before, after)
+                after = generator_states(self._device)
                 used = set() if is_left else different(before, after)
                 held = _tensors(before, used)
                 self.generators = {f"{DRAW}{name}": tensor for name, tensor in held.items()}
             self.is_still = quiet and self.taken > 0
             self.taken += 1
-            self.at_end = {}
             yield batch
             self.has_skipped = False
+
+    def leave(self, *, is_untouched: bool) -> None:
+        """Note that the loop leaves the current call by `break`.
+
+        is_untouched: before it has done anything with the last batch, which is of no step.
+        """
+        if is_untouched:
+            self.taken -= 1
+        else:
+            self.left = self._call
+
+    def generators_before(self) -> dict[str, Tensor]:
+        """Return the generators before a draw that is of no step, by the names that a state has."""
+        held = _tensors(self.before, self.before.keys())
+        return {f"generator/{name}": tensor for name, tensor in held.items()}
 
     def _start_workers(self, batches: Any, goal: Recorded) -> None:
         """Start workers that stay from epoch to epoch.
@@ -295,7 +344,7 @@ class LoaderPosition:
         self.taken = goal.taken
         # Another number of processes has other batches: at the same share of them.
         if goal.size is not None:
-            self.taken = goal.taken * (_length(batches) or 0) // goal.size
+            self.taken = goal.taken * (known_length(batches) or 0) // goal.size
         elif _has_state(batches) and goal.loader is not None:
             batches.load_state_dict(decoded({}, LOADER, goal.tensors, goal.loader))
             return iter(batches)
@@ -328,18 +377,10 @@ class LoaderPosition:
 
     def begin(self) -> None:
         """Note the random generators at the beginning of a training, which its state 0 has."""
-        self._at_first = self._generators()
-
-    def _generators(self) -> dict[str, Any]:
-        """Return the states of all random generators that a draw can use."""
-        own = {name: each.get_state() for name, each in _own_generators(self._loader).items()}
-        return generator_states(self._device) | own
+        self._at_first = generator_states(self._device)
 
     def _restore(self, generators: Mapping[str, Tensor]) -> None:
         found = {name.removeprefix(DRAW): tensor for name, tensor in generators.items()}
-        for name, own in _own_generators(self._loader).items():
-            if name in found:
-                own.set_state(found[name])
         known = Generators.capture(self._device).tensors()
         Generators.from_tensors(known | found).restore(self._device)
 
@@ -351,8 +392,7 @@ def _tensors(states: Mapping[str, Any], names: Collection[str]) -> dict[str, Ten
         return {}
     states = {"device": None, **states}
     held = Generators(states["torch"], states["device"], states["python"], states["numpy"]).tensors()
-    own = {name: state for name, state in states.items() if name not in _GLOBAL}
-    return {name: tensor for name, tensor in (held | own).items() if name.partition(".")[0] in names}
+    return {name: tensor for name, tensor in held.items() if name.partition(".")[0] in names}
 
 
 def is_quiet(batches: Any) -> bool:
@@ -363,7 +403,7 @@ def is_quiet(batches: Any) -> bool:
         is_indexed(batches)
         and type(batches.dataset) is TensorDataset
         and batches.collate_fn is default_collate
-        and type(batches.sampler) is not WeightedRandomSampler
+        and WeightedRandomSampler not in _kinds_of_samplers(batches)
     )
 
 
@@ -373,15 +413,21 @@ def is_indexed(batches: Any) -> bool:
         type(batches) is DataLoader
         and batches.num_workers == 0
         and batches._dataset_kind == 0  # by index: torch's `_DatasetKind.Map`
-        and type(batches.sampler) in _SAMPLERS
+        and _kinds_of_samplers(batches) <= {*_SAMPLERS}
         and (batches.batch_sampler is None or type(batches.batch_sampler) is BatchSampler)
     )
 
 
-def _length(batches: Any) -> int | None:
+def _kinds_of_samplers(loader: DataLoader[Any]) -> set[type]:
+    # A loader that got a batch sampler has a sampler that it does not use.
+    return {type(loader.sampler), type(getattr(loader.batch_sampler, "sampler", loader.sampler))}
+
+
+def known_length(batches: Any) -> int | None:
+    """Return how many batches there are, None if that is unknown."""
     try:
         return len(batches)
-    except (TypeError, NotImplementedError):  # torch's IterableDataset has one that raises
+    except Exception:  # a class of the user's may raise anything before it is iterated over
         return None
 
 
@@ -389,13 +435,3 @@ def _has_state(loader: Any) -> bool:
     has_methods = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
     # Accelerate's loaders have the methods, and a state only if they are asked to keep one.
     return has_methods and bool(getattr(loader, "use_stateful_dataloader", True))
-
-
-def _own_generators(loader: Any) -> dict[str, torch.Generator]:
-    """Return the generators of a loader and of its samplers, by name."""
-    # It has no attributes, and is the usual thing besides a loader.
-    if type(loader) is GeneratorType:
-        return {}
-    found = {name: getattr(owner, "generator", None) for name, owner in samplers_of(loader).items()}
-    # None first: the class of generators has a Python function that looks at what is no instance.
-    return {n: e for n, e in found.items() if e is not None and isinstance(e, torch.Generator)}

@@ -93,7 +93,7 @@ class LoopWriter(RunWriter):
     def add(self, step: StepUnderWay[AnyWatch], after: dict[str, Tensor]) -> None:
         """Add a step that is over. after: the live tensors of the parts."""
         self.step += 1
-        self._at_rest = None
+        self._at_rest, self._place.before = None, {}
         if self._place.goal is None:
             self.beginning = None  # that of a large model takes much memory
         inputs = {f"batch/{name}": tensor for name, tensor in step.batch.items()}
@@ -140,16 +140,20 @@ class LoopWriter(RunWriter):
         self._note_lacking()
         self._keep_pending()
         self.flush()
-        if self.step and not is_pending and self.watched.is_as_after(self.parts.state()):
+        is_whole = self.step and not is_pending and not self._place.is_torn
+        if is_whole and self.watched.is_as_after(self.parts.state()):
             self.recorder.snapshot(self._snapshot(self._at_rest))
         self.close(status, reason, self._loop_facts())
 
-    def rests(self) -> None:
+    def rests(self, *, is_untouched: bool = False) -> None:
         """Note where the loop is, and what it carries besides tensors, as code between steps begins.
 
         Should the recording end in that code, a resumed loop runs it again, from its beginning.
+
+        is_untouched: a batch was drawn since that is of no step.
         """
-        if self._place.goal is None:  # a resumed loop that skips steps is not there yet
+        is_known = is_untouched and self._at_rest is not None
+        if self._place.goal is None and not is_known:  # else a resumed loop is not there yet
             self._at_rest = self._here()
             self._compare_with_later(self._at_rest)
 
@@ -157,8 +161,9 @@ class LoopWriter(RunWriter):
         tensors, place = self._place.settings()
         rest = self._whole.rest()
         self._note_unkept()
-        # A draw that found no more batches may have used the generators, and no step did.
-        return _Here(rest._replace(tensors=rest.tensors | self._place.at_end | tensors), place)
+        # A batch that no step has may have been drawn, and is drawn again.
+        drawn = self._place.generators_before()
+        return _Here(rest._replace(tensors=rest.tensors | drawn | tensors), place)
 
     def _note_unkept(self) -> None:
         for part, lost in self._whole.lost.items():
@@ -220,9 +225,11 @@ class LoopWriter(RunWriter):
         later, place = self.later, {} if at_rest is None else at_rest.place.get("place", {})
         if later is None or later.step != self.step:
             return
-        is_between = later.settings.get("place", {}).get("is_between", False)
-        # A snapshot from between two epochs has what that code did, which the end of a step has not.
-        if is_between != place.get("is_between", False):
+        there = later.settings.get("place", {})
+        # A snapshot from between two epochs has what that code did, which the end of a step has not, and
+        # one from after all batches what the search for another one did.
+        is_between = there.get("is_between", False) != place.get("is_between", False)
+        if is_between or (there.get("is_over", False) and at_rest is None):
             return
         self.later = None
         now = self._snapshot(at_rest)
@@ -240,6 +247,11 @@ class LoopWriter(RunWriter):
         if self._pending is None:
             return
         state, self._pending = self._pending, None
+        place = state.settings.get("place", {})
+        # With the next step, it is known that the loop takes no more of these batches.
+        if self._place.left >= 0 and place.get("call") == self._place.left and state.step < self.step:
+            settings = state.settings | {"place": place | {"is_over": True}}
+            state = replace(state, settings=settings)
         if dropped:
             rest = {name: tensor for name, tensor in state.rest.items() if name not in dropped}
             state = replace(state, rest=rest)

@@ -257,11 +257,7 @@ class Recording(Generic[R]):
             except GeneratorExit:  # `break` or an exception left the loop: __exit__ knows which
                 if not self.is_open:  # the recording ended with an error in the loop
                     raise
-                if self._under_way is not None and self._under_way.is_untouched:
-                    # `break` before anything was done with the batch.
-                    self.writer.watched.close()
-                else:
-                    self._end_at_break()
+                self._end_at_break()
                 raise
             self.end_step()
             if self._is_stopping:
@@ -270,10 +266,15 @@ class Recording(Generic[R]):
 
     def _end_at_break(self) -> None:
         """End a step that the loop leaves; Python only prints an error raised there, so note it."""
+        is_untouched = self._under_way is not None and self._under_way.is_untouched
         try:
-            self.end_step()
-            self._left_at = self.writer.step
-            self.writer.rests()
+            if is_untouched:  # `break` before anything was done with the batch
+                self.writer.watched.close()
+            else:
+                self.end_step()
+                self._left_at = self.writer.step
+            self._place.leave(is_untouched=is_untouched)
+            self.writer.rests(is_untouched=is_untouched)
         except BaseException as error:
             self._at_break = error
 
@@ -475,7 +476,6 @@ class Recording(Generic[R]):
             raise UsageError(f"{self._stopped}: leave the loop once recording.is_stopping")
         # Until what waits to be written is small again: a slow disk must not fill the memory.
         writer.recorder.wait()
-        self._place.at_end = {}
         # If no code has run since the last step, the state need not be looked up or compared.
         state = writer.watched.state if is_still else None
         if state is None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from everystep.training.batch import key_of, unnested
 from everystep.training.dataset import called
 from everystep.training.interrupt import Interrupt
 from everystep.training.job import Outcome, Progress
-from everystep.training.loader_position import is_quiet
+from everystep.training.loader_position import is_quiet, known_length
 from everystep.training.record import Recording
 from everystep.training.step_under_way import StepUnderWay
 
@@ -85,7 +85,7 @@ def train_step(
     # For the progress bar, and for the last check of programs.
     total = iteration.steps
     if total is None:  # 0 if unknown
-        total = (iteration.epochs or 0) * len(batches) if isinstance(batches, Sized) else 0
+        total = (iteration.epochs or 0) * (known_length(batches) or 0)
     check_steps(total)
     if iteration.stop_on_nan:
         check_stops_together("stop_on_nan", "omit it")

@@ -141,6 +141,8 @@ class WatchedSteps:
         #: The tensors of the state between two steps, by their memory.
         self._lying: dict[int, list[tuple[str, Tensor]]] = {}
         self._is_still = False
+        #: Whether changes after the last step were stored.
+        self._is_changed = False
         #: How the last step ended, unless its state has changed since.
         self._ending: Ending | None = None
         self._optimizer_names = parts.optimizer_names()
@@ -199,7 +201,7 @@ class WatchedSteps:
         given that the watch does not know, by the names that rows have.
         """
         watch = step.watch
-        self._is_still = isinstance(watch, TakenByProgram) and watch.is_still
+        self._is_still, self._is_changed = isinstance(watch, TakenByProgram) and watch.is_still, False
         if not self._is_still:
             self._versions = Versions.of(after)
             self._exposed = self._uncounted(after)
@@ -386,6 +388,7 @@ class WatchedSteps:
         memory = {state[name].untyped_storage()._cdata for name in names}
         changed = {n: copy_of(state[n]) for n in here if state[n].untyped_storage()._cdata in memory}
         gone = [name for name in then.keys() - here.keys() if not name.startswith("gradient/")]
+        self._is_changed |= bool(changed or gone)
         if (changed or gone or drawn) and self._writer is not None:
             self._writer.change(step, changed | dict(drawn), gone)
         return next(iter((*changed, *gone)), None) if then else None
@@ -425,14 +428,14 @@ class WatchedSteps:
         """Return whether the state is still that after the last step."""
         # Gradients that lie in the memory of a program count its writes, but nothing else has run.
         is_counted = self._is_still or self._versions == Versions.of(state)
-        return is_counted and not self._written_unseen(state)
+        return is_counted and not self._is_changed and not self._written_unseen(state)
 
     def note_versions(self) -> None:
         """Note that the state equals that after the last step, although tensors were written since."""
         state = self.parts.state()
         self._versions, self._lying = Versions.of(state), {}
         self._exposed = self._uncounted(state)
-        self._ending = None
+        self._ending, self._is_changed = None, False
 
     def forget_versions(self) -> None:
         """Discard an incomplete step: no snapshot may hold the current state."""
