@@ -266,6 +266,8 @@ def _attention_backward(call: Call) -> Made:
         # With a causal mask, queries before a key do not see it.
         queries = queries if is_query else range(min(call.index[2], n), n)
         keys = range(min(m, call.index[2] + 1)) if is_query else keys
+    if not queries:
+        return Formula("0", note="no query sees this key")
     of_keys = row, head // shared if is_query else head
 
     def by_query(key: str, *last: Sequence[int]) -> Piece:
