@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from everystep.bounded import check_steps
+from everystep.device import select
 from everystep.errors import ExpressionError, UsageError
 from everystep.experiment.metrics import RESERVED_NAMES
 from everystep.expression import Expression, Reference
@@ -62,6 +63,7 @@ class Query(Visitor):
         self._answers: Answers = []
         self._first = 1
         self._previous_loss: float | None = None
+        self._before: dict[Reference, Tensor] = {}
         self._probe: Probe | None = None
 
     @property
@@ -72,10 +74,15 @@ class Query(Visitor):
     def begin(self, replay: Replay, span: Span) -> int:
         """Begin with the state before the span; a step earlier if it needs tensors of that step."""
         # A visitor is used for many spans, one after the other.
-        self._answers, self._probe, self._first = [], None, span.first
-        # The first step of a stretch has none before it: its stepper begins with the state.
-        earlier = self.looks_back and span.first > replay.stretches[span.at].first
+        self._answers, self._probe, self._first, self._before = [], None, span.first, {}
+        earlier = self.looks_back and span.first > 1
         earlier = earlier and is_kept(span.first - 1, replay.run.facts.not_kept)
+        stretch = replay.stretches[span.at]
+        if earlier and span.first == stretch.first:
+            # The stepper of a stretch begins with the state: the step before is another one's.
+            earlier, step, device = False, replay.step(span.first - 1), select(stretch.facts.device)
+            found = {r: opened_value(step, r._replace(is_previous=False)) for r in self._tensors}
+            self._before = {r: each.to(device) for r, each in found.items() if each is not None}
         start = span.first - 1 - earlier
         known = replay.recorded_losses(start, start)
         self._previous_loss = known[0] if known else None
@@ -96,7 +103,7 @@ class Query(Visitor):
             self._answer(number, step.loss, step)
             losses = [step.loss]
         else:
-            self._probe = self._probe or Probe(stepper, self._tensors, self._answer)
+            self._probe = self._probe or Probe(stepper, self._tensors, self._answer, self._before)
             while number < last and self._is_looked_at(number + 1):
                 number += 1
             losses = stepper.run(number, self._probe)

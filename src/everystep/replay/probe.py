@@ -49,7 +49,7 @@ class Probe:
     """Observes the steps of a stepper, and provides the values of some references after each.
 
     references: tensors of the step itself or of the one before; answer: called after each step with its
-    number and its loss; returns whether to continue.
+    number and its loss; returns whether to continue; before: the values of the step before the first.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class Probe:
         stepper: ReplayStepper,
         references: Collection[Reference],
         answer: Callable[[int, float], bool],
+        before: Values,
     ) -> None:
         self.stepper = stepper
         self._answer = answer
@@ -64,7 +65,7 @@ class Probe:
         #: Of an update, the parameter before it; after it, the parameter itself is there.
         self._copied = {_copied(reference._replace(is_previous=False)) for reference in references}
         self._copies: Values = {}
-        self._before: Values = {}
+        self._before = before
 
     def looks(self, program: Program) -> dict[int, list[Look]]:
         """Return what copies the values of a step: see `Hook`."""
