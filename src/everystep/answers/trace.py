@@ -192,8 +192,9 @@ class Trace:
             return torch.complex(*(self.read(each) for each in spot.halves))
         found = self.written(origin)
         if found is not None:
-            is_conjugated = self.spec(spot.name).is_conjugated and spot.half != 0
-            return (-found if spot.half else found.conj().resolve_conj()) if is_conjugated else found
+            if spot.half == 0 or not self.is_conjugate(spot, origin):
+                return found
+            return -found if spot.half else found.conj().resolve_conj()
         for number, seen in enumerate(self.step.operations):
             # What was not seen when it was written may have been seen when it was read.
             if spot.name in seen.inputs and self.origin(replace(spot, after=number)) == origin:
@@ -202,6 +203,11 @@ class Trace:
         raise UsageError(
             f"nothing in step {self.step.number} reads {spot.name}, so its numbers are not known"
         )
+
+    def is_conjugate(self, spot: Spot, origin: Origin) -> bool:
+        """Return whether a complex number is read with its imaginary part negated."""
+        spec, written = self.spec(spot.name), self.spec(origin.name)
+        return spec.torch_dtype.is_complex and spec.is_conjugated is not written.is_conjugated
 
     def written(self, origin: Origin) -> Tensor | None:
         """Return a number (0-dimensional) as it was written, None if it was not observed then."""

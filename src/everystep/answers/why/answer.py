@@ -245,7 +245,7 @@ class Session:
             halves = zip(("real", "imaginary"), number.spot.halves, strict=True)
             parts = {key: self.number(step.number, spot) for key, spot in halves}
             return _of_numbers(Why(number, "parts", step, formula="complex(real, imaginary)"), parts)
-        if trace.spec(number.spot.name).is_conjugated:
+        if trace.is_conjugate(number.spot, origin):
             return self._conjugate(number, origin, terms)
         if origin.operation is None:
             return _not_made(number, trace, origin)
