@@ -75,7 +75,7 @@ def _extreme(call: Call) -> Made:
     piece = _reduced(call)
     if call.place == 1:
         return Formula(f"arg{call.kind}(self)", {"self": piece})
-    return _chosen(call, Piece(piece.name, piece.at(int(call.results[call.output(1)][call.index]))))
+    return _chosen(call, piece)
 
 
 def _sorted(call: Call) -> Made:
@@ -83,12 +83,14 @@ def _sorted(call: Call) -> Made:
     line = call.line("self")
     if call.place == 1:
         return Words("where in self it is", {"self": line})
-    return _chosen(call, Piece(line.name, line.at(int(call.results[call.output(1)][call.index]))))
+    return _chosen(call, line)
 
 
-def _chosen(call: Call, piece: Piece) -> Made:
+def _chosen(call: Call, given: Piece) -> Made:
     """Return the rule of a picked number; the second result is its place."""
-    return Formula("self[indices]", {"self": piece, "indices": call.result_piece(1, *call.index)})
+    place = int(call.results[call.output(1)][call.index])
+    own, indices = Piece(given.name, given.at(place)), call.result_piece(1, *call.index)
+    return Formula("self[indices]", {"self": own, "indices": indices})
 
 
 def _norm(call: Call) -> Made:
