@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import InitVar, dataclass
 from functools import partial
 from itertools import takewhile
@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor
 
 from everystep.bounded import check_steps
-from everystep.device import select
 from everystep.errors import ExpressionError, UsageError
 from everystep.experiment.metrics import RESERVED_NAMES
 from everystep.expression import Expression, Reference
@@ -25,6 +24,7 @@ from everystep.replay.parallel import Replayed, Span, Visitor, parallel, spans
 from everystep.replay.probe import Probe, opened_value
 from everystep.replay.processes import Opener
 from everystep.replay.recorded_columns import Answers, Evaluator, Found, Which, ask_columns, chosen
+from everystep.replay.recorded_steps import NotReplayedError
 from everystep.replay.run_replay import Replay
 from everystep.replay.shown import Shown
 
@@ -77,12 +77,13 @@ class Query(Visitor):
         self._answers, self._probe, self._first, self._before = [], None, span.first, {}
         earlier = self.looks_back and span.first > 1
         earlier = earlier and is_kept(span.first - 1, replay.run.facts.not_kept)
-        stretch = replay.stretches[span.at]
-        if earlier and span.first == stretch.first:
-            # The stepper of a stretch begins with the state: the step before is another one's.
-            earlier, step, device = False, replay.step(span.first - 1), select(stretch.facts.device)
-            found = {r: opened_value(step, r._replace(is_previous=False)) for r in self._tensors}
-            self._before = {r: each.to(device) for r, each in found.items() if each is not None}
+        if earlier and span.first == replay.stretches[span.at].first:
+            earlier = False
+            # The stepper of a stretch begins with the state: another one takes the step before.
+            with suppress(NotReplayedError), replay.in_force(span.first - 1):
+                probe = Probe(replay.go_to(span.first - 2, span.at - 1), self._tensors)
+                probe.stepper.run(span.first - 1, probe)
+                self._before = probe.before
         start = span.first - 1 - earlier
         known = replay.recorded_losses(start, start)
         self._previous_loss = known[0] if known else None
