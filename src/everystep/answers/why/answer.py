@@ -565,7 +565,7 @@ def _of_sum(made: Sum, call: Call, at: NumberAt, count: int) -> tuple[_Groups, A
         rows = tuple(
             Term(
                 {key: at(p, k) for key, p in terms.given.items()},
-                _plain(values[k]),
+                values[k].item(),
                 {key: float(of[k]) for key, of in weights.items()},
             )
             for k in largest
@@ -583,10 +583,6 @@ def _of_formula(made: Formula | Words, call: Call, at: NumberAt, count: int) -> 
         rows = tuple(Term({key: at(piece, k)}) for k in _largest(given[key], count))
         groups.append(Group(key, rows, piece.size))
     return tuple(groups), None if isinstance(made, Words) else made.of(given)
-
-
-def _plain(value: Any) -> float:
-    return complex(value) if np.iscomplexobj(value) else float(value)  # type: ignore[return-value]
 
 
 def _largest(values: Any, count: int) -> Any:
