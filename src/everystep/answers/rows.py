@@ -105,8 +105,7 @@ class Rows(Shown):
 
     def ranked(self, values: Tensor) -> list[int]:
         """Return the places of rows in the batch, by their values (N): NaN first, then the largest."""
-        order: list[int] = values.argsort(descending=True, stable=True).tolist()  # torch: NaN is largest
-        return order
+        return [*map(int, values.argsort(descending=True, stable=True))]  # for torch, NaN is the largest
 
     def __repr__(self) -> str:
         loss = "unknown" if isinstance(self.loss_share, Reason) else "known"

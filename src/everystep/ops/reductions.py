@@ -10,18 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from everystep.ops.call import (
-    Call,
-    Formula,
-    Made,
-    NoRuleError,
-    Piece,
-    Sum,
-    Terms,
-    Words,
-    grid,
-    single,
-)
+from everystep.ops.call import Call, Formula, Made, NoRuleError, Piece, Sum, Terms, Words, grid, single
 from everystep.ops.elementwise import each_alone
 from everystep.ops.labels import SUM, Tracked, reduced
 from everystep.ops.operator_record import OperatorRecord

@@ -219,14 +219,13 @@ class Session:
         origin = trace.origin(number.spot)
         if origin is None or origin.operation is not None or trace.kind(origin.name) != "state":
             return None
-        if number.step == 1 or self._first.earlier is None:
+        half = trace.half(origin)
+        is_bits = origin.part is not None and half is None
+        if is_bits or number.step == 1 or self._first.earlier is None:
             return None
         before = self.trace(number.step - 1).step
         left, now = before.end.get(origin.name), trace.written(origin)
         if left is None or now is None or left.shape != trace.step.state[origin.name].shape:
-            return None
-        half = trace.half(origin)
-        if origin.part is not None and half is None:
             return None
         value = origin.read(left)
         if not same_number_bits(value, now):
