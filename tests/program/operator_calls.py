@@ -363,6 +363,7 @@ CASES = [
     ("nll_loss_forward.default", (ROWS, ints(4, 5), positive(4), 1, 2), {}),
     ("nll_loss_forward.default", (ROWS, ints(4, 5), positive(4), 2, 1), {}),
     ("nll_loss_forward.default", (ROWS, ints(4, 5), None, 0, 1), {}),
+    ("nll_loss_forward.default", (ROWS[0], torch.tensor(2), positive(4), 0, -100), {}),
     ("nll_loss2d_forward.default", (IMAGES, ints(4, 2, 3, 2), positive(4), 1, 2), {}),
     ("nll_loss_backward.default", likelihood(ROWS, ints(4, 5), positive(4), 1, 2), {}),
     ("nll_loss_backward.default", likelihood(ROWS, ints(4, 5), None, 0), {}),
@@ -405,6 +406,8 @@ CASES = [
          attended(rand(2, 4, 5, 3), rand(2, kv, 5, 3), rand(2, kv, 5, 3), is_causal), {})
         for kv in (1, 2, 4) for is_causal in (False, True)
     ),
+    ("_scaled_dot_product_flash_attention_for_cpu_backward.default",
+     attended(rand(1, 2, 1, 3), rand(1, 2, 9, 3), rand(1, 2, 9, 3), True), {}),
     ("index_put.default", (rand(4), [ints(4, 6)], rand(()), True), {}),
     ("_amp_foreach_non_finite_check_and_unscale_.default",
      ([rand(3), rand(2, 2)], torch.zeros(1), torch.tensor(0.25)), {}),

@@ -86,6 +86,26 @@ def test_the_first_wrong_result_of_a_backward_pass_is_named(
     assert written.has_known_inputs == (mistake != "factor")
 
 
+def loss_of(model, batch):
+    return nn.functional.mse_loss(model(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize(
+    "change", [{"maximize": True}, {"lr": 2e-4}, {"foreach": True}], ids=lambda each: next(iter(each))
+)
+def test_updates_smaller_than_rounding_of_the_parameters_are_compared(tmp_path, change):
+    runs = []
+    for place, more in (("one", {}), ("other", change)):
+        model, *batch = made()
+        optimizer = partial(torch.optim.SGD, **{"lr": 1e-4} | more)
+        run = tmp_path / place
+        runs.append(looped(model, [batch] * 2, loss_of, run=run, optimizer=optimizer))
+    found = runs[0].match(runs[1])
+    assert found.is_match == ("foreach" in change)
+    assert found.step == (2 if found.is_match else 1)
+    assert all(name.endswith(" after the step") for name in found.end)
+
+
 def test_what_matches_and_what_does_not_is_said_in_the_terminal(
     by_autograd, tmp_path, everystep_command
 ):

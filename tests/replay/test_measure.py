@@ -220,6 +220,10 @@ def test_a_previous_step_is_the_step_before_also_between_those_that_are_measured
     text = "norm(previous.gradients['0.weight'])"
     own = run.measure(SIZE, progress=False).values
     assert run.measure(text, every=7, progress=False).values == {s: own[s - 1] for s in (7, 14, 21, 28)}
+    fork = run.fork(9, lr=1e-3, progress=False)
+    own = fork.measure(SIZE, progress=False).values
+    found = fork.measure(text, progress=False).values  # step 10, too: step 9 is the parent's
+    assert found == {step: own[step - 1] for step in range(2, len(fork) + 1)}
 
 
 def test_measurements_are_part_of_the_run():

@@ -309,6 +309,28 @@ def test_a_mean_over_what_counts_divides_by_how_much_counts(tmp_path):
         _agree(step.rows.gradients[parameter].norms, expected / counted)
 
 
+class Relative(nn.Module):
+    """Errors, relative to targets above 0, and terms of the targets alone."""
+
+    def forward(self, out, y):
+        positive = (y > 0).float()
+        error = ((out - y) ** 2).sum() / (y * positive).sum()
+        return error - 0.1 * (y**2).sum() + (y**3).sum() / len(y) + (y * positive).sum() / positive.sum()
+
+
+def test_terms_of_the_data_alone_are_of_their_rows(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Linear(6, 3)
+    step = _train(tmp_path / "run", model, _columns(), Relative())[STEP]
+    y = step.batch.y.double()
+    errors, _ = _by_hand(model, step.parameters, step.batch, lambda out, y: ((out - y) ** 2).sum())
+    above = y * (y > 0)
+    own = errors / above.sum() - 0.1 * (y**2).sum(1) + (y**3).sum(1) / len(y)
+    share = step.rows.loss_share
+    _agree(share.norms, own + above.sum(1) / (y > 0).sum())
+    assert share.rest == 0
+
+
 def test_batch_norm_mixes_what_lies_before_it(tmp_path):
     torch.manual_seed(0)
     model = _network(nn.BatchNorm2d(4), nn.ReLU())

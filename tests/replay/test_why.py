@@ -506,6 +506,23 @@ def test_each_number_of_complex_operations_is_the_one_that_is_recorded(complex_r
     assert looked > 40
 
 
+def test_what_is_written_through_a_conjugate_is_read_through_it_and_without_it(tmp_path):
+    with everystep.record(run=tmp_path / "run", state=torch.zeros(1)) as recording:
+        for x in recording.steps([torch.tensor([1 + 2j, 3 - 1j])]):
+            conjugate = x.clone().conj()
+            conjugate.copy_(x + 1)
+            recording.log(loss=(conjugate.abs() + (conjugate.conj() * 2).abs()).sum())
+    step = recording.run[1]
+    found = {}
+    for index, seen in enumerate(step.operations[:-1]):
+        answer = step.why(f"#{index}[1]", depth=3)
+        assert answer.number.value == next(iter(seen.made.values()))[1].item()
+        assert all(number.why().number == number for number in answer.numbers)
+        found[seen.operation.operator] = answer
+    assert [each.value for each in found["aten.mul.Tensor"].numbers] == [4 + 1j]
+    assert [each.value for each in found["aten.clone.default"].numbers] == [4 - 1j]
+
+
 def test_complex_numbers_are_plain_data_and_text(complex_run, everystep_command):
     asked = ["why", str(complex_run.directory), "3"]
     _, given, _ = everystep_command(*asked, "updates['filter'].after[1]", "--json")

@@ -130,8 +130,8 @@ def _match(one: Opener, other: Opener, number: int) -> Match:
         # After `begin`, which compares what the two programs were really given.
         steps, limit = _in_double(one, other, number, limit), ROUNDING_IN_DOUBLE
     values = [_Values(step, limit) for step in steps]
-    ends = dict(_after(steps[0]))
-    end = tuple(name for name, tensor in ends.items() if not values[1].has(tensor))
+    ends = [*_after(steps[0])]
+    end = tuple(name for name, tensor, before in ends if not values[1].has(tensor, before))
     return Match(
         names=(one.run.name, other.run.name),
         step=number,
@@ -215,14 +215,14 @@ def _before(step: Step) -> Iterator[tuple[str, Tensor]]:
     yield from ((f"batch.{n}", t) for n, t in step.batch.tensors.items())
 
 
-def _after(step: Step) -> Iterator[tuple[str, Tensor]]:
-    """Yield the final tensors of a step: gradients, then parameters and buffers."""
+def _after(step: Step) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """Yield the final tensors of a step, and what they were before it: gradients, then the state."""
     # Reversed, as a backward pass computes them: what comes first may be the cause of the rest.
-    yield from ((f"gradients[{n!r}]", t) for n, t in reversed(step.gradients.items()))
+    yield from ((f"gradients[{n!r}]", t, None) for n, t in reversed(step.gradients.items()))
     for name, tensor in step.end.items():
         kind, _, path = name.partition("/")
         if kind in ("parameter", "buffer"):
-            yield f"{kind}s[{path!r}] after the step", tensor
+            yield f"{kind}s[{path!r}] after the step", tensor, step.state.get(name)
 
 
 class _Values:
@@ -240,6 +240,7 @@ class _Values:
         ]
         self._counters = self._places([*counters, *filter(None, map(step.places.ends.get, counters))])
         self._limit = limit
+        self._changed = [(step.state[n], tensor) for n, tensor in step.end.items() if n in step.state]
         #: Only tensors with as many numbers can be equal, whatever their shapes.
         self._by_size: dict[int, list[tuple[int | None, Tensor]]] = defaultdict(list)
         given = (*step.state.values(), *step.batch.tensors.values())
@@ -249,9 +250,29 @@ class _Values:
             for tensor in seen.made.values():
                 self._by_size[tensor.numel()].append((index, tensor))
 
-    def has(self, tensor: Tensor) -> bool:
-        """Return whether an equal tensor exists, up to rounding."""
-        return self.nearest(tensor)[1] <= self._limit
+    def has(self, tensor: Tensor, before: Tensor | None = None) -> bool:
+        """Return whether an equal tensor exists, up to rounding. before: what it was before the step."""
+        is_there = self.nearest(tensor)[1] <= self._limit
+        if not is_there or before is None or not tensor.is_floating_point():
+            return is_there
+        # At a small learning rate, parameters after a step are those before it up to rounding, so the
+        # change of what the other has in their place counts, too.
+        changes = [
+            self._is_same_change(old, new, own, changed)
+            for own, changed in self._changed
+            if own.numel() == before.numel() and changed.shape == own.shape
+            for old, new in zip(_views(before, own), _views(tensor, own), strict=True)
+            if relative_difference(old.flatten(), own.flatten()) <= self._limit
+        ]
+        return not changes or any(changes)
+
+    def _is_same_change(self, *tensors: Tensor) -> bool:
+        """Return whether two changes are the same: tensors before and after one, and the other."""
+        old, new, own, changed = (tensor.flatten().double() for tensor in tensors)
+        # An optimizer may enlarge what rounding does to single gradients: the sum of all counts.
+        allowed = math.sqrt(self._limit) * (new - old).norm()
+        allowed += 4 * torch.finfo(tensors[1].dtype).eps * new.norm()
+        return not bool((new - old - (changed - own)).norm() > allowed)
 
     def nearest(self, tensor: Tensor) -> tuple[int | None, float]:
         """Return the operation with the nearest result, and how far that is; None: no operation's."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import InitVar, dataclass
 from functools import partial
 from itertools import takewhile
@@ -24,6 +24,7 @@ from everystep.replay.parallel import Replayed, Span, Visitor, parallel, spans
 from everystep.replay.probe import Probe, opened_value
 from everystep.replay.processes import Opener
 from everystep.replay.recorded_columns import Answers, Evaluator, Found, Which, ask_columns, chosen
+from everystep.replay.recorded_steps import NotReplayedError
 from everystep.replay.run_replay import Replay
 from everystep.replay.shown import Shown
 
@@ -62,6 +63,7 @@ class Query(Visitor):
         self._answers: Answers = []
         self._first = 1
         self._previous_loss: float | None = None
+        self._before: dict[Reference, Tensor] = {}
         self._probe: Probe | None = None
 
     @property
@@ -72,10 +74,16 @@ class Query(Visitor):
     def begin(self, replay: Replay, span: Span) -> int:
         """Begin with the state before the span; a step earlier if it needs tensors of that step."""
         # A visitor is used for many spans, one after the other.
-        self._answers, self._probe, self._first = [], None, span.first
-        # The first step of a stretch has none before it: its stepper begins with the state.
-        earlier = self.looks_back and span.first > replay.stretches[span.at].first
+        self._answers, self._probe, self._first, self._before = [], None, span.first, {}
+        earlier = self.looks_back and span.first > 1
         earlier = earlier and is_kept(span.first - 1, replay.run.facts.not_kept)
+        if earlier and span.first == replay.stretches[span.at].first:
+            earlier = False
+            # The stepper of a stretch begins with the state: another one takes the step before.
+            with suppress(NotReplayedError), replay.in_force(span.first - 1):
+                probe = Probe(replay.go_to(span.first - 2, span.at - 1), self._tensors)
+                probe.stepper.run(span.first - 1, probe)
+                self._before = probe.before
         start = span.first - 1 - earlier
         known = replay.recorded_losses(start, start)
         self._previous_loss = known[0] if known else None
@@ -96,7 +104,7 @@ class Query(Visitor):
             self._answer(number, step.loss, step)
             losses = [step.loss]
         else:
-            self._probe = self._probe or Probe(stepper, self._tensors, self._answer)
+            self._probe = self._probe or Probe(stepper, self._tensors, self._answer, self._before)
             while number < last and self._is_looked_at(number + 1):
                 number += 1
             losses = stepper.run(number, self._probe)

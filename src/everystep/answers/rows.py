@@ -105,10 +105,7 @@ class Rows(Shown):
 
     def ranked(self, values: Tensor) -> list[int]:
         """Return the places of rows in the batch, by their values (N): NaN first, then the largest."""
-        order: list[int] = (
-            torch.where(values.isnan(), torch.inf, values).argsort(descending=True, stable=True).tolist()
-        )
-        return sorted(order, key=lambda place: not bool(values[place].isnan()))
+        return [*map(int, values.argsort(descending=True, stable=True))]  # for torch, NaN is the largest
 
     def __repr__(self) -> str:
         loss = "unknown" if isinstance(self.loss_share, Reason) else "known"
@@ -143,29 +140,16 @@ def rows_of(step: Step) -> Rows:
         before = step.state.get(f"gradient/{name}")
         # A penalty belongs to no row, so the rest of such a gradient may be anything.
         rests = None if name in followed.penalized else () if before is None else (before,)
-        return _share(tracked, count, _Asked("the gradient", rounding, floor, rests))
+        return _share(tracked, count, "the gradient", rounding, floor, rests)
 
     missing = Reason("the step has no loss that an operation returned")
     return Rows(
         step.number,
         tuple(numbers),
         step.batch.source if is_known else "",
-        missing if followed.loss is None else _share(followed.loss, count, _Asked(_LOSS, rounding)),
+        missing if followed.loss is None else _share(followed.loss, count, _LOSS, rounding),
         {n: share_of(n, followed.gradients[n]) for n in step.gradients if n in followed.gradients},
     )
-
-
-class _Asked(NamedTuple):
-    """What to split into rows, and how exactly.
-
-    rounding: relative to the terms; floor: smaller numbers count as rounding; rests: allowed terms from
-    no row, in addition to 0; None: any.
-    """
-
-    what: str
-    rounding: float
-    floor: float = 0.0
-    rests: tuple[Tensor, ...] | None = None
 
 
 def _rounding(step: Step) -> float:
@@ -175,42 +159,50 @@ def _rounding(step: Step) -> float:
     return max([1e-4, *(8 * torch.finfo(dtype).eps for dtype in dtypes)])
 
 
-def _share(tracked: Tracked, count: int, asked: _Asked) -> Share | Reason:
+def _share(
+    tracked: Tracked,
+    count: int,
+    what: str,
+    rounding: float,
+    floor: float = 0.0,
+    rests: tuple[Tensor, ...] | None = None,
+) -> Share | Reason:
+    """Return what each of `count` rows makes, or why that is unknown.
+
+    what: the name of the tensor; rounding: relative to the terms; floor: smaller numbers count as
+    rounding; rests: allowed terms from no row, in addition to 0; None: any.
+    """
     if tracked.has(MIXED):
         return tracked.reason or Reason("rows are mixed")
     if tracked.value.is_complex():
-        return Reason(f"{asked.what} is complex")
+        return Reason(f"{what} is complex")
     try:
-        return _checked(tracked, count, asked)
+        rest = tracked.term(SHARED).double()
+        total, norms = rest.clone(), []
+        for row in range(count):
+            term = tracked.term(row).double()
+            total += term
+            norms.append(_size(term, what))
+        found = torch.stack(norms).cpu().reshape(count)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         line = (str(error).splitlines() or [""])[0]
         return Reason(f"an operator does not run on the numbers of a row alone: {line:.200}")
-
-
-def _checked(tracked: Tracked, count: int, asked: _Asked) -> Share | Reason:
     whole = tracked.value.double()
-    rest = tracked.term(SHARED).double()
-    total, norms = rest.clone(), []
-    for row in range(count):
-        term = tracked.term(row).double()
-        total += term
-        norms.append(_size(term, asked.what))
-    found = torch.stack(norms).cpu().reshape(count)
     # Terms are sums themselves, so that rounding is relative to what cancels in them, too.
     scale = float(found[found.isfinite()].abs().sum()) + float(rest[rest.isfinite()].norm())
-    allowed = max(asked.rounding * scale, asked.floor)
+    allowed = max(rounding * scale, floor)
     are_finite = total.isfinite()
     off = float((total - whole)[are_finite].norm())
     if not torch.equal(are_finite, whole.isfinite()) or not off <= allowed:
         return Reason(
-            f"the terms of the rows add up to {asked.what} only within {off:.3g}, more than rounding"
+            f"the terms of the rows add up to {what} only within {off:.3g}, more than rounding"
         )
-    if asked.rests is not None:
+    if rests is not None:
         # What belongs to no row may be nothing, or a gradient that was there before the step.
-        strange = [rest, *(rest - known.double() for known in asked.rests if known.shape == rest.shape)]
+        strange = [rest, *(rest - known.double() for known in rests if known.shape == rest.shape)]
         if not min(float(each[each.isfinite()].norm()) for each in strange) <= allowed:
             return Reason("it adds up numbers that are the same for all rows")
-    sizes = float(_size(whole, asked.what)), float(_size(rest, asked.what))
+    sizes = float(_size(whole, what)), float(_size(rest, what))
     return Share(found, *sizes, tracked.is_mean)
 
 

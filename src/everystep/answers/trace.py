@@ -192,8 +192,10 @@ class Trace:
             return torch.complex(*(self.read(each) for each in spot.halves))
         found = self.written(origin)
         if found is not None:
-            is_conjugated = self.spec(spot.name).is_conjugated and spot.half != 0
-            return (-found if spot.half else found.conj().resolve_conj()) if is_conjugated else found
+            half = self.half(origin)
+            if half == 0 or not self.is_conjugate(spot, origin):
+                return found
+            return -found if half else found.conj().resolve_conj()
         for number, seen in enumerate(self.step.operations):
             # What was not seen when it was written may have been seen when it was read.
             if spot.name in seen.inputs and self.origin(replace(spot, after=number)) == origin:
@@ -202,6 +204,15 @@ class Trace:
         raise UsageError(
             f"nothing in step {self.step.number} reads {spot.name}, so its numbers are not known"
         )
+
+    def is_conjugate(self, spot: Spot, origin: Origin) -> bool:
+        """Return whether imaginary parts are read with another sign than they were written with."""
+        return self.spec(spot.name).is_conjugated is not self.spec(origin.name).is_conjugated
+
+    def half(self, origin: Origin) -> int | None:
+        """Return which part of a complex number was read (see `Spot`), None if it is not one."""
+        part = origin.part
+        return None if part is None else part.half_of(self.spec(origin.name).torch_dtype)
 
     def written(self, origin: Origin) -> Tensor | None:
         """Return a number (0-dimensional) as it was written, None if it was not observed then."""

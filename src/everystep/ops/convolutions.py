@@ -227,12 +227,10 @@ def _plane(call: Call, *, has_means: bool) -> Made:
         return call.piece(key, *leading, *np.nonzero(chosen))
 
     factors = weights[weights != 0]
-    if (factors == 1).all():
-        return Sum((single(key, where(weights != 0)),))
-    if not has_means:
+    if not has_means and (factors != 1).any():
         return Sum((Terms(f"{key} * weight", {key: where(weights != 0)}, {"weight": factors}),))
     # Windows at the edges may have fewer numbers.
-    counts = dict.fromkeys(np.round(1 / factors).tolist())
+    counts = dict.fromkeys(np.round(1 / factors).tolist() or [1.0])
     if len(counts) == 1:
         return Sum((single(key, where(weights != 0)),), *counts)
     return Sum(tuple(single(key, where(abs(weights * n - 1) < 1e-9), 1 / n) for n in counts))

@@ -304,7 +304,12 @@ def _scaled(call: RowsCall) -> list[Result]:
     """mul, div: linear in a sum if the other factor is of no row."""
     if call["rounding_mode"] is not None:
         return each_alone(call)
-    given = {n: _constant(call[n]) for n in ("self", "other") if isinstance(call[n], Tracked)}
+    given: dict[str, Tracked] = {"self": call["self"]}
+    keeps_sums = True  # a sum over data alone has its terms, as any other
+    if isinstance(call["other"], Tracked):
+        given["other"] = _constant(call["other"], keeps_sums=False)
+        keeps_sums = call.kind == "div" and given["other"].is_shared
+    given["self"] = _constant(given["self"], keeps_sums=keeps_sums)
     sums = [name for name, each in given.items() if each.has(SUM)]
     if sums == ["self"] or (sums == ["other"] and call.kind == "mul"):
         (name,) = sums
@@ -325,9 +330,10 @@ def _scaled(call: RowsCall) -> list[Result]:
     return [of_shape(labels, call.results[0])]
 
 
-def _constant(tracked: Tracked) -> Tracked:
+def _constant(tracked: Tracked, *, keeps_sums: bool) -> Tracked:
     """Label a number that depends on the data alone, such as the count of targets, as of no row."""
-    if tracked.is_data and tracked.value.numel() == 1 and (tracked.has(SUM) or tracked.has(MIXED)):
+    is_joined = tracked.has(MIXED) or (tracked.has(SUM) and not keeps_sums)
+    if tracked.is_data and tracked.value.numel() == 1 and is_joined:
         return tracked._replace(labels=torch.full_like(tracked.labels, SHARED), terms=None)
     return tracked
 

@@ -149,19 +149,13 @@ def reduced(
         # least.
         low = torch.where(core == SHARED, _ABOVE, core).amin(axes, keepdim=True)
         high = core.amax(axes, keepdim=True)
-        many = torch.where(_any(core == MIXED, axes), MIXED, SUM if is_sum else MIXED)
+        many = torch.where((core == MIXED).any(axes, keepdim=True), MIXED, SUM if is_sum else MIXED)
         is_one = (low >= 0) & (low == high)
         if is_strict:
-            is_one &= ~_any(core == SHARED, axes)
+            is_one &= ~(core == SHARED).any(axes, keepdim=True)
         found = torch.where(is_one, high, many.to(low.dtype))
         found = torch.where(low == _ABOVE, SHARED, found)
     return found if keepdim else found.squeeze(axes)
-
-
-def _any(truth: Tensor, axes: Sequence[int]) -> Tensor:
-    for axis in axes:
-        truth = truth.any(axis, keepdim=True)
-    return truth
 
 
 def gathered(labels: Tensor, cells: Tensor, count: int, *, is_strict: bool = False) -> Tensor:

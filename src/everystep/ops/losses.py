@@ -74,7 +74,8 @@ def _nll(call: Call) -> Made:
     else:
         axes = grid(*map(range, targets.shape))
     classes = targets[axes]
-    if call.place == 1 and call.value("reduction") == 0:
+    # Of a single target, the loss is added up all the same.
+    if call.place == 1 and call.value("reduction") == 0 and targets.ndim:
         return Formula("0", note="not used: the losses are not added up")
     # `total_weight`: how many targets count.
     if call.place == 1 and "weight" not in call:

@@ -114,7 +114,8 @@ def _norm(call: Call) -> Made:
         piece = call.piece("input", *_together(call, call.index))
         if call.place == 1:
             return Sum((single("input", piece),), float(piece.size))
-        return Formula(_DEVIATION, {"input": piece}, {"eps": call.value("eps")})
+        deviation = "1 / sqrt(mean((input - mean(input)) ^ 2) + eps)"
+        return Formula(deviation, {"input": piece}, {"eps": call.value("eps")})
     at = _statistics_at(call, call.index)
     given = {"input": call.piece("input", *call.index)}
     # The recorded statistics, which can be asked for in turn; without them, every number would be made
@@ -131,9 +132,6 @@ def _without_statistics(call: Call) -> Made:
     given |= {key: call.piece(key, channel) for key in ("running_mean", "running_var")}
     text = "(input - running_mean) / sqrt(running_var + eps)"
     return _affine(call, text, given, channel, eps=call.value("eps"))
-
-
-_DEVIATION = "1 / sqrt(mean((input - mean(input)) ^ 2) + eps)"
 
 
 def _affine(call: Call, text: str, given: dict[str, Piece], *places: Axis, **settings: float) -> Made:
@@ -266,6 +264,8 @@ def _attention_backward(call: Call) -> Made:
         # With a causal mask, queries before a key do not see it.
         queries = queries if is_query else range(min(call.index[2], n), n)
         keys = range(min(m, call.index[2] + 1)) if is_query else keys
+    if not queries:
+        return Formula("0", note="no query sees this key")
     of_keys = row, head // shared if is_query else head
 
     def by_query(key: str, *last: Sequence[int]) -> Piece:

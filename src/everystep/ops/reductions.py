@@ -10,18 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from everystep.ops.call import (
-    Call,
-    Formula,
-    Made,
-    NoRuleError,
-    Piece,
-    Sum,
-    Terms,
-    Words,
-    grid,
-    single,
-)
+from everystep.ops.call import Call, Formula, Made, NoRuleError, Piece, Sum, Terms, Words, grid, single
 from everystep.ops.elementwise import each_alone
 from everystep.ops.labels import SUM, Tracked, reduced
 from everystep.ops.operator_record import OperatorRecord
@@ -67,28 +56,19 @@ def _by_formula(call: Call, text: str) -> Made:
     return Formula(text, {"self": _reduced(call)})
 
 
-def _extreme(call: Call) -> Made:
-    """Return the rule of `max.dim` and similar operators, which also return the place of the number."""
+def _picked(call: Call) -> Made:
+    """Return the rule of numbers that are picked, by `max.dim` or `sort`; the second result is where."""
     # `max(self)` of all numbers; along a dimension, it returns the places as well.
     if len(call.outputs) < 2:
         return _by_formula(call, f"{call.kind}(self)")
     piece = _reduced(call)
     if call.place == 1:
-        return Formula(f"arg{call.kind}(self)", {"self": piece})
-    return _chosen(call, Piece(piece.name, piece.at(int(call.results[call.output(1)][call.index]))))
-
-
-def _sorted(call: Call) -> Made:
-    """Return the rule of operators with the places of the first result as the second."""
-    line = call.line("self")
-    if call.place == 1:
-        return Words("where in self it is", {"self": line})
-    return _chosen(call, Piece(line.name, line.at(int(call.results[call.output(1)][call.index]))))
-
-
-def _chosen(call: Call, piece: Piece) -> Made:
-    """Return the rule of a picked number; the second result is its place."""
-    return Formula("self[indices]", {"self": piece, "indices": call.result_piece(1, *call.index)})
+        if call.kind in ("max", "min"):
+            return Formula(f"arg{call.kind}(self)", {"self": piece})
+        return Words("where in self it is", {"self": piece})
+    place = int(call.results[call.output(1)][call.index])
+    own, indices = Piece(piece.name, piece.at(place)), call.result_piece(1, *call.index)
+    return Formula("self[indices]", {"self": own, "indices": indices})
 
 
 def _norm(call: Call) -> Made:
@@ -180,10 +160,10 @@ REDUCTIONS: dict[str, OperatorRecord] = {
         for name, text in _TEXTS.items()
     },
     "count_nonzero": OperatorRecord(partial(_by_formula, text="sum(self != 0)"), _reduced_rows),
-    **dict.fromkeys(("max", "min"), OperatorRecord(_extreme, _reduced_rows)),
+    **dict.fromkeys(("max", "min"), OperatorRecord(_picked, _reduced_rows)),
     **dict.fromkeys(("linalg_vector_norm", "norm"), OperatorRecord(_norm, _reduced_rows)),
     **dict.fromkeys(("var", "std", "var_mean", "std_mean"), OperatorRecord(_spread, _reduced_rows)),
     "cumsum": OperatorRecord(_cumulated, along),
     **dict.fromkeys(("cumprod", "logcumsumexp"), OperatorRecord(rows=along)),
-    **dict.fromkeys(("sort", "topk"), OperatorRecord(_sorted, along)),
+    **dict.fromkeys(("sort", "topk"), OperatorRecord(_picked, along)),
 }

@@ -49,14 +49,15 @@ class Probe:
     """Observes the steps of a stepper, and provides the values of some references after each.
 
     references: tensors of the step itself or of the one before; answer: called after each step with its
-    number and its loss; returns whether to continue.
+    number and its loss; returns whether to continue; before: of the step before, by reference.
     """
 
     def __init__(
         self,
         stepper: ReplayStepper,
         references: Collection[Reference],
-        answer: Callable[[int, float], bool],
+        answer: Callable[[int, float], bool] = lambda number, loss: True,
+        before: Values = {},  # noqa: B006  # nothing changes it
     ) -> None:
         self.stepper = stepper
         self._answer = answer
@@ -64,7 +65,7 @@ class Probe:
         #: Of an update, the parameter before it; after it, the parameter itself is there.
         self._copied = {_copied(reference._replace(is_previous=False)) for reference in references}
         self._copies: Values = {}
-        self._before: Values = {}
+        self.before = before
 
     def looks(self, program: Program) -> dict[int, list[Look]]:
         """Return what copies the values of a step: see `Hook`."""
@@ -92,7 +93,7 @@ class Probe:
         goes_on = self._answer(number, loss)
         found = {each: self.value_of(each._replace(is_previous=False)) for each in self._previous}
         # Clones, since the next step writes into the same memory.
-        self._before = {each: value.clone() for each, value in found.items() if value is not None}
+        self.before = {each: value.clone() for each, value in found.items() if value is not None}
         return goes_on
 
     def value_of(self, reference: Reference) -> Tensor | None:
@@ -101,7 +102,7 @@ class Probe:
         None if there is none: before step 1, and of a module that did not run.
         """
         if reference.is_previous:
-            return self._before.get(reference)
+            return self.before.get(reference)
         found = self._copies.get(_copied(reference))
         if found is None or reference.kind != "updates" or reference.part == "before":
             return found

@@ -219,14 +219,13 @@ class Session:
         origin = trace.origin(number.spot)
         if origin is None or origin.operation is not None or trace.kind(origin.name) != "state":
             return None
-        if number.step == 1 or self._first.earlier is None:
+        half = trace.half(origin)
+        is_bits = origin.part is not None and half is None
+        if is_bits or number.step == 1 or self._first.earlier is None:
             return None
         before = self.trace(number.step - 1).step
         left, now = before.end.get(origin.name), trace.written(origin)
         if left is None or now is None or left.shape != trace.step.state[origin.name].shape:
-            return None
-        half = None if origin.part is None else origin.part.half_of(left.dtype)
-        if origin.part is not None and half is None:
             return None
         value = origin.read(left)
         if not same_number_bits(value, now):
@@ -245,11 +244,11 @@ class Session:
             halves = zip(("real", "imaginary"), number.spot.halves, strict=True)
             parts = {key: self.number(step.number, spot) for key, spot in halves}
             return _of_numbers(Why(number, "parts", step, formula="complex(real, imaginary)"), parts)
-        if trace.spec(number.spot.name).is_conjugated:
-            return self._conjugate(number, origin, terms)
+        made = Why(number, "operation", step, origin.operation)
+        if trace.is_conjugate(number.spot, origin):
+            return self._part(made, trace, origin, terms)
         if origin.operation is None:
             return _not_made(number, trace, origin)
-        made = Why(number, "operation", step, origin.operation)
         after = trace.written(origin)
         if after is not None and not number.has_bits_of(after.item()):
             note = (
@@ -311,28 +310,26 @@ class Session:
         return _of_numbers(found, numbers)
 
     def _part(self, made: Why, trace: Trace, origin: Origin, terms: int) -> Why:
-        """Return the answer for a number that is a part of what an operation wrote."""
-        assert origin.operation is not None and origin.part is not None
-        dtype, number = trace.spec(origin.name).torch_dtype, made.number
-        half = origin.part.half_of(dtype)
-        if half is None:
-            note = f"it wrote {dtype} there, and these are some of its bits".replace("torch.", "")
+        """Return the answer for a number that is a part, or the conjugate, of what was written."""
+        half, number = trace.half(origin), made.number
+        if origin.part is not None and half is None:
+            dtype = str(trace.spec(origin.name).torch_dtype).removeprefix("torch.")
+            note = f"it wrote {dtype} there, and these are some of its bits"
             return replace(made, unknown=tuple(trace.call(origin).inputs), note=note)
         # As the operation left it: later ones may have written there.
-        spot = Spot(origin.name, origin.index, origin.operation + 1)
-        whole = self.why(self.number(number.step, spot), terms)
+        after = 0 if origin.operation is None else origin.operation + 1
+        whole = self.why(self.number(number.step, Spot(origin.name, origin.index, after)), terms)
         if whole.origin == "unseen":
             return replace(whole, number=number)
         note = f"its {'imaginary' if half else 'real'} part: {whole.number.name} is complex"
-        return _read_of(whole, number, _half_of(whole.recomputed, half), note)
-
-    def _conjugate(self, number: Number, origin: Origin, terms: int) -> Why:
-        """Return the answer for a number that was read with its imaginary part negated."""
-        after = 0 if origin.operation is None else origin.operation + 1
-        whole = self.why(self.number(number.step, Spot(origin.name, origin.index, after)), terms)
-        known = None if whole.recomputed is None else whole.recomputed.conjugate()
-        note = f"the conjugate of {whole.number.name}"
-        return _read_of(whole, number, _half_of(known, number.spot.half), note)
+        known = whole.recomputed
+        if trace.is_conjugate(number.spot, origin):
+            note = f"the conjugate of {whole.number.name}"
+            known = None if known is None else known.conjugate()
+        if half is not None and known is not None:
+            known = known.imag if half else known.real
+        is_equal = known is not None and number.has_bits_of(known)
+        return replace(whole, number=number, recomputed=known, is_equal=is_equal, note=note)
 
     def difference(self, text: str, after: Number, before: Number) -> Why:
         """Return the answer for what an update changed, by the numbers after and before it."""
@@ -468,17 +465,6 @@ def _next_nonfinite(answer: Why) -> Number | None:
     return bad[0] if bad else None
 
 
-def _half_of(value: Any, half: int | None) -> Any:
-    """Return a number, or the part of it that a half stands for (see `Spot`)."""
-    return value if value is None or half is None else value.imag if half else value.real
-
-
-def _read_of(whole: Why, number: Number, known: Any, note: str) -> Why:
-    """Return the answer for a number that is read out of another one. known: recomputed, if it was."""
-    is_equal = known is not None and number.has_bits_of(known)
-    return replace(whole, number=number, recomputed=known, is_equal=is_equal, note=note)
-
-
 def _of_numbers(answer: Why, numbers: dict[str, Number]) -> Why:
     groups = tuple(Group(name, (Term({name: each}),), 1) for name, each in numbers.items())
     return replace(answer, groups=groups)
@@ -513,7 +499,7 @@ def _called(trace: Trace, spot: Spot) -> tuple[str, int | None]:
         return f"complex({real}, {imaginary})", row
     index = str([*origin.index]) if origin.index else ""
     if origin.part is not None:
-        half = origin.part.half_of(trace.spec(origin.name).torch_dtype)
+        half = trace.half(origin)
         index += ".bits" if half is None else (".real", ".imag")[half]
     if origin.operation is not None:
         place = f".{origin.place + 1}" if origin.place else ""
@@ -578,7 +564,7 @@ def _of_sum(made: Sum, call: Call, at: NumberAt, count: int) -> tuple[_Groups, A
         rows = tuple(
             Term(
                 {key: at(p, k) for key, p in terms.given.items()},
-                _plain(values[k]),
+                values[k].item(),
                 {key: float(of[k]) for key, of in weights.items()},
             )
             for k in largest
@@ -596,10 +582,6 @@ def _of_formula(made: Formula | Words, call: Call, at: NumberAt, count: int) -> 
         rows = tuple(Term({key: at(piece, k)}) for k in _largest(given[key], count))
         groups.append(Group(key, rows, piece.size))
     return tuple(groups), None if isinstance(made, Words) else made.of(given)
-
-
-def _plain(value: Any) -> float:
-    return complex(value) if np.iscomplexobj(value) else float(value)  # type: ignore[return-value]
 
 
 def _largest(values: Any, count: int) -> Any:
