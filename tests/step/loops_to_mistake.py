@@ -346,3 +346,44 @@ def steps_that_fail_and_are_taken_again(record):
                         raise RuntimeError("after the update")
                     break
     return model
+
+
+# What a known path must compare besides operations and tensors.
+
+
+@loop(20)
+def parameters_that_move_to_another_group(record):
+    def body(model, optimizer, x, y, number):
+        if number == 9:
+            optimizer.param_groups[0]["params"].append(optimizer.param_groups[1]["params"].pop(0))
+        return update(model, optimizer, x, y)
+
+    model = network()
+    groups = [{"params": [*model[:2].parameters()]}, {"params": [*model[2:].parameters()], "lr": 0.5}]
+    return trained(record, body, model, torch.optim.Adam(groups, lr=0.01))
+
+
+@loop(20)
+def backward_passes_under_an_autocast_of_another_dtype(record):
+    def body(model, optimizer, x, y, number):
+        loss = functional.mse_loss(model(x), y)
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.float16 if number % 3 else torch.bfloat16):
+            loss.backward()
+        optimizer.step()
+        return loss
+
+    return trained(record, body)
+
+
+@loop(20)
+def parameters_that_are_frozen_between_the_two_passes(record):
+    def body(model, optimizer, x, y, number):
+        loss = functional.mse_loss(model(x), y)
+        optimizer.zero_grad(set_to_none=False)
+        model[0].requires_grad_(number not in (9, 10, 20))
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return trained(record, body)

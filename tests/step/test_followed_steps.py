@@ -27,6 +27,9 @@ OFTEN = {
     ),
     *("steps_that_fail_and_are_taken_again", "tensors_from_elsewhere_that_alias"),
     "memory_in_a_cycle_that_python_has_collected",
+    "parameters_that_move_to_another_group",
+    "backward_passes_under_an_autocast_of_another_dtype",
+    "parameters_that_are_frozen_between_the_two_passes",
 }
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode, _push_mode
 
+from everystep.device import kinds
 from everystep.step.follow import run_engine
 from everystep.step.path import Entry, places_of_reads
 from everystep.step.torchs_own import handles
@@ -92,14 +93,14 @@ def graph_of(outputs: Any, args: Any, kwargs: Any, since: int, known_handles: in
             order.append(root)
     # e.g. of (w * x).sum(): (SumBackward0, MulBackward0, AccumulateGrad), and the edges
     # ((0,), ((1, 0),), ((2, 0), (-1, 0))): the roots, then where each node leads; -1 is nowhere.
-    kinds: list[type] = []
+    classes: list[type] = []
     edges: list[Any] = [tuple([number[root] for root in roots])]
     leaves: list[Tensor] = []
     is_other = False
     # The list is the queue of the search, and grows on the way.
     for node in order:
         kind = type(node)
-        kinds.append(kind)
+        classes.append(kind)
         if kind is _ACCUMULATE:
             leaves.append(node.variable)
             continue
@@ -118,15 +119,19 @@ def graph_of(outputs: Any, args: Any, kwargs: Any, since: int, known_handles: in
                 order.append(other)
         edges.append(tuple([(number[other], place) for other, place in following]))
     is_sure = is_sure and not any(map(_is_special, leaves))
-    settings = retain, accumulates, torch._C._is_any_autocast_enabled(), len(outputs), len(gradients)
-    key = (tuple(kinds), tuple(edges), settings) if is_sure else None
+    # Products of matrices in it have the dtype of an autocast in force, as in any code.
+    is_cast = torch._C._is_any_autocast_enabled()
+    casts = [torch.is_autocast_enabled(k) and torch.get_autocast_dtype(k) for k in kinds() if is_cast]
+    settings = retain, accumulates, *casts, len(outputs), len(gradients)
+    key = (tuple(classes), tuple(edges), settings) if is_sure else None
     return Graph(key, leaves, (*outputs, *gradients, *(inputs or ())), is_other)
 
 
 def _is_special(leaf: Tensor) -> bool:
-    """Return whether Python runs where a leaf gets its gradient, or whether it is sparse."""
+    """Return whether Python runs where a leaf gets its gradient, it is sparse, or it gets none."""
     has_hooks = leaf._backward_hooks or leaf._post_accumulate_grad_hooks
-    return bool(has_hooks) or leaf.layout is not torch.strided
+    # One that was frozen since the forward pass has a node in the graph, and gets no gradient.
+    return bool(has_hooks) or leaf.layout is not torch.strided or not leaf.requires_grad
 
 
 def _has_other_bits(node: Any, *, has_graph: bool) -> bool:
