@@ -387,3 +387,36 @@ def parameters_that_are_frozen_between_the_two_passes(record):
         return loss
 
     return trained(record, body)
+
+
+@loop(6)
+def operations_that_raise_after_they_have_written(record):
+    def body(model, optimizer, x, y, number):
+        loss, places = update(model, optimizer, x, y), torch.tensor([0, 1, 99])
+        if number % 3 == 0:
+            with contextlib.suppress(IndexError), torch.no_grad():
+                model[2].bias.index_add_(0, places, torch.full((3,), 0.1))
+        if number % 4 == 0:
+            with contextlib.suppress(RuntimeError), torch.no_grad():
+                torch._foreach_mul_([model[0].bias, model[2].bias], [x[0, 0], torch.ones(5)])
+        return loss
+
+    return trained(record, body)
+
+
+@loop(20)
+def backward_passes_that_raise(record):
+    weight = nn.Parameter(torch.ones(3))
+
+    def body(model, optimizer, x, y, number):
+        optimizer.zero_grad(set_to_none=False)
+        with torch.autograd.set_detect_anomaly(number > 5):
+            scale = torch.tensor(float(number not in (8, 9, 20)))
+            loss = (model(x) * scale).abs().sum(0).sqrt().mean() + weight.pow(2).sum()
+            with contextlib.suppress(RuntimeError):  # of NaN, where the weight has its gradient
+                loss.backward()
+        optimizer.step()
+        return loss
+
+    model = network()
+    return trained(record, body, model, torch.optim.SGD([*model.parameters(), weight], lr=0.1))

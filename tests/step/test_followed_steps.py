@@ -30,6 +30,7 @@ OFTEN = {
     "parameters_that_move_to_another_group",
     "backward_passes_under_an_autocast_of_another_dtype",
     "parameters_that_are_frozen_between_the_two_passes",
+    *("operations_that_raise_after_they_have_written", "backward_passes_that_raise"),
 }
 
 

@@ -35,6 +35,11 @@ if torch.__version__ < "2.13":  # compared as versions; tested with 2.9
     _OTHER_KINDS.add("CumprodBackward0")
 #: The same, where the gradients have a graph of their own (`create_graph`).
 _OTHER_WITH_GRAPH = {"CumprodBackward0", "LinalgDetBackward0"}
+#: Why a pass is not watched.
+_OTHER_BITS = (
+    "the gradient of prod, cumprod or det, or of the value of masked_fill, is not bit-identical when it "
+    "is watched"
+)
 
 
 class Jump(NamedTuple):
@@ -200,7 +205,12 @@ class BackwardPasses:
         # Numbers of the forward pass, such as an exponent, are in the nodes, and not in the key.
         case = () if jump is None else jump.case(cursor)
         if jump is not None and case in jump.known:
-            result = self._unwatched(outputs, args, kwargs)
+            try:
+                result = self._unwatched(outputs, args, kwargs)
+            except BaseException:  # such as that of anomaly detection: some leaves have their gradients
+                left = _left(graph.leaves, ())
+                cursor.note_unwatched("a backward pass raises", left, left, (), runs_python=False)
+                raise
             cursor.numbers += jump.known[case]
             self._jump(entry, jump.end, _left(graph.leaves, result))
             return result
@@ -256,9 +266,12 @@ class BackwardPasses:
         """
         cursor = self._cursor
         before = [leaf.grad for leaf in leaves]
-        versions = cursor.state_versions()
-        result = self._unwatched(outputs, args, kwargs)
-        cursor.note_unwatched(before, _left(leaves, result), versions, runs_python=runs_python)
+        versions, result = cursor.state_versions(), None
+        try:
+            result = self._unwatched(outputs, args, kwargs)
+        finally:
+            left = _left(leaves, result)
+            cursor.note_unwatched(_OTHER_BITS, before, left, versions, runs_python=runs_python)
         return result
 
     def _unwatched(self, outputs: Any, args: Any, kwargs: Any) -> Any:

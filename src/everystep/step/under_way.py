@@ -45,12 +45,6 @@ from everystep.step.versions import Versions, counts_of
 
 __all__ = ["UnderWay", "as_gradients"]
 
-#: Reported of a backward pass that runs unwatched: its operations are unknown.
-_OTHER_WHEN_WATCHED = (
-    "the gradient of prod, cumprod or det, or of the value of masked_fill, is not bit-identical when it "
-    "is watched"
-)
-
 _next_node = torch._C._autograd._get_sequence_nr
 #: Stands for a logged tensor that the step has not met: its content is kept each time.
 _UNKNOWN = ("unknown",)
@@ -429,22 +423,24 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
 
     def note_unwatched(
         self,
+        reason: str,
         before: Iterable[Tensor | None],
         left: Iterable[Tensor | None],
         versions: Iterable[int | None],
         *,
         runs_python: bool,
     ) -> None:
-        """Note that a backward pass ran unwatched: the tensors that it has left are from outside.
+        """Note that what ran unwatched is unknown: the tensors that it has left are from outside.
 
         Args:
+            reason: why it is unknown.
             before: the gradients before it.
             left: those after it, and its results.
             versions: what `state_versions` returned before it.
             runs_python: whether code of the user's may have run in it, and changed anything.
         """
         with torch._C._DisableTorchDispatch():
-            self.unseen[_OTHER_WHEN_WATCHED] = self.unseen.get(_OTHER_WHEN_WATCHED, 0) + 1
+            self.unseen[reason] = self.unseen.get(reason, 0) + 1
             changed = [gradient for gradient in before if gradient is not None]
             if runs_python:
                 counts = zip(self.tensors.met, versions, self.state_versions(), strict=False)
