@@ -420,3 +420,30 @@ def backward_passes_that_raise(record):
 
     model = network()
     return trained(record, body, model, torch.optim.SGD([*model.parameters(), weight], lr=0.1))
+
+
+class Rows(nn.Module):
+    """Returns rows of a table that is in no part."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.__dict__["table"] = [table]
+
+    def forward(self, count):
+        return self.table[0][:count]
+
+
+@loop(0)
+def tensors_from_outside_that_have_a_name(record):
+    model = nn.ModuleDict({"rows": Rows(torch.randn(9, 6, requires_grad=True)), "rest": network()})
+    optimizer, last = sgd(model), torch.zeros(())
+    with record(model=model, optimizer=optimizer) as recording:
+        for number, (x, y) in enumerate(batches()):
+            with recording.step((x, y)):
+                if number % 2:
+                    x = x + model["rows"](len(x))
+                if number > 1:
+                    recording.log(last=last.detach())
+                last = update(model["rest"], optimizer, x, y)
+                recording.log(loss=last)
+    return model

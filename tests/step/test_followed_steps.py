@@ -31,6 +31,7 @@ OFTEN = {
     "backward_passes_under_an_autocast_of_another_dtype",
     "parameters_that_are_frozen_between_the_two_passes",
     *("operations_that_raise_after_they_have_written", "backward_passes_that_raise"),
+    "tensors_from_outside_that_have_a_name",
 }
 
 

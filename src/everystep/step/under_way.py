@@ -239,7 +239,10 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
                 self.leave()
             key = *what, numbers
             if not self.goes_on(key):
-                self.add(key, marks=self.marks(marked()))
+                brought, marks = len(self.brought), self.marks(marked())
+                if len(self.brought) > brought:  # a step that follows would not bring it
+                    self.leave()
+                self.add(key, marks=marks)
         return self.is_remembered
 
     def recover(self) -> None:
@@ -255,12 +258,15 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         for kind, name, tensors in marked:
             plain = [tensor for tensor in tensors if is_plain(tensor)]
             if kind in ("gradient", "logged"):  # what is from outside is the result of no operation
-                plain = [
-                    t for t in plain if self.is_on_known(t) and (kind != "logged" or t.numel() == 1)
-                ]
+                plain = [t for t in plain if self._is_made(t) and (kind != "logged" or t.numel() == 1)]
             if plain:
                 found.append(Mark(kind, name, tuple(map(self.number, plain))))
         return found
+
+    def _is_made(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is on memory that operations of the step have read or written."""
+        number = self.tensors.number(tensor)
+        return self.is_on_known(tensor) if number is None else not self.is_unread(number)
 
     def number(self, tensor: Tensor) -> int:
         """Return the number of a tensor; what is on memory from outside is kept by content."""
