@@ -348,6 +348,27 @@ def steps_that_fail_and_are_taken_again(record):
     return model
 
 
+@loop(15)
+def memory_that_is_exchanged_for_other_at_the_same_address(record):
+    model = network()
+    weight, array = model[0].weight, model[0].weight.detach().numpy().copy()
+    weight.data = torch.frombuffer(array, dtype=torch.float32).view_as(weight)
+
+    def body(model, optimizer, x, y, number):
+        loss = update(model, optimizer, x, y)
+        with torch.no_grad():  # through a view, which is known by the memory of the parameter
+            weight.t()[0].mul_(0.99)
+        return loss
+
+    def between(model, optimizer, number):
+        if number % 4 == 0:  # as `model.half()` and `model.float()`, where memory is scarce
+            weight.data = weight.detach().half() if number % 8 else weight.detach().double()
+            array[:] = weight.detach().float().numpy()
+            weight.data = torch.frombuffer(array, dtype=torch.float32).view_as(weight)
+
+    return trained(record, body, model, between=between)
+
+
 # What a known path must compare besides operations and tensors.
 
 

@@ -32,6 +32,7 @@ OFTEN = {
     "parameters_that_are_frozen_between_the_two_passes",
     *("operations_that_raise_after_they_have_written", "backward_passes_that_raise"),
     "tensors_from_outside_that_have_a_name",
+    "memory_that_is_exchanged_for_other_at_the_same_address",
 }
 
 

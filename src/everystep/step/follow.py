@@ -113,7 +113,7 @@ class Listener(Protocol):
         """An optimizer is done with its step."""
 
     def exposes(self, tensor: Tensor) -> None:
-        """Code that no watch sees is about to take the `data` of a tensor."""
+        """Code that no watch sees is about to take, or to exchange, the `data` of a tensor."""
 
 
 class Follower:
@@ -404,6 +404,8 @@ def _noted(read: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _set_data(tensor: Tensor, value: Tensor) -> None:
+    if (watch := _watch()) is None:
+        _expose(tensor)
     _DATA.__set__(tensor, value)  # type: ignore[attr-defined]
-    if (watch := _watch()) is not None:
+    if watch is not None:
         watch.moved(tensor)

@@ -87,6 +87,8 @@ class MetTensors:
             # A tensor that is turned in place (`t_`) is the same object at the same address.
             if reference() is not tensor or lies != tensor.data_ptr() or looks[0] != geometry(tensor):
                 return number
+            if looks[3] != tensor.untyped_storage()._cdata:  # other memory, at an address that was freed
+                return number
         return min(len(state), len(self.looks))
 
     def begin(self, state: Mapping[str, Tensor], same: int, root: Entry) -> None:
