@@ -205,12 +205,7 @@ class BackwardPasses:
         # Numbers of the forward pass, such as an exponent, are in the nodes, and not in the key.
         case = () if jump is None else jump.case(cursor)
         if jump is not None and case in jump.known:
-            try:
-                result = self._unwatched(outputs, args, kwargs)
-            except BaseException:  # such as that of anomaly detection: some leaves have their gradients
-                left = _left(graph.leaves, ())
-                cursor.note_unwatched("a backward pass raises", left, left, (), runs_python=False)
-                raise
+            result = self._unwatched(graph.leaves, outputs, args, kwargs)
             cursor.numbers += jump.known[case]
             self._jump(entry, jump.end, _left(graph.leaves, result))
             return result
@@ -266,18 +261,19 @@ class BackwardPasses:
         """
         cursor = self._cursor
         before = [leaf.grad for leaf in leaves]
-        versions, result = cursor.state_versions(), None
-        try:
-            result = self._unwatched(outputs, args, kwargs)
-        finally:
-            left = _left(leaves, result)
-            cursor.note_unwatched(_OTHER_BITS, before, left, versions, runs_python=runs_python)
+        versions = cursor.state_versions() if runs_python else None
+        result = self._unwatched(leaves, outputs, args, kwargs)
+        cursor.note_unwatched(_OTHER_BITS, before, _left(leaves, result), versions)
         return result
 
-    def _unwatched(self, outputs: Any, args: Any, kwargs: Any) -> Any:
+    def _unwatched(self, leaves: list[Tensor], outputs: Any, args: Any, kwargs: Any) -> Any:
         _pop_mode()
         try:
             return run_engine(outputs, *args, **kwargs)
+        except BaseException:  # such as that of anomaly detection: some leaves have their gradients
+            left = _left(leaves, ())
+            self._cursor.note_unwatched("a backward pass raises", left, left)
+            raise
         finally:
             _push_mode(self._cursor)
 

@@ -318,7 +318,8 @@ class Cursor(UnderWay):
             tokens, named = self._tokens(known, args, keywords)
             given = [*leaf_tokens((*tokens, *[token for _, token in named]))]
             met = [token[1] for token in given if token[0] in MET]
-            written = self._written_numbers(known, tokens, named) if known.writes else []
+            into = map(tensors.number, _written(func, known.writes, args, keywords))
+            written = [number for number in into if number is not None]
             if is_seen:
                 self._check(known, met, written)
         except UnseenError as error:
@@ -397,14 +398,6 @@ class Cursor(UnderWay):
         if is_shaped:
             self._add_shapes(entry, result)
         return result
-
-    def _written_numbers(
-        self, known: KnownOperator, tokens: Sequence[Any], named: Iterable[tuple[str, Any]]
-    ) -> list[int]:
-        """Return the numbers of the tensors that a call writes into."""
-        given = dict(zip(known.places, tokens, strict=False)) | dict(named)
-        into = leaf_tokens(given[name] for name in known.writes if name in given)
-        return [token[1] for token in into if token[0] in MET]
 
     def _moving(
         self,

@@ -20,7 +20,6 @@ from everystep.step.under_way import UnderWay, as_gradients
 
 __all__ = ["OptimizerStep", "OptimizerSteps"]
 
-_RAISES = "the step of an optimizer raises"
 #: Returns the gradients of an optimizer's parameters, by name.
 Gradients = Callable[[], Mapping[str, Tensor]]
 
@@ -173,4 +172,4 @@ class OptimizerSteps:
         running, self._running = self._running, None
         if running is not None:
             _push_mode(self._step)
-            self._step.note_unwatched(_RAISES, [], [], running[2], runs_python=True)
+            self._step.note_unwatched("the step of an optimizer raises", [], [], running[2])

@@ -432,9 +432,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         reason: str,
         before: Iterable[Tensor | None],
         left: Iterable[Tensor | None],
-        versions: Iterable[int | None],
-        *,
-        runs_python: bool,
+        versions: Iterable[int | None] | None = None,
     ) -> None:
         """Note that what ran unwatched is unknown: the tensors that it has left are from outside.
 
@@ -442,18 +440,17 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
             reason: why it is unknown.
             before: the gradients before it.
             left: those after it, and its results.
-            versions: what `state_versions` returned before it.
-            runs_python: whether code of the user's may have run in it, and changed anything.
+            versions: what `state_versions` returned before it, if it may have changed anything.
         """
         with torch._C._DisableTorchDispatch():
             self.unseen[reason] = self.unseen.get(reason, 0) + 1
-            changed = [gradient for gradient in before if gradient is not None]
-            if runs_python:
+            changed, others = [gradient for gradient in before if gradient is not None], list[int]()
+            self.tensors.catch_up(self.at)
+            if versions is not None:
                 counts = zip(self.tensors.met, versions, self.state_versions(), strict=False)
                 known = [each() for each, before_it, now in counts if now != before_it]
                 changed += [tensor for tensor in known if tensor is not None]
-            self.tensors.catch_up(self.at)
-            others = self.tensors.all_but_state() if runs_python else []
+                others = self.tensors.all_but_state()
             self.note_unseen(changed, left, others)
 
     def note_unseen(
