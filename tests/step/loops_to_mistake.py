@@ -372,70 +372,58 @@ def memory_that_is_exchanged_for_other_at_the_same_address(record):
 # What a known path must compare besides operations and tensors.
 
 
-@loop(20)
-def parameters_that_move_to_another_group(record):
+@loop(15)
+def groups_casts_and_leaves_that_change(record):
     def body(model, optimizer, x, y, number):
         if number == 9:
             optimizer.param_groups[0]["params"].append(optimizer.param_groups[1]["params"].pop(0))
-        return update(model, optimizer, x, y)
+        loss = functional.mse_loss(model(x), y)
+        optimizer.zero_grad(set_to_none=False)
+        model[0].requires_grad_(number not in (12, 13, 20))  # after the forward pass
+        with torch.autocast("cpu", dtype=torch.bfloat16 if number in (6, 20, 21) else torch.float16):
+            loss.backward()
+        optimizer.step()
+        return loss
 
     model = network()
     groups = [{"params": [*model[:2].parameters()]}, {"params": [*model[2:].parameters()], "lr": 0.5}]
     return trained(record, body, model, torch.optim.Adam(groups, lr=0.01))
 
 
-@loop(20)
-def backward_passes_under_an_autocast_of_another_dtype(record):
+@loop(0)
+def losses_and_gradients_on_memory_of_something_else(record):
+    kept, total = {"losses": torch.zeros(STEPS), "flat": torch.zeros(8)}, torch.zeros(())
+
     def body(model, optimizer, x, y, number):
         loss = functional.mse_loss(model(x), y)
         optimizer.zero_grad()
-        with torch.autocast("cpu", dtype=torch.float16 if number % 3 else torch.bfloat16):
-            loss.backward()
-        optimizer.step()
-        return loss
-
-    return trained(record, body)
-
-
-@loop(20)
-def parameters_that_are_frozen_between_the_two_passes(record):
-    def body(model, optimizer, x, y, number):
-        loss = functional.mse_loss(model(x), y)
-        optimizer.zero_grad(set_to_none=False)
-        model[0].requires_grad_(number not in (9, 10, 20))
         loss.backward()
+        kept["flat"].copy_(model[2].bias.grad)
+        model[2].bias.grad = kept["flat"].view(8)
         optimizer.step()
-        return loss
+        kept["losses"][number - 1] = loss.detach()
+        found = total.add_(loss.detach()).item()
+        total.zero_()  # after the number was read
+        return found if number % 3 else kept["losses"][number - 1]
 
-    return trained(record, body)
+    return trained(record, body, kept=kept)
 
 
-@loop(6)
-def operations_that_raise_after_they_have_written(record):
+@loop(10)
+def operations_and_passes_that_raise_after_they_have_written(record):
+    weight, places = nn.Parameter(torch.ones(3)), torch.tensor([0, 1, 99])
+
     def body(model, optimizer, x, y, number):
-        loss, places = update(model, optimizer, x, y), torch.tensor([0, 1, 99])
-        if number % 3 == 0:
-            with contextlib.suppress(IndexError), torch.no_grad():
+        with contextlib.suppress(IndexError, RuntimeError), torch.no_grad():
+            if number % 6 == 0:
                 model[2].bias.index_add_(0, places, torch.full((3,), 0.1))
-        if number % 4 == 0:
-            with contextlib.suppress(RuntimeError), torch.no_grad():
+            if number % 7 == 0:
                 torch._foreach_mul_([model[0].bias, model[2].bias], [x[0, 0], torch.ones(5)])
-        return loss
-
-    return trained(record, body)
-
-
-@loop(20)
-def backward_passes_that_raise(record):
-    weight = nn.Parameter(torch.ones(3))
-
-    def body(model, optimizer, x, y, number):
         optimizer.zero_grad(set_to_none=False)
-        with torch.autograd.set_detect_anomaly(number > 5):
+        with contextlib.suppress(RuntimeError), torch.autograd.set_detect_anomaly(number > 5):
             scale = torch.tensor(float(number not in (8, 9, 20)))
             loss = (model(x) * scale).abs().sum(0).sqrt().mean() + weight.pow(2).sum()
-            with contextlib.suppress(RuntimeError):  # of NaN, where the weight has its gradient
-                loss.backward()
+            loss.backward()  # finds NaN where the weight has its gradient
         optimizer.step()
         return loss
 

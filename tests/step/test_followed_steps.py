@@ -27,11 +27,9 @@ OFTEN = {
     ),
     *("steps_that_fail_and_are_taken_again", "tensors_from_elsewhere_that_alias"),
     "memory_in_a_cycle_that_python_has_collected",
-    "parameters_that_move_to_another_group",
-    "backward_passes_under_an_autocast_of_another_dtype",
-    "parameters_that_are_frozen_between_the_two_passes",
-    *("operations_that_raise_after_they_have_written", "backward_passes_that_raise"),
-    "tensors_from_outside_that_have_a_name",
+    "groups_casts_and_leaves_that_change",
+    "operations_and_passes_that_raise_after_they_have_written",
+    *("tensors_from_outside_that_have_a_name", "losses_and_gradients_on_memory_of_something_else"),
     "memory_that_is_exchanged_for_other_at_the_same_address",
 }
 

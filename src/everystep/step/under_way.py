@@ -436,11 +436,8 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
     ) -> None:
         """Note that what ran unwatched is unknown: the tensors that it has left are from outside.
 
-        Args:
-            reason: why it is unknown.
-            before: the gradients before it.
-            left: those after it, and its results.
-            versions: what `state_versions` returned before it, if it may have changed anything.
+        reason: why; before: gradients before it; left: those after it, and its results; versions: what
+        `state_versions` returned before it, if it may have changed anything.
         """
         with torch._C._DisableTorchDispatch():
             self.unseen[reason] = self.unseen.get(reason, 0) + 1
@@ -539,13 +536,14 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         # Before `after`, which gives a number to each tensor that has none.
         bound = tuple(map(self._bound, state.values())) if self.is_remembered else ()
         after = {name: self.number(tensor) for name, tensor in state.items() if is_plain(tensor)}
-        logged = None
+        logged, since = None, self.loss_at
         if not isinstance(loss, Tensor):
-            logged = self._read_from(loss)
+            logged, since = self._read_from(loss)
         elif loss.numel() == 1 and is_plain(loss):
             logged = self.number(loss)
-            # A replay reads the loss at the end of a step, when the tensor has another value.
-            logged = None if self._is_written_since(logged, self.loss_at) else logged
+        # A replay reads the loss at the end of a step, when the tensor may have another value.
+        if logged is not None and self._is_written_since(logged, since):
+            logged = None
         writer = PathWriter(tensors.known, self.brought, has_host=self._device.type != "cpu")
         path = writer.path(at, after, logged)
         # What has become state is in snapshots, so it needs no notice.
@@ -579,12 +577,13 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
             entry = entry.parent
         return False
 
-    def _read_from(self, loss: Any) -> int | None:
-        """Return the number of the tensor from which Python read what was logged as the loss."""
-        for operation in reversed([*self.at.operations()]):
-            if str(operation.operator) == READ and self.numbers[operation.numbers[0]] == loss:
-                return int(operation.arguments[0][1:])
-        return None
+    def _read_from(self, loss: Any) -> tuple[int | None, Entry | None]:
+        """Return the tensor from which Python read what was logged as the loss, by number, and where."""
+        for entry in reversed(self.at.from_root()):
+            seen = entry.operation
+            if seen and str(seen.operator) == READ and self.numbers[seen.numbers[0]] == loss:
+                return int(seen.arguments[0][1:]), entry
+        return None, None
 
     def _bound(self, tensor: Tensor) -> Any:
         """Return the number of a tensor of the state, or the memory that it got in the step."""
