@@ -124,9 +124,9 @@ def graph_of(outputs: Any, args: Any, kwargs: Any, since: int, known_handles: in
                 order.append(other)
         edges.append(tuple([(number[other], place) for other, place in following]))
     is_sure = is_sure and not any(map(_is_special, leaves))
-    # Products of matrices in it have the dtype of an autocast in force, as in any code.
-    is_cast = torch._C._is_any_autocast_enabled()
-    casts = [torch.is_autocast_enabled(k) and torch.get_autocast_dtype(k) for k in kinds() if is_cast]
+    casts: list[Any] = []
+    if torch._C._is_any_autocast_enabled():  # in it, products of matrices have its dtype, as in any code
+        casts = [torch.is_autocast_enabled(k) and torch.get_autocast_dtype(k) for k in kinds()]
     settings = retain, accumulates, *casts, len(outputs), len(gradients)
     key = (tuple(classes), tuple(edges), settings) if is_sure else None
     return Graph(key, leaves, (*outputs, *gradients, *(inputs or ())), is_other)
@@ -184,14 +184,12 @@ class BackwardPasses:
             return run_engine(outputs, *args, **kwargs)
         graph = graph_of(outputs, args, kwargs, self._since, self._handles)
         is_sure = graph.key is not None and not cursor.has_saved_hooks and not self._has_ranks
-        if not is_sure or cursor.paths.have_hooks(graph.leaves):
-            if not graph.is_other:
-                return run_engine(outputs, *args, **kwargs)
-            return self._run_by_content(graph.leaves, outputs, args, kwargs, runs_python=True)
-        self._handles = handles()  # looking for hooks has registered some
+        runs_python = not is_sure or cursor.paths.have_hooks(graph.leaves)
+        if not runs_python:
+            self._handles = handles()  # looking for hooks has registered some
         if graph.is_other:
-            return self._run_by_content(graph.leaves, outputs, args, kwargs)
-        if not cursor.is_remembered:
+            return self._run_by_content(graph.leaves, outputs, args, kwargs, runs_python)
+        if runs_python or not cursor.is_remembered:
             return run_engine(outputs, *args, **kwargs)
         return self._run_graph(graph, outputs, args, kwargs)
 
@@ -253,7 +251,7 @@ class BackwardPasses:
         cursor.at = end
 
     def _run_by_content(
-        self, leaves: list[Tensor], outputs: Any, args: Any, kwargs: Any, *, runs_python: bool = False
+        self, leaves: list[Tensor], outputs: Any, args: Any, kwargs: Any, runs_python: bool
     ) -> Any:
         """Run a pass that would have different bits if it were watched; its results are kept by content.
 

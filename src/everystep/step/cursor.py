@@ -178,8 +178,15 @@ class Cursor(UnderWay):
                     self.tensors.catch_up(at)
                 result = entry.check(args, kwargs)  # type: ignore[misc]
                 if result is not MISS:
-                    at.next = entry
-                    return self._went(entry, result)
+                    at.next = self.at = entry
+                    self.tensors.keep_brought()
+                    if entry.kept:
+                        flat = flattened(result)
+                        for place, number in entry.kept:
+                            self.tensors.keep_place(flat[place], number)
+                    if entry.shaped:
+                        self._add_shapes(entry, result)
+                    return result
                 # The failed check may have noted memory that this call does not bring.
                 self.tensors.forget_brought(at.met)
             entry = next((each for each in others if each is not expected), None)
@@ -242,18 +249,6 @@ class Cursor(UnderWay):
         if number is None or entry.operation is None or entry.parent is None:
             return False
         return entry.draws > entry.parent.draws and not entry.operation.tensors_read()
-
-    def _went(self, entry: Entry, result: Any) -> Any:
-        """Go to the point after a call that was compared and made."""
-        self.at = entry
-        self.tensors.keep_brought()
-        if entry.kept:
-            flat = flattened(result)
-            for place, number in entry.kept:
-                self.tensors.keep_place(flat[place], number)
-        if entry.shaped:
-            self._add_shapes(entry, result)
-        return result
 
     def _add_shapes(self, call: Entry, result: Any) -> None:
         """Go to the point after a call with results of a shape that the call does not determine."""

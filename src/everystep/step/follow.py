@@ -159,7 +159,16 @@ class Follower:
         with _lock:
             _followers[self._thread] = (*_followers.get(self._thread, ()), self)
             if not _hooks:
-                _hooks.extend(_registered())
+                # What ends each, too: torch's hooks for all modules and optimizers, and replacements.
+                _hooks.extend(
+                    (
+                        register_module_forward_pre_hook(_told(Follower.opened)),
+                        register_module_forward_hook(_told(Follower.closed), always_call=True),
+                        register_optimizer_step_pre_hook(_update_begins),
+                        register_optimizer_step_post_hook(_told(Follower.update_ends)),
+                        *(_Replacement(), ModeFormulas()),
+                    )
+                )
 
     def finish(self) -> None:
         """Follow no longer."""
@@ -274,18 +283,6 @@ class Follower:
             self._updating.pop()
             self._moved()
             self.listener.optimizer_ends(optimizer)
-
-
-def _registered() -> list[Any]:
-    """Register torch's hooks for all modules and optimizers, replace functions; return what ends it."""
-    return [
-        register_module_forward_pre_hook(_told(Follower.opened)),
-        register_module_forward_hook(_told(Follower.closed), always_call=True),
-        register_optimizer_step_pre_hook(_update_begins),
-        register_optimizer_step_post_hook(_told(Follower.update_ends)),
-        _Replacement(),
-        ModeFormulas(),
-    ]
 
 
 def _told(note: Callable[..., None]) -> Callable[..., None]:

@@ -277,8 +277,7 @@ class MetTensors:
 
     def keep_brought(self) -> None:
         """Keep the memory that a call brought."""
-        if self._brought:
-            self._brought.clear()
+        self._brought.clear()
 
     def lies_as(self, tensor: Tensor, token: Any) -> bool:
         """Return whether a tensor after the step is the one that a number, or a place, stands for."""
