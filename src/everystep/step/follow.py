@@ -160,14 +160,12 @@ class Follower:
             _followers[self._thread] = (*_followers.get(self._thread, ()), self)
             if not _hooks:
                 # What ends each, too: torch's hooks for all modules and optimizers, and replacements.
-                _hooks.extend(
-                    (
-                        register_module_forward_pre_hook(_told(Follower.opened)),
-                        register_module_forward_hook(_told(Follower.closed), always_call=True),
-                        register_optimizer_step_pre_hook(_update_begins),
-                        register_optimizer_step_post_hook(_told(Follower.update_ends)),
-                        *(_Replacement(), ModeFormulas()),
-                    )
+                _hooks[:] = (
+                    register_module_forward_pre_hook(_told(Follower.opened)),
+                    register_module_forward_hook(_told(Follower.closed), always_call=True),
+                    register_optimizer_step_pre_hook(_update_begins),
+                    register_optimizer_step_post_hook(_told(Follower.update_ends)),
+                    *(_Replacement(), ModeFormulas()),
                 )
 
     def finish(self) -> None:
