@@ -77,9 +77,9 @@ _OF_TORCH = {
     *("_warned_capturable_if_run_uncaptured", "_opt_called"),
 }
 #: Objects that are left unchanged: code, modules, and objects that cannot be copied.
-_LEFT_ALONE = (type, nn.Module, torch.device)
+_LEFT_ALONE = (type, nn.Module, torch.device, torch.dtype)
 #: Values that never change: a state shows whether there is another one.
-_WITH_TEXTS = (range, slice, torch.Size, torch.dtype, np.dtype, PurePath, Fraction, Decimal)
+_WITH_TEXTS = (range, slice, torch.Size, np.dtype, PurePath, Fraction, Decimal)
 #: Limits of an object in an attribute of a module: it may lead to a data set or a trainer.
 MOST_OBJECTS, MOST_VALUES, MOST_BYTES = 10, 1000, 16_000_000
 #: Of a collection and of tensors in what batches are drawn from, which may be the data itself.
