@@ -912,7 +912,7 @@ def with_views(record):
     """A loop with objects and views that it makes on its way, some of which matter only late."""
     seeded()
     model, state = WithObject(), {"count": 0, "ring": torch.zeros(5, 6), "pool": []}
-    state["newest"] = state["ring"][0]
+    state |= {"newest": state["ring"][0], "spread": torch.zeros(9, 4)}
     optimizer = Flat(model.parameters())
     with record(model=model, optimizer=optimizer, state=state) as recording:
         for x, y in recording.steps(DataLoader(tensors(), batch_size=1)):
@@ -920,10 +920,12 @@ def with_views(record):
             if state["count"] == 1:
                 state["all"] = torch.zeros(4)
                 state["bias"], state["some"] = model.layer.bias.detach(), state["all"][1:3]
+                state["spread"] = state["all"].expand(9, 4)  # has more numbers than its memory
             state["ring"][state["count"] % 5] = x[0]
             state["newest"] = state["ring"][state["count"] % 5] if state["count"] % 2 else x[0].clone()
             state["pool"] = [*(x + torch.arange(3.0)[:, None]).split(1), *state["pool"][:4]]
-            late = state["some"].sum() + sum(state["pool"]).sum() if state["count"] > 18 else 0.0
+            views = state["some"].sum() + state["spread"].mean()
+            late = views + sum(state["pool"]).sum() if state["count"] > 18 else 0.0
             recording.log(loss=descend(optimizer, functional.mse_loss(model(x), y) + late * y.mean()))
             optimizer.param_groups[0]["lr"] = np.float32(0.1 / state["count"])
             state["all"].add_(0.1)

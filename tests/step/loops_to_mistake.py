@@ -346,3 +346,113 @@ def steps_that_fail_and_are_taken_again(record):
                         raise RuntimeError("after the update")
                     break
     return model
+
+
+@loop(15)
+def memory_that_is_exchanged_for_other_at_the_same_address(record):
+    model = network()
+    weight, array = model[0].weight, model[0].weight.detach().numpy().copy()
+    weight.data = torch.frombuffer(array, dtype=torch.float32).view_as(weight)
+
+    def body(model, optimizer, x, y, number):
+        loss = update(model, optimizer, x, y)
+        with torch.no_grad():  # through a view, which is known by the memory of the parameter
+            weight.t()[0].mul_(0.99)
+        return loss
+
+    def between(model, optimizer, number):
+        if number % 4 == 0:  # as `model.half()` and `model.float()`, where memory is scarce
+            weight.data = weight.detach().half() if number % 8 else weight.detach().double()
+            array[:] = weight.detach().float().numpy()
+            weight.data = torch.frombuffer(array, dtype=torch.float32).view_as(weight)
+
+    return trained(record, body, model, between=between)
+
+
+# What a known path must compare besides operations and tensors.
+
+
+@loop(15)
+def groups_casts_and_leaves_that_change(record):
+    def body(model, optimizer, x, y, number):
+        if number == 9:
+            optimizer.param_groups[0]["params"].append(optimizer.param_groups[1]["params"].pop(0))
+        loss = functional.mse_loss(model(x), y)
+        optimizer.zero_grad(set_to_none=False)
+        model[0].requires_grad_(number not in (12, 13, 20))  # after the forward pass
+        with torch.autocast("cpu", dtype=torch.bfloat16 if number in (6, 20, 21) else torch.float16):
+            loss.backward()
+        optimizer.step()
+        return loss
+
+    model = network()
+    groups = [{"params": [*model[:2].parameters()]}, {"params": [*model[2:].parameters()], "lr": 0.5}]
+    return trained(record, body, model, torch.optim.Adam(groups, lr=0.01))
+
+
+@loop(0)
+def losses_and_gradients_on_memory_of_something_else(record):
+    kept, total = {"losses": torch.zeros(STEPS), "flat": torch.zeros(8)}, torch.zeros(())
+
+    def body(model, optimizer, x, y, number):
+        loss = functional.mse_loss(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        kept["flat"].copy_(model[2].bias.grad)
+        model[2].bias.grad = kept["flat"].view(8)
+        optimizer.step()
+        kept["losses"][number - 1] = loss.detach()
+        found = total.add_(loss.detach()).item()
+        total.zero_()  # after the number was read
+        return found if number % 3 else kept["losses"][number - 1]
+
+    return trained(record, body, kept=kept)
+
+
+@loop(10)
+def operations_and_passes_that_raise_after_they_have_written(record):
+    weight, places = nn.Parameter(torch.ones(3)), torch.tensor([0, 1, 99])
+
+    def body(model, optimizer, x, y, number):
+        with contextlib.suppress(IndexError, RuntimeError), torch.no_grad():
+            if number % 6 == 0:
+                model[2].bias.index_add_(0, places, torch.full((3,), 0.1))
+            if number % 7 == 0:
+                torch._foreach_mul_([model[0].bias, model[2].bias], [x[0, 0], torch.ones(5)])
+        optimizer.zero_grad(set_to_none=False)
+        with contextlib.suppress(RuntimeError), torch.autograd.set_detect_anomaly(number > 5):
+            scale = torch.tensor(float(number not in (8, 9, 20)))
+            loss = (model(x) * scale).abs().sum(0).sqrt().mean() + weight.pow(2).sum()
+            loss.backward()  # finds NaN where the weight has its gradient
+        optimizer.step()
+        return loss
+
+    model = network()
+    return trained(record, body, model, torch.optim.SGD([*model.parameters(), weight], lr=0.1))
+
+
+class Rows(nn.Module):
+    """Returns rows of a table that is in no part."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.__dict__["table"] = [table]
+
+    def forward(self, count):
+        return self.table[0][:count]
+
+
+@loop(0)
+def tensors_from_outside_that_have_a_name(record):
+    model = nn.ModuleDict({"rows": Rows(torch.randn(9, 6, requires_grad=True)), "rest": network()})
+    optimizer, last = sgd(model), torch.zeros(())
+    with record(model=model, optimizer=optimizer) as recording:
+        for number, (x, y) in enumerate(batches()):
+            with recording.step((x, y)):
+                if number % 2:
+                    x = x + model["rows"](len(x))
+                if number > 1:
+                    recording.log(last=last.detach())
+                last = update(model["rest"], optimizer, x, y)
+                recording.log(loss=last)
+    return model

@@ -27,6 +27,10 @@ OFTEN = {
     ),
     *("steps_that_fail_and_are_taken_again", "tensors_from_elsewhere_that_alias"),
     "memory_in_a_cycle_that_python_has_collected",
+    "groups_casts_and_leaves_that_change",
+    "operations_and_passes_that_raise_after_they_have_written",
+    *("tensors_from_outside_that_have_a_name", "losses_and_gradients_on_memory_of_something_else"),
+    "memory_that_is_exchanged_for_other_at_the_same_address",
 }
 
 

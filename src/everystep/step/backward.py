@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode, _push_mode
 
+from everystep.device import kinds
 from everystep.step.follow import run_engine
 from everystep.step.path import Entry, places_of_reads
 from everystep.step.torchs_own import handles
@@ -34,6 +35,11 @@ if torch.__version__ < "2.13":  # compared as versions; tested with 2.9
     _OTHER_KINDS.add("CumprodBackward0")
 #: The same, where the gradients have a graph of their own (`create_graph`).
 _OTHER_WITH_GRAPH = {"CumprodBackward0", "LinalgDetBackward0"}
+#: Why a pass is not watched.
+_OTHER_BITS = (
+    "the gradient of prod, cumprod or det, or of the value of masked_fill, is not bit-identical when it "
+    "is watched"
+)
 
 
 class Jump(NamedTuple):
@@ -92,14 +98,14 @@ def graph_of(outputs: Any, args: Any, kwargs: Any, since: int, known_handles: in
             order.append(root)
     # e.g. of (w * x).sum(): (SumBackward0, MulBackward0, AccumulateGrad), and the edges
     # ((0,), ((1, 0),), ((2, 0), (-1, 0))): the roots, then where each node leads; -1 is nowhere.
-    kinds: list[type] = []
+    classes: list[type] = []
     edges: list[Any] = [tuple([number[root] for root in roots])]
     leaves: list[Tensor] = []
     is_other = False
     # The list is the queue of the search, and grows on the way.
     for node in order:
         kind = type(node)
-        kinds.append(kind)
+        classes.append(kind)
         if kind is _ACCUMULATE:
             leaves.append(node.variable)
             continue
@@ -118,15 +124,19 @@ def graph_of(outputs: Any, args: Any, kwargs: Any, since: int, known_handles: in
                 order.append(other)
         edges.append(tuple([(number[other], place) for other, place in following]))
     is_sure = is_sure and not any(map(_is_special, leaves))
-    settings = retain, accumulates, torch._C._is_any_autocast_enabled(), len(outputs), len(gradients)
-    key = (tuple(kinds), tuple(edges), settings) if is_sure else None
+    casts: list[Any] = []
+    if torch._C._is_any_autocast_enabled():  # in it, products of matrices have its dtype, as in any code
+        casts = [torch.is_autocast_enabled(k) and torch.get_autocast_dtype(k) for k in kinds()]
+    settings = retain, accumulates, *casts, len(outputs), len(gradients)
+    key = (tuple(classes), tuple(edges), settings) if is_sure else None
     return Graph(key, leaves, (*outputs, *gradients, *(inputs or ())), is_other)
 
 
 def _is_special(leaf: Tensor) -> bool:
-    """Return whether Python runs where a leaf gets its gradient, or whether it is sparse."""
+    """Return whether Python runs where a leaf gets its gradient, it is sparse, or it gets none."""
     has_hooks = leaf._backward_hooks or leaf._post_accumulate_grad_hooks
-    return bool(has_hooks) or leaf.layout is not torch.strided
+    # One that was frozen since the forward pass has a node in the graph, and gets no gradient.
+    return bool(has_hooks) or leaf.layout is not torch.strided or not leaf.requires_grad
 
 
 def _has_other_bits(node: Any, *, has_graph: bool) -> bool:
@@ -174,14 +184,12 @@ class BackwardPasses:
             return run_engine(outputs, *args, **kwargs)
         graph = graph_of(outputs, args, kwargs, self._since, self._handles)
         is_sure = graph.key is not None and not cursor.has_saved_hooks and not self._has_ranks
-        if not is_sure or cursor.paths.have_hooks(graph.leaves):
-            if not graph.is_other:
-                return run_engine(outputs, *args, **kwargs)
-            return self._run_by_content(graph.leaves, outputs, args, kwargs, runs_python=True)
-        self._handles = handles()  # looking for hooks has registered some
+        runs_python = not is_sure or cursor.paths.have_hooks(graph.leaves)
+        if not runs_python:
+            self._handles = handles()  # looking for hooks has registered some
         if graph.is_other:
-            return self._run_by_content(graph.leaves, outputs, args, kwargs)
-        if not cursor.is_remembered:
+            return self._run_by_content(graph.leaves, outputs, args, kwargs, runs_python)
+        if runs_python or not cursor.is_remembered:
             return run_engine(outputs, *args, **kwargs)
         return self._run_graph(graph, outputs, args, kwargs)
 
@@ -195,7 +203,7 @@ class BackwardPasses:
         # Numbers of the forward pass, such as an exponent, are in the nodes, and not in the key.
         case = () if jump is None else jump.case(cursor)
         if jump is not None and case in jump.known:
-            result = self._unwatched(outputs, args, kwargs)
+            result = self._unwatched(graph.leaves, outputs, args, kwargs)
             cursor.numbers += jump.known[case]
             self._jump(entry, jump.end, _left(graph.leaves, result))
             return result
@@ -243,7 +251,7 @@ class BackwardPasses:
         cursor.at = end
 
     def _run_by_content(
-        self, leaves: list[Tensor], outputs: Any, args: Any, kwargs: Any, *, runs_python: bool = False
+        self, leaves: list[Tensor], outputs: Any, args: Any, kwargs: Any, runs_python: bool
     ) -> Any:
         """Run a pass that would have different bits if it were watched; its results are kept by content.
 
@@ -251,15 +259,19 @@ class BackwardPasses:
         """
         cursor = self._cursor
         before = [leaf.grad for leaf in leaves]
-        versions = cursor.state_versions()
-        result = self._unwatched(outputs, args, kwargs)
-        cursor.note_unwatched(before, _left(leaves, result), versions, runs_python=runs_python)
+        versions = cursor.state_versions() if runs_python else None
+        result = self._unwatched(leaves, outputs, args, kwargs)
+        cursor.note_unwatched(_OTHER_BITS, before, _left(leaves, result), versions)
         return result
 
-    def _unwatched(self, outputs: Any, args: Any, kwargs: Any) -> Any:
+    def _unwatched(self, leaves: list[Tensor], outputs: Any, args: Any, kwargs: Any) -> Any:
         _pop_mode()
         try:
             return run_engine(outputs, *args, **kwargs)
+        except BaseException:  # such as that of anomaly detection: some leaves have their gradients
+            left = _left(leaves, ())
+            self._cursor.note_unwatched("a backward pass raises", left, left)
+            raise
         finally:
             _push_mode(self._cursor)
 

@@ -192,11 +192,11 @@ class _Builder:
         """
         path, storage_of = self._path, [tensor.storage for tensor in self._path.tensors]
         made = {n: k for n, k in path.ends if n not in self._state and not n.startswith("gradient/")}
+        made |= {} if path.loss is None else {"loss": path.loss}
         # A new name of memory that the state has already is a view of it.
         made = {n: k for n, k in made.items() if path.storages[storage_of[k]].kind != "state"}
-        loss = {} if path.loss is None else {"loss": path.loss}
         gradients = {f"gradient/{n}": k for n, k in path.gradients if f"gradient/{n}" not in self._state}
-        for known in (made, loss, self._state, gradients):
+        for known in (made, self._state, gradients):
             for name, number in known.items():
                 self._names.setdefault(storage_of[number], name)
         for seen in path.operations:
@@ -218,8 +218,10 @@ class _Builder:
         return f"{name} (new)" if name in self._tensors else name
 
     def _named(self, number: int, name: str) -> str:
-        """Return the name of a tensor; name it `name` unless it already has one."""
+        """Return the name of a tensor; name it `name` unless it has one, or is a view of the state."""
         if number not in self._tensor_names:
+            if self._path.storages[self._path.tensors[number].storage].kind == "state":
+                return self._tensor(number)
             self._add_tensor(name, number)
         return self._tensor_names[number]
 

@@ -101,14 +101,15 @@ def _reduce(given: dict[str, Any]) -> str:
     return name.lower()
 
 
+def _reduced(given: dict[str, Any]) -> tuple[Any, ...]:
+    return [*given["tensors"]], _reduce(given)
+
+
 #: By torch's name: the name in a program, and what returns the arguments, without the ranks.
 _TRANSLATED: dict[str, tuple[str, Callable[[dict[str, Any]], tuple[Any, ...]]]] = {
-    "allreduce_": ("all_reduce_", lambda given: ([*given["tensors"]], _reduce(given))),
-    "allreduce_coalesced_": (
-        "all_reduce_coalesced_",
-        lambda given: ([*given["tensors"]], _reduce(given)),
-    ),
-    "reduce_": ("reduce_", lambda given: ([*given["tensors"]], _reduce(given), _source(given))),
+    "allreduce_": ("all_reduce_", _reduced),
+    "allreduce_coalesced_": ("all_reduce_coalesced_", _reduced),
+    "reduce_": ("reduce_", lambda given: (*_reduced(given), _source(given))),
     "broadcast_": ("broadcast_", lambda given: ([*given["tensors"]], _source(given))),
     "allgather_": (
         "all_gather_",

@@ -94,11 +94,12 @@ class Cursor(UnderWay):
         # A call that the path expects needs no questions about its kind: this runs at every call.
         is_new = expected is None or expected.func is not func
         if self.is_paused or (is_new and func.namespace in _NO_OPERATIONS):
-            result = func._op(*args, **(kwargs or {}))  # as `func`, without a call of Python's between
-            # A replay does not repeat a pause, so what it changes is kept by content.
-            if self.is_paused and (names := writes(func)):
-                self._note_aside(_written(func, names, args, kwargs or {}))
-            return result
+            try:
+                return func._op(*args, **(kwargs or {}))  # without a call of Python's between
+            finally:
+                # A replay does not repeat a pause, so what it changes is kept by content.
+                if self.is_paused and writes(func):
+                    self._note_aside(func, args, kwargs or {})
         # Such hooks may be in force for a few calls only, but a later backward pass runs their Python.
         if _saved_hooks(True) is not None:
             self.has_saved_hooks = True
@@ -110,9 +111,9 @@ class Cursor(UnderWay):
                 with taking_part(call):
                     self.__torch_dispatch__(call.operator, types, call.arguments)
                 return call.result
-        if self.is_remembered:
-            # The usual call is checked here, without the loop of `_followed`: each step makes many.
-            try:
+        try:
+            if self.is_remembered:
+                # The usual call is checked here, without the loop of `_followed`: each step makes many.
                 if (
                     expected is not None
                     and expected.func is func
@@ -124,12 +125,19 @@ class Cursor(UnderWay):
                         self.at = expected
                         return result
                 result = self._followed(at, func, args, kwargs)
-            except BaseException:  # the loop may catch it, and continue
-                self.undo()
-                raise
-            if result is not MISS:
-                return result
-        keywords, known = kwargs or {}, known_operator(func)
+                if result is not MISS:
+                    return result
+            return self._unknown(at, func, args, kwargs or {})
+        except BaseException:  # the loop may catch it, and continue
+            self.undo()
+            # A kernel may have written some of its numbers by then, and torch counts no such change.
+            if self._note_aside(func, args, kwargs or {}):
+                self.unseen[f"{func} raises"] = 1
+            raise
+
+    def _unknown(self, at: Entry, func: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        """Make a call that no earlier step has made here."""
+        known = known_operator(func)
         if known.how == "decompose":
             # The mode is off within its own handler; with it, the component operations arrive here.
             with self:
@@ -170,8 +178,15 @@ class Cursor(UnderWay):
                     self.tensors.catch_up(at)
                 result = entry.check(args, kwargs)  # type: ignore[misc]
                 if result is not MISS:
-                    at.next = entry
-                    return self._went(entry, result)
+                    at.next = self.at = entry
+                    self.tensors.keep_brought()
+                    if entry.kept:
+                        flat = flattened(result)
+                        for place, number in entry.kept:
+                            self.tensors.keep_place(flat[place], number)
+                    if entry.shaped:
+                        self._add_shapes(entry, result)
+                    return result
                 # The failed check may have noted memory that this call does not bring.
                 self.tensors.forget_brought(at.met)
             entry = next((each for each in others if each is not expected), None)
@@ -234,18 +249,6 @@ class Cursor(UnderWay):
         if number is None or entry.operation is None or entry.parent is None:
             return False
         return entry.draws > entry.parent.draws and not entry.operation.tensors_read()
-
-    def _went(self, entry: Entry, result: Any) -> Any:
-        """Go to the point after a call that was compared and made."""
-        self.at = entry
-        self.tensors.keep_brought()
-        if entry.kept:
-            flat = flattened(result)
-            for place, number in entry.kept:
-                self.tensors.keep_place(flat[place], number)
-        if entry.shaped:
-            self._add_shapes(entry, result)
-        return result
 
     def _add_shapes(self, call: Entry, result: Any) -> None:
         """Go to the point after a call with results of a shape that the call does not determine."""
@@ -310,7 +313,8 @@ class Cursor(UnderWay):
             tokens, named = self._tokens(known, args, keywords)
             given = [*leaf_tokens((*tokens, *[token for _, token in named]))]
             met = [token[1] for token in given if token[0] in MET]
-            written = self._written_numbers(known, tokens, named) if known.writes else []
+            into = map(tensors.number, _written(func, known.writes, args, keywords))
+            written = [number for number in into if number is not None]
             if is_seen:
                 self._check(known, met, written)
         except UnseenError as error:
@@ -339,7 +343,6 @@ class Cursor(UnderWay):
             result = call(*args, **keywords)
         except BaseException:
             del self.numbers[count:]
-            self.undo()
             raise
         self._note_result(known, result)
         made, before = flattened(result), len(tensors.known)
@@ -390,14 +393,6 @@ class Cursor(UnderWay):
         if is_shaped:
             self._add_shapes(entry, result)
         return result
-
-    def _written_numbers(
-        self, known: KnownOperator, tokens: Sequence[Any], named: Iterable[tuple[str, Any]]
-    ) -> list[int]:
-        """Return the numbers of the tensors that a call writes into."""
-        given = dict(zip(known.places, tokens, strict=False)) | dict(named)
-        into = leaf_tokens(given[name] for name in known.writes if name in given)
-        return [token[1] for token in into if token[0] in MET]
 
     def _moving(
         self,
@@ -563,14 +558,15 @@ class Cursor(UnderWay):
         self.note_unseen(changed, pytree.tree_leaves(result), storages, is_read=is_read)
         return result
 
-    def _note_aside(self, written: Sequence[Tensor]) -> None:
-        """Note what a pause has written into memory that the step knows."""
+    def _note_aside(self, func: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
+        """Note what a call has written unseen into memory that the step knows; return whether it has."""
         with torch._C._DisableTorchDispatch():
             self.tensors.catch_up(self.at)
-            plain = [tensor for tensor in written if is_plain(tensor)]
+            plain = filter(is_plain, _written(func, writes(func), args, keywords))
             known = [t for t in plain if self.tensors.place(t.untyped_storage()) is not None]
             if known:
                 self.note_unseen(known, ())
+        return bool(known)
 
     # In force.
 

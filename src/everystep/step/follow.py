@@ -113,7 +113,7 @@ class Listener(Protocol):
         """An optimizer is done with its step."""
 
     def exposes(self, tensor: Tensor) -> None:
-        """Code that no watch sees is about to take the `data` of a tensor."""
+        """Code that no watch sees is about to take, or to exchange, the `data` of a tensor."""
 
 
 class Follower:
@@ -159,7 +159,14 @@ class Follower:
         with _lock:
             _followers[self._thread] = (*_followers.get(self._thread, ()), self)
             if not _hooks:
-                _hooks.extend(_registered())
+                # What ends each, too: torch's hooks for all modules and optimizers, and replacements.
+                _hooks[:] = (
+                    register_module_forward_pre_hook(_told(Follower.opened)),
+                    register_module_forward_hook(_told(Follower.closed), always_call=True),
+                    register_optimizer_step_pre_hook(_update_begins),
+                    register_optimizer_step_post_hook(_told(Follower.update_ends)),
+                    *(_Replacement(), ModeFormulas()),
+                )
 
     def finish(self) -> None:
         """Follow no longer."""
@@ -274,18 +281,6 @@ class Follower:
             self._updating.pop()
             self._moved()
             self.listener.optimizer_ends(optimizer)
-
-
-def _registered() -> list[Any]:
-    """Register torch's hooks for all modules and optimizers, replace functions; return what ends it."""
-    return [
-        register_module_forward_pre_hook(_told(Follower.opened)),
-        register_module_forward_hook(_told(Follower.closed), always_call=True),
-        register_optimizer_step_pre_hook(_update_begins),
-        register_optimizer_step_post_hook(_told(Follower.update_ends)),
-        _Replacement(),
-        ModeFormulas(),
-    ]
 
 
 def _told(note: Callable[..., None]) -> Callable[..., None]:
@@ -404,6 +399,8 @@ def _noted(read: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _set_data(tensor: Tensor, value: Tensor) -> None:
+    if (watch := _watch()) is None:
+        _expose(tensor)
     _DATA.__set__(tensor, value)  # type: ignore[attr-defined]
-    if (watch := _watch()) is not None:
+    if watch is not None:
         watch.moved(tensor)

@@ -36,10 +36,6 @@ PLAIN_TYPES: frozenset[type] = frozenset(
 _METACLASSES = (type, ABCMeta, type(Tensor), type(torch.nn.Parameter))
 
 
-class Unknown:
-    """Represents a class with a custom metaclass."""
-
-
 class _Guard(NamedTuple):
     """A value that must not change. where: its name in messages; read: reads it; value: as noted."""
 
@@ -162,11 +158,11 @@ def is_plain(value: Any) -> bool:
 
 
 def kind_of(value: Any) -> type:
-    """Return the class of a value, or `Unknown` if hashing the class may run user code."""
+    """Return the class of a value, or `object` if hashing the class may run user code."""
     # `value in PLAIN_TYPES` hashes the class, by a method of its metaclass.
     cls = type(value)
     own = type(cls)
-    return cls if own is type or any(own is known for known in _METACLASSES) else Unknown
+    return cls if own is type or any(own is known for known in _METACLASSES) else object
 
 
 def is_a(value: Any, *kinds: type) -> bool:

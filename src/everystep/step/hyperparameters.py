@@ -93,9 +93,7 @@ def _number(value: Any) -> float | None:
 
 def _like(there: Any, value: float) -> Any:
     """Return a number with the type of another one; a tensor is filled with it."""
-    from torch import Tensor
-
-    if isinstance(there, Tensor):
+    if hasattr(there, "fill_"):
         return there.fill_(value)
     # A bool is an int, too; all values are recorded as floats.
     if isinstance(there, bool):

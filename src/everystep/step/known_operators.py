@@ -91,15 +91,17 @@ def known_operator(func: Any) -> KnownOperator:
                 is_view = any(r.alias_info for r in func._schema.returns) or "unsafe" in name
                 how = "pass" if is_view else "make"
     has_out = any(argument.is_out for argument in func._schema.arguments)
+    kinds = {p.name: p.kind for p in parameters(func)}
     return KnownOperator(
         how=how,
         name=name,
         writes=writes(func),
-        places={p.name: p.name in slot_names(func) for p in parameters(func)},
+        places={name: name in slot_names(func) for name in kinds},
         # What it gives to Python is a number, and no tensor of the step.
         gives=bool(func._schema.returns) and text != READ,
         draws=draws_random_numbers(func),
-        makes_dtype=_makes_dtype(func),
+        # It creates a tensor without inputs, by default in the process's dtype.
+        makes_dtype="dtype" in kinds and not any("Tensor" in kind for kind in kinds.values()),
         has_out=has_out,
         resizes=has_out and may_have_shape_of_values(func.overloadpacket),
         is_read=text == READ,
@@ -118,12 +120,6 @@ def _asks(func: Any) -> bool:
     types = {str(result.type) for result in func._schema.returns}
     is_of_values = torch.Tag.data_dependent_output in func.tags or "is_nonzero" in str(func)
     return bool(types) and types <= _ANSWERS and not is_of_values
-
-
-def _makes_dtype(func: Any) -> bool:
-    """Return whether an operator creates a tensor without inputs, by default in the process's dtype."""
-    kinds = {p.name: p.kind for p in parameters(func)}
-    return "dtype" in kinds and not any("Tensor" in kind for kind in kinds.values())
 
 
 def run_counted(func: Any, *args: Any, **keywords: Any) -> Any:

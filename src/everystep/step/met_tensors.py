@@ -87,6 +87,8 @@ class MetTensors:
             # A tensor that is turned in place (`t_`) is the same object at the same address.
             if reference() is not tensor or lies != tensor.data_ptr() or looks[0] != geometry(tensor):
                 return number
+            if looks[3] != tensor.untyped_storage()._cdata:  # other memory, at an address that was freed
+                return number
         return min(len(state), len(self.looks))
 
     def begin(self, state: Mapping[str, Tensor], same: int, root: Entry) -> None:
@@ -275,8 +277,7 @@ class MetTensors:
 
     def keep_brought(self) -> None:
         """Keep the memory that a call brought."""
-        if self._brought:
-            self._brought.clear()
+        self._brought.clear()
 
     def lies_as(self, tensor: Tensor, token: Any) -> bool:
         """Return whether a tensor after the step is the one that a number, or a place, stands for."""

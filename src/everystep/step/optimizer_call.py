@@ -52,9 +52,9 @@ class OptimizerCall(NamedTuple):
     """A step of an optimizer that is one operation.
 
     operator: of a program; settings: by key, a list by param group; numbers: of these, in the order in
-    which a program has them; layout: all else of these, comparable; parameters: by group, those that
-    have a gradient; kept: the optimizer's state of each, by key; keys: of that; tensors: all of these,
-    those of the settings, and the gradients.
+    which a program has them; layout: all else of these, and how many parameters are in each group,
+    comparable; parameters: by group, those that have a gradient; kept: the optimizer's state of each, by
+    key; keys: of that; tensors: all of these, those of the settings, and the gradients.
     """
 
     operator: OptimizerOperator
@@ -141,7 +141,9 @@ def _call_of(operator: OptimizerOperator, optimizer: torch.optim.Optimizer) -> O
         return None
     numbers: list[Number] = []
     given = (*values.values(),)
-    layout, keys = _layout(given, numbers), tuple(map(tuple, kept))
+    # A parameter may move to another group, with other settings.
+    layout = _layout(given, numbers), *map(len, parameters)
+    keys = tuple(map(tuple, kept))
     tensors += leaves(given)
     return OptimizerCall(operator, values, numbers, layout, parameters, kept, keys, tensors)
 

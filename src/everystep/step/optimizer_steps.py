@@ -172,4 +172,4 @@ class OptimizerSteps:
         running, self._running = self._running, None
         if running is not None:
             _push_mode(self._step)
-            self._step.note_unwatched([], [], running[2], runs_python=True)
+            self._step.note_unwatched("the step of an optimizer raises", [], [], running[2])

@@ -155,6 +155,9 @@ class Parts:
 
     def state(self) -> dict[str, Tensor]:
         """Return the live tensors that the training carries, by name; pending gradients among them."""
+        return self._state_and_leaves()[0]
+
+    def _state_and_leaves(self) -> tuple[dict[str, Tensor], list[tuple[Tensor, str]]]:
         layout = self._known_layout()
         found = dict(layout.tensors)
         known = {id(tensor) for tensor in found.values()} if self._others else set()
@@ -169,7 +172,7 @@ class Parts:
             # A sparse gradient is not a tensor of the state: snapshots keep its indices and values.
             if gradient is not None and gradient.layout is torch.strided:
                 found[name] = gradient
-        return found
+        return found, gradient_names
 
     def objects(self) -> set[int]:
         """Return the ids of all objects within the parts, themselves included."""
@@ -186,13 +189,7 @@ class Parts:
 
     def leaves(self) -> dict[str, Tensor]:
         """Return the tensors that may have pending gradients, by the names of these."""
-        found = {name: parameter for parameter, name in self.parameter_names().items()}
-        taken = {*found}
-        for name, tensor in self.state().items():
-            kind, _, path = name.partition("/")
-            if kind == "part" and path not in taken and _is_leaf(tensor):
-                found[path] = tensor
-        return found
+        return {name.removeprefix("gradient/"): leaf for leaf, name in self._state_and_leaves()[1]}
 
     def gradients(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         """Return the pending gradients of an optimizer by the names of their parameters."""

@@ -448,7 +448,7 @@ def _buffers(live: Mapping[str, Tensor]) -> dict[str, str]:
 def _shared(live: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return which tensors of a state lie on the memory of another one: its name, and where.
 
-    That is the largest on this memory. The place is in bytes, from where that one begins.
+    That is the one that reaches over most of this memory. The place is in bytes, from where it begins.
     """
     # e.g. {"part/state.row": ("buffer/table", 24, (1,))}
     on: dict[int, list[str]] = {}
@@ -457,7 +457,8 @@ def _shared(live: Mapping[str, Tensor]) -> dict[str, Any]:
             on.setdefault(tensor.untyped_storage()._cdata, []).append(name)
     found = {}
     for names in chain.from_iterable(_overlapping(live, each) for each in on.values()):
-        largest = max(names, key=lambda name: live[name].nbytes)
+        # An expanded tensor has more numbers than its memory, and one that is made again must have all.
+        largest = max(names, key=lambda name: (_reach(live[name]), -live[name].numel()))
         for name in names:
             if live[name] is not live[largest]:
                 place = live[name].data_ptr() - live[largest].data_ptr()
@@ -475,8 +476,13 @@ def _overlapping(live: Mapping[str, Tensor], names: list[str]) -> list[list[str]
         if begin >= end:
             found.append([])
         found[-1].append(name)
-        end = max(end, begin + extent_of((tensor.dtype, tensor.shape, tensor.stride(), 0))[1])
+        end = max(end, begin + _reach(tensor))
     return found
+
+
+def _reach(tensor: Tensor) -> int:
+    """Return the bytes from the first number of a tensor to the end of its last."""
+    return extent_of((tensor.dtype, tensor.shape, tensor.stride(), 0))[1]
 
 
 def _share(live: Mapping[str, Tensor], shared: Mapping[str, Any]) -> None:

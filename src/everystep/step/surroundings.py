@@ -224,9 +224,5 @@ def _hooks_on_all() -> bool:
     """Return whether there is a hook on all modules or all optimizers; torch's own do not count."""
     tables = [*(vars(nn.modules.module)[f"_global{name}"] for name in HOOKS), *HOOKS_OF_ALL]
     found = [hook for table in tables for hook in [*table.values()]]  # other threads may change them
-    return not all(map(_is_harmless, found))
-
-
-def _is_harmless(hook: Any) -> bool:
-    """Return whether a hook is torch's own, or that of a capture in another thread."""
-    return is_torchs_function(getattr(hook, "__func__", hook)) or is_ours(hook)
+    # Torch's own, or that of a capture in another thread, is harmless.
+    return not all(is_torchs_function(getattr(h, "__func__", h)) or is_ours(h) for h in found)

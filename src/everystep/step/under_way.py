@@ -45,12 +45,6 @@ from everystep.step.versions import Versions, counts_of
 
 __all__ = ["UnderWay", "as_gradients"]
 
-#: Reported of a backward pass that runs unwatched: its operations are unknown.
-_OTHER_WHEN_WATCHED = (
-    "the gradient of prod, cumprod or det, or of the value of masked_fill, is not bit-identical when it "
-    "is watched"
-)
-
 _next_node = torch._C._autograd._get_sequence_nr
 #: Stands for a logged tensor that the step has not met: its content is kept each time.
 _UNKNOWN = ("unknown",)
@@ -245,7 +239,10 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
                 self.leave()
             key = *what, numbers
             if not self.goes_on(key):
-                self.add(key, marks=self.marks(marked()))
+                brought, marks = len(self.brought), self.marks(marked())
+                if len(self.brought) > brought:  # a step that follows would not bring it
+                    self.leave()
+                self.add(key, marks=marks)
         return self.is_remembered
 
     def recover(self) -> None:
@@ -261,12 +258,15 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         for kind, name, tensors in marked:
             plain = [tensor for tensor in tensors if is_plain(tensor)]
             if kind in ("gradient", "logged"):  # what is from outside is the result of no operation
-                plain = [
-                    t for t in plain if self.is_on_known(t) and (kind != "logged" or t.numel() == 1)
-                ]
+                plain = [t for t in plain if self._is_made(t) and (kind != "logged" or t.numel() == 1)]
             if plain:
                 found.append(Mark(kind, name, tuple(map(self.number, plain))))
         return found
+
+    def _is_made(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is on memory that operations of the step have read or written."""
+        number = self.tensors.number(tensor)
+        return self.is_on_known(tensor) if number is None else not self.is_unread(number)
 
     def number(self, tensor: Tensor) -> int:
         """Return the number of a tensor; what is on memory from outside is kept by content."""
@@ -429,29 +429,25 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
 
     def note_unwatched(
         self,
+        reason: str,
         before: Iterable[Tensor | None],
         left: Iterable[Tensor | None],
-        versions: Iterable[int | None],
-        *,
-        runs_python: bool,
+        versions: Iterable[int | None] | None = None,
     ) -> None:
-        """Note that a backward pass ran unwatched: the tensors that it has left are from outside.
+        """Note that what ran unwatched is unknown: the tensors that it has left are from outside.
 
-        Args:
-            before: the gradients before it.
-            left: those after it, and its results.
-            versions: what `state_versions` returned before it.
-            runs_python: whether code of the user's may have run in it, and changed anything.
+        reason: why; before: gradients before it; left: those after it, and its results; versions: what
+        `state_versions` returned before it, if it may have changed anything.
         """
         with torch._C._DisableTorchDispatch():
-            self.unseen[_OTHER_WHEN_WATCHED] = self.unseen.get(_OTHER_WHEN_WATCHED, 0) + 1
-            changed = [gradient for gradient in before if gradient is not None]
-            if runs_python:
+            self.unseen[reason] = self.unseen.get(reason, 0) + 1
+            changed, others = [gradient for gradient in before if gradient is not None], list[int]()
+            self.tensors.catch_up(self.at)
+            if versions is not None:
                 counts = zip(self.tensors.met, versions, self.state_versions(), strict=False)
                 known = [each() for each, before_it, now in counts if now != before_it]
                 changed += [tensor for tensor in known if tensor is not None]
-            self.tensors.catch_up(self.at)
-            others = self.tensors.all_but_state() if runs_python else []
+                others = self.tensors.all_but_state()
             self.note_unseen(changed, left, others)
 
     def note_unseen(
@@ -540,13 +536,14 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         # Before `after`, which gives a number to each tensor that has none.
         bound = tuple(map(self._bound, state.values())) if self.is_remembered else ()
         after = {name: self.number(tensor) for name, tensor in state.items() if is_plain(tensor)}
-        logged = None
+        logged, since = None, self.loss_at
         if not isinstance(loss, Tensor):
-            logged = self._read_from(loss)
+            logged, since = self._read_from(loss)
         elif loss.numel() == 1 and is_plain(loss):
             logged = self.number(loss)
-            # A replay reads the loss at the end of a step, when the tensor has another value.
-            logged = None if self._is_written_since(logged, self.loss_at) else logged
+        # A replay reads the loss at the end of a step, when the tensor may have another value.
+        if logged is not None and self._is_written_since(logged, since):
+            logged = None
         writer = PathWriter(tensors.known, self.brought, has_host=self._device.type != "cpu")
         path = writer.path(at, after, logged)
         # What has become state is in snapshots, so it needs no notice.
@@ -580,12 +577,13 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
             entry = entry.parent
         return False
 
-    def _read_from(self, loss: Any) -> int | None:
-        """Return the number of the tensor from which Python read what was logged as the loss."""
-        for operation in reversed([*self.at.operations()]):
-            if str(operation.operator) == READ and self.numbers[operation.numbers[0]] == loss:
-                return int(operation.arguments[0][1:])
-        return None
+    def _read_from(self, loss: Any) -> tuple[int | None, Entry | None]:
+        """Return the tensor from which Python read what was logged as the loss, by number, and where."""
+        for entry in reversed(self.at.from_root()):
+            seen = entry.operation
+            if seen and str(seen.operator) == READ and self.numbers[seen.numbers[0]] == loss:
+                return int(seen.arguments[0][1:]), entry
+        return None, None
 
     def _bound(self, tensor: Tensor) -> Any:
         """Return the number of a tensor of the state, or the memory that it got in the step."""

@@ -394,7 +394,7 @@ class WatchedSteps:
         return next(iter((*changed, *gone)), None) if then else None
 
     def exposes(self, tensor: Tensor) -> None:
-        """Note a tensor as it is before code between two steps may write into its memory."""
+        """Note a tensor as it is before code between two steps may write or exchange its memory."""
         if not is_plain(tensor):
             return
         with torch._C._DisableTorchDispatch():
@@ -406,6 +406,8 @@ class WatchedSteps:
             # torch does not count what is written through `data`, so a copy could be outdated.
             self._outside.forget(memory)
             for name, each in self._lying.get(memory, ()):
+                # Other memory may lie at the same address, as after `model.half()` and `model.float()`.
+                self._ending = None
                 # A later digest could be of what the code has written already.
                 if name not in self._exposed:
                     self._exposed[name] = digest_of(each)
