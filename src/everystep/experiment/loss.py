@@ -30,13 +30,14 @@ def check_loss(loss: nn.Module, prediction: Tensor, data: Data) -> None:
     name = type(loss).__name__
     known = data.preparation.classes if data.preparation else None
     ignored = getattr(loss, "ignore_index", None)
-    if known and isinstance(known[0], int) and known != (numbers := [*range(len(known))]):
-        if ignored is not None and ignored in (*known, *numbers):
-            raise DataError(
-                f"the loss ignores class {ignored}, but the {len(known)} classes of this data, "
-                f"{known[0]} to {known[-1]}, are numbered again from 0; number them so in the data, and "
-                "remove rows that the loss should ignore"
-            )
+    numbers = [*range(len(known or ()))]
+    is_renumbered = known is not None and known != numbers and isinstance(known[0], int)
+    if known and is_renumbered and ignored is not None and ignored in (*known, *numbers):
+        raise DataError(
+            f"the loss ignores class {ignored}, but the {len(known)} classes of this data, "
+            f"{known[0]} to {known[-1]}, are numbered again from 0; number them so in the data, and "
+            "remove rows that the loss should ignore"
+        )
     target = data.y[: len(prediction)]
     if name in _OF_CLASSES and data.y.dtype == torch.int64:
         classes = prediction.shape[1] if prediction.ndim > 1 else 0
