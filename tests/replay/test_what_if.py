@@ -305,17 +305,19 @@ def loop(rate=None, at=4, record=None, logs_item=False, optimizer=ADAM):
     return [float(each) for each in losses]
 
 
-def test_a_loop_at_other_rates_is_the_loop_by_hand(tmp_path, everystep_command):
-    recorded = loop(record=tmp_path / "loop")
+@pytest.mark.parametrize("optimizer", [ADAM, partial(torch.optim.SGD, lr=1)])  # whole: no 0.5 fits
+def test_a_loop_at_other_rates_is_the_loop_by_hand(tmp_path, everystep_command, optimizer):
+    by_hand = partial(loop, optimizer=optimizer)
+    recorded = by_hand(record=tmp_path / "loop")
     run = everystep.open(tmp_path / "loop")
     found = run.what_if(4, lr=[0.5, 0.001], by="norm(parameters['0.weight'])", progress=False)
     assert list(found.recorded.losses) == recorded[4:]
     assert sorted(case.lr for case in found.cases) == [0.001, 0.5]
     for case in found.cases:
-        assert list(case.losses) == loop(case.lr)[4:]
+        assert list(case.losses) == by_hand(case.lr)[4:]
     code, out, _ = everystep_command("what-if", run.directory, "--at", 4, "--lr", 0.5, "--json")
     (case,) = json.loads(out)["cases"]
-    assert (code, case["lr"], case["value"]) == (0, 0.5, loop(0.5)[-1])
+    assert (code, case["lr"], case["value"]) == (0, 0.5, by_hand(0.5)[-1])
 
 
 def test_a_step_function_and_a_model_are_trained_at_another_rate_without_their_objects(tmp_path, run):
