@@ -18,6 +18,7 @@ from everystep.program.calls import without_autograd
 from everystep.program.interpreter import Interpreter, Looks
 from everystep.program.memory import copied_together
 from everystep.program.operators import REFUSALS
+from everystep.program.step_program import Program
 from everystep.recording.contents import digest_of
 from everystep.recording.database import Repeat
 from everystep.replay.bound_steps import BoundStep, BoundSteps, Hook
@@ -239,10 +240,9 @@ class ReplayStepper:
             given += b"".join(digest_of(tensors[f"batch/{name}"]).encode() for name in "xy")
         return (row.numbers or b"") + given
 
-    def module_paths(self) -> list[str]:
-        """Return the paths of modules; not all of them run at each step."""
-        programs = [self.steps.program(n).program for n in self.steps.facts.programs]
-        return list(dict.fromkeys(path for program in programs for path in program.activations))
+    def programs(self) -> list[Program]:
+        """Return the programs of the steps, without those that are among the inputs of a step."""
+        return [self.steps.program(number).program for number in self.steps.facts.programs]
 
     # Steps.
 
