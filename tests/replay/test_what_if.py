@@ -320,6 +320,25 @@ def test_a_loop_at_other_rates_is_the_loop_by_hand(tmp_path, everystep_command, 
     assert (code, case["lr"], case["value"]) == (0, 0.5, by_hand(0.5)[-1])
 
 
+def test_changes_are_numbers_of_any_kind_and_nothing_else(tmp_path):
+    loop(record=tmp_path / "loop")
+    run = everystep.open(tmp_path / "loop")
+    fork = run.fork(4, lr=np.float32(0.5), steps=np.int64(9), run=tmp_path / "fork", progress=False)
+    (case,) = run.what_if(np.int64(4), 9, lr=torch.tensor(0.5), progress=False).cases
+    assert fork.losses["loss"].to_list()[4:] == list(case.losses) == loop(0.5)[4:9]
+    for wrong in (
+        *({"relabel": {"a": 1}}, {"relabel": {3: "x"}}, {"relabel": [1, 2]}, {"lr": 10**400}),
+        *({"without_rows": ["a"]}, {"without_rows": 3}, {"lr": 1, "steps": 5.5}, {"lr": 1, "steps": -3}),
+    ):
+        with pytest.raises(UsageError):
+            run.fork(4, **wrong, run=tmp_path / "wrong", progress=False)
+        if "steps" not in wrong:
+            with pytest.raises(UsageError):
+                run.what_if(4, **wrong, progress=False)
+    with pytest.raises(UsageError, match=r"steps is 5\.5; pass a whole number"):
+        run.resume(5.5)
+
+
 def test_a_step_function_and_a_model_are_trained_at_another_rate_without_their_objects(tmp_path, run):
     model, x, y, optimizer = made(optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9))
 

@@ -225,10 +225,11 @@ def fork(
         # The run of any rank stands for the whole: a fork is made from that of rank 0.
         asked = replace(asked, run=asked.run.ranks[0])
     run = asked.run
-    if isinstance(asked.settings.get("steps"), int):
-        check_steps(asked.settings["steps"])
     if not 0 <= asked.at <= run.newest_step():
         raise no_such_step(run, asked.at)
+    if (steps := asked.settings.get("steps")) is not None:
+        asked = replace(asked, settings={**asked.settings, "steps": check_steps(steps)})
+        asked.facts(asked.last)  # a step to take comes first
     if run.facts.training.loop:
         _check_loop(asked, given)
         return _fork_alone(asked, progress), None

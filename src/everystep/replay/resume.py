@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from everystep.bounded import check_steps
 from everystep.device import select
 from everystep.errors import RunError, UsageError
 from everystep.experiment.source_files import note_named
@@ -62,9 +61,8 @@ class Resume:
         """Check that there is something to train.
 
         Raises:
-            UsageError: the run has all its steps, or cannot have as many.
+            UsageError: the run has all its steps.
         """
-        check_steps(self.steps or 0)
         recorded, planned = len(self), self.run.facts.steps or 0
         if self.steps is not None and self.steps < max(recorded, 1):
             raise UsageError(
