@@ -177,7 +177,9 @@ def _floating(x: Any) -> Any:
     """Return a tensor with a dtype that supports means and norms; a number unchanged."""
     if is_number(x):
         return x
-    return x if x.is_complex() or (x.is_floating_point() and x.element_size() >= 4) else x.float()
+    if not x.is_floating_point():
+        return x if x.is_complex() else x.double()  # float32 rounds integers from 2**24
+    return x if x.element_size() >= 4 else x.float()
 
 
 def _is_single(x: Any) -> bool:
