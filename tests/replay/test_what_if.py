@@ -724,6 +724,17 @@ def test_targets_that_programs_cannot_change_are_refused(tmp_path, loss_of, targ
         everystep.open(tmp_path / "run").what_if(4, relabel=targets, progress=False)
 
 
+def test_a_target_that_is_too_large_for_its_dtype_is_refused(tmp_path):
+    model, x, y, optimizer = made()
+    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
+        for given, wanted in recording.steps([(x, y.half())] * 3):
+            loss = (model(given)[:, 0] - wanted).square().mean()
+            descend(optimizer, loss)
+            recording.log(loss=loss)
+    with pytest.raises(ExperimentError, match="relabel 2: 70000 is not finite in float16"):
+        everystep.open(tmp_path / "run").what_if(1, relabel={2: 70000}, progress=False)
+
+
 def test_batches_that_the_model_computes_are_not_those_of_another_rate(tmp_path):
     model = nn.Linear(4, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -438,7 +438,8 @@ def _rows_in(batch: Mapping[str, Tensor], names: Sequence[str]) -> Tensor | None
 
 def _why_not(y: Tensor, target: float) -> str | None:
     """Return why a tensor cannot hold a target, or None."""
+    held = float(torch.tensor(target, dtype=torch.float64).to(y.dtype))
+    kind = str(y.dtype).removeprefix("torch.")
     if y.is_floating_point():
-        return None if math.isfinite(target) else f"{target:g} is not finite"
-    fits = float(torch.tensor(target, dtype=torch.float64).to(y.dtype)) == target
-    return None if fits else f"{target:g} does not fit into {str(y.dtype).removeprefix('torch.')}"
+        return None if math.isfinite(held) else f"{target:g} is not finite in {kind}"
+    return None if held == target else f"{target:g} does not fit into {kind}"
