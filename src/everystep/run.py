@@ -564,8 +564,7 @@ class Run(RecordedRun):
         from everystep.training.objects import Objects
 
         rows, targets, rates = _changes(without_rows, relabel, () if lr is None else [lr])
-        rate = rates[0] if rates else None
-        short = {"lr": rate, "steps": steps, "batch_size": batch_size, "seed": seed}
+        short = {"lr": next(iter(rates), None), "steps": steps, "batch_size": batch_size, "seed": seed}
         changed = {name: value for name, value in short.items() if value is not None}
         place = place_of(run)
         asked = Fork(

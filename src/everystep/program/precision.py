@@ -174,7 +174,6 @@ class Precision:
 
 
 def _draws_others(operation: Operation, program: Program) -> bool:
-    """Return whether an operation draws different random numbers in another dtype."""
     if not draws_random_numbers(operation.resolved) or operation.operator in _SAME_DRAWS:
         return False
     used = (program.tensors[name].torch_dtype for name in (*operation.reads(), *operation.changed()))

@@ -139,11 +139,8 @@ class _Check:
         if fits is not None and not fits(self._as_known(index)):
             raise ValueError("its tensors do not fit together")
         try:
-            # The results of these do not depend on shapes alone.
-            if operation.operator in BY_VALUES:
-                raise NotImplementedError
             found = results_on_meta(operation, self._meta)
-        except NotImplementedError:  # or an operator without a kernel for shapes alone
+        except NotImplementedError:
             # It makes no more than a few times what it reads.
             self._check_size(self._meta[name] for name in operation.reads())
         else:
@@ -190,7 +187,6 @@ class _Check:
             raise ValueError("reads or returns more bytes than all storages of the program have")
 
     def _check_forward(self, index: int) -> None:
-        """Check that the forward operation of a kernel of the backward pass comes before it."""
         # e.g. for `aten.nll_loss_backward`: is there an `aten.nll_loss_forward` before it, with the same
         # target, and is `total_weight` its result?
         base, _ = FORWARD[self._operations[index].name]
@@ -280,10 +276,11 @@ def results_on_meta(operation: Operation, tensors: Mapping[str, Tensor]) -> list
     """Return the results of an operation on tensors without memory, by name.
 
     Raises:
-        Exception: any error of torch for tensors that do not fit.
+        NotImplementedError: they depend on numbers, or torch has no kernel for shapes alone.
+        Exception: any other error of torch for tensors that do not fit.
     """
     operator = operation.resolved
-    if isinstance(operator, OptimizerOperator):  # its Python reads numbers, which meta does not have
+    if isinstance(operator, OptimizerOperator) or operation.operator in BY_VALUES:
         raise NotImplementedError
     arguments = [decode(value, tensors.__getitem__) for value in operation.arguments]
     keywords = {k: decode(v, tensors.__getitem__) for k, v in operation.keywords.items()}
@@ -465,7 +462,6 @@ _SHAPES: dict[str, Callable[[Given], bool]] = {
 
 
 def _is_known_sound(text: bytes) -> bool:
-    """Return whether a program with this text passed the same check before."""
     with suppress(OSError):
         return _mark(text).is_file()
     return False

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -135,7 +135,6 @@ class Probe:
 
 
 def _copied(reference: Reference) -> Reference:
-    """Return the values to copy for a reference."""
     return reference._replace(part="before") if reference.kind == "updates" else reference
 
 
@@ -156,8 +155,6 @@ def opened_value(step: Step, reference: Reference) -> Tensor | None:
     value: Any = named.get(name)
     if kind == "updates" and value is not None:
         value = getattr(value, reference.part or "change")
-    if isinstance(value, tuple):  # the outputs of a module
-        # The first, as `Probe` copies it.
+    if isinstance(value, tuple):  # the outputs of a module: the first, as `Probe` copies it
         value = value[0] if value else None
-    found: Tensor | None = value
-    return found
+    return cast("Tensor | None", value)

@@ -286,7 +286,6 @@ def resume_objects(
 
 
 def _restore_objects(run: RecordedRun, objects: Objects) -> None:
-    """Bring objects to the last state of a finished run."""
     last, problems = run.newest_step(), list[str]()
     state = run.state_near(last, after=last - 1, on_problem=problems.append)
     if state is None:
@@ -304,7 +303,6 @@ def _steps_of(iteration: Iteration, facts: TrainingFacts) -> int:
 
 
 def _check_same_experiment(run: RecordedRun, known: Experiment, given: Experiment) -> None:
-    """Check that an experiment is the run's, except for the number of steps."""
     one, other = (flat(each.model_dump(exclude={"steps", "epochs"})) for each in (known, given))
     changed = [path for path in one | other if one.get(path) != other.get(path)]
     texts = tuple(f"{path}: {one.get(path)} | {other.get(path)}" for path in changed)
@@ -312,7 +310,6 @@ def _check_same_experiment(run: RecordedRun, known: Experiment, given: Experimen
 
 
 def _check_same_data(job: Job, facts: TrainingFacts) -> None:
-    """Check that data that is not in the run is unchanged."""
     if facts.data_file is None or job.data is None:
         return
     check_data(job.data.tensors(), facts.data_file, "the data")
