@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import operator
 import os
 import stat
 import zlib
@@ -70,12 +71,16 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-def check_steps(count: int) -> int:
-    """Return a number of steps; raise UsageError if no run can have as many."""
-    if count > MOST_STEPS:
-        shown = f"{count:,}" if count < 10**30 else "more than 10^30"
+def check_steps(count: Any) -> int:
+    """Return a number of steps; raise UsageError if it is none, or no run can have as many."""
+    try:
+        whole = int(operator.index(count))
+    except TypeError:
+        raise UsageError(f"steps is {count!r:.80}; pass a whole number of steps") from None
+    if whole > MOST_STEPS:
+        shown = f"{whole:,}" if whole < 10**30 else "more than 10^30"
         raise UsageError(f"{shown} steps are too many; a run has at most {MOST_STEPS:,}")
-    return count
+    return whole
 
 
 def check_budgets(*budgets: Any) -> None:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
-from everystep.bounded import check_budgets
+from everystep.bounded import check_budgets, check_steps
 from everystep.errors import StepError, UsageError
 from everystep.recording.directories import AWAITED, place_of
 from everystep.recording.recorded_run import RecordedRun, stretch_at
@@ -468,15 +468,7 @@ class Run(RecordedRun):
         from everystep.replay.what_if import what_if
         from everystep.replay.without_objects import check_has_rows
 
-        try:
-            rates = [float(lr)] if isinstance(lr, int | float) else [*map(float, lr)]
-            chosen = [operator.index(row) for row in without_rows]
-            targets = {operator.index(row): float(target) for row, target in (relabel or {}).items()}
-        except (AttributeError, TypeError, ValueError):
-            raise UsageError(
-                "pass rows as a list of whole numbers, lr as one number or several, and relabel as a "
-                "dict of targets by row: relabel={3: 4}"
-            ) from None
+        chosen, targets, rates = _changes(without_rows, relabel, lr)
         changes = [bool(chosen) or without_rows_of is not None, bool(rates), bool(targets)]
         if sum(changes) != 1:
             raise UsageError(
@@ -500,10 +492,9 @@ class Run(RecordedRun):
         rows = sorted(set(chosen))
         without = [(row,) for row in rows] if each else [tuple(rows)]
         cases: Any = rates or ([targets] if targets else without)
-        assert at is not None
-        # One training more: that without a change, which must be as recorded.
-        steps = (until - at) * (len(cases) + 1)
         start = self._number(at)
+        # One training more: that without a change, which must be as recorded.
+        steps = (until - start) * (len(cases) + 1)
         ask = partial(what_if, self._opener, start, until, cases, by, self._objects, processes)
         return self._answered("training", max(0, steps), progress, ask)
 
@@ -579,7 +570,8 @@ class Run(RecordedRun):
         from everystep.replay.fork import Fork, fork
         from everystep.training.objects import Objects
 
-        short = {"lr": lr, "steps": steps, "batch_size": batch_size, "seed": seed}
+        rows, targets, rates = _changes(without_rows, relabel, () if lr is None else [lr])
+        short = {"lr": next(iter(rates), None), "steps": steps, "batch_size": batch_size, "seed": seed}
         changed = {name: value for name, value in short.items() if value is not None}
         check_budgets(snapshot_budget)
         place = place_of(run)
@@ -589,8 +581,8 @@ class Run(RecordedRun):
             changed | dict(settings or {}),
             place,
             snapshot_budget,
-            without=tuple(sorted({operator.index(row) for row in without_rows})),
-            targets=dict(relabel or {}),
+            without=tuple(sorted({*rows})),
+            targets=targets,
         )
         objects = model, loss, optimizer, data, scheduler, scheduler_every, validation, metrics
         outcome, trained = fork(
@@ -641,7 +633,8 @@ class Run(RecordedRun):
         from everystep.replay.resume import Resume, resume
         from everystep.training.objects import Objects
 
-        asked = Resume(self, steps, force, snapshot_budget)
+        last = None if steps is None else check_steps(steps)
+        asked = Resume(self, last, force, snapshot_budget)
         objects = model, loss, optimizer, data, scheduler, scheduler_every, validation, metrics
         outcome, trained = resume(asked, Objects(*objects), self._objects, progress_of(progress))
         return run_of(outcome) if trained is None else run_from_objects(outcome, trained)
@@ -725,6 +718,26 @@ class Steps(Sequence["Step"]):
         names = ", ".join(dict.fromkeys(run.name for run, _ in self._places))
         ends = f"{self._places[0][1]} to {self._places[-1][1]}" if self._places else "none"
         return f"<steps of {names}: {ends}>"
+
+
+def _changes(
+    rows: Iterable[int], relabel: Mapping[int, float] | None, lr: float | Iterable[float]
+) -> tuple[list[int], dict[int, float], list[float]]:
+    """Return rows, targets by row and learning rates as plain numbers; NumPy and torch have others.
+
+    Raises:
+        UsageError: they are none.
+    """
+    try:
+        # A tensor without dimensions, or a number of NumPy, is one number, too.
+        rates: Any = lr if isinstance(lr, Iterable) and getattr(lr, "ndim", True) else [lr]
+        targets = {operator.index(row): float(target) for row, target in (relabel or {}).items()}
+        return [*map(operator.index, rows)], targets, [*map(float, rates)]
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        raise UsageError(
+            "pass rows as a list of whole numbers, lr as one number or several, and relabel as a dict "
+            "of targets by row: relabel={3: 4}"
+        ) from None
 
 
 def diagnosis_of(directory: Path, export: str | Path | None = None) -> Diagnosis:

@@ -9,9 +9,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.sealing import seal_files
 from torch import nn
 
-from everystep.errors import ProgramError
+import everystep
+from everystep.errors import ProgramError, RunError
 from everystep.program import memory
 from everystep.program.bound import BoundProgram
 from everystep.program.calls import without_autograd
@@ -180,6 +182,22 @@ def test_a_program_that_needs_more_memory_than_is_free_is_refused(tiny, storage,
     monkeypatch.setattr(memory, "free_memory", lambda: 15_200_000_000)
     with pytest.raises(ProgramError, match=r"needs 40\.0 GB of memory, but only 15\.2 GB are free"):
         bound(Program.from_json(json.dumps(huge)))
+
+
+def test_settings_that_torch_asserts_do_not_fit_are_reported(tmp_path):
+    layer = nn.Linear(3, 1)
+    parts = {"model": layer, "optimizer": torch.optim.RMSprop(layer.parameters())}
+    with everystep.record(**parts, run=tmp_path / "run") as recording:
+        for x in recording.steps([torch.ones(2, 3)] * 4):
+            recording.log(loss=(loss := layer(x).sum()))
+            loss.backward()
+            parts["optimizer"].step()
+            parts["optimizer"].zero_grad()
+    for path in (tmp_path / "run" / "programs").iterdir():
+        path.write_text(path.read_text().replace('"capturable": [false]', '"capturable": [true]'))
+    seal_files(tmp_path / "run")
+    with pytest.raises(RunError, match=r"RMSprop\.step: If capturable=True"):
+        everystep.open(tmp_path / "run")[3]
 
 
 def place_of(data, way):

@@ -189,6 +189,8 @@ A_LOT = 2**45
         ("cat.default", [["a", 1.0]], "tensors must be of type List"),
         ("gelu.default", ["a"], "r, which"),
         ("_fft_c2r.default", ["a", [-1], 0, 4], "do not fit"),
+        ("nonzero.default", ["wide"], "more bytes than all storages"),
+        ("masked_select.default", ["column", "row"], "do not fit"),
     ],
 )
 def test_an_operator_that_does_not_fit_is_refused_by_name(operator, arguments, message):
@@ -196,6 +198,10 @@ def test_an_operator_that_does_not_fit_is_refused_by_name(operator, arguments, m
     program = one_operation(operator, arguments, shapes, ["r"])
     if operator == "gelu.default":
         program["tensors"]["r"]["shape"] = [3, 2]
+    # Views that show one number many times.
+    for name, shape in {"wide": [2**22, 2**22], "column": [2**22, 1], "row": [1, 2**22]}.items():
+        view = {"storage": "a", "dtype": "float32", "shape": shape, "stride": [0, 0]}
+        program["tensors"][name] = view
     with pytest.raises(ProgramError, match=message) as raised:
         Program.from_json(json.dumps(program))
     assert f"aten.{operator}" in str(raised.value)

@@ -139,6 +139,7 @@ def test_a_state_that_was_not_reached_is_an_error(small):
     with pytest.raises(everystep.RunError, match="no step 6: it has steps 1 to 5"):
         run.parameters(6)
     assert torch.equal(run.parameters(-1)["0.bias"], model[0].bias)
+    assert [*run.parameters(-1)] == [*model.state_dict()]
     assert torch.equal(run.parameters(-6)["0.bias"], run.parameters(0)["0.bias"])
     with pytest.raises(everystep.RunError, match="no step -7: it has steps 1 to 5"):
         run.parameters(-7)

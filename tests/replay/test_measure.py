@@ -10,7 +10,7 @@ from functools import partial
 import polars as pl
 import pytest
 import torch
-from tests.descent import files_of
+from tests.descent import descend, files_of
 from tests.sealing import sql
 from tests.snapshots import take_snapshots_every
 from tests.training.by_hand import Made, bits, by_hand, by_train, new_training
@@ -787,3 +787,28 @@ def test_a_question_may_open_other_steps_of_the_run():
     found = run.measure(question, name="before", processes=1, progress=False)
     losses = run.losses["loss"].to_list()
     assert [*found.values.values()] == [losses[0], *losses[:-1]]
+
+
+def test_a_layer_is_measured_in_the_steps_in_which_the_model_has_it(tmp_path):
+    model = nn.ModuleDict({"stays": nn.Linear(3, 3), "leaves": nn.Linear(3, 3)})
+    optimizer, sums, x = SGD(model.parameters(), lr=0.1), {"leaves": {}, "comes": {}}, torch.randn(4, 3)
+    with everystep.record(model=model, optimizer=optimizer, run=tmp_path / "run") as recording:
+        for step, batch in enumerate(recording.steps([x] * 6), start=1):
+            for name in model.keys() - {"stays"}:
+                sums[name][step] = model[name].weight.sum().item()
+            if step == 3:
+                del model["leaves"]
+            if step == 4:
+                model["comes"] = nn.Linear(3, 3)
+                optimizer.add_param_group({"params": model["comes"].parameters()})
+            loss = sum(layer(batch).pow(2).mean() for layer in model.values())
+            recording.log(loss=loss)
+            descend(optimizer, loss)
+    run = everystep.open(tmp_path / "run")
+    for name, known in sums.items():
+        found = run.measure(f"sum(parameters['{name}.weight'])", name=name, progress=False)
+        assert found.values == known
+        after = f"sum(previous.updates['{name}.weight'].after)"
+        found = run.measure(after, name=f"{name} after", progress=False)
+        assert found.values == {step: value for step, value in known.items() if step - 1 in known}
+    assert [step for step in range(1, 7) if "leaves.weight" in run[step].updates] == [1, 2]

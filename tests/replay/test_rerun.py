@@ -226,14 +226,19 @@ def test_what_cannot_be_taken_elsewhere_is_refused_with_the_reason(chapter_run):
         assert part in str(error.value)
 
 
-def test_noise_is_other_noise_in_another_precision(tmp_path):
+def test_noise_is_other_noise_in_another_precision_and_an_order_of_rows_the_same(tmp_path):
     class Noisy(nn.Linear):
         def forward(self, x):
             return super().forward(x + torch.randn_like(x))
 
-    model = Noisy(4, 1)
+    class Mixed(nn.Linear):
+        def forward(self, x):
+            return super().forward(x + x[torch.randperm(len(x))])
+
     x, y = torch.randn(8, 4), torch.randn(8, 1)
-    run = trained(model, (x, y), steps=3, run=tmp_path / "noisy")
+    mixed = trained(Mixed(4, 1), (x, y), steps=3, run=tmp_path / "mixed")
+    assert 0 < mixed.rerun(precision="float64", progress=False).relative.max() < 1e-5
+    run = trained(Noisy(4, 1), (x, y), steps=3, run=tmp_path / "noisy")
     with pytest.raises(RunError, match="draws different random numbers in float64"):
         run.rerun(precision="float64", progress=False)
 

@@ -305,17 +305,38 @@ def loop(rate=None, at=4, record=None, logs_item=False, optimizer=ADAM):
     return [float(each) for each in losses]
 
 
-def test_a_loop_at_other_rates_is_the_loop_by_hand(tmp_path, everystep_command):
-    recorded = loop(record=tmp_path / "loop")
+@pytest.mark.parametrize("optimizer", [ADAM, partial(torch.optim.SGD, lr=1)])  # whole: no 0.5 fits
+def test_a_loop_at_other_rates_is_the_loop_by_hand(tmp_path, everystep_command, optimizer):
+    by_hand = partial(loop, optimizer=optimizer)
+    recorded = by_hand(record=tmp_path / "loop")
     run = everystep.open(tmp_path / "loop")
     found = run.what_if(4, lr=[0.5, 0.001], by="norm(parameters['0.weight'])", progress=False)
     assert list(found.recorded.losses) == recorded[4:]
     assert sorted(case.lr for case in found.cases) == [0.001, 0.5]
     for case in found.cases:
-        assert list(case.losses) == loop(case.lr)[4:]
+        assert list(case.losses) == by_hand(case.lr)[4:]
     code, out, _ = everystep_command("what-if", run.directory, "--at", 4, "--lr", 0.5, "--json")
     (case,) = json.loads(out)["cases"]
-    assert (code, case["lr"], case["value"]) == (0, 0.5, loop(0.5)[-1])
+    assert (code, case["lr"], case["value"]) == (0, 0.5, by_hand(0.5)[-1])
+
+
+def test_changes_are_numbers_of_any_kind_and_nothing_else(tmp_path):
+    loop(record=tmp_path / "loop")
+    run = everystep.open(tmp_path / "loop")
+    fork = run.fork(4, lr=np.float32(0.5), steps=np.int64(9), run=tmp_path / "fork", progress=False)
+    (case,) = run.what_if(np.int64(4), 9, lr=torch.tensor(0.5), progress=False).cases
+    assert fork.losses["loss"].to_list()[4:] == list(case.losses) == loop(0.5)[4:9]
+    for wrong in (
+        *({"relabel": {"a": 1}}, {"relabel": {3: "x"}}, {"relabel": [1, 2]}, {"lr": 10**400}),
+        *({"without_rows": ["a"]}, {"without_rows": 3}, {"lr": 1, "steps": 5.5}, {"lr": 1, "steps": -3}),
+    ):
+        with pytest.raises(UsageError):
+            run.fork(4, **wrong, run=tmp_path / "wrong", progress=False)
+        if "steps" not in wrong:
+            with pytest.raises(UsageError):
+                run.what_if(4, **wrong, progress=False)
+    with pytest.raises(UsageError, match=r"steps is 5\.5; pass a whole number"):
+        run.resume(5.5)
 
 
 def test_a_step_function_and_a_model_are_trained_at_another_rate_without_their_objects(tmp_path, run):
@@ -701,6 +722,17 @@ def test_targets_that_programs_cannot_change_are_refused(tmp_path, loss_of, targ
     relabelled_loop(tmp_path / "run", loss_of=loss_of)
     with pytest.raises((RunError, ExperimentError), match=message):
         everystep.open(tmp_path / "run").what_if(4, relabel=targets, progress=False)
+
+
+def test_a_target_that_is_too_large_for_its_dtype_is_refused(tmp_path):
+    model, x, y, optimizer = made()
+    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
+        for given, wanted in recording.steps([(x, y.half())] * 3):
+            loss = (model(given)[:, 0] - wanted).square().mean()
+            descend(optimizer, loss)
+            recording.log(loss=loss)
+    with pytest.raises(ExperimentError, match="relabel 2: 70000 is not finite in float16"):
+        everystep.open(tmp_path / "run").what_if(1, relabel={2: 70000}, progress=False)
 
 
 def test_batches_that_the_model_computes_are_not_those_of_another_rate(tmp_path):

@@ -1,6 +1,7 @@
 """Step functions that the user vouches for: the bits of the loop by hand, whatever changes between."""
 
 import html
+import json
 import re
 
 import pytest
@@ -11,7 +12,7 @@ from tests.training.step_functions import CASES, rows, usual
 from torch import nn
 
 import everystep
-from everystep.errors import TrainingError
+from everystep.errors import RunError, TrainingError
 from everystep.program import memory
 from everystep.step.stand_in import StandIn
 from everystep.training import acceleration
@@ -201,3 +202,10 @@ def test_python_runs_the_steps_where_a_program_would_need_more_memory_than_is_fr
     assert "from step 2 on: the program needs 0.0 GB of memory, but only" in capsys.readouterr().err
     usual_run = everystep.train_experiment("two-layer", {"steps": 5}, run="usual", progress=False)
     assert little.losses.equals(usual_run.losses)
+    # A step is not opened either, although there is room for each of its results alone.
+    storages = json.loads((usual_run.directory / "programs" / "2.json").read_text())["storages"]
+    largest = max(each["bytes"] for each in storages.values() if each["kind"] == "temporary")
+    monkeypatch.setattr(memory, "_LARGE", 1)
+    monkeypatch.setattr(memory, "free_memory", lambda: largest)
+    with pytest.raises(RunError, match=r"the program needs 0\.0 GB of memory"):
+        everystep.open(usual_run.directory)[4]

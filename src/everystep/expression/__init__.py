@@ -15,9 +15,9 @@ and max also take several numbers.
 
 `ast` parses it; each supported node becomes a closure, and nothing is executed as Python. It does not
 import torch: it treats a plain number like a tensor of one element, so that 1 / 0 is inf and log(-1)
-nan. Functions of all elements compute in the tensor's own dtype (float16, bfloat16 and, where needed,
-integers in float32), and return a plain number. For no elements, the mean and similar functions return
-nan, and min and max are an error. and, or, not work as in Python; chained comparisons, too, but
+nan. Functions of all elements compute in the tensor's own dtype (float16 and bfloat16 in float32; where
+needed, integers in float64), and return a plain number. For no elements, the mean and similar functions
+return nan, and min and max are an error. and, or, not work as in Python; chained comparisons, too, but
 elementwise.
 """
 

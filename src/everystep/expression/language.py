@@ -150,7 +150,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "quantile": lambda x, q: _quantile(x, plain(q)),
     "norm": lambda x: abs(float(x)) if is_number(x) else _norm(_floating(x)),
     "rms": lambda x: abs(float(x)) if is_number(x) else _norm(_floating(x)) / math.sqrt(x.numel()),
-    "zeros": lambda x: float(x == 0) if is_number(x) else _share_of_zeros(x),
+    "zeros": lambda x: float(x == 0) if is_number(x) else (x == 0).sum().double() / x.numel(),
     "nonfinite": lambda x: int(not math.isfinite(x)) if is_number(x) else (~x.isfinite()).sum(),
     "numel": lambda x: 1 if is_number(x) else x.numel(),
     **{name: partial(_of_each, getattr(math, name)) for name in ("isnan", "isinf", "isfinite")},
@@ -177,7 +177,9 @@ def _floating(x: Any) -> Any:
     """Return a tensor with a dtype that supports means and norms; a number unchanged."""
     if is_number(x):
         return x
-    return x if x.is_complex() or (x.is_floating_point() and x.element_size() >= 4) else x.float()
+    if not x.is_floating_point():
+        return x if x.is_complex() else x.double()  # float32 rounds integers from 2**24
+    return x if x.element_size() >= 4 else x.float()
 
 
 def _is_single(x: Any) -> bool:
@@ -209,10 +211,6 @@ def _quantile(x: Any, q: Any) -> Any:
     if is_number(x):
         return float(x)
     return _floating(x).quantile(q) if x.numel() else math.nan
-
-
-def _share_of_zeros(x: Any) -> Any:
-    return (x == 0).sum().double() / x.numel() if x.numel() else math.nan
 
 
 def _dot(a: Any, b: Any) -> Any:

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Collection
 from functools import reduce
 from inspect import signature
-from itertools import pairwise
 from typing import Any
 
 from everystep.errors import ExpressionError, did_you_mean
@@ -271,11 +270,10 @@ class _Compiler(ast.NodeVisitor):
         decides = isinstance(node.op, ast.Or)
 
         def connected(value_of: ValueOf) -> Any:
-            value = operands[0][1](value_of)
-            for (place, _), (_, operand) in pairwise(operands):
-                if self.attempt(place, truth, value) is decides:
-                    break
+            for place, operand in operands:
                 value = operand(value_of)
+                if place is not node.values[-1] and self.attempt(place, truth, value) is decides:
+                    break
             return value
 
         return connected

@@ -153,7 +153,7 @@ class BoundProgram:
         numbers: in the order of the operations, with one for each that the step reads.
 
         Raises:
-            ValueError: there are more or fewer than the program needs, or they are of another kind.
+            ValueError: there are more or fewer than the program needs.
         """
         self.numbers = [*numbers]
         for put, number in zip(self._puts, numbers, strict=True):

@@ -232,7 +232,6 @@ def _calls_only(
 
 
 def _named(operator: Any, arguments: Sequence[Any], keywords: dict[str, Any]) -> dict[str, Any]:
-    """Return all arguments of an operator by name, with defaults."""
     parameters = operator._schema.arguments
     defaults = {p.name: p.default_value for p in parameters if p.has_default_value()}
     return defaults | dict(zip((p.name for p in parameters), arguments, strict=False)) | keywords

@@ -217,11 +217,7 @@ class _Instruction:
     def _given(
         self, numbers: Sequence[Number], convert: Callable[[Any], Any]
     ) -> tuple[list[Any], dict[str, Any]]:
-        """Return the arguments, in new lists, with its numbers. convert: converts the others.
-
-        Raises:
-            ValueError, OverflowError: a number is not of the kind that the program has in its place.
-        """
+        """Return the arguments, in new lists, with its numbers. convert: converts the others."""
         arguments = [convert(value) for value in self.operation.arguments]
         keywords = {key: convert(value) for key, value in self.operation.keywords.items()}
         own = numbers[: len(self._slots)]  # the one that Python reads has no slot

@@ -7,7 +7,9 @@ the lowest offset that is free during its lifetime.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
+from itertools import accumulate
 from tempfile import NamedTemporaryFile
 from typing import Any
 
@@ -21,6 +23,7 @@ from everystep.program.step_program import Program
 
 __all__ = [
     "ALIGNMENT",
+    "bytes_at_once",
     "check_memory",
     "copied_together",
     "copy_in_file",
@@ -86,6 +89,17 @@ def shown_storages(program: Program) -> set[str]:
     """Return the storages of the results that a step shows at its end."""
     shown = (program.loss, *program.gradients.values(), *program.ends.values(), *program.logged.values())
     return program.storages_of(filter(None, shown))
+
+
+def bytes_at_once(program: Program) -> int:
+    """Return the bytes of temporary storages that the interpreter has at once, at most."""
+    lives, shown, changes = _lives(program), shown_storages(program), Counter[int]()
+    for name in program.of_kind("temporary"):
+        (first, last), size = lives[name], program.storages[name].bytes
+        changes[first] += size
+        if name not in shown:
+            changes[last + 1] -= size
+    return max(accumulate(changes[place] for place in sorted(changes)), default=0)
 
 
 def over_after(program: Program) -> dict[int, list[str]]:

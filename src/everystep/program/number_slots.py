@@ -43,30 +43,24 @@ def slot_names(operator: Any) -> frozenset[str]:
     )
 
 
-# e.g. in `aten.add.Tensor(x, y, alpha=0.5)`: Slot("alpha", ("alpha",), float); in the settings of an
-# optimizer with two param groups, lr=[0.1, 0.01]: Slot("lr", ("lr", 0), float), Slot("lr", ("lr", 1),
-# float).
+# e.g. in `aten.add.Tensor(x, y, alpha=0.5)`: Slot("alpha", ("alpha",)); in the settings of an optimizer
+# with two param groups, lr=[0.1, 0.01]: Slot("lr", ("lr", 0)), Slot("lr", ("lr", 1)).
 class Slot(NamedTuple):
     """A number of a step among the arguments of an operation.
 
-    name: of the argument; path: its position or keyword, and its place in lists within; kind: of the
-    number.
+    name: of the argument; path: its position or keyword, and its place in lists within.
     """
 
     name: str
     path: tuple[int | str, ...]
-    kind: type[int] | type[float]
 
     def put(self, arguments: list[Any], keywords: dict[str, Any], number: Number) -> None:
-        """Put a number into its place.
-
-        Raises:
-            ValueError, OverflowError: it is not of the kind that the program has there.
-        """
+        """Put a number into its place."""
         target: Any = keywords if isinstance(self.path[0], str) else arguments
         for place in self.path[:-1]:
             target = target[place]
-        target[self.path[-1]] = self.kind(number)
+        # As it is: a rate may be 1 in the program, and 0.5 in the step.
+        target[self.path[-1]] = number
 
 
 def slots_of(operation: Operation) -> list[Slot]:
@@ -82,11 +76,10 @@ def _within(value: Any, name: str, path: tuple[int | str, ...]) -> Iterator[Slot
         for place, item in enumerate(value):
             yield from _within(item, name, (*path, place))
     # A flag decides which operations there are, so it stays with the program.
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        yield Slot(name, path, int if isinstance(value, int) else float)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
     # Infinity or NaN: see `encode`.
-    elif isinstance(value, dict) and "float" in value:
-        yield Slot(name, path, float)
+    if is_number or (isinstance(value, dict) and "float" in value):
+        yield Slot(name, path)
 
 
 def read_difference(found: Number, known: Number) -> str | None:

@@ -194,6 +194,8 @@ class BoundOptimizer:
             return [self._optimizer.state[parameter][key] for parameter, key in self._made]
         except KeyError as error:
             raise ValueError(f"the optimizer keeps no {error}") from None
+        except AssertionError as error:  # torch's, of settings that do not fit each other
+            raise ValueError(str(error)) from None
         finally:
             for parameter, _ in self._given:
                 parameter.grad = None

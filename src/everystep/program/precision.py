@@ -68,7 +68,7 @@ class Precision:
                     f"{self.name}; train with torch.backends.mkldnn.enabled = False, which computes an "
                     "LSTM by operations that do"
                 )
-            if _draws_others(operation):
+            if _draws_others(operation, program):
                 raise ProgramError(
                     f"{operation.operator} draws different random numbers in {self.name}, so these "
                     "would be different steps"
@@ -173,9 +173,11 @@ class Precision:
         return value
 
 
-def _draws_others(operation: Operation) -> bool:
-    """Return whether an operation draws different random numbers in another dtype."""
+def _draws_others(operation: Operation, program: Program) -> bool:
     if not draws_random_numbers(operation.resolved) or operation.operator in _SAME_DRAWS:
+        return False
+    used = (program.tensors[name].torch_dtype for name in (*operation.reads(), *operation.changed()))
+    if not any(dtype.is_floating_point for dtype in used):  # an order of rows, or rows to pick
         return False
     given = operation.given()
     if given.get("training") is False:  # a randomized ReLU that is evaluated

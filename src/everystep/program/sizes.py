@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from everystep.bounded import decompressed
 from everystep.errors import ProgramError
 from everystep.program.number_slots import slot_names
-from everystep.program.operation import DIMENSIONS, Operation, Storage, TensorSpec
+from everystep.program.operation import Operation, Storage, TensorSpec
 from everystep.program.soundness import check_soundness
 from everystep.program.step_program import Program
 
@@ -84,8 +84,6 @@ def resized(program: Program, packed: bytes, key: bytes) -> Program:
 
 def _tensor(tensor: TensorSpec, sizes: Iterator[int]) -> TensorSpec:
     count = len(tensor.shape)
-    if count > DIMENSIONS:
-        raise ValueError(f"a tensor has {count} dimensions")
     shape, stride = (tuple([next(sizes) for _ in range(count)]) for _ in range(2))
     return TensorSpec(
         storage=tensor.storage, dtype=tensor.dtype, shape=shape, stride=stride, offset=next(sizes)
@@ -109,7 +107,6 @@ def _sized(operation: Operation) -> dict[int | str, Any]:
 
 
 def _integers(value: Any) -> Iterator[int]:
-    """Yield the whole numbers in an argument as a program holds it."""
     if type(value) is int:
         yield value
     elif isinstance(value, list | tuple):
@@ -118,7 +115,6 @@ def _integers(value: Any) -> Iterator[int]:
 
 
 def _replaced(value: Any, sizes: Iterator[int]) -> Any:
-    """Return an argument with other whole numbers."""
     if type(value) is int:
         return next(sizes)
     return [_replaced(item, sizes) for item in value] if isinstance(value, list | tuple) else value

@@ -20,13 +20,14 @@ import hashlib
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from platformdirs import user_cache_path
 from torch import Tensor
@@ -42,7 +43,7 @@ from everystep.program.allowed import (
 from everystep.program.arguments import decode, references
 from everystep.program.operation import Operation, Storage, TensorSpec
 from everystep.program.operators import BY_VALUES, flattened, parameters
-from everystep.program.optimizer_operator import OPTIMIZERS, OptimizerOperator
+from everystep.program.optimizer_operator import OptimizerOperator
 
 __all__ = ["WITH_STATISTICS", "check_soundness", "note_sound", "results_on_meta"]
 
@@ -130,9 +131,6 @@ class _Check:
             Exception: any error of torch; ValueError for errors found here.
         """
         operation = self._operations[index]
-        # The results of these do not depend on shapes alone.
-        if operation.operator in BY_VALUES or operation.operator in OPTIMIZERS:
-            return
         if operation.name in FORWARD:
             self._check_forward(index)
         if operation.name in _OF_A_FACTORIZATION:
@@ -142,9 +140,11 @@ class _Check:
             raise ValueError("its tensors do not fit together")
         try:
             found = results_on_meta(operation, self._meta)
-        except NotImplementedError:  # an operator without a kernel for shapes alone
-            return
-        self._check_results(operation, found)
+        except NotImplementedError:
+            # It makes no more than a few times what it reads.
+            self._check_size(self._meta[name] for name in operation.reads())
+        else:
+            self._check_results(operation, found)
 
     def _as_known(self, index: int) -> Given:
         """Return the specs and numbers that an operation receives, by the names that are known here."""
@@ -166,9 +166,7 @@ class _Check:
                 if name is not None:
                     raise ValueError(f"returns no tensor as {name}")
                 continue
-            # A stranger's program of a few bytes could take all memory of the machine.
-            if tensor.numel() * tensor.itemsize > self._bytes:
-                raise ValueError("returns more bytes than all storages of the program have")
+            self._check_size([tensor])
             if name is None or is_vague:
                 continue
             wanted = self._specs[name]
@@ -182,8 +180,13 @@ class _Check:
                     f"{list(wanted.shape)}"
                 )
 
+    def _check_size(self, tensors: Iterable[Tensor]) -> None:
+        """Check that tensors take no more than the program has: an expanded one may take any memory."""
+        # A stranger's program of a few bytes could take all memory of the machine.
+        if any(tensor.numel() * tensor.itemsize > self._bytes for tensor in tensors):
+            raise ValueError("reads or returns more bytes than all storages of the program have")
+
     def _check_forward(self, index: int) -> None:
-        """Check that the forward operation of a kernel of the backward pass comes before it."""
         # e.g. for `aten.nll_loss_backward`: is there an `aten.nll_loss_forward` before it, with the same
         # target, and is `total_weight` its result?
         base, _ = FORWARD[self._operations[index].name]
@@ -273,10 +276,11 @@ def results_on_meta(operation: Operation, tensors: Mapping[str, Tensor]) -> list
     """Return the results of an operation on tensors without memory, by name.
 
     Raises:
-        Exception: any error of torch for tensors that do not fit.
+        NotImplementedError: they depend on numbers, or torch has no kernel for shapes alone.
+        Exception: any other error of torch for tensors that do not fit.
     """
     operator = operation.resolved
-    if isinstance(operator, OptimizerOperator):  # its Python reads numbers, which meta does not have
+    if isinstance(operator, OptimizerOperator) or operation.operator in BY_VALUES:
         raise NotImplementedError
     arguments = [decode(value, tensors.__getitem__) for value in operation.arguments]
     keywords = {k: decode(v, tensors.__getitem__) for k, v in operation.keywords.items()}
@@ -330,6 +334,12 @@ def _none_repeats(given: Given) -> bool:
         for spec in specs
         for stride, size in zip(spec.stride, spec.shape, strict=True)
     )
+
+
+def _mask_fits(given: Given) -> bool:
+    """Only one of them is expanded, so that the result has no more numbers than the other."""
+    shapes = given["self"].shape, given["mask"].shape
+    return np.broadcast_shapes(*shapes) in shapes
 
 
 def _dimensions_fit(given: Given) -> bool:
@@ -444,6 +454,7 @@ _SHAPES: dict[str, Callable[[Given], bool]] = {
     "_native_batch_norm_legit_no_training": _batch_norm_fits,
     "_scaled_dot_product_flash_attention_for_cpu": _attention_fits,
     "_weight_norm_interface": _weight_norm_fits,
+    "masked_select": _mask_fits,
     **dict.fromkeys(("median", "nanmedian"), _none_repeats),
     "mkldnn_rnn_layer": _rnn_fits,
     "native_group_norm": _are_dense,
@@ -451,7 +462,6 @@ _SHAPES: dict[str, Callable[[Given], bool]] = {
 
 
 def _is_known_sound(text: bytes) -> bool:
-    """Return whether a program with this text passed the same check before."""
     with suppress(OSError):
         return _mark(text).is_file()
     return False

@@ -154,7 +154,10 @@ def read_snapshot(run: Path, row: SnapshotRow) -> State:
         if {*known.unchanged} & parameters.keys() or not {*known.unchanged} <= first.keys():
             raise RunError(f"{place} has settings that everystep did not write")
         parameters |= {name: first[name] for name in known.unchanged}
-    return State(row.step, parameters, rest, settings)
+    # A file has them in the order of their dtypes, and is read in any.
+    order = dict.fromkeys([*(name.partition("/")[2] for name in settings["names"]), *parameters])
+    ordered = {name: parameters[name] for name in order if name in parameters}
+    return State(row.step, ordered, rest, settings)
 
 
 class _Checked(BaseModel):

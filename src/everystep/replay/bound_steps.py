@@ -192,7 +192,6 @@ class BoundSteps:
         return sum(steps.key_of(each) == key for each in ahead) + self._interpreted[key] >= WORTH
 
     def _bind(self, key: ProgramKey, row: Repeat, steps: RecordedSteps) -> BoundStep | None:
-        """Bind the program of a step to the state; return None if the interpreter must run it."""
         try:
             bound = self._bound[key] = BoundStep(row, steps, self._state)
         except ProgramError:

@@ -13,7 +13,6 @@ from torch import Tensor
 from everystep.errors import ExperimentError, Fault, RunError, named
 from everystep.experiment.batches import RowsOf
 from everystep.program.number_slots import slots_of
-from everystep.program.operation import Operation
 from everystep.program.operators import draws_random_numbers
 from everystep.program.optimizer_operator import OptimizerOperator
 from everystep.program.step_program import Program
@@ -105,10 +104,6 @@ class ChangedSteps(RecordedSteps):
         """Return NaN: the recorded loss is not that of the step."""
         return math.nan
 
-    def given(self, row: Repeat) -> Inputs:
-        """Return the inputs of a step without their contents, and without digests of the state."""
-        return super().given(row)._replace(digests={})
-
     def unknown_in(self, number: int) -> str | None:
         """Return what Python may have read that the recording does not have, and no program computes."""
         row = self.row(number)
@@ -187,7 +182,9 @@ class ChangedSteps(RecordedSteps):
         row, what = self.row(first), f"the batch of step {first}"
         batch = of_kind(self.stored(row), "batch")
         self._name = _target(batch, f"{what} of {self.run.name}")
-        if not _is_read(self._name, self.program_of(row).program):
+        program = self.program_of(row).program
+        read = program.storages_of(each for one in program.operations for each in one.reads())
+        if self._name not in program.tensors or program.tensors[self._name].storage not in read:
             raise RunError(f"no operation of step {first} of {self.run.name} reads {self._name}")
         y = batch[self._name]
         missing = f"{what} has rows 0 to {len(y) - 1:,}"
@@ -388,7 +385,8 @@ def _updated(program: Program) -> tuple[set[str], set[str]]:
         elif operation.phase == "backward" or following & program.storages_of(operation.reads()):
             by_gradients |= changed
             following |= changed - own
-        elif _plain_name(operation) in _SCALING and slots_of(operation):
+        # In place or on a list, too.
+        elif operation.name.removeprefix("_foreach_").rstrip("_") in _SCALING and slots_of(operation):
             by_numbers |= program.storages_of(operation.written())
 
     def of(changed: set[str]) -> set[str]:
@@ -397,17 +395,6 @@ def _updated(program: Program) -> tuple[set[str], set[str]]:
     # A sharpness-aware step moves what an optimizer trains along the gradient, too, and back again.
     known = of(by_optimizers)
     return known, of(by_gradients) - known | of(by_updates) | of(by_numbers) & known
-
-
-def _plain_name(operation: Operation) -> str:
-    """Return the name of an operator, whether it works in place or on a list."""
-    return operation.name.removeprefix("_foreach_").rstrip("_")
-
-
-def _is_read(name: str, program: Program) -> bool:
-    storage = program.tensors[name].storage if name in program.tensors else None
-    read = (each for operation in program.operations for each in operation.reads())
-    return any(program.tensors[each].storage == storage for each in read)
 
 
 def _target(batch: Mapping[str, Tensor], what: str) -> str:
@@ -437,8 +424,8 @@ def _rows_in(batch: Mapping[str, Tensor], names: Sequence[str]) -> Tensor | None
 
 
 def _why_not(y: Tensor, target: float) -> str | None:
-    """Return why a tensor cannot hold a target, or None."""
+    held = float(torch.tensor(target, dtype=torch.float64).to(y.dtype))
+    kind = str(y.dtype).removeprefix("torch.")
     if y.is_floating_point():
-        return None if math.isfinite(target) else f"{target:g} is not finite"
-    fits = float(torch.tensor(target, dtype=torch.float64).to(y.dtype)) == target
-    return None if fits else f"{target:g} does not fit into {str(y.dtype).removeprefix('torch.')}"
+        return None if math.isfinite(held) else f"{target:g} is not finite in {kind}"
+    return None if held == target else f"{target:g} does not fit into {kind}"

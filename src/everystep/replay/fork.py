@@ -109,8 +109,8 @@ class Fork:
                 f"the fork starts after step {self.at} but would end at step {steps}; set more "
                 f"steps (steps={self.at + 500})"
             )
-        parent = {"parent": self.run.name, "directory": str(self.run.directory)}
-        return ForkFacts(**parent, at=self.at, changed=self.changed)
+        run, changed = self.run, self.changed
+        return ForkFacts(parent=run.name, directory=str(run.directory), at=self.at, changed=changed)
 
     def state(self, opener: Opener, objects: Objects | None = None) -> State:
         """Return the parent's state. objects: those that trained it, if it has no experiment.
@@ -225,10 +225,11 @@ def fork(
         # The run of any rank stands for the whole: a fork is made from that of rank 0.
         asked = replace(asked, run=asked.run.ranks[0])
     run = asked.run
-    if isinstance(asked.settings.get("steps"), int):
-        check_steps(asked.settings["steps"])
     if not 0 <= asked.at <= run.newest_step():
         raise no_such_step(run, asked.at)
+    if (steps := asked.settings.get("steps")) is not None:
+        asked = replace(asked, settings={**asked.settings, "steps": check_steps(steps)})
+        asked.facts(asked.last)  # a step to take comes first
     if run.facts.training.loop:
         _check_loop(asked, given)
         return _fork_alone(asked, progress), None
@@ -277,7 +278,6 @@ def _check_loop(asked: Fork, given: Objects) -> None:
 
 
 def _fork_alone(asked: Fork, progress: Progress) -> Outcome:
-    """Let the programs of the parent take the steps."""
     run, at, lr = asked.run, asked.at, asked.settings.get("lr")
     if lr is not None and not (type(lr) in (int, float) and 0 <= lr < math.inf):
         raise UsageError(f"lr is {lr!r:.80}; pass a learning rate from 0 on")
@@ -306,7 +306,6 @@ def _fork_alone(asked: Fork, progress: Progress) -> Outcome:
 
 
 def _fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome:
-    """Create everything from the experiment with its changes."""
     facts = asked.stretch.facts
     experiment = asked.run.experiment(facts)
     if experiment is None:

@@ -187,9 +187,9 @@ class Step(Shown):
 
     @cached_property
     def updates(self) -> dict[str, Update]:
-        """The parameters before and after the step, by name."""
-        after = of_kind(self.end, "parameter")
-        return {name: Update(tensor, after[name]) for name, tensor in self.parameters.items()}
+        """The parameters before and after the step, by name; without those that left the model in it."""
+        before, after = self.parameters, of_kind(self.end, "parameter")
+        return {name: Update(before[name], after[name]) for name in before if name in after}
 
     @cached_property
     def dropped(self) -> dict[str, Tensor]:

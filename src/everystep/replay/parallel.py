@@ -210,8 +210,7 @@ def replay_span(replay: Replay, span: Span, visitor: Visitor, threads: int) -> R
 
 
 def _compare_state(found: Replayed, replay: Replay, span: Span) -> None:
-    """Compare the states at the end of a span with the snapshots of it, if there are any."""
-    if all(row.step != span.last for row in replay.snapshot_rows()):
+    if all(row.step != span.last for row in replay.run.snapshot_rows()):
         return
     stepper = replay.go_to(span.last, span.at)
     # They are only compared, before the next step: no copies are needed.

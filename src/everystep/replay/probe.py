@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -27,7 +27,7 @@ Values = dict[Reference, Tensor]
 
 
 def check_question(expression: Expression, opener: Opener) -> None:
-    """Check the names in an expression against the first step that a run keeps.
+    """Check the names in an expression against the first step that a run keeps, and all programs.
 
     Raises:
         ExpressionError: a name does not exist, or rows and tensors of the step before are asked for.
@@ -39,10 +39,14 @@ def check_question(expression: Expression, opener: Opener) -> None:
         raise ExpressionError(f"{before[0]} cannot be asked for together with rows")
     replay = opener.replay_here()
     step = replay.step(next((first for first, _ in replay.run.facts.kept(replay.run.newest_step())), 1))
-    known = {kind: [*getattr(step, kind)] for kind in ("parameters", "buffers", "updates")}
-    # A parameter without a gradient in this step may have one in others.
-    gradients = [*(step.gradients | step.parameters)]
-    expression.check(known | {"gradients": gradients, "activations": replay.stepper.module_paths()})
+    programs = replay.stepper.programs()
+    # Later steps may have more: a layer that was added, a module that runs at times.
+    names = dict.fromkeys([*step.state, *(n for p in programs for n in (*p.state_names, *p.ends))])
+    kinds = [name.partition("/") for name in names]
+    parameters, buffers = ([n for k, _, n in kinds if k == each] for each in ("parameter", "buffer"))
+    activations = [*dict.fromkeys(path for each in programs for path in each.activations)]
+    known = {"parameters": parameters, "updates": parameters, "buffers": buffers}
+    expression.check(known | {"gradients": [*step.gradients, *parameters], "activations": activations})
 
 
 class Probe:
@@ -99,15 +103,18 @@ class Probe:
     def value_of(self, reference: Reference) -> Tensor | None:
         """Return the value of a reference in the last step; valid until the next step.
 
-        None if there is none: before step 1, and of a module that did not run.
+        None if there is none: before step 1, of a module that did not run, and of what is not in the
+        model then.
         """
         if reference.is_previous:
             return self.before.get(reference)
         found = self._copies.get(_copied(reference))
         if found is None or reference.kind != "updates" or reference.part == "before":
             return found
-        after = self._state(f"parameter/{reference.name}").to(found.device)
-        return after if reference.part == "after" else after - found
+        after = self._state(f"parameter/{reference.name}")
+        if after is None or reference.part == "after":
+            return after
+        return after.to(found.device) - found
 
     def _copy(
         self, reference: Reference, source: str | None, tensor_of: Callable[[str], Tensor]
@@ -123,12 +130,12 @@ class Probe:
         if value is not None:
             self._copies[reference] = value.clone()
 
-    def _state(self, name: str) -> Tensor:
-        return self.stepper.named_state()[name].detach()
+    def _state(self, name: str) -> Tensor | None:
+        found = self.stepper.named_state().get(name)
+        return None if found is None else found.detach()
 
 
 def _copied(reference: Reference) -> Reference:
-    """Return the values to copy for a reference."""
     return reference._replace(part="before") if reference.kind == "updates" else reference
 
 
@@ -149,8 +156,6 @@ def opened_value(step: Step, reference: Reference) -> Tensor | None:
     value: Any = named.get(name)
     if kind == "updates" and value is not None:
         value = getattr(value, reference.part or "change")
-    if isinstance(value, tuple):  # the outputs of a module
-        # The first, as `Probe` copies it.
+    if isinstance(value, tuple):  # the outputs of a module: the first, as `Probe` copies it
         value = value[0] if value else None
-    found: Tensor | None = value
-    return found
+    return cast("Tensor | None", value)

@@ -314,7 +314,6 @@ def _exchanged(given: Sequence[tuple[Any, ...]]) -> bool:
 
 
 def _reduction(reduce: str) -> Any:
-    """Return what torch calls a way to reduce, such as `sum` or `max`."""
     return getattr(torch.distributed.ReduceOp, reduce.upper())
 
 

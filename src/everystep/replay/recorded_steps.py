@@ -17,7 +17,7 @@ from everystep.errors import ProgramError, RunError
 from everystep.experiment.batches import RowsOf
 from everystep.program.arguments import DTYPES
 from everystep.program.interpreter import Interpreter
-from everystep.program.memory import check_memory, copy_on_cpu
+from everystep.program.memory import bytes_at_once, check_memory, copy_on_cpu
 from everystep.program.precision import Precision
 from everystep.program.sizes import resized
 from everystep.program.step_program import MOST_BYTES, Program
@@ -188,9 +188,8 @@ class RecordedSteps:
             program = self._recorded[key] = self._read_program(key)
             if self.conversion is not None:
                 program = self.conversion.program(program)
-            made = [program.storages[name].bytes for name in program.of_kind("temporary")]
-            # Results are freed once nothing needs them, so only the largest is sure to be there.
-            check_memory(max(made, default=0), self.device)
+            # A stranger's program of many results could take all memory of the machine.
+            check_memory(bytes_at_once(program), self.device)
             self._programs[key] = Interpreter(program, self.device)
         return self._programs[key]
 

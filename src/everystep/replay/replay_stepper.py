@@ -18,6 +18,7 @@ from everystep.program.calls import without_autograd
 from everystep.program.interpreter import Interpreter, Looks
 from everystep.program.memory import copied_together
 from everystep.program.operators import REFUSALS
+from everystep.program.step_program import Program
 from everystep.recording.contents import digest_of
 from everystep.recording.database import Repeat
 from everystep.replay.bound_steps import BoundStep, BoundSteps, Hook
@@ -239,10 +240,9 @@ class ReplayStepper:
             given += b"".join(digest_of(tensors[f"batch/{name}"]).encode() for name in "xy")
         return (row.numbers or b"") + given
 
-    def module_paths(self) -> list[str]:
-        """Return the paths of modules; not all of them run at each step."""
-        programs = [self.steps.program(n).program for n in self.steps.facts.programs]
-        return list(dict.fromkeys(path for program in programs for path in program.activations))
+    def programs(self) -> list[Program]:
+        """Return the programs of the steps, without those that are among the inputs of a step."""
+        return [self.steps.program(number).program for number in self.steps.facts.programs]
 
     # Steps.
 
@@ -271,7 +271,6 @@ class ReplayStepper:
         return losses
 
     def _take(self, hook: Hook | None) -> float:
-        """Take the next step; return its loss."""
         self.settle()
         row = self.steps.row(self.state + 1)
         bound = self._bound.begin(row, self.steps)
@@ -323,7 +322,6 @@ class ReplayStepper:
         return found
 
     def _run_bound(self, number: int, bound: BoundStep, hook: Hook | None) -> float:
-        """Run a step by a bound program that is ready for it; return its loss."""
         live = bound.live
         calls = bound.calls(hook)
         if live.draws and bound.generator is not None:
@@ -365,8 +363,9 @@ class ReplayStepper:
             self._diverged(number, f"step {number} differs from the recording: {differs}")
         elif (unknown := self.steps.unknown_in(number)) is not None:
             self._diverged(number, f"step {number} may differ from the recording: {unknown}")
-        # In another precision, no digest can be that of the recording.
-        if not digests or self._has_diverged or self.steps.conversion is not None:
+        # With a change, or in another precision, no digest can be that of the recording.
+        is_other = self.steps.is_changed or self.steps.conversion is not None
+        if not digests or self._has_diverged or is_other:
             return
         present = ((name, digest) for name, digest in digests.items() if name in self._tensors)
         other = [n.partition("/")[2] for n, digest in present if digest_of(self._tensors[n]) != digest]

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from everystep.bounded import check_steps
 from everystep.device import select
 from everystep.errors import RunError, UsageError
 from everystep.experiment.source_files import note_named
@@ -62,9 +61,8 @@ class Resume:
         """Check that there is something to train.
 
         Raises:
-            UsageError: the run has all its steps, or cannot have as many.
+            UsageError: the run has all its steps.
         """
-        check_steps(self.steps or 0)
         recorded, planned = len(self), self.run.facts.steps or 0
         if self.steps is not None and self.steps < max(recorded, 1):
             raise UsageError(
@@ -288,7 +286,6 @@ def resume_objects(
 
 
 def _restore_objects(run: RecordedRun, objects: Objects) -> None:
-    """Bring objects to the last state of a finished run."""
     last, problems = run.newest_step(), list[str]()
     state = run.state_near(last, after=last - 1, on_problem=problems.append)
     if state is None:
@@ -306,7 +303,6 @@ def _steps_of(iteration: Iteration, facts: TrainingFacts) -> int:
 
 
 def _check_same_experiment(run: RecordedRun, known: Experiment, given: Experiment) -> None:
-    """Check that an experiment is the run's, except for the number of steps."""
     one, other = (flat(each.model_dump(exclude={"steps", "epochs"})) for each in (known, given))
     changed = [path for path in one | other if one.get(path) != other.get(path)]
     texts = tuple(f"{path}: {one.get(path)} | {other.get(path)}" for path in changed)
@@ -314,7 +310,6 @@ def _check_same_experiment(run: RecordedRun, known: Experiment, given: Experimen
 
 
 def _check_same_data(job: Job, facts: TrainingFacts) -> None:
-    """Check that data that is not in the run is unchanged."""
     if facts.data_file is None or job.data is None:
         return
     check_data(job.data.tensors(), facts.data_file, "the data")

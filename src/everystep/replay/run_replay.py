@@ -20,7 +20,6 @@ from everystep.experiment.batches import RowsOf
 from everystep.program.precision import Precision
 from everystep.recording.blocks import same_number
 from everystep.recording.recorded_run import RecordedRun, Stretch, stretch_at
-from everystep.recording.snapshots import SnapshotRow
 from everystep.replay.opened_step import Step
 from everystep.replay.rank_stepper import RankStepper
 from everystep.replay.recorded_batches import batch_source
@@ -87,7 +86,6 @@ class Replay:
         self._is_over = run.status != "running"
         #: The losses read last, and the step that they begin with.
         self._losses: tuple[int, list[float]] = 1, []
-        self._rows: list[SnapshotRow] | None = None
         self.stretches = run.stretches
         self.data = data
         self._threads = threads
@@ -196,12 +194,6 @@ class Replay:
             begin, known = self._losses = max(first, 1), self.run.losses_between(first, end)
         return known[max(first - begin, 0) : last - begin + 1]
 
-    def snapshot_rows(self) -> list[SnapshotRow]:
-        """Return the snapshots as the database knows them."""
-        if self._rows is None or not self._is_over:
-            self._rows = self.run.snapshot_rows()
-        return self._rows
-
     @contextmanager
     def in_force(self, step: int) -> Iterator[None]:
         """Apply the numerics of a step; the caller's random generators keep their state."""
@@ -253,14 +245,12 @@ class Replay:
         self.go_to(number - 1, at)
 
     def _start_near(self, stepper: ReplayStepper, at: int, state: int) -> None:
-        """Restore the nearest available state up to the wanted one."""
         lowest = self.stretches[at].first - 1
         here = stepper.state if self._at == at and lowest <= stepper.state <= state else NOWHERE
         known = (s for stretch, s in self._kept if stretch == at and lowest <= s <= state)
         kept = max(known, default=NOWHERE)
-        self._at, after, found = at, max(lowest - 1, here, kept), None
-        if any(after < row.step <= state for row in self.snapshot_rows()):
-            found = self.run.state_near(state, on_problem=self._note, after=after)
+        self._at, after = at, max(lowest - 1, here, kept)
+        found = self.run.state_near(state, on_problem=self._note, after=after)
         if found is not None:
             stepper.load(found)
         elif kept > here:

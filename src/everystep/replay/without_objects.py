@@ -219,7 +219,6 @@ def continue_alone(
 
 
 def _check_numerics(run: RecordedRun) -> None:
-    """Check that this process can compute as the run did."""
     if needs_worker(run.facts):
         environment = run.facts.training.numerics.environment()
         error = RunError(
