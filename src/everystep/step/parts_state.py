@@ -296,7 +296,7 @@ class PartsState:
     ) -> None:
         """Set the attributes of a module; those that are not in a snapshot are as at first."""
         modules, names = dict(self.parts.modules[part].named_modules()), self.parts.parameter_names()
-        now, first = self._attributes(part, saved), self._at_first[part]
+        now, first = self._attributes(part, shared), self._at_first[part]
         wanted = {(path, n): Encoded(data) for path in later for n, data in later[path].items()}
         for (path, attribute), each in (first | wanted).items():
             known = now.get((path, attribute))
@@ -335,7 +335,8 @@ class PartsState:
         Raises:
             RunError: they do not; names what differs.
         """
-        now, held = self.rest(), state.settings["held"]
+        live = self.parts.state()
+        now, held = self.rest(live), state.settings["held"]
         other = {
             name
             for name, tensor in now.tensors.items()
@@ -347,7 +348,7 @@ class PartsState:
                 here, there = (each[name].get("object", each[name]) for each in (now.held, held))
                 faults |= {*_differing(here, there, name)}
                 continue
-            attributes = self._attributes(name, {})
+            attributes = self._attributes(name, live)
             for path, each in held[name]["attributes"].items():
                 for attribute, data in each.items():
                     known = attributes.get((path, attribute))
