@@ -121,7 +121,8 @@ class LoopStart:
         if at and (state is None or _goal(parent, state) is None):
             raise RunError(
                 f"{parent.name} marks its steps with recording.step, so nothing shows what its loop "
-                "does between them; fork loops over recording.steps(batches), or fork it at step 0"
+                "does between them; fork loops over recording.steps(batches), or fork it at step 0, "
+                f"with the change once recording.step_count is {at}"
             )
         trained = facts_of_loop(parts)
         fork = ForkFacts(parent=parent.name, directory=str(parent.directory), at=at, changed={})
