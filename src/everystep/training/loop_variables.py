@@ -71,7 +71,8 @@ class LoopVariables:
         """
         self._known |= sources
         now = dict(self._contents(frame))
-        return [name for name, before in self._before.items() if _differs(before, now.get(name))]
+        differing = [name for name, before in self._before.items() if _differs(before, now.get(name))]
+        return [name for name in differing if name != "_"]  # by convention, nothing reads it
 
     def _contents(self, frame: FrameType) -> Iterator[tuple[str, Any]]:
         """Yield names, and what can be compared of their values."""
