@@ -335,8 +335,7 @@ class PartsState:
         Raises:
             RunError: they do not; names what differs.
         """
-        live = self.parts.state()
-        now, held = self.rest(live), state.settings["held"]
+        now, held = self.rest(), state.settings["held"]
         other = {
             name
             for name, tensor in now.tensors.items()
@@ -348,7 +347,7 @@ class PartsState:
                 here, there = (each[name].get("object", each[name]) for each in (now.held, held))
                 faults |= {*_differing(here, there, name)}
                 continue
-            attributes = self._attributes(name, live)
+            attributes = self._attributes(name, self.parts.state())
             for path, each in held[name]["attributes"].items():
                 for attribute, data in each.items():
                     known = attributes.get((path, attribute))

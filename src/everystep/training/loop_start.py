@@ -255,7 +255,6 @@ def _goal(run: RecordedRun, state: State) -> Recorded | None:
 
 
 def _drawn(run: RecordedRun, step: int) -> Drawn:
-    """Return the recorded data of the draw of a batch."""
     rows = run.repeats(step, step)
     inputs = inputs_of(rows[0].inputs if rows else None, f"the input of step {step}")
     generators = run.contents(inputs.draws().given)

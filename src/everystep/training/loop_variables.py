@@ -62,7 +62,8 @@ class LoopVariables:
         self._memory = {tensor.untyped_storage().data_ptr() for tensor in parts.state().values()}
         #: What stays alive, so that no other object gets its id.
         self._alive: list[Any] = [item]
-        self._before = dict(self._contents(frame))
+        # By convention, nothing reads `_`.
+        self._before = {name: each for name, each in self._contents(frame) if name != "_"}
 
     def changed(self, frame: FrameType, sources: set[int]) -> list[str]:
         """Return the names of those that differ now; of an object, with the attribute.
@@ -71,8 +72,7 @@ class LoopVariables:
         """
         self._known |= sources
         now = dict(self._contents(frame))
-        differing = [name for name, before in self._before.items() if _differs(before, now.get(name))]
-        return [name for name in differing if name != "_"]  # by convention, nothing reads it
+        return [name for name, before in self._before.items() if _differs(before, now.get(name))]
 
     def _contents(self, frame: FrameType) -> Iterator[tuple[str, Any]]:
         """Yield names, and what can be compared of their values."""

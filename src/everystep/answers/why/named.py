@@ -108,7 +108,6 @@ def _headed(text: str, head: re.Match[str], trace: Trace) -> _Reading:
 
 
 def _referred(text: str, reference: Reference, step: Step) -> list[_Reading]:
-    """Return the tensors that a reference names."""
     kind, name, end = reference.kind, reference.name, len(step.operations)
     if kind == "loss":
         loss = step.places.loss
