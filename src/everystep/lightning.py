@@ -8,13 +8,17 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 from torch import Tensor
 
 from everystep.api import record
 from everystep.errors import UsageError
 from everystep.run import Run
 from everystep.training.record import Recording
+
+try:
+    import lightning.pytorch as pl
+except ModuleNotFoundError:  # by its former name, which packages for forecasting install
+    import pytorch_lightning as pl
 
 __all__ = ["RecordFit"]
 

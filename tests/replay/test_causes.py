@@ -375,6 +375,17 @@ def test_settings_of_torch_s_own_optimizer_are_named_where_an_argument_is_comput
     ]
 
 
+def test_a_rate_is_named_once_whatever_the_part_with_it_is_called(said):
+    for name, lr in (("one", 0.5), ("other", 0.25)):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        opt = torch.optim.SGD(model.parameters(), lr=lr)
+        with everystep.record(run=name, model=model, opt=opt) as recording:
+            for x in recording.steps(torch.randn(3, 6, 4)):
+                recording.log(loss=descend(opt, model(x).square().mean()))
+    assert said() == ["opt SGD: lr 0.5 | 0.25"]
+
+
 @pytest.mark.parametrize(
     ("loss", "cause"),
     [

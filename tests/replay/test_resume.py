@@ -2,6 +2,7 @@
 
 import enum
 import errno
+import inspect
 import itertools
 import json
 import math
@@ -16,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import pytest
@@ -871,6 +872,7 @@ class WithObject(nn.Module):
     def __init__(self):
         super().__init__()
         self.layer, self.running, self.latest = nn.Linear(6, 1), Running(), None
+        self.described = [inspect.signature(self.forward), Final, torch.__version__]
 
     def forward(self, x):
         self.running.count += 1
@@ -977,6 +979,7 @@ class Learner(nn.Module):
     def __init__(self):
         super().__init__()
         self.layer = nn.Linear(6, 1)
+        self.layers = [self.layer]
         self.optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
     def learn(self, x, y):

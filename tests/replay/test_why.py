@@ -13,7 +13,7 @@ import pytest
 import torch
 from benchmarks.why import NETWORKS, asked, followed
 from benchmarks.why_by_hand import ALL, complaints
-from tests.descent import looped, trained
+from tests.descent import descend, looped, trained
 from torch import nn
 
 import everystep
@@ -382,6 +382,34 @@ def test_gradients_that_no_optimizer_takes_are_known_where_backward_left_them(sm
     assert answer.groups
     with pytest.raises(ExpressionError, match=r"step 2 has no gradients; #N is"):
         recording.run.why(2, "gradients['0.weight'][0, 0]")
+
+
+def test_a_parameter_that_no_program_computes_has_its_number_and_says_so(tmp_path):
+    """A sparse step is kept by content, after which nothing in the step reads the parameter."""
+    table = nn.Embedding(5, 2, sparse=True)
+    optimizer = torch.optim.SparseAdam(table.parameters())
+    with everystep.record(run=tmp_path / "run", table=table, optimizer=optimizer) as recording:
+        for row in recording.steps(torch.tensor([[1], [3]])):
+            recording.log(loss=descend(optimizer, table(row).square().sum()))
+    for step, name, back in ((2, "updates['weight'].after", 0), (2, "parameters['weight']", 1)):
+        answer = recording.run.why(step, f"{name}[1, 0]", back=back)
+        assert answer.number.value == float(table.weight.detach()[1, 0])
+        last = answer.causes[-1] if back else answer
+        assert "computed by an operation with recorded results only" in last.note
+
+
+def test_a_loss_that_no_operation_of_the_step_makes_is_said_to_be_one(small, tmp_path):
+    """It was logged as a number, or computed while the recording was paused."""
+    model, x, _ = small
+    with everystep.record(run=tmp_path / "run", model=model) as recording:
+        for number, batch in enumerate(recording.steps([x, x])):
+            loss = model(batch).square().sum()
+            with recording.paused():
+                total = torch.stack([loss, loss]).sum()
+            recording.log(loss=total if number else 0.25)
+    for step in (1, 2):
+        with pytest.raises(ExpressionError, match=f"no operation of step {step} makes its loss"):
+            recording.run.why(step, "loss")
 
 
 class Unreadable(torch.optim.SGD):

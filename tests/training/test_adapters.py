@@ -1,6 +1,8 @@
 """Lightning's and Hugging Face's own trainers, recorded by a callback, and replayed."""
 
 import copy
+import runpy
+import sys
 from pathlib import Path
 
 import accelerate
@@ -85,6 +87,13 @@ def test_lightning(tmp_path, options):
     assert run[-1].batch.x.shape == (16, 8)
     trained(callback := everystep.lightning.RecordFit(run=tmp_path / "stopped", stop_when="step == 3"))
     assert (len(callback.run), callback.run.status) == (3, "stopped")
+
+
+def test_lightning_by_its_former_name_alone(monkeypatch):
+    """Packages for forecasting install pytorch_lightning, without lightning."""
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", pl)
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
+    assert issubclass(runpy.run_path(everystep.lightning.__file__)["RecordFit"], pl.Callback)
 
 
 def test_lightning_that_fails_closes_its_run():

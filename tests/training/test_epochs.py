@@ -181,7 +181,7 @@ def test_all_places_where_a_loop_counts_are_named(way, tmp_path, capfd, monkeypa
     take_snapshots_every(monkeypatch, 1)
 
     def trained(last):
-        trainer = SimpleNamespace(callbacks=[Counting()], inner=Counting())
+        _, trainer = 0, SimpleNamespace(callbacks=[Counting()], inner=Counting())
         model, within = nn.Linear(3, 1), counted_within()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         batches = [torch.ones(2, 3)] * STEPS
@@ -216,6 +216,7 @@ def test_all_places_where_a_loop_counts_are_named(way, tmp_path, capfd, monkeypa
             else:
                 for x in recording.steps(batches[:last]):
                     recording.log(loss=take(x))
+                    _ = COUNT
 
     trained(3)
     assert "began again" not in capfd.readouterr().err
@@ -225,6 +226,7 @@ def test_all_places_where_a_loop_counts_are_named(way, tmp_path, capfd, monkeypa
         assert name in said, name
     for name in ("trainer.inner.count", "trainer.callbacks[0].count", "schedule.lr_lambdas.0.count"):
         assert name in said, name
+    assert "_" not in re.findall(r"\w+", said)
 
 
 class Rows(Dataset):

@@ -107,8 +107,9 @@ class Evidence(StepPair):
     def of_optimizer(self, name: str, values: tuple[float, float]) -> Setting:
         """Return a setting of an optimizer. name: `lr[1]`; `generator.lr[1]` if it is one of several."""
         prefix, _, rest = name.partition(".")
-        path, key = (prefix, rest) if prefix in self.optimizers and rest else ("optimizer", name)
-        owner = self.optimizers.get(path) or next(iter(self.optimizers.values()), "optimizer")
+        is_one_of_several = rest and prefix in self.optimizers
+        path, key = (prefix, rest) if is_one_of_several else (next(iter(self.optimizers), ""), name)
+        owner = self.optimizers.get(path, "optimizer")
         # A rate may be a float32 tensor: 0.1, not 0.10000000149011612.
         pair = float(shortest(values[0])), float(shortest(values[1]))
         return Setting("optimizer", "" if path == "optimizer" else path, owner, key, pair)

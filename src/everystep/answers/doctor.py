@@ -113,7 +113,6 @@ def _own(directory: Path) -> Diagnosis:
 
 
 def _problem(read: Callable[[], object]) -> str | None:
-    """Return the error of reading a file, if any."""
     try:
         read()
     except (EverystepError, OSError) as error:

@@ -261,7 +261,6 @@ def _first_made(step: Step) -> NonFinite | None:
 
 
 def _from_state(step: Step, name: str, tensor: Tensor) -> NonFinite:
-    """Return the answer for a tensor of the state before a step."""
     before = None
     if step.earlier and step.number > 1:
         with suppress(NotReplayedError):  # where it was not kept
@@ -275,7 +274,6 @@ def _from_state(step: Step, name: str, tensor: Tensor) -> NonFinite:
 
 
 def _number_arguments(observed: Observed) -> Tensor:
-    """Return the floating-point numbers among the arguments."""
     operation = observed.operation
     given = [decode(value, str) for value in (*operation.arguments, *operation.keywords.values())]
     return torch.tensor([value for value in given if isinstance(value, float)], dtype=torch.float64)

@@ -132,7 +132,6 @@ class RowsFollower:
         return makes_gradients(self._step.operations[index].operation)
 
     def _take(self, index: int, seen: Observed) -> None:
-        """Note what an operation wrote."""
         memory, trace, operation = self._memory, self._trace, seen.operation
         given = {name: memory.read(name, tensor) for name, tensor in seen.inputs.items()}
         results, why = self._results(seen, given)

@@ -218,7 +218,6 @@ class Repeats:
         return file.newest_step > 0 and self._is_kept(file.newest_step)
 
     def _closed_files(self) -> dict[int, BatchFile]:
-        """Return the files that are complete, by number."""
         written = {number for number, _ in self._open.values()}
         return {number: file for number, file in self.files.items() if number not in written}
 
@@ -329,7 +328,6 @@ class Repeats:
         return found
 
     def _know(self, row: Pieces) -> None:
-        """Add pieces to those that are known."""
         self._known |= zip(row.digests_from(row.number, row.end), count(row.number), strict=False)
         # Rows that follow each other become one span, so a few stand for millions of pieces.
         new, spans = _Span(row.number, row.end, row.file, row.source), self._spans.rows

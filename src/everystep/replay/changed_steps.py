@@ -222,8 +222,8 @@ class ChangedSteps(RecordedSteps):
         if of or not has_rate:
             raise RunError(
                 f"{where} has no learning rate that its programs know as a number{of}: only optimizers "
-                f"of torch's own have one, where it is not a tensor; {end}change the rate in a fork "
-                "that your code makes"
+                "of torch's own that are parts and take no closure have one, where it is not a tensor; "
+                f"{end}change the rate in a fork that your code makes"
             )
 
     def _check_not_from_parameters(self, steps: range) -> None:

@@ -141,7 +141,6 @@ def _geometry_changes(guard: _Guard, now: Any) -> str | None:
 
 
 def _digest_of(tensor: Tensor) -> bytes:
-    """Return a digest of a tensor's numbers."""
     with _disable_current_modes():  # a recorder in force must see operations of the step alone
         array = np.ascontiguousarray(as_integers(tensor).cpu().numpy())
         return hashlib.blake2b(array.view(np.uint8).data, digest_size=16).digest()

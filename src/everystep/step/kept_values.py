@@ -107,8 +107,9 @@ MOST_OBJECTS, MOST_VALUES, MOST_BYTES = 10, 1000, 16_000_000
 _MOST_SMALL, _MOST_SMALL_BYTES = 100_000, 1_000_000
 #: Values within values that are written; a chain of objects may be as long as it likes.
 _DEEPEST = 100
-#: Where the classes of locks, files, references and loggers are defined.
-_WITHOUT_NUMBERS = ("_thread", "_io", "_csv", "weakref", "logging")
+#: Where the classes of locks, files, references, loggers, annotations and tokenizers are defined.
+_WITHOUT_NUMBERS = {"_thread", "_io", "_csv", "weakref", "logging", "typing", "inspect", "tokenizers"}
+_WITHOUT_NUMBERS |= {"torch.torch_version"}
 #: What shows or records a training.
 _SHOWING = ("everystep", "logging", "rich", "tensorboard", "tqdm")
 #: Where the classes of functions, methods and operators are defined.

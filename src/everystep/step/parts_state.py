@@ -295,7 +295,7 @@ class PartsState:
     ) -> None:
         """Set the attributes of a module; those that are not in a snapshot are as at first."""
         modules, names = dict(self.parts.modules[part].named_modules()), self.parts.parameter_names()
-        now, first = self._attributes(part, saved), self._at_first[part]
+        now, first = self._attributes(part, shared), self._at_first[part]
         wanted = {(path, n): Encoded(data) for path in later for n, data in later[path].items()}
         for (path, attribute), each in (first | wanted).items():
             known = now.get((path, attribute))
@@ -345,7 +345,7 @@ class PartsState:
             if name not in self.parts.modules:
                 faults |= {*_differing(_compared(now.held[name]), _compared(held[name]), name)}
                 continue
-            attributes = self._attributes(name, {})
+            attributes = self._attributes(name, self.parts.state())
             for path, each in held[name]["attributes"].items():
                 for attribute, data in each.items():
                     known = attributes.get((path, attribute))

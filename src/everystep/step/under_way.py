@@ -529,7 +529,6 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         return bool(self._loss_token(loss, ending.path, ending.reads) == known)
 
     def _write(self, state: Mapping[str, Tensor], versions: Versions, loss: Any) -> Ending:
-        """Write the path of the step down."""
         tensors, at = self.tensors, self.at
         tensors.catch_up(at)
         brought = len(self.brought)

@@ -170,7 +170,6 @@ class Acceleration:
         return self._by_program(number, min(last, next_check - 1), stand_in, numbers, state)
 
     def _state(self) -> dict[str, Tensor]:
-        """Return the live tensors of the parts."""
         known = self.watched.state if self._is_settled else None
         return self.watched.parts.state() if known is None else known
 

@@ -116,7 +116,6 @@ class BatchSources:
                 yield key, *self._found(_place(name, key), value, others)
 
     def _found(self, place: str, value: Any, others: set[int]) -> _Found:
-        """Return an attribute as it is now."""
         items, found = self._lists.get(place, ((), None))
         # The same objects, which never change, are the same list; to write it down takes much longer.
         if (

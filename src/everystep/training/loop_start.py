@@ -121,7 +121,8 @@ class LoopStart:
         if at and (state is None or _goal(parent, state) is None):
             raise RunError(
                 f"{parent.name} marks its steps with recording.step, so nothing shows what its loop "
-                "does between them; fork loops over recording.steps(batches), or fork it at step 0"
+                "does between them; fork loops over recording.steps(batches), or fork it at step 0, "
+                f"with the change once recording.step_count is {at}"
             )
         trained = facts_of_loop(parts)
         fork = ForkFacts(parent=parent.name, directory=str(parent.directory), at=at, changed={})
@@ -254,7 +255,6 @@ def _goal(run: RecordedRun, state: State) -> Recorded | None:
 
 
 def _drawn(run: RecordedRun, step: int) -> Drawn:
-    """Return the recorded data of the draw of a batch."""
     rows = run.repeats(step, step)
     inputs = inputs_of(rows[0].inputs if rows else None, f"the input of step {step}")
     generators = run.contents(inputs.draws().given)

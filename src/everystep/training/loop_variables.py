@@ -62,7 +62,8 @@ class LoopVariables:
         self._memory = {tensor.untyped_storage().data_ptr() for tensor in parts.state().values()}
         #: What stays alive, so that no other object gets its id.
         self._alive: list[Any] = [item]
-        self._before = dict(self._contents(frame))
+        # By convention, nothing reads `_`.
+        self._before = {name: each for name, each in self._contents(frame) if name != "_"}
 
     def changed(self, frame: FrameType, sources: set[int]) -> list[str]:
         """Return the names of those that differ now; of an object, with the attribute.

@@ -244,7 +244,6 @@ class Stepper(Acceleration):
         self._give_up(f"{reason} at step {number}", verified + 1)
 
     def _keep_way_back(self) -> None:
-        """Keep a copy of the verified state."""
         self._way_back = self.step, self.training.snapshot(self.step), self.new.rates
 
     def _go_back(self, step: int) -> None:

@@ -108,12 +108,14 @@ def _headed(text: str, head: re.Match[str], trace: Trace) -> _Reading:
 
 
 def _referred(text: str, reference: Reference, step: Step) -> list[_Reading]:
-    """Return the tensors that a reference names."""
     kind, name, end = reference.kind, reference.name, len(step.operations)
     if kind == "loss":
-        if step.places.loss is None:
-            raise error_at(text, f"no operation of step {step.number} makes its loss")
-        return [(step.places.loss, end)]
+        loss = step.places.loss
+        # It was logged as a number, or computed while the recording was paused.
+        if loss is None or not any(loss in each.made or loss in each.inputs for each in step.operations):
+            cure = "log the tensor that the step computes: recording.log(loss=loss)"
+            raise error_at(text, f"no operation of step {step.number} makes its loss; {cure}")
+        return [(loss, end)]
     if kind in ("step", "measurements"):
         cure = (
             "gradients, activations, parameters, updates, buffers, the batch and the loss have a cause"
