@@ -79,7 +79,7 @@ _OF_TORCH = {
     *("_warned_capturable_if_run_uncaptured", "_opt_called"),
 }
 #: Objects that are left unchanged: code, modules, and objects that cannot be copied.
-_LEFT_ALONE = (type, nn.Module, torch.device, torch.dtype)
+_LEFT_ALONE = (type, nn.Module, torch.device)
 #: Values that never change: their classes, their plain contents, and what makes such a value of these.
 _CONSTANTS: dict[str, tuple[type, Callable[[Any], list[Any]], Callable[..., Any]]] = {
     "complex": (complex, lambda value: [value.real, value.imag], complex),
@@ -100,7 +100,7 @@ _CONSTANTS: dict[str, tuple[type, Callable[[Any], list[Any]], Callable[..., Any]
 }
 _NAMES_OF_CONSTANTS = {kind: name for name, (kind, _, _) in _CONSTANTS.items()}
 #: Values of which a state only shows whether there is another one.
-_WITH_TEXTS = (slice, torch.dtype, np.dtype, PurePath)
+_WITH_TEXTS = (slice, torch.dtype, torch.layout, torch.memory_format, torch.qscheme, np.dtype, PurePath)
 #: Limits of an object in an attribute of a module: it may lead to a data set or a trainer.
 MOST_OBJECTS, MOST_VALUES, MOST_BYTES = 10, 1000, 16_000_000
 #: Of a collection and of tensors in what batches are drawn from, which may be the data itself.
