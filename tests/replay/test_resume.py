@@ -1471,12 +1471,17 @@ def test_programs_alone_note_the_first_loss_that_is_not_finite():
 def test_a_fork_by_programs_alone_may_have_another_learning_rate():
     everystep.train(**mlp_case(ALONE["Adam"]), steps=STEPS, run="runs/whole")
     fork = everystep.open("whole").fork(15, lr=0.001, progress=False)
-    cases = mlp_case(ALONE["Adam"]), mlp_case(ALONE["Adam"])
-    own, again = ({name: case[name] for name in ("model", "loss", "optimizer")} for case in cases)
+    cases = [mlp_case(ALONE["Adam"]) for _ in range(3)]
+    own, again, last = ({n: case[n] for n in ("model", "loss", "optimizer")} for case in cases)
     assert fork.losses.equals(everystep.open("whole").fork(15, lr=0.001, **own, progress=False).losses)
     assert fork.facts.fork.changed == {"lr": 0.001}
     with pytest.raises(RunError, match=r"optimizer Adam.lr: 0.001 \| 0.01"):
         everystep.open(fork.directory).resume(STEPS + 3, **again, progress=False)
+    # Its programs have made a state from that of the parent before the first step.
+    same = everystep.open("whole").fork(15, progress=False)
+    longer = everystep.open(same.directory).resume(STEPS + 3, **last, progress=False)
+    whole = everystep.train(**mlp_case(ALONE["Adam"]), steps=STEPS + 3, run="runs/longer")
+    assert longer.losses.equals(whole.losses)
 
 
 @pytest.mark.sweep(every=2)

@@ -165,7 +165,7 @@ class PartsState:
             here, there = map(_without_draws, pair)
             if not is_written_alike(here, there):
                 # What only one of them has is not named.
-                other += dict.fromkeys(_differing(_compared(here), _compared(there), name)) or [name]
+                other += dict.fromkeys(_differing(*_compared(here, there), name)) or [name]
         if now["frozen"] != then.get("frozen"):
             other.append("which parameters are trained")
         if other:
@@ -274,7 +274,8 @@ class PartsState:
             own_class, known = type(part).__qualname__, held["optimizer"]["class"]
             if own_class != known:
                 raise ValueError(f"it is {own_class}, but the snapshot has {known}")
-            if is_whole or _keeps_more(part):
+            # A state that programs have made has none of them.
+            if "own" in held and (is_whole or _keeps_more(part)):
                 # All its attributes, its param groups and its state among them.
                 decoded(part, name, saved, {"object": held["own"]}, names)
                 return
@@ -343,7 +344,7 @@ class PartsState:
         faults = {name.removeprefix(OWN) for name in other}
         for name in self.parts.named:
             if name not in self.parts.modules:
-                faults |= {*_differing(_compared(now.held[name]), _compared(held[name]), name)}
+                faults |= {*_differing(*_compared(now.held[name], held[name]), name)}
                 continue
             attributes = self._attributes(name, self.parts.state())
             for path, each in held[name]["attributes"].items():
@@ -371,11 +372,14 @@ def _place(part: str, path: str, attribute: str) -> str:
     return ".".join(each for each in (part, path, attribute) if each)
 
 
-def _compared(held: Any) -> Any:
-    """Return what shows by name where a part differs. held: of the part; None: there is none."""
-    if not held:
-        return held
-    return {"own": held["own"]} if "own" in held else held.get("object", held)
+def _compared(now: Any, saved: Any) -> tuple[Any, Any]:
+    """Return what shows by name where a part differs from a saved one. Each: as it is held."""
+    if not (now and saved):
+        return now, saved
+    if "object" in saved:
+        return now.get("object"), saved["object"]
+    # All attributes of an optimizer have what it has in torch's format, too.
+    return now, {kind: each for kind, each in saved.items() if kind != "optimizer" or "own" not in saved}
 
 
 def _differing(now: Any, saved: Any, place: str) -> Iterator[str]:

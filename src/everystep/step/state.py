@@ -66,9 +66,9 @@ class State:
         return dict(held.get("optimizer", {}))
 
     def with_optimizer(self, part: str, groups: list[dict[str, Any]]) -> State:
-        """Return the state with other param groups of an optimizer."""
+        """Return the state with other param groups of an optimizer, without its other attributes."""
         held = self.settings.get("held", {})
-        changed = held.get(part, {}) | {"optimizer": self.optimizer(part) | {"groups": groups}}
+        changed = {"optimizer": self.optimizer(part) | {"groups": groups}}
         return replace(self, settings=self.settings | {"held": held | {part: changed}})
 
     def named(self) -> dict[str, Tensor]:
