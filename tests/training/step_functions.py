@@ -5,6 +5,7 @@ A case makes its parts, its step and its batches, and has a part of the reason w
 
 import math
 import random
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -411,6 +412,22 @@ def followed_by(make):
 @case
 def scheduler_of_another_package():
     return followed_by(lambda o: transformers.get_cosine_schedule_with_warmup(o, 5, 40))
+
+
+@case
+def scheduler_that_is_given_its_epoch():
+    """torch has another formula for that, with other rounding."""
+    made = usual(sgd)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(made.parts["optimizer"], 0.9)
+
+    def step(batch):
+        loss = made.step(batch)
+        with warnings.catch_warnings(action="ignore"):  # torch warns of an epoch
+            scheduler.step(scheduler.last_epoch + 1)
+        return loss
+
+    parts = made.parts | {"scheduler": scheduler}
+    return made._replace(step=step, parts=parts, reason="call step() without an epoch")
 
 
 @case

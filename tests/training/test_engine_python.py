@@ -1,5 +1,7 @@
 """Python of the user's runs at every step, and is the loop's; programs repeat it where they can."""
 
+from functools import partial, wraps
+
 import pytest
 import torch
 from tests.training.by_hand import (
@@ -139,3 +141,36 @@ def test_hooks_are_called_at_every_step(hook, capfd):
     assert len(calls) == 20
     assert_eager(run, capfd, 1, reason)
     assert run.losses["loss"].to_list() == by_hand(new_training(), steps=20)
+
+
+class EveryTenth:
+    """Calls a function; changes every tenth result."""
+
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, *given, **named):
+        self.calls += 1
+        return self.function(*given, **named) * (1.5 if self.calls % 10 == 0 else 1.0)
+
+
+def wrapped(function):
+    counted = EveryTenth(function)
+    return wraps(function)(lambda *given, **named: counted(*given, **named))
+
+
+@pytest.mark.parametrize("wrap", [EveryTenth, wrapped, lambda f: partial(EveryTenth(f))])
+@pytest.mark.parametrize(
+    ("place", "name"), [(functional, "relu"), (functional, "linear"), (torch, "tanh")]
+)
+def test_a_function_of_torch_that_was_replaced_runs_at_every_step(place, name, wrap, monkeypatch):
+    original = getattr(place, name)
+
+    def make():
+        monkeypatch.setattr(place, name, wrap(original))
+        return new_training(
+            lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2), nn.Tanh())
+        )
+
+    run = assert_same(make, 30)
+    assert run.facts.training.engine.reason.endswith(f"{name} was replaced")

@@ -30,6 +30,7 @@ __all__ = [
     "has_own_zero_grad",
     "is_ours",
     "is_torchs_optimizer",
+    "is_written_by_torch",
 ]
 
 _BY_KIND = {operator.kind: operator for operator in OPTIMIZERS.values()}
@@ -184,7 +185,7 @@ class _Code:
                 read = itemgetter(*names, names[0])  # for a single name, it would return no tuple
                 self._functions.append((table, read, read(table)))
         functions = (each for _, _, known in self._functions for each in known)
-        self._is_known = all(map(_is_written_by_torch, functions))
+        self._is_known = all(map(is_written_by_torch, functions))
         self._step: Any = None
 
     def is_torchs(self) -> bool:
@@ -199,7 +200,7 @@ class _Code:
             return False
         step = self._kind.step
         if step is not self._step:
-            if not _is_written_by_torch(step):
+            if not is_written_by_torch(step):
                 return False
             self._step = step
         return True
@@ -210,14 +211,15 @@ def is_ours(hook: Any) -> bool:
     return str(getattr(hook, "__module__", "")).startswith("everystep.")
 
 
-def _is_written_by_torch(function: Any) -> bool:
+def is_written_by_torch(function: Any) -> bool:
     """Return whether a function, and one it wraps, is torch's, everystep's or the standard library's."""
     while type(function) is FunctionType:
         file = function.__code__.co_filename
         if not file.startswith(_TRUSTED) and file != typing_extensions.__file__:
             return "site-packages" not in file and file.startswith(_STANDARD_LIBRARY)
         function = getattr(function, "__wrapped__", None)
-    return function is None
+    # None, or a function in C, such as that of torch in `Tensor.__pow__`.
+    return type(function).__module__ == "builtins"
 
 
 def _is_setting(value: Any) -> bool:

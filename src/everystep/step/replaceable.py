@@ -6,6 +6,7 @@ program does not.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
@@ -183,6 +184,10 @@ class Around:
         self._schedulers = [part for part in parts.named.values() if isinstance(part, LRScheduler)]
         self._before = [*map(_steps_taken, self._schedulers)]
         self._settings = self._settings_now()
+        self._rates = {
+            name: [group.get("lr") for group in optimizer.param_groups]
+            for name, optimizer in parts.optimizers.items()
+        }
         self._early: list[LRScheduler] = []
 
     def optimizer_begins(self, optimizer: torch.optim.Optimizer) -> None:
@@ -220,6 +225,11 @@ class Around:
             own = [scheduler for scheduler in advanced if scheduler.optimizer is optimizer]
             expected = [repr(each.get_last_lr()) for each in own] or [self._settings[name][0]]
             is_more = any(map(changes_more_than_lr, own))
+            if len(own) == 1 and not _follows(own[0], self._rates[name]):
+                raise NotReplaceableError(
+                    f"{type(own[0]).__name__} does not advance from the rates before the step; call "
+                    "step() without an epoch, and change rates between steps"
+                )
             if now[name][0] not in expected or (now[name][1] != self._settings[name][1] and not is_more):
                 raise NotReplaceableError(
                     f"the step changes settings of {name}; do so between steps, or by a scheduler of "
@@ -239,6 +249,27 @@ class Around:
             ]
             found[name] = repr(rates), repr(others)
         return found
+
+
+def _follows(scheduler: LRScheduler, before: Sequence[Any]) -> bool:
+    """Return whether `step()` leads from the rates before it to those now, as `step(epoch)` may not.
+
+    True where torch has no other formula for an epoch.
+    """
+    if not hasattr(scheduler, "_get_closed_form_lr"):
+        return True
+    groups = scheduler.optimizer.param_groups
+    now = [group["lr"] for group in groups]
+    # The two formulas differ in rounding.
+    try:
+        for group, rate in zip(groups, before, strict=True):
+            group["lr"] = rate
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is called outside of a step
+            return repr([*scheduler.get_lr()]) == repr(now)
+    finally:
+        for group, rate in zip(groups, now, strict=True):
+            group["lr"] = rate
 
 
 def _steps_taken(scheduler: Any) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from everystep import numerics
 from everystep.step.follow import OF_WATCHES
 from everystep.step.guards import Guards, is_a
-from everystep.step.optimizer_call import HOOKS_OF_ALL, OptimizerCalls, is_ours
+from everystep.step.optimizer_call import HOOKS_OF_ALL, OptimizerCalls, is_ours, is_written_by_torch
 from everystep.step.parts import Parts
 from everystep.step.torchs_own import (
     HOOKS,
@@ -25,10 +25,12 @@ from everystep.step.torchs_own import (
     own_modules,
 )
 
-__all__ = ["Surroundings"]
+__all__ = ["Surroundings", "reason_against_functions"]
 
 _OPTIMIZER_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-_PLACES = (torch, torch.nn.functional, torch.autograd, torch.Tensor)
+_PLACES = (torch, torch.nn.functional, torch.nn.utils, torch.autograd, torch.Tensor)
+#: Where the classes of the objects come from that are there by themselves.
+_OWN_KINDS = ("builtins", "torch", "typing", "functools")
 
 
 class Surroundings:
@@ -200,6 +202,24 @@ def _names_of_functions() -> tuple[tuple[str, ...], ...]:
     )
 
 
+def reason_against_functions() -> str | None:
+    """Return which function in torch's own modules was replaced, or None."""
+    # torch's functions call each other by name: that of attention calls `linear` and `dropout`.
+    for place in _PLACES:
+        for name, value in vars(place).items():
+            # Others of torch are not called by layers; Lightning replaces `torch.compile`.
+            if place is torch and not hasattr(torch._C._VariableFunctions, name):
+                continue
+            kind = type(value)
+            if kind is types.FunctionType:
+                is_own = is_written_by_torch(value)
+            else:  # e.g. a function in C, or an object that is called like one
+                is_own = kind is not partial and kind.__module__.startswith(_OWN_KINDS)
+            if not is_own and callable(value) and not isinstance(value, type):
+                return f"{place.__name__}.{name} was replaced"
+    return None
+
+
 def _reason_against_process() -> str | None:
     """Return why Python must run at every step of any model, or None."""
     if _hooks_on_all():
@@ -208,10 +228,6 @@ def _reason_against_process() -> str | None:
         return "anomaly detection is on"
     if _has_tensor_hooks():
         return "torch.autograd.graph.saved_tensors_hooks are active"
-    # They call each other by name: that of attention calls `linear` and `dropout`.
-    for name, value in vars(torch.nn.functional).items():
-        if type(value) is types.FunctionType and not is_torchs_function(value):
-            return f"torch.nn.functional.{name} was replaced"
     return None
 
 

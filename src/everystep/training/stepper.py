@@ -25,7 +25,7 @@ from everystep.step.optimizer_call import is_torchs_optimizer
 from everystep.step.replaceable import NotReplaceableError
 from everystep.step.stand_in import StandIn
 from everystep.step.state import State, copy_of, same_bits
-from everystep.step.surroundings import Surroundings
+from everystep.step.surroundings import Surroundings, reason_against_functions
 from everystep.step.torchs_own import is_torchs_scheduler, reason_against_loss, reason_against_module
 from everystep.training.acceleration import Acceleration
 from everystep.training.batch import unnested
@@ -187,6 +187,7 @@ class Stepper(Acceleration):
     def _reason_against(self) -> str | None:
         training, optimizer, scheduler = self.training, self.training.optimizer, self.training.scheduler
         against = reason_against_module(training.model) or reason_against_loss(training.loss)
+        against = against or reason_against_functions()
         if not is_torchs_optimizer(optimizer):
             other: str | None = f"{type(optimizer).__qualname__} is not one of torch's optimizers"
         elif "zero_grad" in vars(optimizer):
