@@ -172,6 +172,8 @@ class Repeats:
                 found.append(now)
         # Before anything is written: a step that differs raises, and the run stays as it was.
         new = compare(found)
+        if not new:  # only the first new step changes the run: until then, nothing is given up
+            return
         self._close_files(rows[-1].step)
         old = self.oldest(self._budget, spared=self._newest)  # the steps just taken need that file
         lost_to = max([self.lost_to, *(self.files[number].newest_step for number in old)])
