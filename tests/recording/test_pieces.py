@@ -56,7 +56,7 @@ def test_a_resume_that_differs_gives_up_no_batches(tmp_path, monkeypatch):
     rmtree(run.directory / "snapshots/000012")  # so that all steps are repeated
     monkeypatch.setattr("everystep.training.writer.FLUSH_SECONDS", 0.0)
     batches[10] = batches[10] + 1
-    with pytest.raises(everystep.RunError, match="step 11 .* The run is unchanged"):
+    with pytest.raises(everystep.RunError, match=r"step 11 .* The run is unchanged"):
         _record(tmp_path / "run", batches, resume=True, batch_budget=400)
     again = everystep.open(run.directory)
     assert [len(again[step].batch) for step in range(1, 13)] == [1] * 12
