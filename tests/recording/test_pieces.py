@@ -42,12 +42,13 @@ def test_the_numbers_of_lost_rows_are_not_taken_for_those_of_later_ones(tmp_path
     first, second, *later = torch.randn(16, 20, generator=torch.Generator().manual_seed(1)).split(4)
     run = _record(tmp_path / "run", [first, second])
     prune(run.directory, pruning_of(run.directory, snapshots=None, batches=0))
-    again = _record(tmp_path / "run", [first, second, *later], resume=True)
-    for step, batch in enumerate(later, 3):
-        assert torch.equal(*again[step].batch, batch)
+    later[-1] = later[-1].view(2, 2, 20)  # rows of another size
+    again = _record(tmp_path / "run", [first, second, *reversed(later)], resume=True)
     for step in (1, 2):
         with pytest.raises(everystep.RunError, match="dropped"):
             again[step]
+    for step, batch in enumerate(reversed(later), 3):
+        assert torch.equal(*again[step].batch, batch)
 
 
 def test_a_resume_that_differs_gives_up_no_batches(tmp_path, monkeypatch):
