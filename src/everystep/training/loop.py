@@ -117,10 +117,10 @@ class _ModelWriter(RunWriter):
         self._stepper: Stepper | None = None
         self.rates = self._expected()
         if origin.run is not None:
-            before, now = origin.hyperparameters.items(), job.training.hyperparameters()
+            now = job.training.hyperparameters()
             # What is gone, and was never recorded, needs no end.
             known = {*now, *origin.run.measurement_names}
-            self.rates |= {name: value for name, value in before if name in known}
+            self.rates |= {n: rate for n, rate in origin.hyperparameters.items() if n in known}
             self.note_rates(origin.at + 1, now)
         self._loss_dtype: torch.dtype | None = None
         # The state that a continued run begins with is on disk already.
