@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 import everystep
+from everystep.recording.prune import prune, pruning_of
 
 
 def _trained(run, text, steps=150, change=None, noise=0, **options):
@@ -92,6 +93,11 @@ def test_the_text_stays_while_newer_steps_need_it(text, tmp_path, monkeypatch):
     lost = run.facts.batches_lost_to
     assert 0 < lost < 145 and _size(run) < 850_000
     assert run[150].is_exact
+    # Pruned, the run has the places of the newest steps, but no text.
+    newest = max((run.directory / "batches").iterdir(), key=lambda path: int(path.stem))
+    prune(run.directory, pruning_of(run.directory, None, batches=newest.stat().st_size))
+    assert [*newest.parent.iterdir()] == [newest]
+    assert run.damage is None and not run.doctor().findings
     kept, _ = _trained(tmp_path / "kept", text, keep="last 50 steps")
     assert kept.verify(processes=1, progress=False).is_exact and kept[125].is_exact
 

@@ -1,5 +1,7 @@
 """Batches by content: rows that return, in any order, are stored once, and come back as they were."""
 
+from shutil import rmtree
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -40,9 +42,22 @@ def test_the_numbers_of_lost_rows_are_not_taken_for_those_of_later_ones(tmp_path
     first, second, *later = torch.randn(16, 20, generator=torch.Generator().manual_seed(1)).split(4)
     run = _record(tmp_path / "run", [first, second])
     prune(run.directory, pruning_of(run.directory, snapshots=None, batches=0))
-    again = _record(tmp_path / "run", [first, second, *later], resume=True)
-    for step, batch in enumerate(later, 3):
-        assert torch.equal(*again[step].batch, batch)
+    later[-1] = later[-1].view(2, 2, 20)  # rows of another size
+    again = _record(tmp_path / "run", [first, second, *reversed(later)], resume=True)
     for step in (1, 2):
         with pytest.raises(everystep.RunError, match="dropped"):
             again[step]
+    for step, batch in enumerate(reversed(later), 3):
+        assert torch.equal(*again[step].batch, batch)
+
+
+def test_a_resume_that_differs_gives_up_no_batches(tmp_path, monkeypatch):
+    batches = [*torch.randn(12, 4, 20, generator=torch.Generator().manual_seed(1))]
+    run = _record(tmp_path / "run", batches, batch_budget=4000)
+    rmtree(run.directory / "snapshots/000012")  # so that all steps are repeated
+    monkeypatch.setattr("everystep.training.writer.FLUSH_SECONDS", 0.0)
+    batches[10] = batches[10] + 1
+    with pytest.raises(everystep.RunError, match=r"step 11 .* The run is unchanged"):
+        _record(tmp_path / "run", batches, resume=True, batch_budget=400)
+    again = everystep.open(run.directory)
+    assert [len(again[step].batch) for step in range(1, 13)] == [1] * 12

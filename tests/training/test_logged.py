@@ -220,3 +220,38 @@ def test_an_evaluation_in_a_step_is_named_where_it_is_part_of_the_step(evaluate,
     named = re.search(r"step 2 evaluates .*test_logged.py:\d+\): 3 of its", capsys.readouterr().err)
     assert (named is not None) == is_named
     assert everystep.open("evaluated").verify(progress=False).is_exact
+
+
+def test_the_rate_of_a_param_group_that_is_gone_ends(tmp_path):
+    def body(model, optimizer, x, number):
+        if number == 1:
+            moved = optimizer.param_groups[0]["params"].pop()
+            optimizer.add_param_group({"params": [moved], "lr": 0.3})
+        logged = {"loss": update(model, optimizer, x)}
+        if number == 3:
+            optimizer.param_groups.pop()
+        return logged
+
+    run = loop(tmp_path / "run", body)
+    run = loop(tmp_path / "run", body, steps=8, resume=True)
+    assert str(run.measured("lr[1]")) == "{1: 0.3, 4: nan}"
+    assert run.verify(progress=False).is_exact
+
+
+def test_the_rate_of_a_param_group_that_a_fork_has_not_ends_there(tmp_path):
+    model, loss = nn.Linear(3, 2), nn.MSELoss()
+    optimizer = torch.optim.SGD(
+        [{"params": [each]} for each in model.parameters()], lr=0.1, momentum=0.9
+    )
+    halved = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+    data = torch.randn(8, 3), torch.randn(8, 2)
+    options = {"loss": loss, "steps": 6, "progress": False}
+    parent = everystep.train(
+        model, data, optimizer=optimizer, scheduler=halved, run=tmp_path / "parent", **options
+    )
+    other = nn.Linear(3, 2)
+    adam = torch.optim.Adam(other.parameters(), lr=0.02)
+    run = parent.fork(4, model=other, optimizer=adam, run=tmp_path / "fork", loss=loss, progress=False)
+    assert str(run.measured("lr[1]")) == "{1: 0.1, 3: 0.05, 5: nan}"
+    assert run.measurement_names == ["lr", "lr[1]"]
+    assert run[6].hyperparameters == {"lr": 0.02}

@@ -271,8 +271,7 @@ class Blocks:
             before = self.series(series_of(name), min(numbers), max(numbers))
             old = {step: value for step, value in _pairs(before) if step in numbers}
             # The exclusive or takes a number out of its digest in the same way as it was added.
-            if old:
-                self.change_digests(series_of(name), old)
+            self.change_digests(series_of(name), old)
             self.change_digests(series_of(name), numbers)
             new = ((name, *number) for number in numbers.items())
             self.connection.executemany("INSERT OR REPLACE INTO measurements VALUES (?, ?, ?)", new)

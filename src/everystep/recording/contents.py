@@ -264,15 +264,15 @@ def read_pieces(
     found: dict[int, StoredPiece] = {}
     with _BatchFiles(directory) as files:
         # Pieces that lie side by side are read at once, and then compared one by one.
-        for row, number, end in _side_by_side(index, given, known):
-            if size > MEMORY or (row.size != each and row.source is None):
+        for row, source, number, end in _side_by_side(index, given, known):
+            if size > MEMORY or (row.size != each and source is None):
                 raise RunError(
                     f"{directory / BATCHES} was changed after recording: an input has another size"
                 )
             begin = row.place + (number - row.number) * row.size
             content = memoryview(files.read(row.file, [begin], (end - number) * row.size))
-            if row.source is not None:
-                content = memoryview(_cut_out(files, content, index.of(row.source), each))
+            if source is not None:
+                content = memoryview(_cut_out(files, content, source, each))
             for place, digest in enumerate(row.digests_from(number, end)):
                 piece = content[place * each : (place + 1) * each]
                 if _digest(kind, piece) != digest:
@@ -284,16 +284,16 @@ def read_pieces(
 
 def _side_by_side(
     index: PieceIndex[Pieces], given: Given, known: Container[int]
-) -> Iterator[tuple[Pieces, int, int]]:
-    """Yield pieces of an input that lie side by side: their row, the first number, and their end."""
+) -> Iterator[tuple[Pieces, Pieces | None, int, int]]:
+    """Yield pieces that lie side by side: their row, that of their source, the first, and their end."""
     for number, end in ((first, first + count) for first, count in given.runs):
         while number < end:
             row = None if number in known else index.of(number)
-            after = number + 1
-            if row is not None:
-                # What was cut out of data is one piece.
-                after = after if row.source is not None else min(end, row.end)
-                yield row, number, after
+            source = None if row is None or row.source is None else index.of(row.source)
+            # What was cut out of data is one piece, and gone if the data was given up.
+            after = number + 1 if row is None or row.source is not None else min(end, row.end)
+            if row is not None and (row.source is None) == (source is None):
+                yield row, source, number, after
             number = after
 
 
@@ -319,10 +319,8 @@ class _BatchFiles(ExitStack):
             raise RunError(f"{self._directory / name} cannot be read: {error.strerror}") from None
 
 
-def _cut_out(files: _BatchFiles, begins: memoryview, source: Pieces | None, size: int) -> bytes:
+def _cut_out(files: _BatchFiles, begins: memoryview, source: Pieces, size: int) -> bytes:
     """Return what was cut out of data: `size` bytes in parts that begin at places in it."""
-    if source is None:
-        return b""
     # A stranger's size may leave a part of a number at the end, which `iter_unpack` refuses.
     at = [begin for (begin,) in struct.iter_unpack("<i", begins[: len(begins) // 4 * 4])]
     each = size // max(len(at), 1)

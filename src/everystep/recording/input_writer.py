@@ -128,16 +128,19 @@ class Repeats:
         self._packed = b""
         for row in database.all_contents():
             self._know(row)
-            # Without `keep`, which step needs a file last is not looked up: that reads all steps.
+            # Without `keep`, which step needs a file last is seldom looked up: that reads all steps.
             newest_step = recorded if keep is None else 0
             file = self.files.setdefault(row.file, BatchFile(newest_step=newest_step))
             file.size = max(file.size, row.place + row.size * (row.end - row.number))
         self._newest = max(self.files, default=0)
         self._next = self._spans.rows[-1].end if self._spans.rows else 1
         self._forget_lost()
-        # With `keep`, files are given up by their last uses, which only the steps show.
-        for repeat in () if keep is None else database.repeats(1):
+        # Only the steps show the last uses of files, by which `keep` gives them up, and the numbers of
+        # lost pieces: none is given again, or what a step needs would seem to be there, and altered.
+        is_read = keep is not None or database.facts().batches_lost_to is not None
+        for repeat in database.repeats(1) if is_read else ():
             for name, each in inputs_of(repeat.inputs, f"step {repeat.step}").given.items():
+                self._next = max([self._next, *(first + size for first, size in each.runs)])
                 self._use(repeat.last, name, self._files_of(each.numbers()))
 
     def write(self, rows: Sequence[Taken], compare: Callable[[list[Repeat]], list[Repeat]]) -> None:
@@ -172,6 +175,8 @@ class Repeats:
                 found.append(now)
         # Before anything is written: a step that differs raises, and the run stays as it was.
         new = compare(found)
+        if not new:  # only the first new step changes the run: until then, nothing is given up
+            return
         self._close_files(rows[-1].step)
         old = self.oldest(self._budget, spared=self._newest)  # the steps just taken need that file
         lost_to = max([self.lost_to, *(self.files[number].newest_step for number in old)])

@@ -48,8 +48,7 @@ def pruning_of(directory: Path, snapshots: int | None, batches: int | None) -> P
     with reading(directory / FILE_NAME) as database:
         facts, newest = database.facts(), database.newest_step()
         # Looking for what needs each file reads all steps.
-        keep = None if batches is None else Keep("all steps")
-        repeats = Repeats(database, math.inf, newest, keep)
+        repeats = Repeats(database, math.inf, newest, None if batches is None else Keep("all steps"))
         kept = {row.step: row.size for row in database.snapshots()}
     files = repeats.oldest(math.inf if batches is None else batches)
     lost = max((repeats.files[number].newest_step for number in files), default=0)

@@ -475,9 +475,7 @@ class RecordedRun:
         rows = self.own_snapshot_rows()
         if self.common_states is not None:
             return [row for row in rows if row.step in self.common_states]
-        facts = self.facts
-        trained = [facts.trained, *(each.training for each in facts.earlier)]
-        if not any(each is not None and each.ranks for each in trained):
+        if self.facts.trained is None:
             return rows
         stretches, common = self.stretches, set[int]()
         for place, stretch in enumerate(stretches):

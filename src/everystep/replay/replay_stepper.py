@@ -195,7 +195,8 @@ class ReplayStepper:
             rate = group.get("lr", self._tensors.get(f"group/{index}/lr"))
             if isinstance(rate, int | float | Tensor):
                 rates[f"lr[{index}]" if index else "lr"] = float(rate)
-        return rates | known
+        # NaN ends a setting that is gone.
+        return rates | {name: value for name, value in known.items() if value == value}
 
     def rates(self) -> list[str]:
         """Return the names of the learning rates."""

@@ -117,8 +117,11 @@ class _ModelWriter(RunWriter):
         self._stepper: Stepper | None = None
         self.rates = self._expected()
         if origin.run is not None:
-            self.rates |= origin.hyperparameters
-            self.note_rates(origin.at + 1, job.training.hyperparameters())
+            now = job.training.hyperparameters()
+            # What is gone, and was never recorded, needs no end.
+            known = {*now, *origin.run.measurement_names}
+            self.rates |= {n: rate for n, rate in origin.hyperparameters.items() if n in known}
+            self.note_rates(origin.at + 1, now)
         self._loss_dtype: torch.dtype | None = None
         # The state that a continued run begins with is on disk already.
         self._snapshot_step = -1 if origin.run is None else origin.at

@@ -199,8 +199,9 @@ class LoopStart:
             goal = goal.model_copy(update={"taken": 0})
         # Before the recorder opens the run: if the parts do not fit, nothing was written.
         whole.restore(state)
-        # With those of groups that were added on the way; each as of the last step at which it changed.
-        noted = ((name, *each) for name in parts.rates() for each in run.measured(name).items())
+        # With those of groups that came or went on the way; each as of the last step with a change.
+        names = filter(run.facts.training.is_setting, run.measurement_names)
+        noted = ((name, *each) for name in names for each in run.measured(name).items())
         rates = {name: rate for name, step, rate in noted if step <= state.step}
         if trained.ranks is None or not trained.ranks.rank:
             _say_where(run, state.step, recorded, goal, is_new=is_new)

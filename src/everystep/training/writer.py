@@ -56,8 +56,10 @@ class Unwritten:
         self.measured: list[tuple[str, int, Any]] = []
 
     def note_rates(self, step: int, rates: dict[str, float]) -> None:
-        """Keep the numbers of a step's optimizers that have changed."""
-        changed = ((name, step, rate) for name, rate in rates.items() if self.rates.get(name) != rate)
+        """Keep the numbers of a step's optimizers that have changed; NaN of those that are gone."""
+        # Without an end, the last number of one that is gone would seem to be that of later steps.
+        now = dict.fromkeys(self.rates, math.nan) | rates
+        changed = ((name, step, rate) for name, rate in now.items() if self.rates.get(name) != rate)
         self.measured += changed
         self.rates = rates
 
