@@ -6,11 +6,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from everystep.errors import UsageError
 from everystep.program.collectives import COLLECTIVES
 
-__all__ = ["CollectiveCall", "finished", "has_ranks", "how_collective", "shows_reductions"]
+__all__ = [
+    *("CollectiveCall", "finish_calls", "has_ranks", "how_collective", "shows_reductions", "works_of"),
+]
+
+#: The work of calls that the loop may wait for later, even in another step.
+_under_way: list[Any] = []
 
 
 def has_ranks() -> bool:
@@ -47,13 +53,17 @@ def how_collective(func: Any, is_ready: bool) -> str:
     return "known" if name in _TRANSLATED else "pass" if name in _BARRIERS else "unseen"
 
 
-def finished(result: Any) -> Any:
-    """Wait for the end of calls to other ranks: their tensors are read next; return the result."""
-    # A call returns a handle of its work, or tensors and a handle; boxed, as torch's dispatcher has it.
-    for each in result if isinstance(result, list | tuple) else [result]:
-        if isinstance(each, torch.ScriptObject) and "Work" in str(each._type()):
-            torch.distributed.Work.unbox(each).wait()
-    return result
+def works_of(result: Any) -> list[Any]:
+    """Return the handles of the work of a call, which returns one, or tensors and one."""
+    # Boxed, as torch's dispatcher has it.
+    boxed = [each for each in pytree.tree_leaves(result) if isinstance(each, torch.ScriptObject)]
+    return [torch.distributed.Work.unbox(each) for each in boxed if "Work" in str(each._type())]
+
+
+def finish_calls() -> None:
+    """Wait for the end of all calls to other ranks, which write into their tensors until then."""
+    while _under_way:
+        _under_way.pop().wait()
 
 
 def shows_reductions() -> bool:
@@ -81,6 +91,8 @@ class CollectiveCall:
         """Make the call, in place of the operator."""
         func, args, kwargs = self._call
         self.result = func(*args, **kwargs)
+        # Not waited for here: ranks may begin those of several groups in different orders.
+        _under_way[:] = [work for work in _under_way if not work.is_completed()] + works_of(self.result)
 
 
 def _ranks(group: Any) -> list[int]:
