@@ -109,8 +109,7 @@ def _source(given: dict[str, Any]) -> int:
 
 
 def _reduce(given: dict[str, Any]) -> str:
-    name: str = torch.distributed.ReduceOp.RedOpType(given["reduce_op"].op()).name
-    return name.lower()
+    return str(torch.distributed.ReduceOp.RedOpType(given["reduce_op"].op()).name).lower()
 
 
 def _reduced(given: dict[str, Any]) -> tuple[Any, ...]:
