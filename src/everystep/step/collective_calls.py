@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ class CollectiveCall:
     """
 
     def __init__(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        self._call = func, args, kwargs
+        self._call = partial(func, *args, **kwargs)
         self.result: Any = None
         # e.g. allreduce_([t], group, op, ...) -> everystep.all_reduce_([t], "sum", [0, 1])
         names = [argument.name for argument in func._schema.arguments]
@@ -89,8 +90,7 @@ class CollectiveCall:
 
     def __call__(self, name: str, arguments: tuple[Any, ...]) -> None:
         """Make the call, in place of the operator."""
-        func, args, kwargs = self._call
-        self.result = func(*args, **kwargs)
+        self.result = self._call()
         # Not waited for here: ranks may begin those of several groups in different orders.
         _under_way[:] = [work for work in _under_way if not work.is_completed()] + works_of(self.result)
 
@@ -98,14 +98,12 @@ class CollectiveCall:
 def _ranks(group: Any) -> list[int]:
     """Return the ranks of a group of processes, in its order."""
     distributed = torch.distributed
-    found: list[int] = distributed.get_process_group_ranks(distributed.ProcessGroup.unbox(group))
-    return found
+    return [*distributed.get_process_group_ranks(distributed.ProcessGroup.unbox(group))]
 
 
 def _source(given: dict[str, Any]) -> int:
     """Return the rank that a collective begins or ends at: its place in the group is given."""
-    root: int = given["root_rank"]
-    return _ranks(given["process_group"])[root]
+    return _ranks(given["process_group"])[int(given["root_rank"])]
 
 
 def _reduce(given: dict[str, Any]) -> str:
