@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import sys
+import time
 import warnings
 from functools import partial
 from pathlib import Path
@@ -252,6 +253,41 @@ def lists(begin, rank):
             optimizer.step()
             recording.log(loss=loss)
     return model
+
+
+def stale(begin, rank):
+    """Each step exchanges its gradients while the next one is drawn, which then uses them."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for number, parameter in enumerate(model.parameters()):
+        model.register_buffer(f"sent{number}", torch.zeros_like(parameter))
+    sent, works = [*model.buffers()], []
+    with begin(model=model, optimizer=optimizer) as recording:
+        for x, y in recording.steps(batches(rank)):
+            while works:
+                works.pop().wait()
+            loss = nn.functional.mse_loss(model(x), y)
+            loss.backward()
+            for parameter, buffer in zip(model.parameters(), sent, strict=True):
+                now, parameter.grad = parameter.grad, buffer.clone()
+                buffer.copy_(now)
+            optimizer.step()
+            optimizer.zero_grad()
+            if rank:
+                time.sleep(0.02)  # the other rank is at the end of its step by now
+            works += [dist.all_reduce(buffer, async_op=True) for buffer in sent]
+            recording.log(loss=loss)
+        while works:
+            works.pop().wait()
+    return model
+
+
+def sparse(begin, rank):
+    class Words(nn.Sequential):
+        def forward(self, x):
+            return super().forward((x * 4).long().clamp(0, 8))
+
+    return trained(begin, rank, Words(nn.EmbeddingBag(9, 4, sparse=True), nn.Linear(4, 1)))
 
 
 def uneven(begin, rank):

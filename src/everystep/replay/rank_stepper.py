@@ -266,11 +266,9 @@ def _compute(calls: Mapping[int, Collective]) -> None:
     name = next(iter(calls.values()))[0]
     given = [arguments for _, arguments in calls.values()]
     # Its tensors may have other sizes on each rank; of all others, they are alike.
-    if name == "all_to_all_from_" and _exchanged(given):
-        about = {(name, ())}
-    else:
-        about = {(each, _about(arguments)) for each, arguments in calls.values()}
-    if len(about) > 1:
+    is_exchange = {n for n, _ in calls.values()} == {"all_to_all_from_"} and _exchanged(given)
+    about = {(each, _about(arguments)) for each, arguments in calls.values()}
+    if len(about) > 1 and not is_exchange:
         raise NotReplayedError(
             f"the ranks {', '.join(map(str, calls))} take part in different collectives: "
             + ", ".join(sorted({each for each, _ in about}))

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from everystep.errors import UsageError
 from everystep.program.collectives import COLLECTIVES
 
-__all__ = ["CollectiveCall", "finished", "has_ranks", "how_collective", "shows_reductions"]
+__all__ = [
+    *("CollectiveCall", "finish_calls", "has_ranks", "how_collective", "shows_reductions", "works_of"),
+]
+
+#: The work of calls that the loop may wait for later, even in another step.
+_under_way: list[Any] = []
 
 
 def has_ranks() -> bool:
@@ -47,13 +54,17 @@ def how_collective(func: Any, is_ready: bool) -> str:
     return "known" if name in _TRANSLATED else "pass" if name in _BARRIERS else "unseen"
 
 
-def finished(result: Any) -> Any:
-    """Wait for the end of calls to other ranks: their tensors are read next; return the result."""
-    # A call returns a handle of its work, or tensors and a handle; boxed, as torch's dispatcher has it.
-    for each in result if isinstance(result, list | tuple) else [result]:
-        if isinstance(each, torch.ScriptObject) and "Work" in str(each._type()):
-            torch.distributed.Work.unbox(each).wait()
-    return result
+def works_of(result: Any) -> list[Any]:
+    """Return the handles of the work of a call, which returns one, or tensors and one."""
+    # Boxed, as torch's dispatcher has it.
+    boxed = [each for each in pytree.tree_leaves(result) if isinstance(each, torch.ScriptObject)]
+    return [torch.distributed.Work.unbox(each) for each in boxed if "Work" in str(each._type())]
+
+
+def finish_calls() -> None:
+    """Wait for the end of all calls to other ranks, which write into their tensors until then."""
+    while _under_way:
+        _under_way.pop().wait()
 
 
 def shows_reductions() -> bool:
@@ -68,7 +79,7 @@ class CollectiveCall:
     """
 
     def __init__(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        self._call = func, args, kwargs
+        self._call = partial(func, *args, **kwargs)
         self.result: Any = None
         # e.g. allreduce_([t], group, op, ...) -> everystep.all_reduce_([t], "sum", [0, 1])
         names = [argument.name for argument in func._schema.arguments]
@@ -79,26 +90,24 @@ class CollectiveCall:
 
     def __call__(self, name: str, arguments: tuple[Any, ...]) -> None:
         """Make the call, in place of the operator."""
-        func, args, kwargs = self._call
-        self.result = func(*args, **kwargs)
+        self.result = self._call()
+        # Not waited for here: ranks may begin those of several groups in different orders.
+        _under_way[:] = [work for work in _under_way if not work.is_completed()] + works_of(self.result)
 
 
 def _ranks(group: Any) -> list[int]:
     """Return the ranks of a group of processes, in its order."""
     distributed = torch.distributed
-    found: list[int] = distributed.get_process_group_ranks(distributed.ProcessGroup.unbox(group))
-    return found
+    return [*distributed.get_process_group_ranks(distributed.ProcessGroup.unbox(group))]
 
 
 def _source(given: dict[str, Any]) -> int:
     """Return the rank that a collective begins or ends at: its place in the group is given."""
-    root: int = given["root_rank"]
-    return _ranks(given["process_group"])[root]
+    return _ranks(given["process_group"])[int(given["root_rank"])]
 
 
 def _reduce(given: dict[str, Any]) -> str:
-    name: str = torch.distributed.ReduceOp.RedOpType(given["reduce_op"].op()).name
-    return name.lower()
+    return str(torch.distributed.ReduceOp.RedOpType(given["reduce_op"].op()).name).lower()
 
 
 def _reduced(given: dict[str, Any]) -> tuple[Any, ...]:

@@ -32,7 +32,7 @@ from everystep.program.operators import (
 from everystep.step.backward import BackwardPasses
 from everystep.step.call_checks import MISS, check_of, check_of_views, loose_tokens
 from everystep.step.calling_code import named_here
-from everystep.step.collective_calls import CollectiveCall, finished, how_collective
+from everystep.step.collective_calls import CollectiveCall, how_collective, works_of
 from everystep.step.follow import Follower
 from everystep.step.known_operators import (
     JOINING,
@@ -442,7 +442,8 @@ class Cursor(UnderWay):
         given = dict(zip(known.places, args, strict=False)) | keywords
         targets = leaves([given.get(name) for name in known.writes])
         others = leaves([value for name, value in given.items() if name not in known.writes])
-        read = {tensor.untyped_storage()._cdata for tensor in others}
+        # A sparse tensor, for which the call cannot be held, has no memory of its own.
+        read = {t.untyped_storage()._cdata for t in others if t.layout == torch.strided}
 
         def is_unread(target: Tensor) -> bool:
             memory = target.untyped_storage()
@@ -543,7 +544,8 @@ class Cursor(UnderWay):
         result = func(*args, **keywords)
         others = []
         if func.namespace == "c10d":  # their schemas do not declare what they write
-            finished(result)
+            for work in works_of(result):  # its tensors are read next
+                work.wait()
             others = before
         changed = _written(func, known.writes or writes(func), args, keywords)
         changed += [tensor for tensor, version in versions if version_of(tensor) != version] + others

@@ -39,8 +39,6 @@ R = TypeVar("R", bound=RecordedRun)
 NOTICE_SECONDS, MOST_SECONDS = 10, 1800
 #: How what is agreed on about the run itself begins.
 _RUN = "the run"
-#: The backend with sums that a replay can repeat, since they are computed in the same order there.
-GLOO = "gloo"
 #: Numbers the recordings of this process: the ranks begin the same ones.
 _numbers = count()
 
@@ -77,7 +75,7 @@ class Agreement:
                 f"torch {torch.__version__} does not show which reduction several processes compute; "
                 "to record them, install a newer torch, such as 2.13"
             )
-        if ranks.backend != GLOO:
+        if ranks.backend != "gloo":  # a replay cannot compute sums in the order of others
             raise UsageError(
                 f"the processes communicate by {ranks.backend}, and a replay cannot repeat its sums "
                 'yet; begin them with torch.distributed.init_process_group("gloo")'
@@ -124,8 +122,8 @@ class Agreement:
                         top = str(place.resolve())
                     finally:
                         # The others wait for an answer, also if there is no directory.
-                        self._shared("directory", top, sources=[])
-                elif top := self._shared("directory", None, sources=[0])[0]:
+                        self._shared("directory", top)
+                elif top := self._shared("directory", "")[0]:
                     place = create_directory(self._place_in(Path(top), parent), name)
         except RunError:
             # It holds those of the other ranks.
@@ -178,11 +176,8 @@ class Agreement:
         own.common_steps = min(steps)
         return own
 
-    def _shared(self, topic: str, value: Any, sources: list[int] | None = None) -> list[Any]:
-        """Give a value to the other ranks, and return theirs, in order.
-
-        sources: the ranks to wait for; default: all.
-        """
+    def _shared(self, topic: str, value: Any) -> list[Any]:
+        """Give a value to the other ranks, and return those of all, in order."""
         if self.ranks is None:
             return [value]
         # torch has no public way to reach the store that init_process_group was given, or has made.
@@ -191,9 +186,8 @@ class Agreement:
         key = f"everystep/{self._number}/{topic}"
         found = []
         try:
-            if value is not None:
-                store.set(f"{key}/{self.rank}", json.dumps(value))
-            for rank in range(self.count) if sources is None else sources:
+            store.set(f"{key}/{self.rank}", json.dumps(value))
+            for rank in range(self.count):
                 self._wait(store, f"{key}/{rank}", rank)
                 found.append(json.loads(store.get(f"{key}/{rank}")))
         except RuntimeError as error:
