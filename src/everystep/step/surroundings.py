@@ -214,7 +214,7 @@ def reason_against_functions() -> str | None:
             if kind is types.FunctionType:
                 is_own = is_written_by_torch(value)
             else:  # e.g. a function in C, or an object that is called like one
-                is_own = kind is not partial and kind.__module__.startswith(_OWN_KINDS)
+                is_own = kind is not partial and kind.__module__.partition(".")[0] in _OWN_KINDS
             if not is_own and callable(value) and not isinstance(value, type):
                 return f"{place.__name__}.{name} was replaced"
     return None
