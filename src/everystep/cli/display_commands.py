@@ -41,7 +41,7 @@ def runs(
     if json:
         say(as_json([summary_data(run) for run in found]))
     elif found:
-        # Without a terminal, there is no width to fit: nothing is left out.
+        # Without a terminal, no width limits the table: nothing is left out.
         show(runs_text(found, terminal_width()))
         _say_killed([run.directory for run in found if run.status == "killed"])
     elif wanted:

@@ -157,7 +157,7 @@ class Recorder:
                     self._resume(facts)
                 else:
                     self._begin(facts, parent, at, beginning)
-                # By their rows: one whose file is missing keeps its number.
+                # By their rows: one without its file keeps its number.
                 programs = [Path(row.name).stem for row in self._database.files(f"{PROGRAMS}/*.json")]
                 self.program_count = max((int(each) for each in programs if each.isdecimal()), default=0)
                 given = batch_budget, self._last_step, keep, self._is_kept

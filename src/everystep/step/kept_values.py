@@ -99,7 +99,7 @@ _CONSTANTS: dict[str, tuple[type, Callable[[Any], list[Any]], Callable[..., Any]
     "path": (type(Path()), lambda value: [str(value)], Path),
 }
 _NAMES_OF_CONSTANTS = {kind: name for name, (kind, _, _) in _CONSTANTS.items()}
-#: Values of which a state only shows whether there is another one.
+#: Of these values, a state only shows whether there is another one.
 _WITH_TEXTS = (slice, torch.dtype, torch.layout, torch.memory_format, torch.qscheme, np.dtype, PurePath)
 #: Limits of an object in an attribute of a module: it may lead to a data set or a trainer.
 MOST_OBJECTS, MOST_VALUES, MOST_BYTES = 10, 1000, 16_000_000
