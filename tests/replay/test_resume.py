@@ -568,10 +568,31 @@ def test_what_a_loop_remembers_goes_on(record):
     return [*model.parameters(), *carried["memory"]]
 
 
-@pytest.mark.parametrize("place", [5, ["part/b", 0, [-1]], ["part/b", 2, [1]], ["part/b", 10**9, [1]]])
-def test_a_place_in_memory_that_everystep_did_not_write_is_refused(place, tmp_path):
+def in_no_place(place):
+    def change(about):
+        about["shared"], about["buffers"] = {"part/a": place}, place
+
+    return change
+
+
+def of_a_fraction(node):
+    def change(about):
+        about["held"]["c"]["object"]["dict"][0][1] = node
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *map(in_no_place, [5, ["part/b", 0, [-1]], ["part/b", 2, [1]], ["part/b", 10**9, [1]]]),
+        *map(of_a_fraction, [{"fraction": [1, 0]}, {"duration": [10**12, 0, 0]}, {"decimal": ["a"]}]),
+    ],
+)
+def test_a_state_that_everystep_did_not_write_is_refused(change, tmp_path):
     def begun(**options):
         parts = {"model": nn.Linear(1, 1), "a": torch.zeros(2), "b": torch.zeros(4)}
+        parts["c"] = {"share": Fraction(1, 2)}
         return everystep.record(run=tmp_path / "run", **parts, **options)
 
     with begun() as recording:
@@ -581,7 +602,7 @@ def test_a_place_in_memory_that_everystep_did_not_write_is_refused(place, tmp_pa
         with safe_open(file, "pt") as known:
             about = json.loads(known.metadata()["everystep"])
             tensors = {name: known.get_tensor(name).clone() for name in known.keys()}  # noqa: SIM118
-        about["shared"], about["buffers"] = {"part/a": place}, place
+        change(about)
         save_file(tensors, file, {"everystep": json.dumps(about)})
     seal_files(tmp_path / "run")
     with pytest.raises(RunError, match=r"fit the snapshot|views of the same memory"):

@@ -216,7 +216,7 @@ class PartsState:
                 f"the part {name!r} does not fit the snapshot: it lacks {error}; build the parts as "
                 f"they were after step {state.step}, with what the training added to them by then"
             ) from None
-        except (ValueError, TypeError, AttributeError, StopIteration) as error:
+        except (ValueError, TypeError, AttributeError, StopIteration, ArithmeticError) as error:
             raise RunError(f"the part {name!r} does not fit the snapshot: {error}") from None
         try:
             # Before `_fill`, which would write a tensor into memory that another one no longer shares.
