@@ -55,6 +55,14 @@ def test_a_step_without_a_loss_is_not_a_step_with_a_loss_that_is_not_finite(tmp_
     assert with_nan.facts.nonfinite_step == 1
 
 
+def test_a_loss_that_float32_would_round_is_kept(tmp_path):
+    for number in (torch.tensor(2**24 + 1), 0.1):
+        losses = torch.tensor(0.5), number
+        run = loop(tmp_path / str(number), lambda m, o, x, n, of=losses: {"loss": of[n - 1]}, steps=2)
+        assert run.losses["loss"].to_list() == [*map(float, losses)]
+        assert run.verify(progress=False).is_exact
+
+
 def test_a_dict_is_logged_as_its_items(tmp_path):
     def logs(directory, as_dict):
         model = nn.Linear(3, 1)

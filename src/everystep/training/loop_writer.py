@@ -203,8 +203,10 @@ class LoopWriter(RunWriter):
             self.watched.notices.without_loss(self.step, is_first=True)
         self._lacking = self.step if lacks and self.has_loss else 0
         if step.loss is not None:
-            is_wide = path.loss is None or path.tensors[path.loss].dtype == torch.float64
-            if is_wide or not self.has_loss:  # one that float32 would round widens all of them
+            dtype = None if path.loss is None else path.tensors[path.loss].dtype
+            # One that float32 may round (a number of Python's, an integer) widens all of them.
+            is_wide = dtype is None or not dtype.is_floating_point or dtype == torch.float64
+            if is_wide or not self.has_loss:
                 self._loss_dtype = "float64" if is_wide else "float32"
             self.has_loss = True
         self.note_rates(self.step, step.rates)
