@@ -2,6 +2,7 @@
 
 import math
 import re
+from contextlib import suppress
 
 import pytest
 import torch
@@ -61,6 +62,23 @@ def test_a_loss_that_float32_would_round_is_kept(tmp_path):
         run = loop(tmp_path / str(number), lambda m, o, x, n, of=losses: {"loss": of[n - 1]}, steps=2)
         assert run.losses["loss"].to_list() == [*map(float, losses)]
         assert run.verify(progress=False).is_exact
+
+
+def test_a_discarded_step_is_not_the_first_that_is_not_finite(tmp_path, monkeypatch):
+    monkeypatch.setattr("everystep.training.writer.FLUSH_SECONDS", 0.0)
+    model, found = nn.Linear(3, 2), []
+    for bad, settings in ((2, {}), (5, {"resume": True})):
+        with (
+            suppress(ValueError),
+            everystep.record(run=tmp_path / "run", model=model, **settings) as recording,
+        ):
+            for number in recording.steps(range(1, 7)):
+                recording.log(loss=model.weight.sum() * (math.nan if number == bad else 1.0))
+                if number == 2 == bad:
+                    raise ValueError  # as many loops do
+        found.append(recording.run.facts.nonfinite_step)
+    assert found == [None, 5]
+    assert recording.run.first_nonfinite(progress=False).step.number == 5
 
 
 def test_a_dict_is_logged_as_its_items(tmp_path):

@@ -195,17 +195,12 @@ def inherit(database: Database, plan: SnapshotPlan, parent: RecordedRun, at: int
     database.enter(taken)
     plan.kept |= {state.step: state.size for state in states}
     facts = parent.facts
-    kept: dict[str, Any] = {
+    return facts.up_to(at) | {
         "earlier": tuple(_earlier_facts(database, parent, at, experiments)),
         "measured": facts.measured,
         "loss_dtype": facts.loss_dtype,
         "data_file": facts.training.data_file,
     }
-    if facts.nonfinite_step is not None and facts.nonfinite_step <= at:
-        kept["nonfinite_step"] = facts.nonfinite_step
-    if facts.batches_lost_to is not None:
-        kept["batches_lost_to"] = min(facts.batches_lost_to, at)
-    return kept
 
 
 def _earlier_facts(

@@ -261,7 +261,9 @@ class Database(Blocks):
         return found
 
     def forget_after(self, step: int) -> None:
-        """Delete losses, measurements and what repeats later steps."""
+        """Delete losses, measurements, facts and what repeats later steps."""
+        facts = self.facts()
+        self.write_facts({n: each for n, each in facts.up_to(step).items() if getattr(facts, n) != each})
         self.forget_numbers_after(step)
         self.connection.execute("DELETE FROM repeats WHERE step > ?", (step,))
         # Only the last of the rows that are left can reach beyond the step.

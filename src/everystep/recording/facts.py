@@ -458,6 +458,14 @@ class Facts(_Fact):
         windows = {each.last for each in self.not_kept if each.last + 1 not in firsts}
         return {0, *(each.last for each in self.earlier), *windows}
 
+    def up_to(self, step: int) -> dict[str, Any]:
+        """Return what is known of single steps, by name, of a run that ends with this step."""
+        first, lost = self.nonfinite_step, self.batches_lost_to
+        return {
+            "nonfinite_step": None if first is None or first > step else first,
+            "batches_lost_to": None if lost is None else min(lost, step),
+        }
+
     def kept(self, last: int) -> list[tuple[int, int]]:
         """Return the ranges of the steps up to `last` that are kept."""
         found, begin = [], 1

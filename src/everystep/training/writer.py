@@ -106,9 +106,8 @@ class RunWriter(Unwritten):
         self._waited = self._chosen_for = 0.0
         self._notice = notice
         self._advanced = advanced
-        nonfinite = None if earlier is None else earlier.nonfinite_step
-        #: Whether each loss so far was.
-        self._is_finite = nonfinite is None or nonfinite > start
+        #: The first step with a loss that is not finite, if any.
+        self._nonfinite = None if earlier is None else earlier.up_to(start)["nonfinite_step"]
         self._lost_to = 0
         #: How long the training took before it was resumed; None if unknown.
         self._seconds_before = facts.resumed[-1].seconds if facts.resumed else 0.0
@@ -123,6 +122,8 @@ class RunWriter(Unwritten):
     def go_back(self, step: int) -> None:
         """Discard later steps, also those that were written."""
         super().go_back(step)
+        if self._nonfinite is not None and self._nonfinite > step:
+            self._nonfinite = None
         self.recorder.forget_after(step)
 
     def timed(self, began: float, state: Callable[[], dict[str, Tensor]], count: int = 1) -> None:
@@ -224,9 +225,9 @@ class RunWriter(Unwritten):
 
     def _nonfinite_in(self, first: int, losses: Sequence[float | None]) -> dict[str, Any]:
         """Return the fact about the first loss that is not finite, and print it; {} if there is none."""
-        for step, loss in enumerate(losses, start=first) if self._is_finite else ():
+        for step, loss in enumerate(losses, start=first) if self._nonfinite is None else ():
             if loss is not None and not math.isfinite(loss):
-                self._is_finite = False
+                self._nonfinite = step
                 before, after = self.advice
                 self._notice(
                     f"the loss is {loss} at step {step}; {before}everystep "
