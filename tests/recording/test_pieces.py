@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.descent import looped
 from tests.sealing import sql
+from tests.snapshots import take_snapshots_every
 from torch import nn
 
 import everystep
@@ -49,6 +50,26 @@ def test_the_numbers_of_lost_rows_are_not_taken_for_those_of_later_ones(tmp_path
             again[step]
     for step, batch in enumerate(reversed(later), 3):
         assert torch.equal(*again[step].batch, batch)
+
+
+def test_steps_after_lost_batches_open_however_often_a_run_is_resumed_and_pruned(tmp_path):
+    batches = [*torch.randn(36, 4, 20, generator=torch.Generator().manual_seed(1))]
+    run = _record(tmp_path / "run", batches[:12])
+    prune(run.directory, pruning_of(run.directory, snapshots=None, batches=0))
+    for steps in (24, 36):
+        run = _record(tmp_path / "run", batches[:steps], resume=True)
+    prune(run.directory, pruning_of(run.directory, snapshots=0, batches=None))
+    for step in (13, 24, 36):
+        assert torch.equal(*run[step].batch, batches[step - 1])
+
+
+def test_a_loop_is_made_longer_more_than_once(tmp_path, monkeypatch):
+    batches = [*torch.randn(12, 4, 20, generator=torch.Generator().manual_seed(1))]
+    for steps, interval in ((4, 16), (8, 4), (12, 4)):
+        take_snapshots_every(monkeypatch, interval)
+        run = _record(tmp_path / "run", batches[:steps], resume=steps > 4)
+        assert len(run.losses) == steps
+    assert run.snapshots == [0, 4, 8, 12]
 
 
 def test_a_resume_that_differs_gives_up_no_batches(tmp_path, monkeypatch):

@@ -106,7 +106,7 @@ class Repeats:
         keep: Keep | None = None,
         is_kept: Callable[[int], bool] = lambda step: True,
     ) -> None:
-        self.lost_to = self._bytes = 0
+        self.lost_to, self._bytes = database.facts().batches_lost_to or 0, 0
         self.recent: deque[int] = deque(maxlen=RECENT)
         self._database = database
         self._budget = budget
@@ -137,7 +137,7 @@ class Repeats:
         self._forget_lost()
         # Only the steps show the last uses of files, by which `keep` gives them up, and the numbers of
         # lost pieces: none is given again, or what a step needs would seem to be there, and altered.
-        is_read = keep is not None or database.facts().batches_lost_to is not None
+        is_read = keep is not None or self.lost_to > 0
         for repeat in database.repeats(1) if is_read else ():
             for name, each in inputs_of(repeat.inputs, f"step {repeat.step}").given.items():
                 self._next = max([self._next, *(first + size for first, size in each.runs)])

@@ -52,14 +52,11 @@ def pruning_of(directory: Path, snapshots: int | None, batches: int | None) -> P
         kept = {row.step: row.size for row in database.snapshots()}
     files = repeats.oldest(math.inf if batches is None else batches)
     lost = max((repeats.files[number].newest_step for number in files), default=0)
-    whole = sum(kept.values())
-    # The first state behind what is lost: from there, steps open without it.
-    pinned = facts.begins | set(sorted(step for step in kept if lost and step >= lost)[:1])
+    lost, whole = max(lost, repeats.lost_to), sum(kept.values())
     # Interval 1: `thin` doubles it from there until the rest fits.
-    plan = SnapshotPlan(whole if snapshots is None else snapshots, 1, kept, pinned)
+    plan = SnapshotPlan(whole if snapshots is None else snapshots, 1, kept, facts.begins, lost)
     states = plan.thin()
     left = sorted(kept)
-    lost = max(lost, facts.batches_lost_to or 0)
     behind = [step for step in left if step >= lost and step < newest]
     # A step is replayed from the state before it, but never through steps that are not kept.
     gaps = [

@@ -162,6 +162,7 @@ class Recorder:
                 self.program_count = max((int(each) for each in programs if each.isdecimal()), default=0)
                 given = batch_budget, self._last_step, keep, self._is_kept
                 self._repeats = Repeats(self._database, *given)
+                self.plan.lost_to = self._repeats.lost_to
                 closing.callback(self._repeats.close)
             except OSError as error:
                 raise self._translated(error, at if is_resumed else 0) from error
@@ -277,7 +278,7 @@ class Recorder:
     @property
     def lost_to(self) -> int:
         """The last step that needs dropped inputs."""
-        return self._repeats.lost_to
+        return self.plan.lost_to
 
     def wait(self) -> None:
         """Wait for the disk if too much is queued.
@@ -536,6 +537,7 @@ class Recorder:
         # Before the losses: a process that is killed in between leaves no loss that nothing repeats.
         if taken:
             self._repeats.write(taken, new)
+            self.plan.lost_to = self._repeats.lost_to
         self._bytes_written += sum(row.bytes for row in taken)
         self._write_numbers(measured, facts, losses, first)
         self._passed = max(self._passed, last)
@@ -573,9 +575,15 @@ class Recorder:
 
         # Repeated steps had their states, which may have been thinned out since.
         is_missing = state.step >= self.recorded or state.step in self.plan.pinned
-        if not is_missing or state.step in self.plan.kept:
+        if state.step in self.plan.kept:
+            # That of the end of a loop, which is now longer, has it that no batch follows.
+            is_missing = 0 < state.step == self.recorded and self._again is None
+        if not is_missing:
             self._snapshots_written += 1
             return
+        if self.plan.kept.pop(state.step, None) is not None:
+            with self._database.removing([state_folder(state.step)]):
+                pass
         started, began = clock.worked(), clock.now()
         # Large parameters that are still as in state 0 are not written again.
         first = next((row for row in self._database.snapshots() if row.step == 0), None)

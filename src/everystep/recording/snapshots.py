@@ -211,17 +211,18 @@ class SnapshotPlan:
     Snapshots are at multiples of the interval, a power of two, so that any two runs share the steps of
     the sparser one. The interval starts where a jump costs up to `REPLAY_SECONDS`, or more if snapshots
     would cost more than `TIME_SHARE` of the training, and doubles whenever the budget is full, up to
-    `longest`. State 0, the newest, those in `pinned`, and `begin` are always kept.
+    `longest`. State 0, the newest, and those in `pinned` are always kept.
 
-    begin: the state with which steps begin to open after batches were lost; is_kept: returns whether a
-    step is kept: of the states before others, only the two newest stay, with which a resume begins.
+    lost_to: the last step that needs lost batches: the first state from there on is always kept, since
+    steps open from it; is_kept: returns whether a step is kept: of the states before others, only the
+    two newest stay, with which a resume begins.
     """
 
     budget: int
     interval: int | None = None
     kept: dict[int, int] = field(default_factory=dict)
     pinned: set[int] = field(default_factory=lambda: {0})
-    begin: int = 0
+    lost_to: int = 0
     longest: float = math.inf
     least: int = 1
     is_kept: Callable[[int], bool] = lambda step: True
@@ -252,19 +253,24 @@ class SnapshotPlan:
         # Only while a snapshot may go: the interval would double without end.
         while (
             sum(self.kept.values()) > self.budget
-            and self.kept.keys() - self.pinned - {self.begin, max(self.kept)}
+            and self.kept.keys() - self._always()
             and 2 * (self.interval or 1) <= self.longest
         ):
             self.least = self.interval = 2 * (self.interval or 1)
             given_up += self._take_out_between()
         return given_up
 
+    def _always(self) -> set[int]:
+        """Return the states that are always kept."""
+        behind = sorted(step for step in self.kept if step >= self.lost_to)
+        return {*self.pinned, *behind[:1], max(self.kept)}
+
     def _take_out_between(self) -> list[int]:
         """Remove snapshots off the interval, except those that are always kept."""
         # State 137 goes if the interval is 64, and 128 stays; of those before steps that are not kept,
         # even 128 goes once there are two newer ones.
         newest, interval = sorted(self.kept)[-2:], self.interval or 1
-        always = {*self.pinned, self.begin, newest[-1]}
+        always = self._always()
         off = [
             step
             for step in self.kept
