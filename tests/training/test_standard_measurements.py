@@ -151,6 +151,13 @@ def test_metrics_by_name_are_measured_on_the_data_or_on_validation_rows():
     assert set(held_out.measurements["name"]) == {"validation_accuracy", "validation_loss"}
 
 
+def test_the_newest_value_of_a_metric_may_be_nan():
+    x = randn(60, 4)
+    run = trained(x * math.nan, x[:, :1], 1, nn.MSELoss(), validation=(x, x[:, :1]))
+    name, value = run.summary().validation
+    assert (name, math.isnan(value)) == ("r2", True)
+
+
 def test_an_experiment_names_metrics(tmp_path):
     settings = {"metrics": ["accuracy"], "data.validation": None, "epochs": 2}
     run = everystep.train_experiment("wine", settings, run=tmp_path / "run", progress=False)

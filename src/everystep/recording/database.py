@@ -301,10 +301,10 @@ class Database(Blocks):
         )
 
     def last_measured(self, name: str) -> float | None:
-        """Return the newest value of a measurement; None if there is none, or it is NaN."""
-        query = "SELECT value FROM measurements WHERE name = ? ORDER BY step DESC LIMIT 1"
-        wrong = "measurements that are not numbers"
-        return next(iter(self.numbers(query, name, kind=float | None, wrong=wrong)), None)
+        """Return the newest value of a measurement; None if there is none."""
+        query = "SELECT max(step) FROM measurements WHERE name = ?"
+        newest = self.numbers(query, name)[0]
+        return None if newest is None else self.series(series_of(name), newest)[1].item(0)
 
     def snapshots(self) -> list[SnapshotRow]:
         """Return the snapshots in order of their steps."""

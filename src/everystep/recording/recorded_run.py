@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -263,8 +262,8 @@ class RecordedRun:
     def latest_measurements(self) -> dict[str, float]:
         """The newest value of each measurement except the loss, by name."""
         with reading(self._database_path) as database:
-            latest = {name: database.last_measured(name) for name in database.measurement_names()}
-        return {name: math.nan if value is None else value for name, value in latest.items()}
+            latest = ((name, database.last_measured(name)) for name in database.measurement_names())
+            return {name: value for name, value in latest if value is not None}
 
     def measured(self, name: str) -> dict[int, float]:
         """Return the values of one measurement by step, in order."""
