@@ -6,7 +6,6 @@ recording. The run does not change before the first new step.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ from everystep.recording.files import (
     SNAPSHOTS,
     FileRow,
     batch_file,
+    remove,
     state_folder,
     take_file,
 )
@@ -242,16 +242,11 @@ def tidy(database: Database, recorded: int, at: int, *, changes_again: bool = Fa
     changes = [file for step, file in database.changes().items() if step > recorded - changes_again]
     with database.removing([*map(state_folder, removed), *changes]):
         database.forget_after(recorded)
-    for path in database.directory.glob(".*.tmp"):  # of a process that was killed
-        path.unlink()
     known = {row.name for row in database.files()}
     known |= {row.directory for row in database.snapshots()}
     known |= {batch_file(place.file) for place in database.all_contents()}
-    for folder in (SNAPSHOTS, CHANGES, PROGRAMS, BATCHES):
-        for path in database.directory.glob(f"{folder}/*"):
-            if f"{folder}/{path.name}" in known:
-                continue
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink()
+    # Those at the top are of a process that was killed.
+    for pattern in (".*.tmp", *(f"{folder}/*" for folder in (SNAPSHOTS, CHANGES, PROGRAMS, BATCHES))):
+        for path in database.directory.glob(pattern):
+            if path.relative_to(database.directory).as_posix() not in known:
+                remove(path)

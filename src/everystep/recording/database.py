@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sqlite3
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from everystep.recording.connection import (
     connect_reading,
 )
 from everystep.recording.facts import Facts, MeasuredFacts, read_facts, rows_of
-from everystep.recording.files import BATCHES, CHANGES, SNAPSHOTS, FileRow, own_path
+from everystep.recording.files import BATCHES, CHANGES, SNAPSHOTS, FileRow, own_path, remove
 from everystep.recording.snapshots import SnapshotRow, snapshots_in
 
 __all__ = [
@@ -245,8 +244,7 @@ class Database(Blocks):
         # After the commit: a process that is killed here leaves files that nothing names, which `tidy`
         # removes, and never a row without its file.
         for path in paths:
-            with suppress(OSError):  # what stays does no harm: nothing names it
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove(path)
 
     def forget_repeats(self, first: int, last: int, since: int) -> list[Repeat]:
         """Delete what repeats steps `first` to `last`; return the rows of those that had a program.

@@ -52,6 +52,7 @@ __all__ = [
     "read_data",
     "read_file",
     "read_tensors",
+    "remove",
     "row_of_file",
     "state_folder",
     "take_file",
@@ -236,6 +237,12 @@ def check_writable_files(directory: Path) -> None:
         )
 
 
+def remove(path: Path) -> None:
+    """Remove a file or a directory that nothing names; if it stays, it does no harm."""
+    with suppress(OSError):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 @contextmanager
 def completed(path: Path, name: str = "") -> Iterator[Path]:
     """Yield a temporary name for a file or a directory, which gets its own name once it is complete.
@@ -248,7 +255,7 @@ def completed(path: Path, name: str = "") -> Iterator[Path]:
         yield temporary
         temporary.replace(path)
     except BaseException:
-        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        remove(temporary)
         raise
 
 

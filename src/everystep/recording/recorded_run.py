@@ -341,10 +341,8 @@ class RecordedRun:
 
     def losses_at(self, steps: Sequence[int]) -> dict[int, float]:
         """Return the losses of existing steps."""
-        if not steps:
-            return {}
-        first, last = min(steps), max(steps)
-        losses = self.losses_between(first, last)
+        first = min(steps, default=1)
+        losses = self.losses_between(first, max(steps, default=0))
         return {step: losses[step - first] for step in steps}
 
     def experiment(self, facts: TrainingFacts) -> dict[str, Any] | None:

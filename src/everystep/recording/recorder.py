@@ -275,11 +275,6 @@ class Recorder:
         """The newest step on disk."""
         return max(self._passed, self.recorded)
 
-    @property
-    def lost_to(self) -> int:
-        """The last step that needs dropped inputs."""
-        return self.plan.lost_to
-
     def wait(self) -> None:
         """Wait for the disk if too much is queued.
 

@@ -108,7 +108,7 @@ class RunWriter(Unwritten):
         self._advanced = advanced
         #: The first step with a loss that is not finite, if any.
         self._nonfinite = None if earlier is None else earlier.up_to(start)["nonfinite_step"]
-        self._lost_to = recorder.lost_to
+        self._lost_to = recorder.plan.lost_to
         #: How long the training took before it was resumed; None if unknown.
         self._seconds_before = facts.resumed[-1].seconds if facts.resumed else 0.0
         self._started = time.perf_counter()
@@ -165,10 +165,9 @@ class RunWriter(Unwritten):
 
     def is_snapshot_due(self) -> bool:
         """Return whether the current state should be kept."""
-        recorder = self.recorder
-        if recorder.lost_to > self._lost_to:
-            # Old batches were dropped: everything from here must open without them.
-            self._lost_to = recorder.lost_to
+        recorder, before = self.recorder, self._lost_to
+        self._lost_to = recorder.plan.lost_to
+        if self._lost_to > before:  # batches were dropped: all from here must open without them
             return True
         # On a slow disk, snapshots that wait in memory would only add up.
         is_due = recorder.plan.is_due(self.step) and not recorder.is_behind
