@@ -1,5 +1,6 @@
 """Batches by content: rows that return, in any order, are stored once, and come back as they were."""
 
+from functools import partial
 from shutil import rmtree
 
 import pytest
@@ -65,11 +66,14 @@ def test_steps_after_lost_batches_open_however_often_a_run_is_resumed_and_pruned
 
 def test_a_loop_is_made_longer_more_than_once(tmp_path, monkeypatch):
     batches = [*torch.randn(12, 4, 20, generator=torch.Generator().manual_seed(1))]
-    for steps, interval in ((4, 16), (8, 4), (12, 4)):
+    for steps, interval in ((4, 16), (8, 4), (12, 16)):
         take_snapshots_every(monkeypatch, interval)
-        run = _record(tmp_path / "run", batches[:steps], resume=steps > 4)
+        run = _record(tmp_path / "run", iter(batches[:steps]), resume=steps > 4)
         assert len(run.losses) == steps
-    assert run.snapshots == [0, 4, 8, 12]
+    # From the end itself, where the recorded steps are not repeated.
+    _record(tmp_path / "other", batches)
+    changed = {"optimizer": partial(torch.optim.SGD, lr=0.2), "force": True}
+    assert len(_record(tmp_path / "other", batches * 2, resume=True, **changed).losses) == 24
 
 
 def test_a_resume_that_differs_gives_up_no_batches(tmp_path, monkeypatch):

@@ -180,9 +180,11 @@ class LoaderPosition:
             place["is_between"] = True
         elif self._has_workers:
             place["has_workers"] = True
-        if self._is_over and not self._is_between:
+        size = known_length(self._loader)
+        # The end of batches with a length shows itself, and a resumed loop may have more of them.
+        if self._is_over and not self._is_between and not (size == taken and is_quiet(self._loader)):
             place["is_over"] = True
-        if not self._is_between and (size := known_length(self._loader)):
+        if not self._is_between and size:
             place["size"] = size
         if _has_state(self._loader):
             if not self._is_between:
