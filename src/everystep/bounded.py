@@ -86,9 +86,8 @@ def check_steps(count: Any) -> int:
 def check_budgets(*budgets: Any) -> None:
     """Raise UsageError if something is not a number of bytes that a run may keep."""
     for budget in budgets:
-        if (
-            isinstance(budget, bool) or not isinstance(budget, Real) or not float(budget) >= 0
-        ):  # NaN is not
+        is_number = isinstance(budget, Real) and not isinstance(budget, bool)
+        if not is_number or not budget >= 0:  # NaN is not
             raise UsageError(f"a budget must be a number of bytes, such as 2e9, not {budget!r:.80}")
 
 

@@ -460,11 +460,9 @@ class Facts(_Fact):
 
     def up_to(self, step: int) -> dict[str, Any]:
         """Return what is known of single steps, by name, of a run that ends with this step."""
-        first, lost = self.nonfinite_step, self.batches_lost_to
-        return {
-            "nonfinite_step": None if first is None or first > step else first,
-            "batches_lost_to": None if lost is None else min(lost, step),
-        }
+        first = None if (self.nonfinite_step or 0) > step else self.nonfinite_step
+        lost = None if self.batches_lost_to is None else min(self.batches_lost_to, step)
+        return {"nonfinite_step": first, "batches_lost_to": lost}
 
     def kept(self, last: int) -> list[tuple[int, int]]:
         """Return the ranges of the steps up to `last` that are kept."""

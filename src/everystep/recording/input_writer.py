@@ -183,8 +183,7 @@ class Repeats:
         with self._database.removing(self.drop(old)):
             self._database.enter(self._rows)
             self._database.enter(new)
-            if lost_to > self.lost_to:
-                self._database.write_facts({"batches_lost_to": lost_to})
+            self._database.write_facts({"batches_lost_to": lost_to} if old else {})
         self.lost_to, self._rows = lost_to, []
 
     @property

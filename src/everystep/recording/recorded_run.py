@@ -401,10 +401,7 @@ class RecordedRun:
             facts = database.facts()
             missing = missing_steps(facts, database.newest_step())
             if missing is not None:
-                raise RunError(
-                    f"{self.name} is damaged: {missing.problem}; restore {FILE_NAME} from a copy; "
-                    f"everystep doctor {self.name} --export FILE.csv writes the numbers that can be read"
-                )
+                raise RunError(f"{self.name} is damaged: {missing.problem}; {missing.cure}")
             self._warn_of([*structure_findings(database, facts)])
 
     def findings(self) -> list[Finding]:

@@ -29,6 +29,7 @@ from everystep.recording.files import (
     PROGRAMS,
     SNAPSHOTS,
     program_file,
+    remove,
     row_of_file,
     state_folder,
     write_change,
@@ -67,7 +68,7 @@ def _in_thread(
 
     @wraps(method)
     def put(recorder: Any, /, *arguments: P.args, **options: P.kwargs) -> None:
-        recorder._put(partial(method, recorder, *arguments, **options))
+        recorder._queue.put(partial(method, recorder, *arguments, **options))
 
     return put
 
@@ -341,7 +342,7 @@ class Recorder:
         Raises:
             RecordingError: writing failed, now or before; the run is closed anyway.
         """
-        self._put(partial(self._write_last_facts, facts))
+        self._queue.put(partial(self._write_last_facts, facts))
         self._queue.put(None)
         self._thread.join(LATE_SECONDS)
         if self._thread.is_alive():
@@ -364,8 +365,7 @@ class Recorder:
             self._write_last_facts({"status": "failed", "reason": reason, "finished": finished})
 
     def _remove_spare(self) -> None:
-        with suppress(OSError):
-            (self._home.here / SPARE_NAME).unlink()
+        remove(self._home.here / SPARE_NAME)
 
     def _begin(self, facts: Facts, parent: RecordedRun | None, at: int, beginning: State | None) -> None:
         """Write the facts from before the first step: all or nothing."""
@@ -464,13 +464,10 @@ class Recorder:
             RecordingError: writing the run failed.
         """
         written = threading.Event()
-        self._put(written.set)
+        self._queue.put(written.set)
         while not written.wait(0.01):
             # After an error, the thread runs no job, and this would wait forever.
             self.check()
-
-    def _put(self, job: Callable[[], None]) -> None:
-        self._queue.put(job)
 
     def _work(self) -> None:
         while (job := self._queue.get()) is not None:

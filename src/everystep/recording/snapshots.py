@@ -262,8 +262,8 @@ class SnapshotPlan:
 
     def _always(self) -> set[int]:
         """Return the states that are always kept."""
-        behind = sorted(step for step in self.kept if step >= self.lost_to)
-        return {*self.pinned, *behind[:1], max(self.kept)}
+        behind = min((step for step in self.kept if step >= self.lost_to), default=0)
+        return {*self.pinned, behind, max(self.kept)}
 
     def _take_out_between(self) -> list[int]:
         """Remove snapshots off the interval, except those that are always kept."""

@@ -167,10 +167,9 @@ class RunWriter(Unwritten):
         """Return whether the current state should be kept."""
         recorder, before = self.recorder, self._lost_to
         self._lost_to = recorder.plan.lost_to
-        if self._lost_to > before:  # batches were dropped: all from here must open without them
-            return True
         # On a slow disk, snapshots that wait in memory would only add up.
         is_due = recorder.plan.is_due(self.step) and not recorder.is_behind
+        is_due |= self._lost_to > before  # batches were dropped: all from here must open without them
         return is_due or self.step == recorder.recorded or self.step in recorder.plan.pinned
 
     def flush_if_due(self) -> None:
