@@ -64,6 +64,11 @@ def test_a_loss_that_float32_would_round_is_kept(tmp_path):
         assert run.verify(progress=False).is_exact
 
 
+def test_a_complex_number_is_refused_for_what_it_is(tmp_path):
+    with pytest.raises(everystep.UsageError, match=r"shape .* dtype complex64; log one real number"):
+        loop(tmp_path / "run", lambda *_: {"loss": torch.tensor(1j)}, steps=1)
+
+
 def test_a_discarded_step_is_not_the_first_that_is_not_finite(tmp_path, monkeypatch):
     monkeypatch.setattr("everystep.training.writer.FLUSH_SECONDS", 0.0)
     model, found = nn.Linear(3, 2), []

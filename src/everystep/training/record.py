@@ -612,9 +612,8 @@ def _number(name: str, value: Any) -> float | Tensor:
     """
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex():
-            raise UsageError(
-                f"log: {name} has shape {tuple(value.shape)}; log one number, such as its mean"
-            )
+            kind = f"shape {tuple(value.shape)} and dtype {str(value.dtype).removeprefix('torch.')}"
+            raise UsageError(f"log: {name} has {kind}; log one real number, such as its mean")
         return value.item() if value.is_cpu else value.detach().reshape(()).clone()
     with suppress(TypeError, ValueError, OverflowError):
         if not isinstance(value, _NO_NUMBERS):
