@@ -120,10 +120,12 @@ def _call_text(optimizer: OptimizerFacts) -> str:
 def _settings_of(optimizer: OptimizerFacts) -> dict[str, str]:
     """Return the settings of the first param group, except those that are off (None, False or 0)."""
     group = optimizer.groups[0] if optimizer.groups else {}
+    # torch's AdamW is an Adam with this setting.
+    implied = {"decoupled_weight_decay"} if optimizer.class_name == "AdamW" else set()
     return {
         key: str(tuple(value) if isinstance(value, list) else value)
         for key, value in group.items()
-        if value not in (None, False, 0)
+        if value not in (None, False, 0) and key not in implied
     }
 
 

@@ -85,7 +85,9 @@ class RunView {
       this.player.stop();
     }
     const isFirst = !this.plot;
-    if (isFirst || place.overlay.join("\n") !== before.overlay.join("\n")) this.#drawPlot();
+    // What the reader chooses on the plot is drawn there; Back and links bring another choice.
+    const plotted = ({ overlay, line, log, smooth }) => JSON.stringify([overlay, ...(this.#isOwn ? [] : [line, log, smooth])]);
+    if (isFirst || plotted(place) !== plotted(before)) this.#drawPlot();
     document.title = `${this.name}${place.step === null ? "" : ` · step ${place.step}`} – everystep`;
     this.#drawBar();
     if (isFirst || (before.step === null) !== (place.step === null)) this.#arrange();
