@@ -4,6 +4,7 @@ import re
 import shutil
 
 import pytest
+import torch
 from playwright.sync_api import expect
 from tests.page.browser.places import (
     at,
@@ -18,6 +19,7 @@ from tests.page.browser.places import (
     unfold,
     value,
 )
+from tests.page.serving import remove
 
 import everystep
 
@@ -58,6 +60,28 @@ def test_two_runs_are_compared_down_to_the_operation(visit):
     expect(page.get_by_role("progressbar")).to_have_count(0)
     page.get_by_role("button", name="swap the runs").click()
     expect(page).to_have_url(re.compile(r"one=fork&other=chapter$"))
+
+
+def test_numbers_that_javascript_rounds_are_compared_in_full(recorded, visit, request):
+    for name, added in (("one", 1), ("other", 2)):
+        request.addfinalizer(lambda name=name: remove(recorded / name))
+        model = torch.nn.Linear(2, 1)
+        torch.nn.init.ones_(model.weight)
+        torch.nn.init.ones_(model.bias)
+        large = torch.tensor([2**53, -(2**62)])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        parts = {"model": model, "optimizer": optimizer, "large": large}
+        with everystep.record(**parts, run=recorded / name) as recording:
+            for x, count in recording.steps([(torch.ones(3, 2), torch.tensor(added))]):
+                large.add_(count)
+                recording.log(loss=model(x).sum())
+    page = visit("/compare?one=one&other=other")
+    first = page.locator("table.positions").first
+    expect(first.locator("td")).to_have_text(
+        [str(2**53 + 1), str(2**53 + 2), str(1 - 2**62), str(2 - 2**62)]
+    )
+    marks = page.locator("table.numbers").first.locator("mark")
+    expect(marks).to_have_text([str(2**53 + 1), str(1 - 2**62)])
 
 
 def test_a_copy_is_the_same_bit_for_bit(copied, visit):

@@ -35,7 +35,7 @@ export async function compare(place) {
       link({ view: "compare", one: place.run, other }, "compare"),
       link({ ...place, overlay: [...new Set([...place.overlay, other])] }, "plot together"),
     ));
-  const list = rows.length ? element("ul", {}, ...rows) : element("p", { class: "muted" }, "There are no other runs here.");
+  const list = rows.length ? element("ul", { class: "other-runs" }, ...rows) : element("p", { class: "muted" }, "There are no other runs here.");
   const close = element("form", { method: "dialog" }, element("button", {}, "Close"));
   const dialog = openDialog(`${place.run} and …`, [list, close]);
   dialog.addEventListener("click", (event) => event.target.closest("a") && dialog.close());
