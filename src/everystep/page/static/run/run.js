@@ -38,7 +38,7 @@ class RunView {
     this.place = { ...place, step: null, overlay: [] };
     this.leftOpen = []; // what was unfolded in the previous step
     this.away = awayBanner();
-    this.parts = runParts(this.name, { fork: () => this.fork(), compare: () => compare(this.place), share: () => share(this.about, this.step), stop: () => stop(this.about), goTo: (step) => this.jump(step) });
+    this.parts = runParts(this.name, { fork: () => this.fork(), compare: () => compare(this.place, this.about), share: () => share(this.about, this.step), stop: () => stop(this.about), goTo: (step) => this.jump(step) });
     const { header, body, bar } = this.parts;
     main.append(header, body, this.away.host);
     this.player = new Player(() => this.#advance(), () => this.#drawBar());
