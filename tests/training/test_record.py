@@ -364,6 +364,17 @@ def test_rows_that_are_not_finite_are_those_of_the_batch(made):
     assert (found.step.number, found.rows, found.step.batch.whole) == (2, (5,), "the batch")
 
 
+def test_a_loss_that_an_infinite_number_makes_infinite_is_found(made):
+    model, optimizer, batch = made
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        for number, _ in enumerate(recording.steps([0] * 3), 1):
+            loss = mean_square(model, batch)
+            recording.log(loss=loss * math.inf if number == 2 else loss)
+    found = recording.run.first_nonfinite(progress=False)
+    assert (found.step.number, found.origin, found.name, found.infinities) == (2, "outside", "loss", 1)
+    assert "put 1 infinite number into loss; your own code" in found.to_text()
+
+
 def test_snapshots_have_no_gradients_that_the_next_step_drops(made):
     model, _, batch = made
     run = looped(model, [batch] * 80, mean_square)
