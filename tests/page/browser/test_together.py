@@ -22,6 +22,7 @@ from tests.page.browser.places import (
 from tests.page.serving import remove
 
 import everystep
+from everystep.page.share import shared_report
 
 
 def test_two_runs_are_compared_down_to_the_operation(visit):
@@ -230,6 +231,19 @@ def test_a_saved_view_opens_without_a_server(saved, recorded, open_page):
     chosen.get_by_role("button", name="1", exact=True).click()
     expect(shown.locator("h2")).to_have_text("Step 1 of 500")
     assert asked == []
+
+
+def test_a_saved_view_shows_the_images_and_slices_that_it_holds(tmp_path, open_page):
+    layer = torch.nn.Conv2d(3, 2, 16)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    with everystep.record(model=layer, optimizer=optimizer, run=tmp_path / "run") as recording:
+        for images, maps in recording.steps([(torch.rand(16, 3, 16, 16), torch.rand(3, 300, 200))]):
+            recording.log(loss=layer(images).sum() + maps.sum())
+    (tmp_path / "saved.html").write_text(shared_report(recording.run, [1]), encoding="utf-8")
+    page = open_page((tmp_path / "saved.html").as_uri())
+    expect(page.locator("figure canvas")).to_have_count(12)  # of 3 slices each, in 9,216 numbers
+    picture = page.locator(".tensor").filter(has_text="y").locator(".thumbnail canvas").first
+    expect(picture).to_have_attribute("width", "67")  # one slice of the three
 
 
 def test_a_saved_view_is_for_everybody(saved, open_page):
