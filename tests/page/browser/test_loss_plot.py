@@ -304,8 +304,9 @@ def test_a_click_on_runs_over_each_other_goes_to_the_first(visit, recorded):
 
 
 def test_how_the_plot_is_drawn_is_in_the_address(visit):
-    page = visit("/runs/chapter?log=0")
+    page = visit("/runs/chapter?log=0&smooth=-5")  # no weight of an average
     plot(page)
+    expect(page.locator(".smoothing output")).to_have_text("0")
     for name in ("line", "log axis"):
         page.get_by_role("button", name=name, exact=True).click()
     page.get_by_role("slider", name="smoothing").fill("0.5")
