@@ -364,6 +364,17 @@ def test_rows_that_are_not_finite_are_those_of_the_batch(made):
     assert (found.step.number, found.rows, found.step.batch.whole) == (2, (5,), "the batch")
 
 
+def test_a_loss_that_an_infinite_number_makes_infinite_is_found(made):
+    model, optimizer, batch = made
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        for number, _ in enumerate(recording.steps([0] * 3), 1):
+            loss = mean_square(model, batch)
+            recording.log(loss=loss * math.inf if number == 2 else loss)
+    found = recording.run.first_nonfinite(progress=False)
+    assert (found.step.number, found.origin, found.name, found.infinities) == (2, "outside", "loss", 1)
+    assert "put 1 infinite number into loss; your own code" in found.to_text()
+
+
 def test_snapshots_have_no_gradients_that_the_next_step_drops(made):
     model, _, batch = made
     run = looped(model, [batch] * 80, mean_square)
@@ -809,6 +820,30 @@ def test_a_rate_that_the_loop_logs_has_a_name_of_its_own(made):
     run = recording.run
     assert run.measured("lr (logged)") == logged
     assert run[3].hyperparameters == {"lr": 0.1} and run[4].hyperparameters == {"lr": 0.05}
+
+
+def test_a_step_shows_the_settings_that_its_optimizers_used(made):
+    model, _, batch = made
+    one, other = model[0], model[-1]
+    sgd = torch.optim.SGD(one.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    adam = torch.optim.Adam(other.parameters(), lr=0.1)
+    with everystep.record(model=model, one=sgd, other=adam) as recording:
+        for number, (x, y) in enumerate(recording.steps([batch] * 4), 1):
+            if number == 3:
+                sgd.param_groups[0] |= {"momentum": 0.5, "weight_decay": 0.25}
+                adam.param_groups[0]["betas"] = (0.5, 0.9)
+            loss = nn.functional.mse_loss(model(x), y)
+            descend(sgd, loss)
+            adam.step()
+            recording.log(loss=loss)
+    rates = {"one.lr": 0.1, "other.lr": 0.1}
+    later = {"one.momentum": 0.5, "one.optimizer.weight_decay": 0.25}
+    later |= {"other.beta1": 0.5, "other.optimizer.betas.1": 0.9}
+    for number, expected in ((2, rates), (3, rates | later)):
+        assert recording.run[number].hyperparameters == expected
+    texts = [each["optimizer"] for each in recording.run[4].data()["segments"] if each["optimizer"]]
+    assert texts[0]["settings"] == {"lr": "0.1", "momentum": "0.5", "weight_decay": "0.25"}
+    assert texts[1]["settings"]["betas"] == "(0.5, 0.9)"
 
 
 @pytest.mark.parametrize("first", [1, 4])

@@ -235,7 +235,8 @@ def _first_made(step: Step) -> NonFinite | None:
     tensors = step.places.tensors
     names = [name for name in tensors if name.startswith(("parameter/", "gradient/"))]
     names += [name for place in step.places.gradients.values() for name in place.names]
-    # Where parameters and gradients are, no infinity is meant.
+    names += [step.places.loss or ""]
+    # Where parameters and gradients are, and the loss, no infinity is meant.
     kept = {tensors[name].storage for name in names if name in tensors}
     for index, observed in enumerate(step.operations):
         read = {**observed.read, _NUMBERS: _number_arguments(observed)}

@@ -320,7 +320,7 @@ def name_in_words(name: str) -> str:
         return f"{key} of {parameter}"
     if kind == "gradient":
         return f"gradient of {rest}"
-    if kind == "loss":
+    if kind == "loss" and rest:
         return f"loss.{rest}"
     return rest if kind in ("parameter", "buffer") else name
 

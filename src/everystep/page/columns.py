@@ -188,15 +188,21 @@ class _CachedRun:
         return RunColumns(facts, steps, losses, ends, edition, self._directory, known)
 
 
-def reduced(steps: NDArray[np.int64], values: NDArray[Any], points: int) -> dict[str, list[Any]]:
-    """Return steps and values for JSON, reduced without losing a spike."""
+def reduced(
+    steps: NDArray[np.int64], values: NDArray[Any], points: int, *, are_logged: bool = True
+) -> dict[str, list[Any]]:
+    """Return steps and values for JSON, reduced without losing a spike.
+
+    are_logged: else each value is None: a loss that no step logged is not NaN.
+    """
     frame = reduce(pl.DataFrame({"step": steps, "loss": values}), max(1, points // 2))
     texts = shortest_texts(frame["loss"])
     is_finite = frame["loss"].is_finite().to_list()
     return {
         "steps": frame["step"].to_list(),
         "values": [
-            float(text) if finite else text for text, finite in zip(texts, is_finite, strict=True)
+            float(text) if finite else text if are_logged else None
+            for text, finite in zip(texts, is_finite, strict=True)
         ],
     }
 

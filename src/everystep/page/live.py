@@ -131,7 +131,8 @@ class Live:
                     sent = state
                 if after < columns.steps:
                     steps = np.arange(after + 1, columns.steps + 1)
-                    losses = reduced(steps, columns.losses[after:], MOST_LOSSES)
+                    has_loss = columns.facts.has_loss
+                    losses = reduced(steps, columns.losses[after:], MOST_LOSSES, are_logged=has_loss)
                     after = columns.steps
                     content = {"steps": losses["steps"], "losses": losses["values"]}
                     yield event("losses", content, after)

@@ -18,9 +18,7 @@ from everystep.views.mathematics import mathematics
 
 __all__ = ["sides"]
 
-#: Tensors of up to so many numbers are sent whole, larger ones as a window around the first difference.
-WHOLE = 4096
-#: Rows and columns of that window.
+#: Rows and columns that are sent at most, around the first difference.
 WINDOW = 64
 
 Window = tuple[tuple[int, int], tuple[int, int]]
@@ -108,12 +106,9 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _window(numbers: Tensor, different: Tensor) -> Window:
-    height, width = numbers.shape
-    if numbers.numel() <= WHOLE:
-        return (0, height), (0, width)
     # In the order of the tensor, the first difference.
     row, column = different[0].tolist() if len(different) else (0, 0)
-    return _around(row, height), _around(column, width)
+    return _around(row, len(numbers)), _around(column, numbers.shape[1])
 
 
 def _around(place: int, size: int) -> tuple[int, int]:

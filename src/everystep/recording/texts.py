@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from everystep.recording.facts import Described, LossFacts, ModuleFacts, OptimizerFacts, SchedulerFacts
+from everystep.step.hyperparameters import set_hyperparameter
 
 __all__ = [
     "loss_text",
@@ -88,12 +89,20 @@ def optimizers_text(optimizers: Mapping[str, OptimizerFacts]) -> str:
     return "\n".join(f"{name}: {text}" for name, text in texts.items()) or "none"
 
 
-def optimizer_parts(optimizers: Mapping[str, OptimizerFacts]) -> tuple[str, dict[str, str]]:
-    """Return the class of the only optimizer, and its settings as text; of several, all in one text."""
+def optimizer_parts(
+    optimizers: Mapping[str, OptimizerFacts], numbers: Mapping[str, float]
+) -> tuple[str, dict[str, str]]:
+    """Return the class of the only optimizer, and its settings as text; of several, all in one text.
+
+    numbers: by their names in `hyperparameters`, those that a step used instead.
+    """
     if len(optimizers) != 1:
         return optimizers_text(optimizers), {}
     (optimizer,) = optimizers.values()
-    return optimizer.class_name, _settings_of(optimizer)
+    groups = tuple(dict(group) for group in optimizer.groups)
+    for name, value in numbers.items():
+        set_hyperparameter(groups, name, value)
+    return optimizer.class_name, _settings_of(optimizer.model_copy(update={"groups": groups}))
 
 
 def _optimizer_text(optimizer: OptimizerFacts) -> str:
@@ -111,10 +120,12 @@ def _call_text(optimizer: OptimizerFacts) -> str:
 def _settings_of(optimizer: OptimizerFacts) -> dict[str, str]:
     """Return the settings of the first param group, except those that are off (None, False or 0)."""
     group = optimizer.groups[0] if optimizer.groups else {}
+    # torch's AdamW is an Adam with this setting.
+    implied = {"decoupled_weight_decay"} if optimizer.class_name == "AdamW" else set()
     return {
         key: str(tuple(value) if isinstance(value, list) else value)
         for key, value in group.items()
-        if value not in (None, False, 0)
+        if value not in (None, False, 0) and key not in implied
     }
 
 

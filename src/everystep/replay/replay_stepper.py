@@ -18,6 +18,7 @@ from everystep.program.calls import without_autograd
 from everystep.program.interpreter import Interpreter, Looks
 from everystep.program.memory import copied_together
 from everystep.program.operators import REFUSALS
+from everystep.program.optimizer_operator import OPTIMIZERS
 from everystep.program.step_program import Program
 from everystep.recording.contents import digest_of
 from everystep.recording.database import Repeat
@@ -29,7 +30,7 @@ from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps
 from everystep.step.build import NotCapturableError
 from everystep.step.expanded import Expanded, Expander
 from everystep.step.generators import Generators
-from everystep.step.hyperparameters import set_hyperparameter
+from everystep.step.hyperparameters import hyperparameters, set_hyperparameter
 from everystep.step.observe import Observation, StepObserver
 from everystep.step.state import OWN, State, copy_of, same_bits
 from everystep.training.batch import nested_again
@@ -290,7 +291,29 @@ class ReplayStepper:
         except (NotCapturableError, *REFUSALS) as error:
             raise self._not_replayed(error) from None
         epoch = 0 if self._is_own_loop else batches_of(self.steps.facts).epoch(number)
-        return replace(step, hyperparameters=self.hyperparameters(), epoch=epoch)
+        known = self.hyperparameters()
+        others = {n: v for n, v in self._settings_used(number).items() if n not in known}
+        return replace(step, hyperparameters=known | others, epoch=epoch)
+
+    def _settings_used(self, number: int) -> dict[str, float]:
+        """Return the settings of torch's optimizers in a step that are not those of the beginning."""
+        row, optimizers = self.steps.row(number), self.steps.facts.optimizers
+        interpreter = self.steps.program_of(row)
+        given = interpreter.numbers_of(self.steps.numbers(row))
+        found: dict[str, float] = {}
+        for place, each in enumerate(interpreter.program.operations):
+            facts = optimizers.get(each.module) if each.module else next(iter(optimizers.values()), None)
+            if each.operator not in OPTIMIZERS or facts is None:
+                continue
+            # Each of its keywords has a value for each param group.
+            keywords = interpreter.operation_with(place, given[place]).keywords
+            groups = [
+                dict(zip(keywords, each, strict=True)) for each in zip(*keywords.values(), strict=True)
+            ]
+            first, prefix = hyperparameters(facts.groups), f"{each.module}." if each.module else ""
+            now = hyperparameters(groups).items()
+            found |= {f"{prefix}{n}": v for n, v in now if n in first and first[n] != v}
+        return found
 
     def observe(self) -> Observation:
         """Run the next step, and return everything in it."""

@@ -41,11 +41,12 @@ def metric_data(measurement: str) -> dict[str, Any]:
 def plain_data(value: Any) -> Any:
     """Return an answer as JSON can hold it: its fields and derived properties.
 
-    NaN and infinities become texts, and so do complex numbers, times and paths. A step becomes its
-    number, an operation its operator, phase, module and line of code.
+    NaN and infinities become texts, and so do whole numbers beyond 2**53, which most readers of JSON
+    round, complex numbers, times and paths. A step becomes its number, an operation its operator, phase,
+    module and line of code.
     """
     if value is None or isinstance(value, (str, int)):
-        return value
+        return str(value) if isinstance(value, int) and abs(value) > 2**53 else value
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     if isinstance(value, dict):

@@ -101,7 +101,7 @@ def step_data(step: Step, run: RecordedRun, *, values: bool = False) -> dict[str
     facts = run.facts
     training = facts.training_of(step.number)
     tensors = _Tensors(step, classes_of_tensors(step, class_names(facts), training.modules), values)
-    optimizer, settings = optimizer_parts(training.optimizers)
+    optimizer, settings = optimizer_parts(training.optimizers, step.hyperparameters)
     loss = loss_text(training.loss)
     loop = training.loop
     segments, changed_otherwise = as_it_happened(step, training)
@@ -356,7 +356,7 @@ def _segments(segments: list[SegmentSeen], training: TrainingFacts) -> list[dict
     found = []
     for seen in segments:
         optimizer = training.optimizers.get(seen.optimizer or "")
-        name, settings = optimizer_parts({"": optimizer} if optimizer else {})
+        name, settings = optimizer_parts({"": optimizer} if optimizer else {}, seen.settings)
         found.append(
             seen.segment._asdict()
             | {"optimizer": {"name": name, "settings": settings} if optimizer else None}

@@ -322,10 +322,10 @@ class _Opened:
     def _title_of_update(self, seen: SegmentSeen) -> str:
         """Return the optimizer with its settings, first those recorded at each step."""
         optimizer = self.training.optimizers.get(seen.optimizer or "")
-        name, settings = optimizer_parts({"": optimizer}) if optimizer else ("", {})
+        name, settings = optimizer_parts({"": optimizer}, seen.settings) if optimizer else ("", {})
         # As recorded in this step: a scheduler may have changed what the optimizer was made with.
         shown = {key: repr(float(shortest(value))) for key, value in seen.settings.items()}
-        shown |= {k: v for k, v in settings.items() if k not in (*shown, "decoupled_weight_decay")}
+        shown |= {k: v for k, v in settings.items() if k not in shown}
         texts = [f"{key} = {value}" for key, value in shown.items()]
         return ", ".join(filter(None, [": ".join(filter(None, (seen.segment.part, name))), *texts]))
 

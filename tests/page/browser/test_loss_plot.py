@@ -304,8 +304,9 @@ def test_a_click_on_runs_over_each_other_goes_to_the_first(visit, recorded):
 
 
 def test_how_the_plot_is_drawn_is_in_the_address(visit):
-    page = visit("/runs/chapter?log=0")
+    page = visit("/runs/chapter?log=0&smooth=-5")  # no weight of an average
     plot(page)
+    expect(page.locator(".smoothing output")).to_have_text("0")
     for name in ("line", "log axis"):
         page.get_by_role("button", name=name, exact=True).click()
     page.get_by_role("slider", name="smoothing").fill("0.5")
@@ -317,6 +318,11 @@ def test_how_the_plot_is_drawn_is_in_the_address(visit):
         button = page.get_by_role("button", name=name, exact=True)
         expect(button).to_have_attribute("aria-pressed", "true")
     expect(page.get_by_role("slider", name="smoothing")).to_have_value("0.5")
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="line", exact=True).click()
+    page.go_back()
+    expect(page).to_have_url(re.compile("line=1"))
+    expect(page.get_by_role("button", name="line", exact=True)).to_have_attribute("aria-pressed", "true")
 
 
 def test_a_loop_that_logs_no_loss_has_neither_points_nor_a_column_of_losses(visit, copied):
@@ -335,3 +341,10 @@ def test_a_loop_that_logs_no_loss_has_neither_points_nor_a_column_of_losses(visi
     expect(readout(page)).to_have_text(re.compile(r"^step 2[45]\d\s*$"))
     page.goto(page.url.partition("?")[0])
     expect(readout(page)).to_have_text("This loop logs no loss. Click to open a step.")
+    # Over the losses of another run, it has none either: no mark for losses that are not finite.
+    page.goto(f"{page.url.partition('/runs/')[0]}/overlay?run=chapter&run={run.name}")
+    plot(page)
+    readouts = page.locator(".readout")
+    expect(readouts).to_have_text(re.compile("whole run.$"))
+    page.mouse.move(*across(plot(page), 0.6))
+    expect(readouts).to_have_text(re.compile(r"^step (29|30)\d\s*chapter [\d.]+$"))

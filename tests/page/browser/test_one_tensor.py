@@ -2,6 +2,7 @@
 
 import io
 import re
+import shutil
 from math import isfinite
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from playwright.sync_api import expect
 from tests.page.browser.places import (
     across,
+    at,
     expect_another_picture,
     expect_step,
     part,
@@ -225,6 +227,20 @@ def test_a_tensor_is_taken_along_as_python_and_as_a_file(visit, recorded, phase,
     step = everystep.open(recorded / "chapter")[137]
     expected = eval(f"step.{python}", {"step": step})
     assert torch.equal(torch.from_numpy(np.load(io.BytesIO(content))), expected)
+
+
+def test_the_line_of_python_opens_the_run_that_is_shown(view, recorded, tmp_path, open_page):
+    # One of the same name in runs/ is what Python would open by the name alone.
+    for place, name in (("runs", "fork"), ("other", "chapter")):
+        shutil.copytree(recorded / name, tmp_path / place / "chapter")
+    page = open_page(
+        at(view("other"), "/runs/chapter?step=200"), permissions=["clipboard-read", "clipboard-write"]
+    )
+    expect_step(page, 200)
+    panel = unfold(part(page, "Backward"), "2.weight.grad").locator(".panel")
+    panel.get_by_role("button", name="Copy as Python").click()
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert copied == 'everystep.open("other/chapter")[200].gradients["2.weight"]'
 
 
 def test_the_number_that_is_pointed_at_is_copied(visit, recorded):

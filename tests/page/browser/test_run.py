@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import expect
-from tests.page.browser.places import at, changed, expect_step, heading, part, plot, row
+from tests.page.browser.places import at, changed, expect_step, heading, part, plot, press, row
 from tests.page.serving import remove
 
 import everystep
@@ -357,7 +357,13 @@ def test_the_page_goes_on_after_the_server_or_the_process_that_opens_steps_has_e
     served = view(recorded, port=free_port())
     page = open_page(
         at(served, "/runs/chapter?step=137"),
-        expected=["ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE", "502", "being stopped"],
+        expected=[
+            "ERR_CONNECTION_REFUSED",
+            "ERR_INCOMPLETE",
+            "502",
+            "being stopped",
+            "does not respond",
+        ],
     )
     expect_step(page, 137)
     [worker] = workers_of(served.process.pid)
@@ -374,11 +380,14 @@ def test_the_page_goes_on_after_the_server_or_the_process_that_opens_steps_has_e
     expect(away).to_have_text("The server does not respond; trying again.")
     page.keyboard.press("Home")
     expect(part(page, "Step").get_by_role("alert")).to_contain_text("the server does not respond")
+    press(page, "Compare")
+    expect(page.locator("main > .alarm")).to_contain_text("the server does not respond")
     view(recorded, port=served.port)
     expect(away).to_be_empty()
     expect_step(page, 1)
     page.keyboard.press("ArrowRight")
     expect_step(page, 2)
+    expect(page.locator("main > .alarm")).to_have_count(0)
 
 
 def workers_of(pid):

@@ -4,6 +4,7 @@ import re
 import shutil
 
 import pytest
+import torch
 from playwright.sync_api import expect
 from tests.page.browser.places import (
     at,
@@ -18,8 +19,10 @@ from tests.page.browser.places import (
     unfold,
     value,
 )
+from tests.page.serving import remove
 
 import everystep
+from everystep.page.share import shared_report
 
 
 def test_two_runs_are_compared_down_to_the_operation(visit):
@@ -58,6 +61,28 @@ def test_two_runs_are_compared_down_to_the_operation(visit):
     expect(page.get_by_role("progressbar")).to_have_count(0)
     page.get_by_role("button", name="swap the runs").click()
     expect(page).to_have_url(re.compile(r"one=fork&other=chapter$"))
+
+
+def test_numbers_that_javascript_rounds_are_compared_in_full(recorded, visit, request):
+    for name, added in (("one", 1), ("other", 2)):
+        request.addfinalizer(lambda name=name: remove(recorded / name))
+        model = torch.nn.Linear(2, 1)
+        torch.nn.init.ones_(model.weight)
+        torch.nn.init.ones_(model.bias)
+        large = torch.tensor([2**53, -(2**62)])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        parts = {"model": model, "optimizer": optimizer, "large": large}
+        with everystep.record(**parts, run=recorded / name) as recording:
+            for x, count in recording.steps([(torch.ones(3, 2), torch.tensor(added))]):
+                large.add_(count)
+                recording.log(loss=model(x).sum())
+    page = visit("/compare?one=one&other=other")
+    first = page.locator("table.positions").first
+    expect(first.locator("td")).to_have_text(
+        [str(2**53 + 1), str(2**53 + 2), str(1 - 2**62), str(2 - 2**62)]
+    )
+    marks = page.locator("table.numbers").first.locator("mark")
+    expect(marks).to_have_text([str(2**53 + 1), str(1 - 2**62)])
 
 
 def test_a_copy_is_the_same_bit_for_bit(copied, visit):
@@ -206,6 +231,25 @@ def test_a_saved_view_opens_without_a_server(saved, recorded, open_page):
     chosen.get_by_role("button", name="1", exact=True).click()
     expect(shown.locator("h2")).to_have_text("Step 1 of 500")
     assert asked == []
+
+
+def test_a_saved_view_shows_the_images_and_slices_that_it_holds(tmp_path, open_page):
+    layer = torch.nn.Conv2d(3, 2, 16)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    with everystep.record(model=layer, optimizer=optimizer, run=tmp_path / "run") as recording:
+        for images, maps in recording.steps([(torch.rand(16, 3, 16, 16), torch.rand(3, 300, 200))]):
+            recording.log(loss=layer(images).sum() + maps.sum())
+    (tmp_path / "saved.html").write_text(shared_report(recording.run, [1]), encoding="utf-8")
+    page = open_page((tmp_path / "saved.html").as_uri())
+    expect(page.locator("figure canvas")).to_have_count(12)  # of 3 slices each, in 9,216 numbers
+    picture = (
+        page.locator(".tensor")
+        .filter(has_text=re.compile("3.300.200"))
+        .locator(".thumbnail canvas")
+        .first
+    )
+    part(page, "1 Forward").scroll_into_view_if_needed()
+    expect(picture).to_have_attribute("width", "67")  # one slice of the three
 
 
 def test_a_saved_view_is_for_everybody(saved, open_page):

@@ -55,13 +55,15 @@ def curve(request: Request) -> Response:
     """Answer with as many points of the losses, or of a measurement, as a plot shows."""
     columns = _columns(request)
     query = request.query_params
-    steps, values = columns.curve(query.get("measurement") or None)
+    measurement = query.get("measurement") or None
+    steps, values = columns.curve(measurement)
+    are_logged = measurement is not None or columns.facts.has_loss
     first = whole(query, "first", int(steps[0]) if len(steps) else 1)
     last = whole(query, "last", int(steps[-1]) if len(steps) else columns.steps)
     # Steps are in order: no look at all of them for a part of the plot.
     shown = slice(*steps.searchsorted([first, last + 1]))
     points = min(max(whole(query, "points", POINTS), 2), MOST_POINTS)
-    found = reduced(steps[shown], values[shown], points)
+    found = reduced(steps[shown], values[shown], points, are_logged=are_logged)
     return JSONResponse({"first": first, "last": last, "total": len(steps[shown]), **found})
 
 

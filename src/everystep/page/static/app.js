@@ -16,11 +16,13 @@ const NOT_LOADED =
   "A file of the page failed to load. Is everystep view still running? If everystep was updated since it started, start it again.";
 
 const main = document.querySelector("main");
+const failed = element("p", { class: "alarm", role: "alert" }); // what the reader asked for last, until the next place
 let shown = null; // {key, view}
 let turn = 0;
 
 /** Show a place: update the current view, or open another one. */
 async function show(place) {
+  failed.remove();
   const key = place.view === "compare" ? JSON.stringify(place) : `${place.view} ${place.run ?? ""}`;
   if (shown?.key === key) return shown.view.update(place);
   closeDialogs();
@@ -65,7 +67,8 @@ if (here.searchParams.has("token")) {
 
 window.addEventListener("unhandledrejection", ({ reason }) => {
   if (reason?.name === "AbortError") return;
-  main.prepend(element("p", { class: "alarm", role: "alert" }, reason?.message ?? String(reason)));
+  failed.textContent = reason?.message ?? String(reason);
+  main.prepend(failed);
 });
 document.querySelector("#help").addEventListener("click", keys.help);
 document.querySelector("#appearance").addEventListener("click", openAppearance);

@@ -65,7 +65,7 @@ export function columnsOf(drawn, { weight, isLog }) {
   const nonfinite = [];
   const tables = drawn.map(({ curve, scale, kind }) => {
     const [steps, values] = curve.points();
-    if (kind === "raw" || kind === "faint") nonfinite.push(...steps.filter((_, row) => !Number.isFinite(values[row])));
+    if (kind === "raw" || kind === "faint") nonfinite.push(...steps.filter((_, row) => values[row] !== null && !Number.isFinite(values[row])));
     const shown = kind === "average" ? smoothed(values, weight) : values;
     const fits = (value) => Number.isFinite(value) && !(isLog && scale === "loss" && value <= 0);
     return [steps, shown.map((value) => (fits(value) ? value : null))];

@@ -21,7 +21,6 @@ export class StepMark {
 
   /** The loss of the step, null while it is unknown. */
   get loss() {
-    if (!this.hasLoss) return null;
     if (this.#known[0] === this.step) return this.#known[1];
     const [steps, values] = this.curve.points();
     const row = rowOf(steps, this.step, "own");

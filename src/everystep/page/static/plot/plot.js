@@ -234,7 +234,7 @@ export class LossPlot {
 
   #data() {
     const { data, nonfinite } = columnsOf(stacked(this.#drawn), { weight: this.#weight, isLog: this.#isLog });
-    this.#nonfinite = this.hasLoss ? nonfinite : [];
+    this.#nonfinite = nonfinite;
     return data;
   }
 
@@ -300,8 +300,7 @@ export class LossPlot {
 
   // As text: the values under the cursor, or of the open step, or a hint.
   #tell() {
-    const shown = this.#drawn.filter(({ curve }) => this.hasLoss || curve !== this.#lines[0].curve);
-    const parts = this.at !== null ? partsAt(shown, this.at, this.#weight) : partsOfStep(this.#mark, this.#lines[0].title);
+    const parts = this.at !== null ? partsAt(this.#drawn, this.at, this.#weight) : partsOfStep(this.#mark, this.#lines[0].title);
     this.plot.toggleAttribute("data-own-keys", this.isWalked);
     this.plot.setAttribute("aria-valuemax", this.chart ? this.#ends()[1] : 1);
     this.plot.setAttribute("aria-valuenow", this.at ?? this.step ?? 1);

@@ -26,7 +26,7 @@ export function partsAt(lines, step, weight) {
   for (const { curve, kind, title } of lines) {
     const [steps, values] = curve.points();
     const row = rowOf(steps, step, { measured: "own", rate: "held" }[kind] ?? "near");
-    if (row === null) continue;
+    if (row === null || values[row] === null) continue; // a run without losses has none
     const where = steps[row] === step || kind === "rate" ? "" : ` at ${whole(steps[row])}`;
     if (kind !== "average") parts.push([title, fullText(values[row]), where]);
     else parts.push([`${title}, ${curve.isReduced ? "points smoothed" : "smoothed"}`, short(smoothed(values, weight)[row], 6), where]);

@@ -19,7 +19,7 @@ export function begin() {
 function plotOf(host, { name, titles, columns }, step) {
   const curves = new Map(titles.map((title, place) => [title, rowsWith(columns[0], columns[place])]));
   const hasLoss = curves.has("loss");
-  if (!hasLoss) curves.set("loss", rowsWith(columns[0], columns[0].map(() => "nan")));
+  if (!hasLoss) curves.set("loss", rowsWith(columns[0], columns[0].map(() => null)));
   const source = async (run, { measurement, first, last }) => pointsBetween(curves.get(measurement ?? "loss"), { first, last });
   const measured = [...curves].filter(([title]) => title !== "step" && title !== "loss");
   const plot = new LossPlot(host, [name], { source, step, goTo: choose, walks: true, hasLoss });

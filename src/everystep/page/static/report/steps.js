@@ -34,6 +34,7 @@ function savedSource({ steps, histograms, numbers }) {
   return {
     has: (step) => known.has(step),
     content: async (step) => known.get(step).content,
+    slices: (step, id) => known.get(step).regions[id].length,
     histogram: async (step, id) => histograms[known.get(step).histograms[id]],
     async numbers(step, id, { index = 0, count = 1 }) {
       const slices = known.get(step).regions[id];

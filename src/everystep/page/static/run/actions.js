@@ -22,8 +22,8 @@ export async function stop(about) {
   await tell(`/api/tasks/${encodeURIComponent(about.task)}`, null, { method: "DELETE" });
 }
 
-/** List the other runs, to compare with the current one, or to plot together. */
-export async function compare(place) {
+/** List the other runs, to compare with the current one, or to plot together. A rank is compared as its whole run. */
+export async function compare(place, { ranks: [one = place.run] }) {
   const { runs } = await ask("/api/runs");
   const link = (other, text) => element("a", { href: address.write(other) }, text);
   const rows = runs
@@ -32,10 +32,10 @@ export async function compare(place) {
       "li",
       {},
       element("span", { class: "name" }, other),
-      link({ view: "compare", one: place.run, other }, "compare"),
+      link({ view: "compare", one, other }, "compare"),
       link({ ...place, overlay: [...new Set([...place.overlay, other])] }, "plot together"),
     ));
-  const list = rows.length ? element("ul", {}, ...rows) : element("p", { class: "muted" }, "There are no other runs here.");
+  const list = rows.length ? element("ul", { class: "other-runs" }, ...rows) : element("p", { class: "muted" }, "There are no other runs here.");
   const close = element("form", { method: "dialog" }, element("button", {}, "Close"));
   const dialog = openDialog(`${place.run} and …`, [list, close]);
   dialog.addEventListener("click", (event) => event.target.closest("a") && dialog.close());

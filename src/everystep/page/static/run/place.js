@@ -81,7 +81,7 @@ export class StepPlace {
     try {
       const [{ StepView }, { serverSource }] = await Promise.all([import("../step/step.js"), import("../step/source.js")]);
       const go = (place) => address.go({ ...address.read(), ...place });
-      return new StepView(this.run, this.host, { go, source: serverSource(this.run) });
+      return new StepView(this.run, this.host, { go, source: serverSource(this.run, this.about().directory) });
     } catch (error) {
       this.#view = null;
       throw error;

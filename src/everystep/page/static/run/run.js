@@ -38,7 +38,7 @@ class RunView {
     this.place = { ...place, step: null, overlay: [] };
     this.leftOpen = []; // what was unfolded in the previous step
     this.away = awayBanner();
-    this.parts = runParts(this.name, { fork: () => this.fork(), compare: () => compare(this.place), share: () => share(this.about, this.step), stop: () => stop(this.about), goTo: (step) => this.jump(step) });
+    this.parts = runParts(this.name, { fork: () => this.fork(), compare: () => compare(this.place, this.about), share: () => share(this.about, this.step), stop: () => stop(this.about), goTo: (step) => this.jump(step) });
     const { header, body, bar } = this.parts;
     main.append(header, body, this.away.host);
     this.player = new Player(() => this.#advance(), () => this.#drawBar());
@@ -85,7 +85,9 @@ class RunView {
       this.player.stop();
     }
     const isFirst = !this.plot;
-    if (isFirst || place.overlay.join("\n") !== before.overlay.join("\n")) this.#drawPlot();
+    // What the reader chooses on the plot is drawn there; Back and links bring another choice.
+    const plotted = ({ overlay, line, log, smooth }) => JSON.stringify([overlay, ...(this.#isOwn ? [] : [line, log, smooth])]);
+    if (isFirst || plotted(place) !== plotted(before)) this.#drawPlot();
     document.title = `${this.name}${place.step === null ? "" : ` · step ${place.step}`} – everystep`;
     this.#drawBar();
     if (isFirst || (before.step === null) !== (place.step === null)) this.#arrange();

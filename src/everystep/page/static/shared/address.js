@@ -26,7 +26,7 @@ export function read(address = location.href) {
       ...sorted,
       line: whole("line"),
       log: whole("log"),
-      smooth: Number(searchParams.get("smooth")) || null,
+      smooth: Math.min(Math.max(Number(searchParams.get("smooth")) || 0, 0), 0.99) || null,
       overlay: searchParams.getAll("overlay"),
     };
   }

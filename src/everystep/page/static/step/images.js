@@ -21,16 +21,18 @@ export function images(view) {
   let content = null;
 
   const drawing = latest(async (given, signal) => {
-    const { batch, tensors } = given;
-    const [count] = tensors[batch.images].shape;
-    const length = Math.min(shown, count);
+    const { batch, tensors, step } = given;
+    const [count, channels] = tensors[batch.images].shape;
+    const kept = view.source.slices?.(step, batch.images) ?? Infinity; // a saved report has some only
+    const length = Math.min(shown, count, Math.floor(kept / channels));
+    if (!length) return;
     const found = await askImages(view, given, { first: 0, count: length }, signal);
     if (signal.aborted || !found.length) return;
     while (figures.length < length) figures.push(figure());
     grid.replaceChildren(...figures.slice(0, length).map((one) => one.node));
     found.forEach((image, place) => figures[place].draw(image, given, place));
     setText(more, `Show more (${whole(length)} of ${whole(count)})`);
-    show(more, length < Math.min(count, IMAGES_MOST));
+    show(more, length === shown && length < Math.min(count, IMAGES_MOST));
   }, PATIENCE);
 
   function showMore() {

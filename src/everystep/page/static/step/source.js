@@ -6,25 +6,20 @@ import { addressOf, ask, askNumbers, withQuery } from "../shared/server.js";
 /** Delay before the next step is requested, in which the current one requests its tensors. */
 const PATIENCE = 80;
 
-/** Return the source of a step's view: content, numbers, histograms, reasons and ranked rows of a run. */
-export function serverSource(run) {
+/** Return the source of a step's view: content, numbers, histograms, reasons and ranked rows of a run; `argument`: the run in a command. */
+export function serverSource(run, argument) {
   const of = (step, ...what) => addressOf(run, "steps", step, ...what);
   return {
+    argument,
     ...lookingAhead((step, options) => ask(of(step), options)),
     numbers: (step, id, region, options) => askNumbers(withQuery(of(step, "tensor"), { id, ...asTexts(region) }), options),
     link: (step, operation) => location.origin + address.write({ view: "run", run, step, operation }),
     file: (step, id) => withQuery(of(step, "file"), { id }),
     why: (step, asked, options) => ask(withQuery(of(step, "why"), asked), options),
     rows: (step, options) => ask(of(step, "rows"), options),
-    whatIf: (content, rows) => askWhatIf(run, content, rows),
+    whatIf: (content, rows) => import("../tasks/what_if.js").then(({ whatIfDialog }) => whatIfDialog(content, rows, argument)),
     histogram: (step, id, options) => ask(withQuery(of(step, "histogram"), { id }), options),
   };
-}
-
-// The dialog is loaded on demand; the server knows the run's argument for a command.
-async function askWhatIf(run, content, rows) {
-  const [{ whatIfDialog }, { directory }] = await Promise.all([import("../tasks/what_if.js"), ask(addressOf(run)).catch(() => ({}))]);
-  whatIfDialog(content, rows, directory ?? run);
 }
 
 // Prefetch the next step, because stepping usually continues.

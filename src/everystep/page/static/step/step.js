@@ -17,7 +17,7 @@ const PATIENCE = 300;
  *
  * open: the keys of what is unfolded in addition to the operation and its first result. go({phase, operation, open}): called to change the
  * address, which calls show again; source: has content(step), numbers(step, id, region) and histogram(step, id), each with {signal}, and
- * perhaps leave(), for when no step is open.
+ * perhaps leave(), for when no step is open, and slices(step, id), where it has only so many of a tensor.
  */
 export class StepView {
   constructor(run, host, { go, source }) {

@@ -28,9 +28,7 @@ export function update(view) {
 /** Return an optimizer with its settings, first those recorded at each step. */
 export function settingsText({ optimizer, hyperparameters }) {
   const recorded = Object.entries(hyperparameters).map(([key, value]) => `${key} = ${short(value, 8)}`);
-  const others = Object.entries(optimizer.settings)
-    .filter(([key]) => !(key in hyperparameters) && key !== "decoupled_weight_decay")
-    .map(([key, value]) => `${key} = ${value}`);
+  const others = Object.entries(optimizer.settings).flatMap(([key, value]) => (key in hyperparameters ? [] : `${key} = ${value}`));
   return [optimizer.name, ...recorded, ...others].join(", ");
 }
 

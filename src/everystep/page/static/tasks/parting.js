@@ -2,8 +2,9 @@
 
 import { write } from "../shared/address.js";
 import { button, element } from "../shared/elements.js";
-import { fullText, numberOf, shapeText, short, whole } from "../shared/format.js";
+import { fullText, shapeText, short, whole } from "../shared/format.js";
 import { typeset } from "../step/mathematics.js";
+import { isComplex } from "../tensor/statistics.js";
 
 /** How much of a tensor is shown, around the first number that differs. */
 const ROWS = 6;
@@ -86,7 +87,7 @@ function tensorsOf(title, found, role, runs, sides) {
 }
 
 function kindOf({ shape, dtype }) {
-  return element("span", { class: "muted" }, ` ${shapeText(shape)} ${dtype}`);
+  return element("span", { class: "muted" }, ` ${shapeText(shape)} ${dtype}${isComplex({ dtype }) ? ", here as absolute values" : ""}`);
 }
 
 function tensorOf(side, role, name) {
@@ -143,22 +144,21 @@ function digitsFor(one, other) {
 }
 
 function textOf(value, digits) {
-  return typeof value === "boolean" ? String(value) : short(value, digits);
+  return typeof value === "number" ? short(value, digits) : String(value);
 }
 
 // The first numbers that differ, in full.
 function positionsOf({ name, positions, values }, runs, { dtype, units = values.map(() => null) }) {
-  const pairs = values.map((pair) => pair.map(numberOf));
   const areFew = units.every((each) => each === null || each <= READABLE);
   const isFar = units.some((each) => each !== null);
-  const distances = units.map((each, at) => (each === null ? "" : areFew ? whole(each) : short(Math.abs(pairs[at][0] - pairs[at][1]))));
+  const distances = units.map((each, at) => (each === null ? "" : areFew ? whole(each) : short(Math.abs(values[at][0] - values[at][1]))));
   const headings = ["place", ...runs, ...(isFar ? [areFew ? "units apart" : "apart"] : [])];
   const head = element("tr", {}, ...headings.map((text) => element("th", { scope: "col" }, text)));
   const rows = positions.map((position, at) => element(
     "tr",
     { hidden: at >= POSITIONS },
     element("th", { scope: "row" }, position.length ? `[${position.join(", ")}]` : "the number"),
-    ...values[at].map((value) => element("td", { title: String(value) }, typeof value === "boolean" ? String(value) : fullText(numberOf(value), dtype === "float32"))),
+    ...values[at].map((value) => element("td", { title: String(value) }, typeof value === "number" ? fullText(value, dtype === "float32") : String(value))),
     isFar ? element("td", {}, distances[at]) : null,
   ));
   const table = element("table", { class: "positions" }, element("thead", {}, head), element("tbody", {}, rows));

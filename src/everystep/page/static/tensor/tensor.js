@@ -107,7 +107,8 @@ function takeAlong(source) {
   return {
     node,
     update({ run, step }, id) {
-      python = `everystep.open(${JSON.stringify(run)})[${step}]${pathOf(id)}`;
+      // By its place: a run of the same name may be in runs/, which Python would open.
+      python = `everystep.open(${JSON.stringify(source.argument ?? run)})[${step}]${pathOf(id)}`;
       if (!source.file) return;
       file.href = source.file(step, id);
       file.download = `${run} step ${step} ${id}.npy`.replace(/[^\w .-]/g, "_");

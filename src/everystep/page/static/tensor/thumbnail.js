@@ -84,7 +84,7 @@ function isVector(shape) {
 }
 
 async function heat(canvas, source, step, { id, shape }, signal) {
-  const count = Math.min(slicesOf(shape), SLICES);
+  const count = Math.min(slicesOf(shape), SLICES, source.slices?.(step, id) ?? SLICES);
   const answer = await source.numbers(step, id, { index: 0, count, most: count > 1 ? Math.ceil(MOST / count) : MOST }, { signal });
   if (signal.aborted || !answer.numbers.length) return;
   const paint = painter(coloursOf(canvas), rangeOf(numberOf(answer.lowest), numberOf(answer.highest)), false);
