@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import max_pool2d
 
 from everystep.errors import UsageError
 from everystep.views.formatting import dtype_text
@@ -177,12 +177,22 @@ def _extremes(numbers: Tensor, height: int, width: int) -> Tensor:
     """Return the number with the largest absolute value of each block; NaN if there is one."""
     if (height, width) == (1, 1):
         return numbers
-    # The largest of a block with NaN is NaN; the last blocks may be smaller.
     high, low = (
-        sign * max_pool2d(sign * numbers[None], (height, width), ceil_mode=True)[0] for sign in (1, -1)
+        # Rows first, then columns as rows of the transpose; amax and amin of a block with NaN are NaN.
+        _of_blocks(_of_blocks(numbers, height, reduce).T.contiguous(), width, reduce).T
+        for reduce in (torch.amax, torch.amin)
     )
     # With NaN, the comparison is false, and `low` is NaN.
     return torch.where(high >= -low, high, low)
+
+
+def _of_blocks(numbers: Tensor, size: int, reduce: Callable[..., Tensor]) -> Tensor:
+    """Return the result of `reduce` for each `size` rows, and for the rest."""
+    whole = len(numbers) // size * size
+    found = [reduce(numbers[:whole].reshape(-1, size, numbers.shape[1]), dim=1)]
+    if whole < len(numbers):
+        found.append(reduce(numbers[whole:], dim=0, keepdim=True))
+    return torch.cat(found)
 
 
 def _finite_range(numbers: Tensor) -> tuple[float | None, float | None]:
