@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABCMeta
-from collections.abc import Callable
-from functools import partial
-from operator import is_
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +21,7 @@ __all__ = [
     "is_a",
     "is_plain",
     "kind_of",
+    "of_tensor",
     "same_value",
 ]
 
@@ -36,108 +35,83 @@ PLAIN_TYPES: frozenset[type] = frozenset(
 _METACLASSES = (type, ABCMeta, type(Tensor), type(torch.nn.Parameter))
 
 
-class _Guard(NamedTuple):
-    """A value that must not change. where: its name in messages; read: reads it; value: as noted."""
+class _Geometry(NamedTuple):
+    """All of a tensor but its numbers."""
 
-    where: str
-    read: Callable[[], Any]
-    value: Any
+    kind: type
+    dtype: torch.dtype
+    shape: torch.Size
+    device: torch.device
+    lies: tuple[Any, ...]
+    of_autograd: tuple[bool, ...]
+
+
+class _Numbers(NamedTuple):
+    """The numbers of a tensor. digest: None where only the count of their changes was read."""
+
+    version: int
+    digest: bytes | None
 
 
 class Guards:
-    """Conditions for a program to replace the Python that it was captured from."""
+    """Conditions for a program to replace the Python that it was captured from.
 
-    def __init__(self) -> None:
-        #: By what describes a change, and by their place, in the order in which they are compared.
-        self._known: dict[Any, dict[Any, _Guard]] = {
-            changes: {} for changes in (_contents_change, _value_changes, _geometry_changes)
-        }
-        self._tensors: list[tuple[str, Tensor, int, bytes]] = []
+    Args:
+        read: yields all that they depend on, each time as it is now: the name in messages, and the
+            value, or a dict or a list of values. Its argument: whether to read numbers of tensors.
+    """
 
-    def read(self, key: Any, where: str, again: Callable[..., Any], *given: Any) -> None:
-        """Note a value, or a list of values, that `again(*given)` reads; key: of its place."""
-        self._note(key, where, partial(again, *given), _value_changes)
-
-    def contents(self, container: Any, where: str) -> None:
-        """Note the contents of a dict or a list, or of one that `container` returns each time."""
-        self._note(
-            (id(container), "*contents"), where, partial(_contents_of, container), _contents_change
-        )
-
-    def tensor(self, tensor: Tensor, where: str, *, is_state: bool) -> None:
-        """Note a tensor: its geometry, and its numbers unless they are state, which may change."""
-        if not is_state:
-            # Others have no numbers that can be read, or torch does not count their changes.
-            if not is_dense(tensor) or tensor.is_quantized or tensor.is_inference():
-                return
-            self._tensors.append((where, tensor, tensor._version, _digest_of(tensor)))
-        self._note(id(tensor), where, partial(_geometry_of, tensor), _geometry_changes)
-
-    def _note(self, key: Any, where: str, read: Callable[[], Any], changes: Any) -> None:
-        known = self._known[changes]
-        if key not in known:
-            known[key] = _Guard(where, read, read())
+    def __init__(self, read: Callable[[bool], Iterator[tuple[str, Any]]]) -> None:
+        self._read = read
+        # They are held, so that no other object gets the id of one.
+        self._known = [*read(True)]
 
     def difference(self, *, is_thorough: bool = True) -> str | None:
         """Describe what changed, or return None.
 
         is_thorough: compare the values of tensors that are not state, and not only their versions.
         """
-        for changes, known in self._known.items():
-            for guard in known.values():
-                # Most reads return the same object again, which needs no look at its content.
-                now = guard.read()
-                found = None if now is guard.value else changes(guard, now)
-                if found is not None:
-                    return str(found)
-        for where, tensor, version, digest in self._tensors:
-            if tensor._version != version or (is_thorough and _digest_of(tensor) != digest):
-                return f"the values of {where} change"
-        return None
+        now = [*self._read(is_thorough)]
+        for (where, before), (other, value) in zip(self._known, now, strict=False):
+            change = f"{where} changes" if where != other else _change(where, before, value)
+            if change is not None:
+                return change
+        return None if len(now) == len(self._known) else "what the training consists of changes"
 
 
-def _value_changes(guard: _Guard, now: Any) -> str | None:
-    before = guard.value
-    if type(now) is list and len(now) == len(before) and all(map(same_value, now, before)):
-        return None
-    return None if same_value(now, before) else f"{guard.where} changes"
+def _change(where: str, before: Any, now: Any) -> str | None:
+    if isinstance(before, _Geometry):
+        is_same = now == before
+        return None if is_same else f"shape, dtype, requires_grad or hooks of {where} change"
+    if isinstance(before, _Numbers):
+        is_same = now.version == before.version and now.digest in (None, before.digest)
+        return None if is_same else f"the values of {where} change"
+    if type(before) is dict:
+        if len(now) == len(before) and all(map(same_value, now, before)):
+            values = zip(before, before.values(), now.values(), strict=True)
+            other = (key for key, one, two in values if not same_value(one, two))
+            return next((f"{key} of {where} changes" for key in other), None)
+        return f"the content of {where} changes"
+    if type(before) is list:
+        is_same = len(now) == len(before) and all(map(same_value, now, before))
+    else:
+        is_same = same_value(now, before)
+    return None if is_same else f"{where} changes"
 
 
-def _contents_of(container: Any) -> tuple[list[Any], list[Any]]:
-    """Return the keys and the values of a dict, or the items of a list."""
-    container = container() if callable(container) else container
-    if isinstance(container, dict):
-        return [*container], [*container.values()]
-    return [], [*container]
-
-
-def _contents_change(guard: _Guard, now: Any) -> str | None:
-    (old_keys, old), (keys, values) = guard.value, now
-    # By identity: that is fast, and runs no user code.
-    if len(values) == len(old) and all(map(is_, keys, old_keys)) and all(map(is_, values, old)):
-        return None
-    if len(values) != len(old) or not all(map(same_value, keys, old_keys)):
-        return f"the content of {guard.where} changes"
-    for place, (value, before) in enumerate(zip(values, old, strict=True)):
-        if not same_value(value, before):
-            return f"{keys[place]} of {guard.where} changes" if keys else f"{guard.where} changes"
-    return None
-
-
-def _geometry_of(tensor: Tensor) -> tuple[Any, ...]:
-    """Return all of a tensor but its numbers."""
+def of_tensor(tensor: Tensor, where: str, reads_numbers: bool | None = None) -> Iterator[Any]:
+    """Yield what guards compare of a tensor. reads_numbers: None of state, which may change."""
     # A sparse tensor raises where it is asked for its strides.
     is_strided = tensor.layout == torch.strided
     hooks = tensor._backward_hooks or tensor._post_accumulate_grad_hooks
     lies = (tensor.stride(), int(tensor.storage_offset())) if is_strided else ()
     of_autograd = tensor.requires_grad, bool(hooks), has_graph(tensor)
-    return type(tensor), tensor.dtype, tensor.shape, tensor.device, lies, of_autograd
-
-
-def _geometry_changes(guard: _Guard, now: Any) -> str | None:
-    if now == guard.value:
-        return None
-    return f"shape, dtype, requires_grad or hooks of {guard.where} change"
+    about = tensor.dtype, tensor.shape, tensor.device
+    yield where, _Geometry(type(tensor), *about, lies, of_autograd)
+    # Others have no numbers that can be read, or torch does not count their changes.
+    is_known = is_dense(tensor) and not tensor.is_quantized and not tensor.is_inference()
+    if reads_numbers is not None and is_known:
+        yield where, _Numbers(tensor._version, _digest_of(tensor) if reads_numbers else None)
 
 
 def _digest_of(tensor: Tensor) -> bytes:

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from everystep import numerics
 from everystep.step.follow import OF_WATCHES
-from everystep.step.guards import Guards, is_a
+from everystep.step.guards import Guards, is_a, of_tensor
 from everystep.step.optimizer_call import HOOKS_OF_ALL, OptimizerCalls, is_ours, is_written_by_torch
 from everystep.step.parts import Parts
 from everystep.step.torchs_own import (
     HOOKS,
-    guard_module,
     has_hooks_on_node,
+    held_by_module,
     hook_on,
     is_torchs_function,
     is_torchs_module,
@@ -42,7 +42,6 @@ class Surroundings:
     """
 
     def __init__(self, parts: Parts, loss: Any = None) -> None:
-        self._guards = Guards()
         self._parts = parts
         self._loss = loss
         alone = len(parts.optimizers) == 1
@@ -85,25 +84,43 @@ class Surroundings:
 
     def begin(self) -> None:
         """Note everything again, before capturing a program that depends on it."""
-        guards = self._guards = Guards()
-        guards.read("functions", "a function of torch", _functions_of_torch)
-        guards.contents(partial(_process_settings, self._parts.device), "this process")
+        # It knows the code of optimizers as it is now.
+        self._is_torchs = OptimizerCalls().is_torchs
+        self._guards = Guards(self._depends_on)
+
+    def _depends_on(self, reads_numbers: bool) -> Iterator[tuple[str, Any]]:
+        """Yield what programs depend on, for guards."""
+        yield "a function of torch", _functions_of_torch()
+        yield "this process", _process_settings(self._parts.device)
+        seen = set[type]()
         for where, module in self._modules():
             # The contents of the user's own modules, who vouches for them, may change.
-            note = guard_module if is_torchs_module(module) else _guard_registered
-            note(module, where, guards)
-        for name, tensor in self._state().items():
-            guards.tensor(tensor, name.partition("/")[2], is_state=True)
-        # A program writes into memory, and so into all tensors that share it.
-        guards.read("storages", "the sharing of memory between tensors", self._shared)
-        torchs = OptimizerCalls().is_torchs
+            if is_torchs_module(module):
+                yield from held_by_module(module, where, seen, reads_numbers)
+            else:
+                yield from _registered(module, where)
+        state = self._state()
+        for name, tensor in state.items():
+            yield from of_tensor(tensor, name.partition("/")[2])
+        # A program writes into memory, and so into all tensors that share it: the first of each memory.
+        first: dict[int, int] = {}
+        memory = (tensor.untyped_storage()._cdata for tensor in state.values())
+        shared = [first.setdefault(place, index) for index, place in enumerate(memory)]
+        yield "the sharing of memory between tensors", shared
         for name, optimizer in self._optimizers.items():
-            key = id(optimizer)
-            guards.read((key, "code"), f"the code of {name}", torchs, optimizer)
-            guards.read((key, "step"), f"step of {name}", vars(optimizer).get, "step")
-            guards.read((key, "groups"), f"the parameters of {name}", _parameters_of, optimizer)
+            yield f"the code of {name}", self._is_torchs(optimizer)
+            yield f"step of {name}", vars(optimizer).get("step")
+            # Which parameters are in which group, and None after each group.
+            parameters = [each for group in optimizer.param_groups for each in (*group["params"], None)]
+            yield f"the parameters of {name}", parameters
         if type(self._loss) is partial:  # a loss that is a module is among the parts
-            _guard_arguments(self._loss, guards)
+            loss = self._loss
+            yield "the loss", loss.func
+            yield "the arguments of the loss", [*loss.args]
+            yield "the loss", dict(loss.keywords)
+            for value in (*loss.args, *loss.keywords.values()):
+                if is_a(value, Tensor):
+                    yield from of_tensor(value, "a tensor of the loss", reads_numbers)
 
     def difference(self) -> str | None:
         """Describe what changed since programs were captured, or return None."""
@@ -121,38 +138,15 @@ class Surroundings:
             found = next(hooked, None)
         return None if found is None else f"other code has a hook on the graph node of {found}"
 
-    def _shared(self) -> list[int]:
-        """Return, for each tensor of the state, the first that uses the same memory."""
-        first: dict[int, int] = {}
-        places = (tensor.untyped_storage()._cdata for tensor in self._state().values())
-        return [first.setdefault(place, index) for index, place in enumerate(places)]
 
-
-def _parameters_of(optimizer: torch.optim.Optimizer) -> list[Any]:
-    """Return which parameters are in which group, and None after each group."""
-    return [each for group in optimizer.param_groups for each in (*group["params"], None)]
-
-
-def _guard_registered(module: nn.Module, where: str, guards: Guards) -> None:
-    """Note the tensors, modules and hooks of a module, its mode, and the functions of its call."""
-    own = vars(module)
+def _registered(module: nn.Module, where: str) -> Iterator[tuple[str, Any]]:
+    """Yield the tensors, modules and hooks of a module, its mode, and the functions of its call."""
+    own, cls = vars(module), type(module)
     for name in ("_parameters", "_buffers", "_modules", *HOOKS):
         if name in own:
-            guards.contents(own[name], f"{name} of {where}")
-    for name in ("training", "forward"):
-        guards.read((id(module), name), f"{name} of {where}", own.get, name)
-    for name in ("forward", "__call__"):
-        guards.read((id(module), "class", name), f"{name} of {where}", getattr, type(module), name)
-
-
-def _guard_arguments(loss: partial[Any], guards: Guards) -> None:
-    """Note the arguments of a loss that is a partial torch function."""
-    guards.read("loss", "the loss", getattr, loss, "func")
-    guards.read("arguments", "the arguments of the loss", getattr, loss, "args")
-    guards.contents(loss.keywords, "the loss")
-    for value in (*loss.args, *loss.keywords.values()):
-        if is_a(value, Tensor):
-            guards.tensor(value, "a tensor of the loss", is_state=False)
+            yield f"{name} of {where}", dict(own[name])
+    yield where, {name: own.get(name) for name in ("training", "forward")}
+    yield where, {name: getattr(cls, name) for name in ("forward", "__call__")}
 
 
 # Settings of the process.

@@ -17,19 +17,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.overrides import get_overridable_functions
 from torch.utils.hooks import RemovableHandle
 
-from everystep.step.guards import (
-    Guards,
-    is_a,
-    is_plain,
-    kind_of,
-)
+from everystep.step.guards import is_a, is_plain, kind_of, of_tensor
 
 __all__ = [
     "HOOKS",
     "TENSOR_TYPES",
-    "guard_module",
     "handles",
     "has_hooks_on_node",
+    "held_by_module",
     "hook_on",
     "hooks_of",
     "is_torchs_function",
@@ -84,22 +79,28 @@ def hook_on(module: nn.Module) -> str | None:
     return next((kind for name, kind in HOOKS.items() if own.get(name)), None)
 
 
-def guard_module(module: nn.Module, where: str, guards: Guards) -> None:
-    """Note everything that one of torch's own modules holds, and the methods of its class.
+def held_by_module(
+    module: nn.Module, where: str, seen: set[type], reads_numbers: bool
+) -> Iterator[tuple[str, Any]]:
+    """Yield everything that one of torch's own modules holds, and the methods of its class, for guards.
 
-    where: its name in messages.
+    where: its name in messages; seen: classes that need not be looked at again; reads_numbers: as of
+    `Guards`.
     """
     own, cls = _own_dict(module), type(module)
+    yield f"the class of {where}", cls
     for container in _containers(own):
-        guards.contents(container, where)
+        yield where, dict(container) if isinstance(container, dict) else [*container]
     for value in own.values():
         if is_a(value, Tensor):
-            guards.tensor(value, f"a tensor of {where}", is_state=False)
-    guards.read((id(module), "*class"), f"the class of {where}", type, module)
-    guards.read((id(module), "*dict"), f"the dict of {where}", lambda: id(_own_dict(module)))
-    for name in _LOOKED_UP:
-        guards.read((id(cls), "*found", name), f"{name} of the class {cls.__name__}", getattr, cls, name)
-    guards.read((id(cls), "*methods"), f"a method of the class {cls.__name__}", _methods_of, cls)
+            yield from of_tensor(value, f"a tensor of {where}", reads_numbers)
+    if cls not in seen:
+        seen.add(cls)
+        yield f"the class {cls.__name__}", {name: getattr(cls, name) for name in _LOOKED_UP}
+        # Those of all modules are left out.
+        bases = cls.__mro__[: cls.__mro__.index(nn.Module)]
+        methods = [each for base in bases for each in vars(base).values()]
+        yield f"a method of the class {cls.__name__}", methods
 
 
 def own_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -212,13 +213,6 @@ def _problem(module: nn.Module, but_hooks: bool = False) -> str | None:
             return f"has a {type(tensor).__name__}, a tensor subclass"
     exchanged = [name for name in _LOOKED_UP if not is_torchs_function(getattr(cls, name))]
     return f"has a {exchanged[0]} that differs from torch's" if exchanged else None
-
-
-def _methods_of(cls: type) -> str:
-    """Return which methods a class and its bases have, those of all modules left out."""
-    # As a text, which guards compare as a plain value.
-    bases = cls.__mro__[: cls.__mro__.index(nn.Module)]
-    return str([id(each) for base in bases for each in vars(base).values()])
 
 
 def _own_dict(module: nn.Module) -> dict[str, Any]:
