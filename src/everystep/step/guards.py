@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from abc import ABCMeta
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -18,9 +17,7 @@ from everystep.step.state import as_integers
 __all__ = [
     "PLAIN_TYPES",
     "Guards",
-    "is_a",
     "is_plain",
-    "kind_of",
     "of_tensor",
     "same_value",
 ]
@@ -31,8 +28,6 @@ PLAIN_TYPES: frozenset[type] = frozenset(
     | {torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format}
     | {np.bool_, np.uint8, np.int8, np.int16, np.int32, np.int64, np.float16, np.float32, np.float64}
 )
-#: Metaclasses with default attribute access and comparison by identity.
-_METACLASSES = (type, ABCMeta, type(Tensor), type(torch.nn.Parameter))
 
 
 class _Geometry(NamedTuple):
@@ -122,25 +117,12 @@ def _digest_of(tensor: Tensor) -> bytes:
 
 def is_plain(value: Any) -> bool:
     """Return whether a value is a number, a string or similar, or a tuple or slice of these."""
-    kind = kind_of(value)
+    kind = type(value)
     if kind is tuple:
         return all(map(is_plain, value))
     if kind is slice:
         return is_plain(value.start) and is_plain(value.stop) and is_plain(value.step)
     return kind in PLAIN_TYPES
-
-
-def kind_of(value: Any) -> type:
-    """Return the class of a value, or `object` if hashing the class may run user code."""
-    # `value in PLAIN_TYPES` hashes the class, by a method of its metaclass.
-    cls = type(value)
-    own = type(cls)
-    return cls if own is type or any(own is known for known in _METACLASSES) else object
-
-
-def is_a(value: Any, *kinds: type) -> bool:
-    """Return whether a value is of a class; `isinstance` would also ask the value itself."""
-    return issubclass(kind_of(value), kinds)
 
 
 def same_value(one: Any, two: Any) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from everystep import numerics
 from everystep.step.follow import OF_WATCHES
-from everystep.step.guards import Guards, is_a, of_tensor
+from everystep.step.guards import Guards, of_tensor
 from everystep.step.optimizer_call import HOOKS_OF_ALL, OptimizerCalls, is_ours, is_written_by_torch
 from everystep.step.parts import Parts
 from everystep.step.torchs_own import (
@@ -119,7 +119,7 @@ class Surroundings:
             yield "the arguments of the loss", [*loss.args]
             yield "the loss", dict(loss.keywords)
             for value in (*loss.args, *loss.keywords.values()):
-                if is_a(value, Tensor):
+                if isinstance(value, Tensor):
                     yield from of_tensor(value, "a tensor of the loss", reads_numbers)
 
     def difference(self) -> str | None:
