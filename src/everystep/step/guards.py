@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
+from operator import is_
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +20,7 @@ __all__ = [
     "PLAIN_TYPES",
     "Guards",
     "is_plain",
-    "of_tensor",
+    "of_constant",
     "same_value",
 ]
 
@@ -30,83 +32,98 @@ PLAIN_TYPES: frozenset[type] = frozenset(
 )
 
 
-class _Geometry(NamedTuple):
-    """All of a tensor but its numbers."""
+class _NumbersOf(NamedTuple):
+    """Stands for the numbers of a tensor; the tensor itself, for all else of it."""
 
-    kind: type
-    dtype: torch.dtype
-    shape: torch.Size
-    device: torch.device
-    lies: tuple[Any, ...]
-    of_autograd: tuple[bool, ...]
+    tensor: Tensor
 
 
-class _Numbers(NamedTuple):
-    """The numbers of a tensor. digest: None where only the count of their changes was read."""
+class _Contents(NamedTuple):
+    """The contents of a dict at one time."""
 
-    version: int
-    digest: bytes | None
+    keys: list[Any]
+    values: list[Any]
 
 
 class Guards:
     """Conditions for a program to replace the Python that it was captured from.
 
     Args:
-        read: yields all that they depend on, each time as it is now: the name in messages, and the
-            value, or a dict or a list of values. Its argument: whether to read numbers of tensors.
+        parts: all that they depend on: its name in messages, and where it is found: a dict, a list, a
+            tensor, its numbers, or a `partial` that returns a value, or a list or dict of values.
     """
 
-    def __init__(self, read: Callable[[bool], Iterator[tuple[str, Any]]]) -> None:
-        self._read = read
-        # They are held, so that no other object gets the id of one.
-        self._known = [*read(True)]
+    def __init__(self, parts: Iterable[tuple[str, Any]]) -> None:
+        self._known = [(where, place, _found_in(place)) for where, place in parts]
 
     def difference(self, *, is_thorough: bool = True) -> str | None:
         """Describe what changed, or return None.
 
         is_thorough: compare the values of tensors that are not state, and not only their versions.
         """
-        now = [*self._read(is_thorough)]
-        for (where, before), (other, value) in zip(self._known, now, strict=False):
-            change = f"{where} changes" if where != other else _change(where, before, value)
-            if change is not None:
+        for where, place, before in self._known:
+            now = _found_in(place, is_thorough)
+            # Most are the same object again, which needs no look at its content.
+            if now is not before and (change := _change(where, place, before, now)) is not None:
                 return change
-        return None if len(now) == len(self._known) else "what the training consists of changes"
+        return None
 
 
-def _change(where: str, before: Any, now: Any) -> str | None:
-    if isinstance(before, _Geometry):
-        is_same = now == before
-        return None if is_same else f"shape, dtype, requires_grad or hooks of {where} change"
-    if isinstance(before, _Numbers):
-        is_same = now.version == before.version and now.digest in (None, before.digest)
+def _found_in(place: Any, is_thorough: bool = True) -> Any:
+    """Return what is in a place now, comparable."""
+    is_read = type(place) is partial
+    found = place() if is_read else place
+    if isinstance(found, dict):
+        return _Contents([*found], [*found.values()])
+    if is_read:
+        return found
+    if isinstance(place, Tensor):
+        return _geometry_of(place)
+    if isinstance(place, _NumbersOf):
+        return place.tensor._version, _digest_of(place.tensor) if is_thorough else None
+    return [*place]
+
+
+def _change(where: str, place: Any, before: Any, now: Any) -> str | None:
+    if isinstance(place, Tensor):
+        change = f"shape, dtype, requires_grad or hooks of {where} change"
+        return None if now == before else change
+    if isinstance(place, _NumbersOf):
+        is_same = now[0] == before[0] and now[1] in (None, before[1])
         return None if is_same else f"the values of {where} change"
-    if type(before) is dict:
-        if len(now) == len(before) and all(map(same_value, now, before)):
-            values = zip(before, before.values(), now.values(), strict=True)
-            other = (key for key, one, two in values if not same_value(one, two))
-            return next((f"{key} of {where} changes" for key in other), None)
-        return f"the content of {where} changes"
-    if type(before) is list:
-        is_same = len(now) == len(before) and all(map(same_value, now, before))
-    else:
-        is_same = same_value(now, before)
+    if isinstance(before, _Contents):
+        if not _are_same(now.keys, before.keys):
+            return f"the content of {where} changes"
+        if _are_same(now.values, before.values):
+            return None
+        pairs = zip(now.keys, now.values, before.values, strict=True)
+        key = next(key for key, *pair in pairs if not same_value(*pair))
+        return f"{key} of {where} changes"
+    is_same = _are_same(now, before) if type(now) is list else same_value(now, before)
     return None if is_same else f"{where} changes"
 
 
-def of_tensor(tensor: Tensor, where: str, reads_numbers: bool | None = None) -> Iterator[Any]:
-    """Yield what guards compare of a tensor. reads_numbers: None of state, which may change."""
+def _are_same(now: list[Any], before: list[Any]) -> bool:
+    # By identity first: that is fast, and there are some thousand functions of torch.
+    is_alike = len(now) == len(before)
+    return is_alike and (all(map(is_, now, before)) or all(map(same_value, now, before)))
+
+
+def of_constant(tensor: Tensor, where: str) -> Iterator[tuple[str, Any]]:
+    """Yield what guards compare of a tensor with numbers that stay."""
+    # Others have no numbers that can be read, or torch does not count their changes.
+    if is_dense(tensor) and not tensor.is_quantized and not tensor.is_inference():
+        yield from ((where, tensor), (where, _NumbersOf(tensor)))
+
+
+def _geometry_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Return all of a tensor but its numbers."""
     # A sparse tensor raises where it is asked for its strides.
     is_strided = tensor.layout == torch.strided
     hooks = tensor._backward_hooks or tensor._post_accumulate_grad_hooks
     lies = (tensor.stride(), int(tensor.storage_offset())) if is_strided else ()
     of_autograd = tensor.requires_grad, bool(hooks), has_graph(tensor)
-    about = tensor.dtype, tensor.shape, tensor.device
-    yield where, _Geometry(type(tensor), *about, lies, of_autograd)
-    # Others have no numbers that can be read, or torch does not count their changes.
-    is_known = is_dense(tensor) and not tensor.is_quantized and not tensor.is_inference()
-    if reads_numbers is not None and is_known:
-        yield where, _Numbers(tensor._version, _digest_of(tensor) if reads_numbers else None)
+    return type(tensor), tensor.dtype, tensor.shape, tensor.device, lies, of_autograd
 
 
 def _digest_of(tensor: Tensor) -> bytes:

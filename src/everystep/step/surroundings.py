@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from everystep import numerics
 from everystep.step.follow import OF_WATCHES
-from everystep.step.guards import Guards, of_tensor
+from everystep.step.guards import Guards, of_constant
 from everystep.step.optimizer_call import HOOKS_OF_ALL, OptimizerCalls, is_ours, is_written_by_torch
 from everystep.step.parts import Parts
 from everystep.step.torchs_own import (
     HOOKS,
+    code_of_class,
     has_hooks_on_node,
     held_by_module,
     hook_on,
@@ -84,43 +85,36 @@ class Surroundings:
 
     def begin(self) -> None:
         """Note everything again, before capturing a program that depends on it."""
-        # It knows the code of optimizers as it is now.
-        self._is_torchs = OptimizerCalls().is_torchs
-        self._guards = Guards(self._depends_on)
+        self._guards = Guards(self._depends_on())
 
-    def _depends_on(self, reads_numbers: bool) -> Iterator[tuple[str, Any]]:
+    def _depends_on(self) -> Iterator[tuple[str, Any]]:
         """Yield what programs depend on, for guards."""
-        yield "a function of torch", _functions_of_torch()
-        yield "this process", _process_settings(self._parts.device)
-        seen = set[type]()
+        yield "a function of torch", partial(_functions_of_torch)
+        yield "this process", partial(_process_settings, self._parts.device)
+        classes: dict[type[nn.Module], None] = {}
         for where, module in self._modules():
             # The contents of the user's own modules, who vouches for them, may change.
-            if is_torchs_module(module):
-                yield from held_by_module(module, where, seen, reads_numbers)
-            else:
-                yield from _registered(module, where)
-        state = self._state()
-        for name, tensor in state.items():
-            yield from of_tensor(tensor, name.partition("/")[2])
-        # A program writes into memory, and so into all tensors that share it: the first of each memory.
-        first: dict[int, int] = {}
-        memory = (tensor.untyped_storage()._cdata for tensor in state.values())
-        shared = [first.setdefault(place, index) for index, place in enumerate(memory)]
-        yield "the sharing of memory between tensors", shared
+            is_torchs = is_torchs_module(module)
+            yield from (held_by_module if is_torchs else _registered)(module, where)
+            classes |= {type(module): None} if is_torchs else {}
+        for cls in classes:
+            yield from code_of_class(cls)
+        for name, tensor in self._state().items():
+            yield name.partition("/")[2], tensor
+        # A program writes into memory, and so into all tensors that share it.
+        yield "the sharing of memory between tensors", partial(self._shared)
+        runs_torchs = OptimizerCalls().is_torchs
         for name, optimizer in self._optimizers.items():
-            yield f"the code of {name}", self._is_torchs(optimizer)
-            yield f"step of {name}", vars(optimizer).get("step")
-            # Which parameters are in which group, and None after each group.
-            parameters = [each for group in optimizer.param_groups for each in (*group["params"], None)]
-            yield f"the parameters of {name}", parameters
+            yield f"the code of {name}", partial(runs_torchs, optimizer)
+            yield f"step of {name}", partial(vars(optimizer).get, "step")
+            yield f"the parameters of {name}", partial(_parameters_of, optimizer)
         if type(self._loss) is partial:  # a loss that is a module is among the parts
-            loss = self._loss
-            yield "the loss", loss.func
-            yield "the arguments of the loss", [*loss.args]
-            yield "the loss", dict(loss.keywords)
-            for value in (*loss.args, *loss.keywords.values()):
+            yield "the loss", partial(getattr, self._loss, "func")
+            yield "the arguments of the loss", partial(getattr, self._loss, "args")
+            yield "the loss", self._loss.keywords
+            for value in (*self._loss.args, *self._loss.keywords.values()):
                 if isinstance(value, Tensor):
-                    yield from of_tensor(value, "a tensor of the loss", reads_numbers)
+                    yield from of_constant(value, "a tensor of the loss")
 
     def difference(self) -> str | None:
         """Describe what changed since programs were captured, or return None."""
@@ -138,15 +132,28 @@ class Surroundings:
             found = next(hooked, None)
         return None if found is None else f"other code has a hook on the graph node of {found}"
 
+    def _shared(self) -> list[int]:
+        """Return, for each tensor of the state, the first that uses the same memory."""
+        first: dict[int, int] = {}
+        places = (tensor.untyped_storage()._cdata for tensor in self._state().values())
+        return [first.setdefault(place, index) for index, place in enumerate(places)]
+
+
+def _parameters_of(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """Return which parameters are in which group, and None after each group."""
+    return [each for group in optimizer.param_groups for each in (*group["params"], None)]
+
 
 def _registered(module: nn.Module, where: str) -> Iterator[tuple[str, Any]]:
     """Yield the tensors, modules and hooks of a module, its mode, and the functions of its call."""
-    own, cls = vars(module), type(module)
+    own = vars(module)
     for name in ("_parameters", "_buffers", "_modules", *HOOKS):
         if name in own:
-            yield f"{name} of {where}", dict(own[name])
-    yield where, {name: own.get(name) for name in ("training", "forward")}
-    yield where, {name: getattr(cls, name) for name in ("forward", "__call__")}
+            yield f"{name} of {where}", own[name]
+    for name in ("training", "forward"):
+        yield f"{name} of {where}", partial(own.get, name)
+    for name in ("forward", "__call__"):
+        yield f"{name} of {where}", partial(getattr, type(module), name)
 
 
 # Settings of the process.

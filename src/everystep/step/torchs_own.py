@@ -17,11 +17,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.overrides import get_overridable_functions
 from torch.utils.hooks import RemovableHandle
 
-from everystep.step.guards import is_plain, of_tensor
+from everystep.step.guards import is_plain, of_constant
 
 __all__ = [
     "HOOKS",
     "TENSOR_TYPES",
+    "code_of_class",
     "handles",
     "has_hooks_on_node",
     "held_by_module",
@@ -79,28 +80,31 @@ def hook_on(module: nn.Module) -> str | None:
     return next((kind for name, kind in HOOKS.items() if own.get(name)), None)
 
 
-def held_by_module(
-    module: nn.Module, where: str, seen: set[type], reads_numbers: bool
-) -> Iterator[tuple[str, Any]]:
-    """Yield everything that one of torch's own modules holds, and the methods of its class, for guards.
+def held_by_module(module: nn.Module, where: str) -> Iterator[tuple[str, Any]]:
+    """Yield everything that one of torch's own modules holds, for guards.
 
-    where: its name in messages; seen: classes that need not be looked at again; reads_numbers: as of
-    `Guards`.
+    where: its name in messages.
     """
-    own, cls = vars(module), type(module)
-    yield f"the class of {where}", cls
+    own = vars(module)
     for container in _containers(own):
-        yield where, dict(container) if isinstance(container, dict) else [*container]
+        yield where, container
     for value in own.values():
         if isinstance(value, Tensor):
-            yield from of_tensor(value, f"a tensor of {where}", reads_numbers)
-    if cls not in seen:
-        seen.add(cls)
-        yield f"the class {cls.__name__}", {name: getattr(cls, name) for name in _LOOKED_UP}
-        # Those of all modules are left out.
-        bases = cls.__mro__[: cls.__mro__.index(nn.Module)]
-        methods = [each for base in bases for each in vars(base).values()]
-        yield f"a method of the class {cls.__name__}", methods
+            yield from of_constant(value, f"a tensor of {where}")
+    yield f"the class of {where}", functools.partial(type, module)
+
+
+def code_of_class(cls: type[nn.Module]) -> Iterator[tuple[str, Any]]:
+    """Yield the methods of a class of torch's modules, for guards."""
+    for name in _LOOKED_UP:
+        yield f"{name} of the class {cls.__name__}", functools.partial(getattr, cls, name)
+    yield f"a method of the class {cls.__name__}", functools.partial(_methods_of, cls)
+
+
+def _methods_of(cls: type) -> list[Any]:
+    """Return what a class and its bases define, those of all modules left out."""
+    bases = cls.__mro__[: cls.__mro__.index(nn.Module)]
+    return [each for base in bases for each in vars(base).values()]
 
 
 def own_modules(

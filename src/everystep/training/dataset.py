@@ -5,7 +5,6 @@ every step.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from torch.utils.data import (
 from everystep.errors import DataError, Fault
 from everystep.experiment.batches import Batches
 from everystep.step.generators import different, generator_states
-from everystep.step.guards import Guards, is_plain, of_tensor
+from everystep.step.guards import Guards, is_plain, of_constant
 from everystep.step.state import same_bits
 from everystep.step.torchs_own import TENSOR_TYPES
 
@@ -60,7 +59,7 @@ def is_of_tensors(dataset: Any) -> bool:
 
 def guards_of(dataset: Any) -> Guards:
     """Return guards of what the rows of such a Dataset depend on."""
-    return Guards(partial(_depends_on, dataset))
+    return Guards(_depends_on(dataset))
 
 
 def read_rows(
@@ -113,20 +112,20 @@ def length_of(dataset: Dataset[Any]) -> int:
     return count
 
 
-def _depends_on(dataset: Any, reads_numbers: bool) -> Iterator[tuple[str, Any]]:
+def _depends_on(dataset: Any) -> Iterator[tuple[str, Any]]:
     """Yield the content of one of torch's Datasets, for guards."""
     kind = type(dataset)
-    yield f"a {kind.__name__}", dict(vars(dataset))
+    yield f"a {kind.__name__}", vars(dataset)
     for tensor in getattr(dataset, "tensors", ()):
-        yield from of_tensor(tensor, f"a tensor of a {kind.__name__}", reads_numbers)
+        yield from of_constant(tensor, f"a tensor of a {kind.__name__}")
     if kind is Subset:
         if isinstance(dataset.indices, list):
-            yield "the indices of a Subset", [*dataset.indices]
-        yield from _depends_on(dataset.dataset, reads_numbers)
+            yield "the indices of a Subset", dataset.indices
+        yield from _depends_on(dataset.dataset)
     if kind is ConcatDataset:
-        yield "the parts of a ConcatDataset", [*dataset.datasets]
+        yield "the parts of a ConcatDataset", dataset.datasets
         for part in dataset.datasets:
-            yield from _depends_on(part, reads_numbers)
+            yield from _depends_on(part)
 
 
 def _pair(dataset: Dataset[Any], row: int) -> tuple[Any, Any]:
