@@ -73,12 +73,15 @@ def is_sweep(directory: Path) -> bool:
 AWAITED: dict[str, Any] = {}
 
 
-def rank_directory(top: Path, rank: int) -> Path:
-    """Return the directory of the run of one of several processes, e.g. `runs/net/ranks/1`.
+def rank_directory(top: Path, rank: int, count: int = 0, since: int = 0) -> Path:
+    """Return the directory of the run of one of several processes.
 
-    top: of that of rank 0; rank: its number.
+    top: of that of rank 0; rank: its number; count: how many they are; since: the state from which on
+    they are as many, if the run began with others.
     """
-    return top / RANKS / str(rank) if rank else top
+    # e.g. `runs/net/ranks/1`, and `runs/net/ranks/1-of-4-from-101` where 4 continued what 2 began.
+    name = f"{rank}-of-{count}-from-{since + 1}" if since else str(rank)
+    return top / RANKS / name if rank else top
 
 
 def name_of(directory: Path) -> str:

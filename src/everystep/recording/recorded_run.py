@@ -69,6 +69,15 @@ def stretch_at(stretches: Sequence[Stretch], step: int) -> int:
     return max(place for place, each in enumerate(stretches) if each.first <= max(step, 1))
 
 
+def _place_of_rank(top: Path, rank: int, stretches: Sequence[Stretch]) -> Path:
+    """Return the directory of a rank that trained the last of some stretches. top: of rank 0."""
+    count = stretches[-1].facts.processes
+    # Directories of ranks have other names once the number of processes has changed: see
+    # `rank_directory`.
+    others = [each.last or 0 for each in stretches if each.facts.processes != count]
+    return rank_directory(top, rank, count, max(others, default=0))
+
+
 class RecordedRun:
     """A run on disk. It reads everything on demand, also during training.
 
@@ -125,18 +134,19 @@ class RecordedRun:
         Raises:
             RunError: this one was moved out of its run.
         """
-        facts = self.facts
-        first, last, trained = self.stretches[place]
+        stretches, facts = self.stretches, self.facts
+        first, last, trained = stretches[place]
         own, now = self.directory.resolve(), facts.training.ranks
         if trained.ranks is None or (last and not any(end >= first for _, end in facts.kept(last))):
             return [own]
         top = own if now is None or not now.rank else own.parent.parent
-        if now is not None and own != rank_directory(top, now.rank):
+        if now is not None and own != _place_of_rank(top, now.rank, stretches):
             raise RunError(  # what is around it may be anything
                 f"{self.name} is rank {now.rank} of a run, and is not in its directory {RANKS}/; put "
                 "it back there"
             )
-        return [rank_directory(top, rank) for rank in range(trained.processes)]
+        trained_by = stretches[: place % len(stretches) + 1]
+        return [_place_of_rank(top, rank, trained_by) for rank in range(trained.processes)]
 
     @property
     def within(self) -> Path:
