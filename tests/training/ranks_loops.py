@@ -304,8 +304,10 @@ def uneven(begin, rank):
 def epochs(begin, rank, kill=None, slower_after=None):
     """A sampler of torch's, dropout, and a validation on all ranks.
 
-    kill: ends a rank at a step; slower_after: the step after which the rate is lower.
+    kill: ends a rank at a step; slower_after: the step after which the rate is lower. The environment
+    has the step after which the loop is left, if it has.
     """
+    leaves = int(os.environ.get("LEAVE", 0))
     generator = torch.Generator().manual_seed(1)
     rows = TensorDataset(*(torch.randn(48, n, generator=generator) for n in (20, 1)))
     sampler = DistributedSampler(rows, seed=3)
@@ -326,6 +328,8 @@ def epochs(begin, rank, kill=None, slower_after=None):
                 recording.log(loss=loss)
                 if kill == (rank, recording.step_count):
                     os.kill(os.getpid(), signal.SIGKILL)
+                if recording.step_count + 1 == leaves:
+                    return model
             ddp.eval()
             with torch.no_grad():
                 validation = sum(nn.functional.mse_loss(ddp(x), y) for x, y in loader)
@@ -442,6 +446,8 @@ class Killed(Progress):
 def shuffled_mean(begin, rank, kill=None, reduction="mean"):
     if begin is not unrecorded:
         given = {"resume": "RESUME" in os.environ, "progress": Killed(rank, kill)}
+        if "LEAVE" in os.environ:
+            given |= {"epochs": None, "steps": int(os.environ["LEAVE"])}
         shuffled(f"runs/shuffled_{reduction}", reduction, **given)
 
 
@@ -455,6 +461,11 @@ def command(begin, rank):
         app(["train", *given], standalone_mode=False)
         app(["train", *given[:2], "5", *given[3:], "--resume"], standalone_mode=False)
         app(["resume", "runs/command", "--steps", "7", "-q"], standalone_mode=False)
+
+
+def command_again(begin, rank):
+    """Another number of processes has continued it."""
+    app(["resume", "runs/command", "--steps", "11", "-q"], standalone_mode=False)
 
 
 other_row = partial(planted, row=True)
@@ -553,6 +564,21 @@ def unshared(begin, rank):
         begin(model=mlp()).__enter__()
     finally:
         agreement.RANKS, agreement.NOTICE_SECONDS = "ranks", 10
+
+
+def full(begin, rank):
+    """The last rank has no room for its directory."""
+    create = agreement.create_directory
+    if rank:
+        agreement.create_directory = partial(_raise, everystep.RecordingError("there is no room"))
+    try:
+        begin(model=mlp()).__enter__()
+    finally:
+        agreement.create_directory = create
+
+
+def _raise(error, *_):
+    raise error
 
 
 def taken(begin, rank):

@@ -320,16 +320,57 @@ def test_a_killed_rank_ends_the_run_and_all_resume_to_the_same_bits(tmp_path, tr
         assert all(torch.equal(tensor, last[name]) for name, tensor in rank.parameters(-1).items())
 
 
-def test_another_number_of_processes_cannot_continue_a_run(trained, tmp_path):
-    for name in ("epochs", "command"):
-        shutil.copytree(trained[0] / name, tmp_path / "runs" / name)
-    found, errors = launched(tmp_path, ["epochs"], 3, RESUME="1", RECORDED="1")
-    message = "was recorded by 2 processes, and {} would continue it; begin as many as before"
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("epochs", [(2, {"LEAVE": "8"}), (3, {"KILL": "2,11"}), (1, {})]),
+        ("epochs", [(1, {"LEAVE": "15"}), (4, {})]),
+        ("shuffled_mean", [(2, {"LEAVE": "8"}), (1, {"LEAVE": "13"}), (2, {})]),
+    ],
+)
+@pytest.mark.sweep(every=3)
+def test_another_number_of_processes_continues_a_run(tmp_path, name, stages):
+    resumed = {}
+    for processes, given in stages:
+        found, errors = launched(tmp_path, [name], processes, RECORDED="1", **resumed, **given)
+        resumed = {"RESUME": "1"}
+    assert None not in found and found[0] == found[-1], errors
+    run = everystep.open(tmp_path / "runs" / name)
+    assert f"continues with {processes} after step {run.stretches[-1].first - 1}: its results" in errors
+    count = [stretch.facts.processes for stretch in run.stretches]
+    assert (count[0], count[-1]) == (stages[0][0], processes)
+    for rank in run.ranks:
+        assert rank.verify().is_exact
+    for stretch in run.stretches:
+        step = run[stretch.first]
+        assert len(step.ranks) == stretch.facts.processes
+        assert all(each.is_exact and each.number == step.number for each in step.ranks)
+    if run.ranks[1:]:
+        assert run.when("ranks differ").steps == ()
+        with pytest.raises(everystep.RunError, match=f"not kept .keep: those by {processes} processes"):
+            run.ranks[1][1]
+    assert run.doctor().is_healthy
+    if name == "shuffled_mean":  # it has the batches of one process
+        for steps in (8, 13, 20):
+            given = {"epochs": None, "steps": steps, "resume": True}
+            one = ranks_loops.shuffled(tmp_path / "one", "mean", **given)
+        torch.testing.assert_close(run.parameters(-1), one.parameters(-1), rtol=1e-5, atol=1e-7)
+    elif processes == 4:  # a quarter of the second epoch has less than one of its three batches now
+        assert len(run) == 15 + 3 + 3
+
+
+def test_a_rank_that_cannot_continue_a_run_ends_all(tmp_path):
+    model = ranks_loops.mlp()
+    with everystep.record(model=model, run=tmp_path / "runs/full") as recording:
+        for x, _ in recording.steps(ranks_loops.batches(0)):
+            recording.log(loss=model(x).sum())
+            if recording.step_count == 3:
+                break
+    found, errors = launched(tmp_path, ["full"], RESUME="1", RECORDED="1")
     assert None not in found, errors
-    assert all(message.format("3 processes") in each["epochs"] for each in found)
-    run = everystep.open(tmp_path / "runs/command")
-    with pytest.raises(everystep.RunError, match=message.format("one process")):
-        run.resume(9, progress=False)
+    assert found[0]["full"] == "rank 1 cannot begin the run: there is no room"
+    assert found[1]["full"] == "there is no room"
+    assert len(everystep.open(tmp_path / "runs/full")) == 4
 
 
 def test_programs_take_the_steps_of_all_ranks_at_another_rate(trained, tmp_path):
@@ -371,6 +412,24 @@ def test_one_process_makes_a_fork_of_a_model(trained, tmp_path):
         fork[3]
 
 
+def test_commands_resume_an_experiment_with_another_number_of_processes(trained, tmp_path):
+    shutil.copytree(trained[0] / "command", tmp_path / "runs/command")
+    assert everystep.open(tmp_path / "runs/command").resume(9, progress=False).verify().is_exact
+    for processes in (4, 1):  # the second time, nothing is left to do
+        found, errors = launched(tmp_path, ["command_again"], processes, RECORDED="1")
+        assert None not in found, errors
+    assert "has all its 11 steps" in found[0]["command_again"]
+    run = everystep.open(tmp_path / "runs/command")
+    assert [each.facts.processes for each in run.stretches][-2:] == [1, 4]
+    for rank in run.ranks:
+        assert len(rank) == 11 and rank.verify().is_exact
+    assert [len(step.batch["x"]) for step in run[11].ranks] == [16] * 4
+    assert (
+        run.table_frame()["loss (rank 3)"].to_list()
+        == [None] * 9 + run.ranks[3].losses["loss"][9:].to_list()
+    )
+
+
 def test_what_is_not_possible_is_refused_on_all_ranks(tmp_path):
     (tmp_path / "runs/taken").mkdir(parents=True)
     found, errors = launched(tmp_path, [*REFUSED, "alone"], RECORDED="1")
@@ -391,7 +450,9 @@ def test_what_needs_one_process_is_refused(trained, tmp_path):
         run.what_if(3, relabel={0: 1.0})
     with pytest.raises(everystep.RunError, match="was trained by 2 processes"):
         run.rerun(threads=2)
-    with pytest.raises(everystep.RunError, match="one process would continue it"):
+    with pytest.raises(everystep.RunError, match=r"0\.weight is not the same on ranks 0 and 1"):
+        everystep.record(run=runs / "other_weight", resume=True, model=nn.Linear(2, 1)).__enter__()
+    with pytest.raises(everystep.RunError, match="fork it with 2 processes"):
         everystep.record(fork=runs / "plain", at=3, model=nn.Linear(2, 1)).__enter__()
     with pytest.raises(everystep.UsageError, match="has no ranks"):
         model = nn.Linear(2, 1)

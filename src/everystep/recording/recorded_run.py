@@ -84,7 +84,8 @@ class RecordedRun:
     Every call raises RunError if what it needs is missing, was changed since, or is unreadable.
 
     common_states, common_steps: the steps of the states that all ranks have, and how many steps, if they
-    agreed on that; None: as read.
+    agreed on that; None: as read. others: how many processes recorded it, if it is continued by another
+    number.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -92,6 +93,7 @@ class RecordedRun:
         self._database_path = self.directory / FILE_NAME
         self.common_states: frozenset[int] | None = None
         self.common_steps: int | None = None
+        self.others: int | None = None
         self._has_warned = False
         self._found: tuple[tuple[int, ...], list[Finding]] | None = None
 

@@ -24,7 +24,7 @@ from everystep.replay.without_objects import check_alone, continue_alone, facts_
 from everystep.step.generators import generators_preserved
 from everystep.step.parts_state import PartsState
 from everystep.step.state import State
-from everystep.training.agreement import Agreement, run_of_rank
+from everystep.training.agreement import Agreement, run_to_continue
 from everystep.training.from_experiment import experiment_job, of_torch_alone
 from everystep.training.job import Job, Outcome, Progress, StartingPoint
 from everystep.training.loop import run_job
@@ -90,11 +90,11 @@ class Resume:
         """Return the same request, of the rank that this process is.
 
         Raises:
-            RunError: as `run_of_rank`.
+            RunError: as `run_to_continue`.
         """
         agreement = Agreement()
         agreement.check({"the run to resume": self.run.ranks[0].directory.name})
-        return replace(self, run=run_of_rank(self.run, agreement))
+        return replace(self, run=run_to_continue(self.run, agreement))
 
     def __len__(self) -> int:
         # Ranks may have recorded different numbers of steps before they were killed.
@@ -137,7 +137,7 @@ class Resume:
             everything = ("model", "loss", "optimizer", "scheduler")
             job.training.restore(state, everything if self.is_accepted else None)
         # With changes accepted, the steps after the snapshot are discarded; else repeated and compared.
-        at = begin if self.is_accepted else recorded
+        at = begin if self.is_accepted or run.others is not None else recorded
         known = {} if job.training.scheduler else job.training.hyperparameters()
         origin = StartingPoint(
             run=run,

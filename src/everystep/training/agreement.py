@@ -10,8 +10,9 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,14 +20,19 @@ from typing import Any, TypeVar
 import torch
 
 from everystep import clock
+from everystep.device import select
 from everystep.errors import EverystepError, RunError, UsageError, say
 from everystep.recording.directories import RANKS, create_directory, rank_directory
-from everystep.recording.facts import RanksFacts
-from everystep.recording.recorded_run import RecordedRun, stretch_at
+from everystep.recording.facts import Facts, RanksFacts
+from everystep.recording.recorded_run import EXPERIMENT_FILE, RecordedRun, stretch_at
+from everystep.recording.recorder import Recorder
+from everystep.recording.snapshots import DEFAULT_BUDGET
 from everystep.recording.texts import processes_text
 from everystep.step.collective_calls import has_ranks, shows_reductions
+from everystep.step.generators import Generators
+from everystep.step.state import State, state_differences
 
-__all__ = ["Agreement", "check_stops_together", "ranks_here", "run_of_rank"]
+__all__ = ["Agreement", "check_stops_together", "ranks_here", "run_to_continue", "run_to_fork"]
 
 R = TypeVar("R", bound=RecordedRun)
 #: Seconds to wait for other ranks before that is reported, and before it is an error, as in torch.
@@ -217,18 +223,101 @@ def check_stops_together(setting: str, cure: str) -> None:
         )
 
 
-def run_of_rank(run: R, agreement: Agreement, fork_at: int | None = None) -> R:
-    """Return the run of this rank: to continue it, or to make a fork of it after a step.
+def run_to_fork(run: R, at: int, agreement: Agreement) -> R:
+    """Return the run of this rank, to make a fork of after a step.
 
     Raises:
         RunError: another number of processes recorded the step.
     """
-    place = -1 if fork_at is None else stretch_at(run.stretches, fork_at)
+    place = stretch_at(run.stretches, at)
     before, now = run.stretches[place].facts.processes, agreement.count
     if before != now:
         raise RunError(
             f"{run.name} was recorded by {processes_text(before)}, and {processes_text(now)} would "
-            f"continue it; begin as many as before, or train it again with {now}"
+            f"continue it; fork it with {processes_text(before)}, and resume the fork with as many as "
+            "you like"
         )
-    own = run.ranks_of(place)[agreement.rank]
-    return agreement.continued(own) if fork_at is None else own
+    return run.ranks_of(place)[agreement.rank]
+
+
+def run_to_continue(run: R, agreement: Agreement) -> R:
+    """Return the run of this rank, to continue from a state that all ranks have.
+
+    If another number of processes recorded it, that is a state of all of those. A rank begins with that
+    of the rank of the same number, and a new one with that of rank 0, and the random generators of its
+    process. Rank 0 writes on in the run; others begin directories, since those of their numbers have
+    what repeats the steps so far.
+
+    Raises:
+        RunError: another number recorded it, and the ranks had different parameters, or no step yet.
+    """
+    if run.facts.training.processes == agreement.count:
+        return agreement.continued(run.ranks[agreement.rank])
+    with agreement.together():  # rank 0 then changes what others have read
+        return _continued_from(run, agreement)
+
+
+def _continued_from(run: R, agreement: Agreement) -> R:
+    """Return the run of this rank, to continue what another number of processes recorded."""
+    top, rank = run.ranks[0], agreement.rank
+    at = max(top.snapshots, default=0)
+    ranks = top.ranks_of(place := stretch_at(top.stretches, at))  # those that took the step
+    states = _states_alike(ranks, at)
+    if top.stretches[place].facts.processes == agreement.count:  # later ones have left no state
+        own = ranks[rank]
+    elif agreement.ranks is None or not rank:
+        own = top
+    else:
+        is_new = rank >= len(ranks)
+        parent = 0 if is_new else rank
+        own = _begun_from(ranks[parent], at, states[parent], agreement.ranks, is_new=is_new)
+    own.common_states, own.common_steps = frozenset([0, at]), at
+    own.others = run.facts.training.processes
+    return own
+
+
+def _states_alike(ranks: Sequence[RecordedRun], at: int) -> list[State]:
+    """Return the states of all ranks after a step; check that parameters and optimizers are the same."""
+    cure = "continue it with as many processes as before"
+    # `after`: of this step itself, not one before it.
+    states = [state for each in ranks if (state := each.state_near(at, after=at - 1)) is not None]
+    if not at or len(states) < len(ranks):
+        raise RunError(
+            f"{ranks[0].name} has no readable state after a step of all its ranks, from which another "
+            f"number of processes could continue it; {cure}, or record it again"
+        )
+    for rank, state in enumerate(states):
+        found = [each.tensor for each in state_differences(states[0], state, only_seen=True)]
+        # Buffers may differ, as those of batch norm do.
+        own = {n.replace("parameter/", "parameters/") for n in state.settings.get("names", ())}
+        own -= {n.replace("buffer/", "parameters/") for n in state.settings.get("names", ())}
+        differing = [name for name in found if name in own or name.startswith("optimizer/")]
+        if differing:
+            raise RunError(
+                f"{ranks[0].name} cannot be continued by another number of processes: after step "
+                f"{at:,}, {differing[0].partition('/')[2]} is not the same on ranks 0 and {rank}; {cure}"
+            )
+    return states
+
+
+def _begun_from(parent: R, at: int, state: State, ranks: RanksFacts, *, is_new: bool) -> R:
+    """Begin the run of a rank with the losses of a parent up to a state, without what repeats them.
+
+    is_new: the parent is the run of another rank.
+    """
+    facts = parent.facts
+    place = rank_directory(parent.ranks[0].directory.resolve(), ranks.rank, ranks.count, at)
+    shutil.rmtree(place, ignore_errors=True)  # of processes that ended before rank 0 had taken a step
+    if is_new:  # with those of rank 0, it would draw the same numbers as that
+        own = Generators.capture(select(facts.training.device)).tensors()
+        drawn = {f"generator/{name}": tensor for name, tensor in own.items()}
+        state = replace(state, rest=state.rest | drawn)
+    file = facts.training.experiment_file or EXPERIMENT_FILE
+    texts = {EXPERIMENT_FILE: parent.read_file(file).decode()} if parent.files(file) else {}
+    given = facts.model_dump(include={"started", "steps", "config", "tags"})
+    trained = facts.training.model_copy(update={"ranks": ranks, "experiment_file": None})
+    status = "finished" if facts.status == "finished" and facts.steps == at else "stopped"
+    begun = Facts(name=place.name, status=status, trained=trained, **given)
+    create_directory(place, "")
+    Recorder(place, begun, DEFAULT_BUDGET, parent, at, texts=texts, beginning=state).finish({})
+    return type(parent)(place)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
@@ -74,7 +74,9 @@ class Recorded(BaseModel):
     None if it has none; tensors: those of the state on disk; at_first: the random generators of state 0;
     epoch: the epoch, None if the loop does not use `epochs`; has_workers: whether the call began with
     workers of an earlier one; begun, drawn: what had changed in the objects that batches are drawn
-    from as the call began, and since; is_over: whether the loop takes no more of the call.
+    from as the call began, and since; is_over: whether the loop takes no more of the call; size: how
+    many batches the call had, if another number of processes continues, with other batches each: they
+    continue at the same share of them.
 
     Raises:
         ValueError: a snapshot has no such place.
@@ -94,6 +96,7 @@ class Recorded(BaseModel):
     begun: dict[str, dict[str, Any]] = {}
     drawn: dict[str, dict[str, Any]] = {}
     is_over: bool = False
+    size: PositiveInt | None = None
 
 
 class LoaderPosition:
@@ -179,6 +182,8 @@ class LoaderPosition:
             place["has_workers"] = True
         if self._is_over and not self._is_between:
             place["is_over"] = True
+        if not self._is_between and (size := known_length(self._loader)):
+            place["size"] = size
         if _has_state(self._loader):
             if not self._is_between:
                 found = encoded(self._loader.state_dict(), LOADER)
@@ -337,7 +342,10 @@ class LoaderPosition:
     def _skipped(self, batches: Any, goal: Recorded) -> Iterator[Any]:
         """Return an iterator over the batches after those before the goal."""
         self.taken = goal.taken
-        if _has_state(batches) and goal.loader is not None:
+        # Another number of processes has other batches: at the same share of them.
+        if goal.size is not None:
+            self.taken = goal.taken * (known_length(batches) or 0) // goal.size
+        elif _has_state(batches) and goal.loader is not None:
             batches.load_state_dict(decoded({}, LOADER, goal.tensors, goal.loader))
             return iter(batches)
         first = goal.step - goal.taken + 1
@@ -347,7 +355,7 @@ class LoaderPosition:
         iterator: Any = iter(batches)
         by_sampler = is_indexed(batches)
         for place in range(self.taken):
-            if place and not by_sampler:
+            if place and not by_sampler and goal.size is None:
                 # Between the batches, the loop drew from the same generators.
                 draw = goal.draw_of(first + place)
                 self._restore(draw.generators)
@@ -359,7 +367,7 @@ class LoaderPosition:
                     f"the batches end after {place:,}, but the recording has {goal.taken:,} of them "
                     "here; pass the loader of the recorded training"
                 ) from None
-            if not by_sampler and not draw.matches(batch):
+            if not by_sampler and goal.size is None and not draw.matches(batch):
                 raise RunError(
                     f"the batch of step {first + place:,} is not the recorded one, so the place "
                     "of the training cannot be found; pass the same data in the same order (a loader "

@@ -21,7 +21,7 @@ from everystep.recording.recorder import Recorder
 from everystep.step.parts import Parts
 from everystep.step.parts_state import PartsState
 from everystep.step.state import State
-from everystep.training.agreement import Agreement, run_of_rank
+from everystep.training.agreement import Agreement, run_to_continue, run_to_fork
 from everystep.training.batch import tensors_of
 from everystep.training.description import facts_of_loop
 from everystep.training.loader_position import Drawn, LoaderPosition, Recorded
@@ -73,10 +73,9 @@ class LoopStart:
         agreement.check(self._about(parts))
         if self.fork is not None:
             parent, at = self.fork
-            return self._forked(run_of_rank(parent, agreement, at), at, parts, place, agreement)
+            return self._forked(run_to_fork(parent, at, agreement), at, parts, place, agreement)
         if self.resumed is not None:
-            _check_is_loop(self.resumed, "resume it with everystep resume")
-            return self._continued(run_of_rank(self.resumed, agreement), parts, place)
+            return self._continued(run_to_continue(self.resumed, agreement), parts, place)
         directory = agreement.directory(self.directory, "loop")
         whole = PartsState(parts)
         # Both have the random generators as they are now, and nothing between them draws.
@@ -152,11 +151,13 @@ class LoopStart:
 
         is_new: the run is a fork that has just been made.
         """
-        # A new fork has nothing to discard: its steps up to the fork are its parent's.
-        is_accepted = self.is_accepted and not is_new
+        # A new fork has nothing to discard: its steps up to the fork are its parent's. Another number of
+        # processes has other batches, so nothing can be compared.
+        is_accepted = (self.is_accepted and not is_new) or run.others is not None
         whole, before = PartsState(parts), run.facts
+        _check_is_loop(run, "resume it with everystep resume")
         trained = facts_of_loop(parts)
-        changed = accepted_changes(run, trained, is_accepted=is_accepted)
+        changed = accepted_changes(run, trained, is_accepted=self.is_accepted and not is_new)
         # Steps that not all ranks have are taken again, and none of them is kept of one rank alone.
         recorded = run.newest_step() if run.common_steps is None else run.common_steps
         problems: list[str] = []
@@ -191,6 +192,11 @@ class LoopStart:
         else:
             facts = Facts(resumed=(*before.resumed, *([] if is_new else [resumed])), finished=None)
         facts, goal = facts.model_copy(update=dict(self.user_facts)), _goal(run, state)
+        taken_by = run.stretches[stretch_at(run.stretches, state.step)].facts.processes
+        if goal is not None and (taken_by == trained.processes or not state.step):
+            goal = goal.model_copy(update={"size": None})
+        elif goal is not None and goal.size is None:  # the epoch begins again
+            goal = goal.model_copy(update={"taken": 0})
         # Before the recorder opens the run: if the parts do not fit, nothing was written.
         whole.restore(state)
         # With those of groups that came or went on the way; each as of the last step with a change.

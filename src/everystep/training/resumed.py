@@ -5,10 +5,11 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from everystep.errors import RunError
+from everystep.errors import RunError, say
 from everystep.recording.facts import EarlierFacts, Facts, ResumeFacts, TrainingFacts
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.settings_diff import asked_differences
+from everystep.recording.texts import processes_text
 
 __all__ = [
     "accepted_changes",
@@ -26,12 +27,12 @@ _MOST_SHOWN = 200
 def accepted_changes(
     run: RecordedRun, now: TrainingFacts, *, is_accepted: bool, left_out: tuple[str, ...] = ()
 ) -> tuple[str, ...]:
-    """Return what changed, as `name: before | now`: settings, versions, numerics.
+    """Return what changed, as `name: before | now`: settings, versions, numerics, processes.
 
     left_out: prefixes of the names of settings that do not count.
 
     Raises:
-        RunError: as `check_changes`.
+        RunError: as `check_changes`; another number of processes does not refuse a resume.
     """
     before = run.facts.training
     found = asked_differences(before, now, of_own_classes=False)
@@ -43,7 +44,7 @@ def accepted_changes(
     found |= before.numerics.differences(now.numerics)
     changed = tuple(f"{name}: {_shown(a)} | {_shown(b)}" for name, (a, b) in found.items())
     check_changes(run, changed, is_accepted=is_accepted)
-    return changed
+    return (*_changes_by_others(run, now), *changed)
 
 
 def _shown(value: Any) -> str:
@@ -76,7 +77,9 @@ def check_rules(run: RecordedRun, step: int) -> None:
         )
     # The facts are those of the last stretch of steps, and a resume takes steps by these.
     changed = [each.at for each in facts.resumed if each.changed]
-    if step < (since := max([0, *changed])):
+    count = facts.training.processes
+    others = [each.last for each in facts.earlier if each.training.processes != count]
+    if step < (since := max([0, *changed, *others])):
         raise RunError(
             f"{run.name} cannot be resumed: from step {since + 1:,} on it was trained with "
             f"different settings, and its snapshots from step {since:,} on are missing or damaged; fork "
@@ -101,6 +104,25 @@ def _seconds(run: RecordedRun, facts: Facts) -> float | None:
     if began is None or before is None:
         return None
     return before + max(0.0, (run.last_written - began).total_seconds())
+
+
+def _changes_by_others(run: RecordedRun, now: TrainingFacts) -> tuple[str, ...]:
+    """Return that another number of processes continues a run, if so; rank 0 reports it."""
+    if run.others is None:
+        return ()
+    at, newest = run.common_steps or 0, run.newest_step()
+    if now.ranks is None or not now.ranks.rank:
+        message = (
+            f"{run.name} was recorded by {processes_text(run.others)}, and continues with "
+            f"{now.processes} after step {at:,}: its results may differ from those of a training "
+            "without this change"
+        )
+        if newest > at:
+            message += f"; steps {at + 1:,} to {newest:,}, which no state on the disk has, are discarded"
+        if now.loop is not None:
+            message += "; an epoch continues at the same share of its batches, if these have a length"
+        say(message)
+    return (f"processes: {run.others} | {now.processes}",)
 
 
 def facts_resumed(run: RecordedRun, trained: TrainingFacts, steps: int, resumed: ResumeFacts) -> Facts:
