@@ -16,6 +16,10 @@ EAGER = {
     # A cumulative average (momentum=None) divides by the number of batches, as a Python number.
     "BatchNorm2d-1": READS,
     "BatchNorm3d-1": READS,
+    # They look whether a variance is negative, and whether a mask is causal.
+    "GaussianNLLLoss": READS,
+    "GaussianNLLLoss-1": READS,
+    "Transformer-51": READS,
     # How much memory the kernel takes depends on the lengths of the targets.
     "CTCLoss": "shape that depends on values",
     "CTCLoss-5": "shape that depends on values",

@@ -462,16 +462,10 @@ class Causal(nn.Module):
         return self.inner(x.reshape(-1, 2, 2), mask=self.mask)[:, 1]
 
 
-def test_a_number_that_python_reads_from_what_does_not_change():
-    def fill_the_mask(made):
-        made.model.mask.fill_(3.0)
-        yield
-        made.model.mask.fill_(1.0)
-
-    run = differs_or_same(
-        lambda: changing(fill_the_mask, model=Causal), evaluate_every=1, engine="program"
-    )
-    assert run.facts.training.engine.by_program > OFF - ON
+def test_a_number_that_python_reads_from_what_does_not_change_is_refused():
+    made = new_training(Causal)
+    with pytest.raises(everystep.TrainingError, match="reads a number from a tensor"):
+        by_train(made, steps=STEPS, engine="program")
 
 
 DATASETS = {

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from abc import ABCMeta
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from operator import is_
 from typing import Any, NamedTuple
@@ -20,9 +19,8 @@ from everystep.step.state import as_integers
 __all__ = [
     "PLAIN_TYPES",
     "Guards",
-    "is_a",
     "is_plain",
-    "kind_of",
+    "of_constant",
     "same_value",
 ]
 
@@ -32,96 +30,90 @@ PLAIN_TYPES: frozenset[type] = frozenset(
     | {torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format}
     | {np.bool_, np.uint8, np.int8, np.int16, np.int32, np.int64, np.float16, np.float32, np.float64}
 )
-#: Metaclasses with default attribute access and comparison by identity.
-_METACLASSES = (type, ABCMeta, type(Tensor), type(torch.nn.Parameter))
 
 
-class _Guard(NamedTuple):
-    """A value that must not change. where: its name in messages; read: reads it; value: as noted."""
+class _NumbersOf(NamedTuple):
+    """Stands for the numbers of a tensor; the tensor itself, for all else of it."""
 
-    where: str
-    read: Callable[[], Any]
-    value: Any
+    tensor: Tensor
+
+
+class _Contents(NamedTuple):
+    """The contents of a dict at one time."""
+
+    keys: list[Any]
+    values: list[Any]
 
 
 class Guards:
-    """Conditions for a program to replace the Python that it was captured from."""
+    """Conditions for a program to replace the Python that it was captured from.
 
-    def __init__(self) -> None:
-        #: By what describes a change, and by their place, in the order in which they are compared.
-        self._known: dict[Any, dict[Any, _Guard]] = {
-            changes: {} for changes in (_contents_change, _value_changes, _geometry_changes)
-        }
-        self._tensors: list[tuple[str, Tensor, int, bytes]] = []
+    Args:
+        parts: all that they depend on: its name in messages, and where it is found: a dict, a list, a
+            tensor, its numbers, or a `partial` that returns a value, or a list or dict of values.
+    """
 
-    def read(self, key: Any, where: str, again: Callable[..., Any], *given: Any) -> None:
-        """Note a value, or a list of values, that `again(*given)` reads; key: of its place."""
-        self._note(key, where, partial(again, *given), _value_changes)
-
-    def contents(self, container: Any, where: str) -> None:
-        """Note the contents of a dict or a list, or of one that `container` returns each time."""
-        self._note(
-            (id(container), "*contents"), where, partial(_contents_of, container), _contents_change
-        )
-
-    def tensor(self, tensor: Tensor, where: str, *, is_state: bool) -> None:
-        """Note a tensor: its geometry, and its numbers unless they are state, which may change."""
-        if not is_state:
-            # Others have no numbers that can be read, or torch does not count their changes.
-            if not is_dense(tensor) or tensor.is_quantized or tensor.is_inference():
-                return
-            self._tensors.append((where, tensor, tensor._version, _digest_of(tensor)))
-        self._note(id(tensor), where, partial(_geometry_of, tensor), _geometry_changes)
-
-    def _note(self, key: Any, where: str, read: Callable[[], Any], changes: Any) -> None:
-        known = self._known[changes]
-        if key not in known:
-            known[key] = _Guard(where, read, read())
+    def __init__(self, parts: Iterable[tuple[str, Any]]) -> None:
+        self._known = [(where, place, _found_in(place)) for where, place in parts]
 
     def difference(self, *, is_thorough: bool = True) -> str | None:
         """Describe what changed, or return None.
 
         is_thorough: compare the values of tensors that are not state, and not only their versions.
         """
-        for changes, known in self._known.items():
-            for guard in known.values():
-                # Most reads return the same object again, which needs no look at its content.
-                now = guard.read()
-                found = None if now is guard.value else changes(guard, now)
-                if found is not None:
-                    return str(found)
-        for where, tensor, version, digest in self._tensors:
-            if tensor._version != version or (is_thorough and _digest_of(tensor) != digest):
-                return f"the values of {where} change"
+        for where, place, before in self._known:
+            now = _found_in(place, is_thorough)
+            # Most are the same object again, which needs no look at its content.
+            if now is not before and (change := _change(where, place, before, now)) is not None:
+                return change
         return None
 
 
-def _value_changes(guard: _Guard, now: Any) -> str | None:
-    before = guard.value
-    if type(now) is list and len(now) == len(before) and all(map(same_value, now, before)):
-        return None
-    return None if same_value(now, before) else f"{guard.where} changes"
+def _found_in(place: Any, is_thorough: bool = True) -> Any:
+    """Return what is in a place now, comparable."""
+    is_read = type(place) is partial
+    found = place() if is_read else place
+    if isinstance(found, dict):
+        return _Contents([*found], [*found.values()])
+    if is_read:
+        return found
+    if isinstance(place, Tensor):
+        return _geometry_of(place)
+    if isinstance(place, _NumbersOf):
+        return place.tensor._version, _digest_of(place.tensor) if is_thorough else None
+    return [*place]
 
 
-def _contents_of(container: Any) -> tuple[list[Any], list[Any]]:
-    """Return the keys and the values of a dict, or the items of a list."""
-    container = container() if callable(container) else container
-    if isinstance(container, dict):
-        return [*container], [*container.values()]
-    return [], [*container]
+def _change(where: str, place: Any, before: Any, now: Any) -> str | None:
+    if isinstance(place, Tensor):
+        change = f"shape, dtype, requires_grad or hooks of {where} change"
+        return None if now == before else change
+    if isinstance(place, _NumbersOf):
+        is_same = now[0] == before[0] and now[1] in (None, before[1])
+        return None if is_same else f"the values of {where} change"
+    if isinstance(before, _Contents):
+        if not _are_same(now.keys, before.keys):
+            return f"the content of {where} changes"
+        if _are_same(now.values, before.values):
+            return None
+        pairs = zip(now.keys, now.values, before.values, strict=True)
+        key = next(key for key, *pair in pairs if not same_value(*pair))
+        return f"{key} of {where} changes"
+    is_same = _are_same(now, before) if type(now) is list else same_value(now, before)
+    return None if is_same else f"{where} changes"
 
 
-def _contents_change(guard: _Guard, now: Any) -> str | None:
-    (old_keys, old), (keys, values) = guard.value, now
-    # By identity: that is fast, and runs no user code.
-    if len(values) == len(old) and all(map(is_, keys, old_keys)) and all(map(is_, values, old)):
-        return None
-    if len(values) != len(old) or not all(map(same_value, keys, old_keys)):
-        return f"the content of {guard.where} changes"
-    for place, (value, before) in enumerate(zip(values, old, strict=True)):
-        if not same_value(value, before):
-            return f"{keys[place]} of {guard.where} changes" if keys else f"{guard.where} changes"
-    return None
+def _are_same(now: list[Any], before: list[Any]) -> bool:
+    # By identity first: that is fast, and there are some thousand functions of torch.
+    is_alike = len(now) == len(before)
+    return is_alike and (all(map(is_, now, before)) or all(map(same_value, now, before)))
+
+
+def of_constant(tensor: Tensor, where: str) -> Iterator[tuple[str, Any]]:
+    """Yield what guards compare of a tensor with numbers that stay."""
+    # Others have no numbers that can be read, or torch does not count their changes.
+    if is_dense(tensor) and not tensor.is_quantized and not tensor.is_inference():
+        yield from ((where, tensor), (where, _NumbersOf(tensor)))
 
 
 def _geometry_of(tensor: Tensor) -> tuple[Any, ...]:
@@ -134,12 +126,6 @@ def _geometry_of(tensor: Tensor) -> tuple[Any, ...]:
     return type(tensor), tensor.dtype, tensor.shape, tensor.device, lies, of_autograd
 
 
-def _geometry_changes(guard: _Guard, now: Any) -> str | None:
-    if now == guard.value:
-        return None
-    return f"shape, dtype, requires_grad or hooks of {guard.where} change"
-
-
 def _digest_of(tensor: Tensor) -> bytes:
     with _disable_current_modes():  # a recorder in force must see operations of the step alone
         array = np.ascontiguousarray(as_integers(tensor).cpu().numpy())
@@ -148,25 +134,12 @@ def _digest_of(tensor: Tensor) -> bytes:
 
 def is_plain(value: Any) -> bool:
     """Return whether a value is a number, a string or similar, or a tuple or slice of these."""
-    kind = kind_of(value)
+    kind = type(value)
     if kind is tuple:
         return all(map(is_plain, value))
     if kind is slice:
         return is_plain(value.start) and is_plain(value.stop) and is_plain(value.step)
     return kind in PLAIN_TYPES
-
-
-def kind_of(value: Any) -> type:
-    """Return the class of a value, or `object` if hashing the class may run user code."""
-    # `value in PLAIN_TYPES` hashes the class, by a method of its metaclass.
-    cls = type(value)
-    own = type(cls)
-    return cls if own is type or any(own is known for known in _METACLASSES) else object
-
-
-def is_a(value: Any, *kinds: type) -> bool:
-    """Return whether a value is of a class; `isinstance` would also ask the value itself."""
-    return issubclass(kind_of(value), kinds)
 
 
 def same_value(one: Any, two: Any) -> bool:

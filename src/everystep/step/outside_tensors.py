@@ -12,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from everystep.program.memory import geometry, whole_memory
 from everystep.program.operation import extent_of
+from everystep.step.state import same_bits
 from everystep.step.versions import version_of
 
 __all__ = [
@@ -119,7 +120,7 @@ class OutsideTensors:
                 and known[1] == version
                 and not known[0].expired()
                 # NumPy changes memory of the CPU, and torch does not count that.
-                and (tensor.device.type != "cpu" or torch.equal(whole, known[2]))
+                and (tensor.device.type != "cpu" or same_bits(whole, known[2]))
             ):
                 return known[2]
             copy = whole.cpu().clone()

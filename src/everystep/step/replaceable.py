@@ -7,14 +7,13 @@ program does not.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from everystep.program.number_slots import READ
 from everystep.program.operators import draws_random_numbers, has_shape_of_values
 from everystep.program.step_program import Program
 from everystep.step.cursor import Cursor
@@ -30,7 +29,6 @@ __all__ = [
     "NotReplaceableError",
     "check_optimizers",
     "check_replaceable",
-    "unchanging_reads",
 ]
 
 
@@ -48,8 +46,6 @@ def check_replaceable(
     seen: Cursor,
     batch: Mapping[str, Tensor],
     device: torch.device,
-    *,
-    is_fixed: bool,
 ) -> None:
     """Check that a program computes all that steps with its path do.
 
@@ -58,7 +54,6 @@ def check_replaceable(
         seen: one of them, in Python.
         batch: its tensors, by name.
         device: of the training.
-        is_fixed: whether the batch is the same at every step.
 
     Raises:
         NotReplaceableError: steps may differ from it; gives the reason.
@@ -70,7 +65,7 @@ def check_replaceable(
     if seen.changed_unseen:
         name = seen.changed_unseen[0].partition("/")[2]
         raise NotReplaceableError(f"something changes {name} where torch does not see it")
-    if path.read_unseen or (path.read_batch and not is_fixed):
+    if path.read_unseen or path.read_batch:
         raise NotReplaceableError(
             "Python reads the memory of a tensor (numpy, tolist), and may branch on it; compute with "
             "the tensor, or return it"
@@ -123,50 +118,6 @@ def check_optimizers(
             )
         if sum(each is optimizer for each in optimizers) > 1:
             raise NotReplaceableError(f"{name} steps twice")
-
-
-def unchanging_reads(
-    path: Path, fixed: Container[str], changing_numbers: Container[int]
-) -> dict[int, set[int]]:
-    """Return the numbers that Python reads from tensors computed from unchanging tensors alone.
-
-    These are in the state, in a fixed batch, or from outside, and no operation of the step writes into
-    them.
-
-    Args:
-        path: of the step.
-        fixed: the names of the tensors of a fixed batch.
-        changing_numbers: the places of numbers that differ from step to step.
-
-    Returns:
-        The storages that each number depends on, by its place in the step.
-    """
-    written = {storage for operation in path.operations for storage in operation.writes}
-    names = {path.tensors[tensor].storage: name for name, tensor in path.named}
-    depends: dict[int, set[int]] = {}
-    for storage, known in enumerate(path.storages):
-        # An input without a name is from outside, and compared at each check.
-        is_fixed = known.kind != "input" or storage not in names or names[storage] in fixed
-        if is_fixed and storage not in written:
-            depends[storage] = {storage}
-    found: dict[int, set[int]] = {}
-    for operation in path.operations:
-        read = {path.tensors[number].storage for number in operation.tensors_read()}
-        sources = {source for storage in read for source in depends.get(storage, ())}
-        is_unchanging = read <= depends.keys()
-        if str(operation.operator) == READ:
-            if is_unchanging:
-                found[operation.numbers[0]] = sources
-            continue
-        # What only allocates memory is no operation: what has no numbers yet is not among them.
-        is_unchanging &= not draws_random_numbers(operation.operator)
-        # In the order of the step: memory that was unchanging may get something else, and the reverse.
-        if not is_unchanging or any(number in changing_numbers for number in operation.numbers):
-            for storage in operation.writes:
-                depends.pop(storage, None)
-        else:
-            depends.update(dict.fromkeys(operation.writes, sources))
-    return found
 
 
 class Around:

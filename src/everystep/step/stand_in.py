@@ -29,12 +29,7 @@ from everystep.step.optimizer_call import OptimizerCalls
 from everystep.step.outside_tensors import Brought
 from everystep.step.parts import Parts
 from everystep.step.path import Path, places_of_reads
-from everystep.step.replaceable import (
-    NotReplaceableError,
-    check_optimizers,
-    check_replaceable,
-    unchanging_reads,
-)
+from everystep.step.replaceable import NotReplaceableError, check_optimizers, check_replaceable
 from everystep.step.state import same_bits
 
 __all__ = ["PartsCopy", "StandIn", "TakenByProgram"]
@@ -110,7 +105,6 @@ class StandIn:
         batch: the tensors of the batch, by name.
         plain: logged values of this step that are not tensors.
         is_quiet: whether only torch's code runs between two steps.
-        is_fixed: whether the batch is the same at every step.
 
     path: of each step; schedulers: those that it advances; live: the program on the last tensors of
     `is_ready`; is_steady: whether a step leaves the gradients that it begins with as it found them.
@@ -131,7 +125,6 @@ class StandIn:
         plain: Mapping[str, Any],
         *,
         is_quiet: bool,
-        is_fixed: bool,
     ) -> None:
         self._parts = parts
         self._built = built
@@ -149,15 +142,12 @@ class StandIn:
         self._leaves = parts.leaves()
         tensors, names = built.program.tensors, built.program.state_names
         self._state = {name: spec for name, spec in tensors.items() if name in names}
-        #: Copies of the tensors from which Python reads numbers that it does not log.
-        self._unchanging: dict[str, Tensor] = {}
         #: Gradients that a step begins with: they are other tensors after each step that makes new ones.
         self._moves = [name for name in self._state if name.startswith("gradient/")]
         before, ends = _gradients(path, path.named), _gradients(path, path.ends)
         after = {name: lies for name, lies in (before | ends).items() if name not in path.gone}
         self.is_steady = after == before and ends.keys().isdisjoint(self._moves)
         self._is_quiet = is_quiet
-        self._fixed = dict(batch) if is_fixed else {}
         self._places: list[int] = []
         self._era: int | None = None
         self.live: BoundProgram | None = None
@@ -167,7 +157,7 @@ class StandIn:
         self._logged_reads = self._places_of_logged()
         #: Of these places: those among the numbers that the program has.
         self._read = {place: built.numbers_kept.index(place) for place in self._logged_reads.values()}
-        check_replaceable(built.program, path, seen, batch, parts.device, is_fixed=is_fixed)
+        check_replaceable(built.program, path, seen, batch, parts.device)
         #: The program on a copy of a state, to be compared.
         self._copy: BoundProgram | None = None
         lying = {path.tensors[number].storage: name for name, number in path.named}
@@ -193,20 +183,11 @@ class StandIn:
                 raise NotReplaceableError(f"{name} is returned as a Python number; return the tensor")
             if places:
                 found[name] = places[0]
-        # What Python reads may depend on a rate, and a scheduler changes that.
-        changing = {n for step in self._optimizer_steps for n in range(step.begin, step.end)}
-        unchanging = unchanging_reads(self.path, self._fixed, changing)
-        other = {*read} - {*found.values()}
-        if not other <= unchanging.keys():
+        if {*read} - {*found.values()}:
             raise NotReplaceableError(
                 "Python, or a function of torch, reads a number from a tensor, and may branch on it; "
                 "compute with the tensor, or only return the number"
             )
-        sources = {storage for place in other for storage in unchanging[place]}
-        tensors = self._parts.state() | self._fixed
-        for name, number in self.path.named:
-            if name in tensors and self.path.tensors[number].storage in sources:
-                self._unchanging[name] = tensors[name].detach().clone()
         return found
 
     def is_ready(self, state: Mapping[str, Tensor], era: int) -> bool:
@@ -214,11 +195,6 @@ class StandIn:
 
         era: within the same era, only programs have run.
         """
-        # Within an era, too: the program of another batch may have written them.
-        now = {**state, **self._fixed} if self._unchanging else {}
-        for name, known in self._unchanging.items():
-            if name not in now or not same_bits(now[name], known):
-                return False
         if era != self._era:
             self._loaded = []
         # In the same era, only programs have run, and they exchange no tensors but gradients.
@@ -421,7 +397,7 @@ class StandIn:
                         copy_into(live.tensor(leaf), tensor)  # the copy may have other strides
                 live.put(self._built.numbers(numbers))
                 live.run()
-            is_drawn_alike = not self._draws or torch.equal(torch.get_rng_state(), after)
+            is_drawn_alike = not self._draws or same_bits(torch.get_rng_state(), after)
         finally:
             torch.set_rng_state(after)
         # Python has taken the step on the live tensors, the program on copies of those before it.

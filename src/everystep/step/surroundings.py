@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from everystep import numerics
 from everystep.step.follow import OF_WATCHES
-from everystep.step.guards import Guards, is_a
+from everystep.step.guards import Guards, of_constant
 from everystep.step.optimizer_call import HOOKS_OF_ALL, OptimizerCalls, is_ours, is_written_by_torch
 from everystep.step.parts import Parts
 from everystep.step.torchs_own import (
     HOOKS,
-    guard_module,
+    code_of_class,
     has_hooks_on_node,
+    held_by_module,
     hook_on,
     is_torchs_function,
     is_torchs_module,
@@ -42,7 +43,6 @@ class Surroundings:
     """
 
     def __init__(self, parts: Parts, loss: Any = None) -> None:
-        self._guards = Guards()
         self._parts = parts
         self._loss = loss
         alone = len(parts.optimizers) == 1
@@ -85,25 +85,36 @@ class Surroundings:
 
     def begin(self) -> None:
         """Note everything again, before capturing a program that depends on it."""
-        guards = self._guards = Guards()
-        guards.read("functions", "a function of torch", _functions_of_torch)
-        guards.contents(partial(_process_settings, self._parts.device), "this process")
+        self._guards = Guards(self._depends_on())
+
+    def _depends_on(self) -> Iterator[tuple[str, Any]]:
+        """Yield what programs depend on, for guards."""
+        yield "a function of torch", partial(_functions_of_torch)
+        yield "this process", partial(_process_settings, self._parts.device)
+        classes: dict[type[nn.Module], None] = {}
         for where, module in self._modules():
             # The contents of the user's own modules, who vouches for them, may change.
-            note = guard_module if is_torchs_module(module) else _guard_registered
-            note(module, where, guards)
+            is_torchs = is_torchs_module(module)
+            yield from (held_by_module if is_torchs else _registered)(module, where)
+            classes |= {type(module): None} if is_torchs else {}
+        for cls in classes:
+            yield from code_of_class(cls)
         for name, tensor in self._state().items():
-            guards.tensor(tensor, name.partition("/")[2], is_state=True)
+            yield name.partition("/")[2], tensor
         # A program writes into memory, and so into all tensors that share it.
-        guards.read("storages", "the sharing of memory between tensors", self._shared)
-        torchs = OptimizerCalls().is_torchs
+        yield "the sharing of memory between tensors", partial(self._shared)
+        runs_torchs = OptimizerCalls().is_torchs
         for name, optimizer in self._optimizers.items():
-            key = id(optimizer)
-            guards.read((key, "code"), f"the code of {name}", torchs, optimizer)
-            guards.read((key, "step"), f"step of {name}", vars(optimizer).get, "step")
-            guards.read((key, "groups"), f"the parameters of {name}", _parameters_of, optimizer)
+            yield f"the code of {name}", partial(runs_torchs, optimizer)
+            yield f"step of {name}", partial(vars(optimizer).get, "step")
+            yield f"the parameters of {name}", partial(_parameters_of, optimizer)
         if type(self._loss) is partial:  # a loss that is a module is among the parts
-            _guard_arguments(self._loss, guards)
+            yield "the loss", partial(getattr, self._loss, "func")
+            yield "the arguments of the loss", partial(getattr, self._loss, "args")
+            yield "the loss", self._loss.keywords
+            for value in (*self._loss.args, *self._loss.keywords.values()):
+                if isinstance(value, Tensor):
+                    yield from of_constant(value, "a tensor of the loss")
 
     def difference(self) -> str | None:
         """Describe what changed since programs were captured, or return None."""
@@ -133,26 +144,16 @@ def _parameters_of(optimizer: torch.optim.Optimizer) -> list[Any]:
     return [each for group in optimizer.param_groups for each in (*group["params"], None)]
 
 
-def _guard_registered(module: nn.Module, where: str, guards: Guards) -> None:
-    """Note the tensors, modules and hooks of a module, its mode, and the functions of its call."""
+def _registered(module: nn.Module, where: str) -> Iterator[tuple[str, Any]]:
+    """Yield the tensors, modules and hooks of a module, its mode, and the functions of its call."""
     own = vars(module)
     for name in ("_parameters", "_buffers", "_modules", *HOOKS):
         if name in own:
-            guards.contents(own[name], f"{name} of {where}")
+            yield f"{name} of {where}", own[name]
     for name in ("training", "forward"):
-        guards.read((id(module), name), f"{name} of {where}", own.get, name)
+        yield f"{name} of {where}", partial(own.get, name)
     for name in ("forward", "__call__"):
-        guards.read((id(module), "class", name), f"{name} of {where}", getattr, type(module), name)
-
-
-def _guard_arguments(loss: partial[Any], guards: Guards) -> None:
-    """Note the arguments of a loss that is a partial torch function."""
-    guards.read("loss", "the loss", getattr, loss, "func")
-    guards.read("arguments", "the arguments of the loss", getattr, loss, "args")
-    guards.contents(loss.keywords, "the loss")
-    for value in (*loss.args, *loss.keywords.values()):
-        if is_a(value, Tensor):
-            guards.tensor(value, "a tensor of the loss", is_state=False)
+        yield f"{name} of {where}", partial(getattr, type(module), name)
 
 
 # Settings of the process.

@@ -17,19 +17,15 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.overrides import get_overridable_functions
 from torch.utils.hooks import RemovableHandle
 
-from everystep.step.guards import (
-    Guards,
-    is_a,
-    is_plain,
-    kind_of,
-)
+from everystep.step.guards import is_plain, of_constant
 
 __all__ = [
     "HOOKS",
     "TENSOR_TYPES",
-    "guard_module",
+    "code_of_class",
     "handles",
     "has_hooks_on_node",
+    "held_by_module",
     "hook_on",
     "hooks_of",
     "is_torchs_function",
@@ -66,7 +62,7 @@ def reason_against_module(module: nn.Module, name: str = "the model") -> str | N
 
 def reason_against_loss(loss: Any) -> str | None:
     """Return why a loss is not torch's own, or None."""
-    if is_a(loss, nn.Module):
+    if isinstance(loss, nn.Module):
         return reason_against_module(loss, "the loss")
     if _is_overridable(loss):
         return None
@@ -80,42 +76,49 @@ def reason_against_loss(loss: Any) -> str | None:
 
 def hook_on(module: nn.Module) -> str | None:
     """Return the kind of hook that a module has, or None."""
-    own = _own_dict(module)
+    own = vars(module)
     return next((kind for name, kind in HOOKS.items() if own.get(name)), None)
 
 
-def guard_module(module: nn.Module, where: str, guards: Guards) -> None:
-    """Note everything that one of torch's own modules holds, and the methods of its class.
+def held_by_module(module: nn.Module, where: str) -> Iterator[tuple[str, Any]]:
+    """Yield everything that one of torch's own modules holds, for guards.
 
     where: its name in messages.
     """
-    own, cls = _own_dict(module), type(module)
+    own = vars(module)
     for container in _containers(own):
-        guards.contents(container, where)
+        yield where, container
     for value in own.values():
-        if is_a(value, Tensor):
-            guards.tensor(value, f"a tensor of {where}", is_state=False)
-    guards.read((id(module), "*class"), f"the class of {where}", type, module)
-    guards.read((id(module), "*dict"), f"the dict of {where}", lambda: id(_own_dict(module)))
+        if isinstance(value, Tensor):
+            yield from of_constant(value, f"a tensor of {where}")
+    yield f"the class of {where}", functools.partial(type, module)
+
+
+def code_of_class(cls: type[nn.Module]) -> Iterator[tuple[str, Any]]:
+    """Yield the methods of a class of torch's modules, for guards."""
     for name in _LOOKED_UP:
-        guards.read((id(cls), "*found", name), f"{name} of the class {cls.__name__}", getattr, cls, name)
-    guards.read((id(cls), "*methods"), f"a method of the class {cls.__name__}", _methods_of, cls)
+        yield f"{name} of the class {cls.__name__}", functools.partial(getattr, cls, name)
+    yield f"a method of the class {cls.__name__}", functools.partial(_methods_of, cls)
 
 
-def own_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield a module and all its submodules, with their paths, without calling their methods."""
-    seen: set[int] = set()
-    waiting = [("", module)]
-    while waiting:
-        path, each = waiting.pop()
-        if id(each) in seen:
-            continue
-        seen.add(id(each))
-        yield path, each
-        # The last that waits comes next, so the order is that of `named_modules`.
-        inner = _own_dict(each).get("_modules") or {}
-        within = [(f"{path}.{name}" if path else str(name), m) for name, m in inner.items()]
-        waiting += [(name, m) for name, m in reversed(within) if is_a(m, nn.Module)]
+def _methods_of(cls: type) -> list[Any]:
+    """Return what a class and its bases define, those of all modules left out."""
+    bases = cls.__mro__[: cls.__mro__.index(nn.Module)]
+    return [each for base in bases for each in vars(base).values()]
+
+
+def own_modules(
+    module: nn.Module, path: str = "", known: set[int] | None = None
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield a module and all within it, with their paths, as `named_modules` of torch does."""
+    known = set() if known is None else known
+    if id(module) not in known:
+        known.add(id(module))
+        yield path, module
+        # A class may override `named_modules`, and so hide a module that is not torch's.
+        for name, inner in vars(module)["_modules"].items():
+            if inner is not None:
+                yield from own_modules(inner, f"{path}.{name}" if path else name, known)
 
 
 def is_torchs_module(module: nn.Module, *, but_hooks: bool = False) -> bool:
@@ -128,7 +131,7 @@ def is_torchs_module(module: nn.Module, *, but_hooks: bool = False) -> bool:
 
 def hooks_of(module: nn.Module) -> dict[str, str]:
     """Return the hooks of a module: the names of the functions, by torch's name of the hook."""
-    own = _own_dict(module)
+    own = vars(module)
     return {
         name.strip("_").removesuffix("s").replace("_", " "): names_of(own[name])
         for name in HOOKS
@@ -197,7 +200,7 @@ def _overridable_functions() -> dict[int, Any]:
 
 
 def _problem(module: nn.Module, but_hooks: bool = False) -> str | None:
-    cls, own = type(module), _own_dict(module)
+    cls, own = type(module), vars(module)
     if not _is_from(cls, "torch.nn.modules."):
         return f"is a {cls.__name__}, which is not a torch module"
     if not but_hooks and (kind := hook_on(module)) is not None:
@@ -205,27 +208,13 @@ def _problem(module: nn.Module, but_hooks: bool = False) -> str | None:
     for name, value in own.items():
         if name == "forward" or (callable(value) and hasattr(cls, name)):
             return f"has a {name} that differs from its class"
-        if not _is_known(value) and not is_a(value, nn.Module):
+        if not _is_known(value) and not isinstance(value, nn.Module):
             return f"has {name}, a {type(value).__name__} that is not torch's"
     for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):
-        if tensor is not None and kind_of(tensor) not in TENSOR_TYPES:
+        if tensor is not None and type(tensor) not in TENSOR_TYPES:
             return f"has a {type(tensor).__name__}, a tensor subclass"
     exchanged = [name for name in _LOOKED_UP if not is_torchs_function(getattr(cls, name))]
     return f"has a {exchanged[0]} that differs from torch's" if exchanged else None
-
-
-def _methods_of(cls: type) -> str:
-    """Return which methods a class and its bases have, those of all modules left out."""
-    # As a text, which guards compare as a plain value.
-    bases = cls.__mro__[: cls.__mro__.index(nn.Module)]
-    return str([id(each) for base in bases for each in vars(base).values()])
-
-
-def _own_dict(module: nn.Module) -> dict[str, Any]:
-    """Return the dict of a module, without its class."""
-    # A class may define `__dict__`, `__getattribute__` or `__getattr__`, and answer anything.
-    found: dict[str, Any] = vars(nn.Module)["__dict__"].__get__(module)
-    return found
 
 
 def _is_from(cls: type, package: str) -> bool:
@@ -243,13 +232,13 @@ def _is_known(value: Any, depth: int = 8) -> bool:
     """
     if not depth:
         return False
-    kind = kind_of(value)
+    kind = type(value)
     if is_plain(value) or kind in TENSOR_TYPES:
         return True
     if kind in (list, set, tuple):
         return all(_is_known(each, depth - 1) for each in value)
     if kind in (dict, OrderedDict):
-        return all(_is_known(each, depth - 1) or is_a(each, nn.Module) for each in value.values())
+        return all(_is_known(each, depth - 1) or isinstance(each, nn.Module) for each in value.values())
     if _is_from(kind, "torch.nn."):  # options of a loss
         return hasattr(value, "__dict__") and all(map(is_plain, vars(value).values()))
     # Recurrent layers refer to their weights.
@@ -267,9 +256,9 @@ def _containers(own: dict[str, Any]) -> Iterator[Any]:
         seen.add(id(container))
         yield container
         for value in container.values() if isinstance(container, dict) else container:
-            if type(value) is list or is_a(value, dict):
+            if type(value) is list or isinstance(value, dict):
                 waiting.append(value)
-            elif not is_a(value, Tensor, nn.Module) and _is_from(type(value), "torch.nn."):
+            elif not isinstance(value, (Tensor, nn.Module)) and _is_from(type(value), "torch.nn."):
                 waiting.append(vars(value))
 
 

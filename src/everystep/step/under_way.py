@@ -411,7 +411,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         """
         now = torch.get_rng_state()
         # A replay has the state that its last draw left; only a different one must be kept.
-        if self.drawn is None or not torch.equal(now, self.drawn):
+        if self.drawn is None or not same_bits(now, self.drawn):
             self.generators[draw] = now
 
     def allow_changes(self, since: Sequence[int | None]) -> None:

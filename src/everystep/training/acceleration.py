@@ -81,8 +81,6 @@ class Acceleration:
         self._steps = steps
         self._is_known = is_known
         self._is_quiet = is_quiet
-        #: Whether each step has the same batch.
-        self._is_fixed = False
         self._plan = CheckPlan(start, is_vouched=not is_known)
         #: The step before the first that may show what later ones do.
         self._since = start
@@ -231,7 +229,7 @@ class Acceleration:
         assert isinstance(seen, Cursor)
         plain = {name: value for name, value in logged.items() if name not in tensors}
         known = self.watched.parts, built, path, seen, *self._advanced(), batch, plain
-        return StandIn(*known, is_quiet=self._is_quiet, is_fixed=self._is_fixed)
+        return StandIn(*known, is_quiet=self._is_quiet)
 
     def _check(
         self, number: int, kind: _Kind, stand_in: StandIn, numbers: Sequence[Number]

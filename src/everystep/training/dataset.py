@@ -4,7 +4,7 @@ every step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch.utils.data import (
 from everystep.errors import DataError, Fault
 from everystep.experiment.batches import Batches
 from everystep.step.generators import different, generator_states
-from everystep.step.guards import Guards, is_plain
+from everystep.step.guards import Guards, is_plain, of_constant
 from everystep.step.state import same_bits
 from everystep.step.torchs_own import TENSOR_TYPES
 
@@ -59,9 +59,7 @@ def is_of_tensors(dataset: Any) -> bool:
 
 def guards_of(dataset: Any) -> Guards:
     """Return guards of what the rows of such a Dataset depend on."""
-    guards = Guards()
-    _guard(dataset, guards)
-    return guards
+    return Guards(_depends_on(dataset))
 
 
 def read_rows(
@@ -114,19 +112,20 @@ def length_of(dataset: Dataset[Any]) -> int:
     return count
 
 
-def _guard(dataset: Any, guards: Guards) -> None:
-    """Note the content of one of torch's Datasets."""
-    guards.contents(vars(dataset), f"a {type(dataset).__name__}")
+def _depends_on(dataset: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the content of one of torch's Datasets, for guards."""
+    kind = type(dataset)
+    yield f"a {kind.__name__}", vars(dataset)
     for tensor in getattr(dataset, "tensors", ()):
-        guards.tensor(tensor, f"a tensor of a {type(dataset).__name__}", is_state=False)
-    if type(dataset) is Subset:
+        yield from of_constant(tensor, f"a tensor of a {kind.__name__}")
+    if kind is Subset:
         if isinstance(dataset.indices, list):
-            guards.contents(dataset.indices, "the indices of a Subset")
-        _guard(dataset.dataset, guards)
-    if type(dataset) is ConcatDataset:
-        guards.contents(dataset.datasets, "the parts of a ConcatDataset")
+            yield "the indices of a Subset", dataset.indices
+        yield from _depends_on(dataset.dataset)
+    if kind is ConcatDataset:
+        yield "the parts of a ConcatDataset", dataset.datasets
         for part in dataset.datasets:
-            _guard(part, guards)
+            yield from _depends_on(part)
 
 
 def _pair(dataset: Dataset[Any], row: int) -> tuple[Any, Any]:

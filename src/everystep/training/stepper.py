@@ -117,7 +117,6 @@ class Stepper(Acceleration):
                 self._by_python(number)
             else:
                 self._era += not self._is_settled
-                self._is_fixed = self._rows.is_fixed
                 # Pending gradients are dropped by a step, or added to, and belong to its path.
                 pending = tuple([_layout(p.grad) for p in self.watched.parts.parameter_names()])
                 self._take(number, last, (self._rows.batches.rows_of(number), pending))

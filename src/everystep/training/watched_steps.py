@@ -34,7 +34,7 @@ from everystep.step.parts import Parts
 from everystep.step.path import Ending, Path
 from everystep.step.replaceable import Around
 from everystep.step.stand_in import TakenByProgram
-from everystep.step.state import copy_of
+from everystep.step.state import copy_of, same_bits
 from everystep.step.versions import Versions
 from everystep.training.batch import BatchCopies
 from everystep.training.notices import Notices
@@ -280,7 +280,7 @@ class WatchedSteps:
         inputs |= known.shared
         for draw, generator in watch.generators.items():
             # A replay has the generator as the last draw left it, in this step or one before.
-            if draw or not torch.equal(generator, self._generator):
+            if draw or not same_bits(generator, self._generator):
                 inputs[f"generator/{draw}"] = generator
         self._generator = watch.drawn if watch.drawn is not None else self._generator
         numbers = [watch.numbers[place] for place in known.numbers_kept]
@@ -494,16 +494,10 @@ class WatchedSteps:
 
 
 def _dropped(path: Path) -> frozenset[str]:
-    """Return the gradients of steps before that a step drops or replaces, and nothing in it has read.
-
-    Nor has what its program leaves out: Python may depend on numbers that no operation needs.
-    """
-    if path.read_unseen:
-        return frozenset()
-    read = {path.tensors[n].storage for each in path.operations for n in each.tensors_read()}
-    changed = {*path.gone, *(name for name, _ in path.ends)}
-    before = ((name, path.tensors[number].storage) for name, number in path.named if name in changed)
-    return frozenset(n for n, storage in before if n.startswith("gradient/") and storage not in read)
+    """Return the gradients of steps before that a step drops or replaces, and does not use."""
+    # What Python has read, no operation shows.
+    is_sure = not path.read_unseen
+    return frozenset(path.unused_gradients() & {*path.gone, *dict(path.ends)} if is_sure else ())
 
 
 def _module_of(name: str) -> str | None:
