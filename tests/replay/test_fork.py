@@ -250,7 +250,7 @@ def test_a_fork_with_new_objects_has_the_bits_of_a_loop_whose_rules_change(new, 
                 set_rule(scheduler_every="step"),
             ),
         ),
-        ("wine", {"optimizer.lr": 0.01}, set_lr(0.01, has_scheduler=True)),
+        ("wine", {"optimizer.lr": 1e-5}, set_lr(0.01, has_scheduler=True)),
     ],
     ids=lambda given: json.dumps(given) if isinstance(given, dict) else "" if callable(given) else given,
 )
@@ -692,6 +692,14 @@ def test_all_schedulers_within_one_continue_from_a_different_rate(last):
     for step in range(4, 11):
         before, after = (run[step].hyperparameters["lr"] for run in (parent, fork))
         assert after == pytest.approx(before * 0.001 / 0.02), step
+
+
+def test_a_different_rate_after_a_warm_up_is_the_rate_of_the_next_step():
+    warm_up = {"name": "LinearLR", "start_factor": 0.1, "total_iters": 3}
+    settings = {"scheduler": warm_up, "steps": 8, "optimizer.lr": 1e-5}
+    parent = everystep.train_experiment("two-layer", settings, progress=False)
+    fork = parent.fork(5, lr=1e-6, progress=False)
+    assert [step.hyperparameters["lr"] for step in fork[6:]] == [1e-6] * 3
 
 
 @pytest.mark.parametrize(

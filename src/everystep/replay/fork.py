@@ -341,9 +341,9 @@ def _fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome
         except RunError as error:
             fault = Fault("model.layers", f"the parent's parameters do not fit: {error}")
             raise ExperimentError([fault], "the fork") from None
-        # `bring` has set it in the param groups, but a scheduler also knows the rate that it began with.
+        # Not that of the param groups: a warm-up has multiplied it as it was made.
         if sets_rate:
-            _set_rate(training, training.optimizer.param_groups[0]["lr"])
+            _set_rate(training, training.optimizer.defaults["lr"])
         # After the parent's state, which includes the parent's random generators.
         if new.seed != old.seed:
             torch.manual_seed(new.seed)
