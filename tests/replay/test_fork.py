@@ -250,7 +250,7 @@ def test_a_fork_with_new_objects_has_the_bits_of_a_loop_whose_rules_change(new, 
                 set_rule(scheduler_every="step"),
             ),
         ),
-        ("wine", {"optimizer.lr": 1e-5}, set_lr(0.01, has_scheduler=True)),
+        ("wine", {"optimizer.lr": 0.01}, set_lr(0.01, has_scheduler=True)),
     ],
     ids=lambda given: json.dumps(given) if isinstance(given, dict) else "" if callable(given) else given,
 )
@@ -639,11 +639,11 @@ def test_a_loop_that_marks_its_steps_makes_forks_of_its_beginning_alone():
         record(fork="parent", at=3)
 
 
-def test_a_loss_and_a_scheduler_with_other_settings_are_those_of_the_fork():
-    def train(weight, gamma):
+def test_objects_with_other_settings_are_those_of_the_fork():
+    def train(weight, gamma, **settings):
         torch.manual_seed(0)
         model = mlp()
-        optimizer = momentum(model.parameters())
+        optimizer = momentum(model.parameters(), **settings)
         objects = {
             "model": model,
             "optimizer": optimizer,
@@ -661,6 +661,12 @@ def test_a_loss_and_a_scheduler_with_other_settings_are_those_of_the_fork():
     assert other.losses["loss"][3] != parent.losses["loss"][3]
     rates = other.measured("lr")
     assert rates[5] == pytest.approx(0.1 * rates[4]) and other.verify(progress=False).is_exact
+    # Where the scheduler is the parent's, it continues from another rate.
+    for settings in ({"lr": 0.5}, {"momentum": 0.1}):
+        other = parent.fork(3, **train([1.0, 1.0], 0.5, **settings), progress=False)
+        assert other.losses["loss"][4] != parent.losses["loss"][4]
+        assert other.measured("lr")[4] == settings.get("lr", parent.measured("lr")[4])
+        assert other.verify(progress=False).is_exact
 
 
 def slower(count):

@@ -378,16 +378,18 @@ def _fork_objects(
         known = {each.class_name for each in facts.schedulers.values()} if is_known else set()
         goes_on = type(own.scheduler).__name__ in known
         training = job.training
-        if lr is not None:
-            _check_follows(training)
-        # A loss that differs from the parent's in state 0 is a change of the user's, and stays.
+        # What differs from the parent's in state 0 is a change of the user's, and stays.
         first = None if is_own else asked.run.state_near(0)
+        own_settings: Collection[str] | None = () if is_own else None
+        if goes_on:
+            own_settings = () if first is None else _other_settings(training, first)
+        if lr is not None or "lr" in (own_settings or ()):
+            _check_follows(training)
         kinds = ["model", *["loss"] * (first is None or not _has_other_loss(training, first))]
         kinds += ["optimizer"] * (
             type(training.optimizer).__qualname__ == state.optimizer("optimizer")["class"]
         )
         try:
-            own_settings = () if is_own or goes_on else None
             before = asked.bring(training, state, kinds, own_settings, has_scheduler=goes_on)
         except RunError as error:
             raise RunError(f"the objects do not fit the run's state: {error}") from None
@@ -396,7 +398,7 @@ def _fork_objects(
             torch.manual_seed(settings["seed"])
         else:
             job = job.with_facts(seed=facts.seed)
-        if lr is not None:
+        if lr is not None or (goes_on and "lr" in (own_settings or ())):
             _set_rate(job.training, lr)
         job = job.with_facts(optimizers={"optimizer": optimizer_facts(job.training.optimizer)})
         return asked.train(job, before, own.data is not None, progress)
@@ -440,17 +442,28 @@ def _check_follows(training: Training) -> None:
             )
 
 
-def _set_rate(training: Training, lr: float) -> None:
-    """Set the learning rate; a scheduler, and those within it, continue from it."""
+def _set_rate(training: Training, lr: float | None) -> None:
+    """Set the learning rate; a scheduler, and those within it, continue from it.
+
+    lr: None for what each param group began with.
+    """
     groups = training.optimizer.param_groups
-    for group in groups:
-        group["lr"] = lr
+    rates = [group["initial_lr"] if lr is None else lr for group in groups]
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
         # A scheduler computes from this rate, and most of them from `base_lrs`, below.
         if "initial_lr" in group:
-            group["initial_lr"] = lr
+            group["initial_lr"] = rate
     for each in _schedulers(training.scheduler):
         if hasattr(each, "base_lrs"):
-            each.base_lrs = [lr for _ in groups]
+            each.base_lrs = [*rates]
+
+
+def _other_settings(training: Training, first: State) -> set[str]:
+    """Return the settings of the optimizer that are not those of a state."""
+    groups = optimizer_settings(training.optimizer, training.parts.parameter_names())["groups"]
+    pairs = zip(groups, first.optimizer("optimizer")["groups"], strict=False)
+    return {name for own, known in pairs for name in own if own[name] != known.get(name)}
 
 
 def _has_other_loss(training: Training, first: State) -> bool:
