@@ -380,10 +380,9 @@ def _fork_objects(
         training = job.training
         # What differs from the parent's in state 0 is a change of the user's, and stays.
         first = None if is_own else asked.run.state_near(0)
-        own_settings: Collection[str] | None = () if is_own else None
-        if goes_on:
-            own_settings = () if first is None else _other_settings(training, first)
-        if lr is not None or "lr" in (own_settings or ()):
+        own_settings = _other_settings(training, first) if is_own or goes_on else None
+        sets_rate = lr is not None or "lr" in (own_settings or ())
+        if sets_rate:
             _check_follows(training)
         kinds = ["model", *["loss"] * (first is None or not _has_other_loss(training, first))]
         kinds += ["optimizer"] * (
@@ -398,8 +397,8 @@ def _fork_objects(
             torch.manual_seed(settings["seed"])
         else:
             job = job.with_facts(seed=facts.seed)
-        if lr is not None or (goes_on and "lr" in (own_settings or ())):
-            _set_rate(job.training, lr)
+        if sets_rate:
+            _set_rate(training, lr)
         job = job.with_facts(optimizers={"optimizer": optimizer_facts(job.training.optimizer)})
         return asked.train(job, before, own.data is not None, progress)
 
@@ -459,10 +458,13 @@ def _set_rate(training: Training, lr: float | None) -> None:
             each.base_lrs = [*rates]
 
 
-def _other_settings(training: Training, first: State) -> set[str]:
-    """Return the settings of the optimizer that are not those of a state."""
-    groups = optimizer_settings(training.optimizer, training.parts.parameter_names())["groups"]
-    pairs = zip(groups, first.optimizer("optimizer")["groups"], strict=False)
+def _other_settings(training: Training, first: State | None) -> set[str]:
+    """Return the settings of the optimizer that differ from those of one of its class in a state."""
+    now = optimizer_settings(training.optimizer, training.parts.parameter_names())
+    begun = {} if first is None else first.optimizer("optimizer")
+    if begun.get("class") != now["class"]:
+        return set()
+    pairs = zip(now["groups"], begun["groups"], strict=False)
     return {name for own, known in pairs for name in own if own[name] != known.get(name)}
 
 
