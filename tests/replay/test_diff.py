@@ -570,19 +570,23 @@ def test_numbers_that_an_operation_overwrites_are_not_among_what_differs():
     assert [each.name for each in found.inputs] == ["x"]
 
 
-def test_a_batch_that_differs_where_nothing_reads_it_is_found_thoroughly(everystep_command):
+@pytest.mark.parametrize("place", [0, 2], ids=["read", "not read"])
+def test_a_batch_that_differs_without_a_different_result_is_found_thoroughly(place, everystep_command):
     def batches(weight):
         torch.manual_seed(1)
         made = [(torch.randn(8, 4), torch.randn(8, 3), torch.ones(8)) for _ in range(6)]
-        made[2][2][3] = weight
+        made[2][place][3] = -weight
         return made
 
-    one, other = (recorded_loop(f"runs/{n}", plainly, batches(n)) for n in (1.0, 2.0))
+    def body(number, model, x, y):
+        return plainly(number, model, x.relu(), y)
+
+    one, other = (recorded_loop(f"runs/{n}", body, batches(n)) for n in (1.0, 2.0))
     assert one.diff(other, progress=False).is_same
     found = one.diff(other, thorough=True, progress=False)
-    assert not found.is_same and found.unread == ("2 of step 3",)
+    assert not found.is_same and found.batches == (f"{place} of step 3",)
     code, out, _ = everystep_command("diff", one.directory, other.directory, "--thorough")
-    assert code == 1 and "2 of step 3 differs; no operation reads it" in out
+    assert code == 1 and f"{place} of step 3 differs, but no result" in out and "reads" not in out
 
 
 def test_the_command_says_where_runs_part_and_exits_with_1(everystep_command):

@@ -639,11 +639,11 @@ def test_a_loop_that_marks_its_steps_makes_forks_of_its_beginning_alone():
         record(fork="parent", at=3)
 
 
-def test_a_loss_and_a_scheduler_with_other_settings_are_those_of_the_fork():
-    def train(weight, gamma):
+def test_objects_with_other_settings_are_those_of_the_fork():
+    def train(weight, gamma, **settings):
         torch.manual_seed(0)
         model = mlp()
-        optimizer = momentum(model.parameters())
+        optimizer = momentum(model.parameters(), **settings)
         objects = {
             "model": model,
             "optimizer": optimizer,
@@ -661,6 +661,12 @@ def test_a_loss_and_a_scheduler_with_other_settings_are_those_of_the_fork():
     assert other.losses["loss"][3] != parent.losses["loss"][3]
     rates = other.measured("lr")
     assert rates[5] == pytest.approx(0.1 * rates[4]) and other.verify(progress=False).is_exact
+    # Where the scheduler is the parent's, it continues from another rate.
+    for settings in ({"lr": 0.5}, {"momentum": 0.1}):
+        other = parent.fork(3, **train([1.0, 1.0], 0.5, **settings), progress=False)
+        assert other.losses["loss"][4] != parent.losses["loss"][4]
+        assert other.measured("lr")[4] == settings.get("lr", parent.measured("lr")[4])
+        assert other.verify(progress=False).is_exact
 
 
 def slower(count):
@@ -692,6 +698,14 @@ def test_all_schedulers_within_one_continue_from_a_different_rate(last):
     for step in range(4, 11):
         before, after = (run[step].hyperparameters["lr"] for run in (parent, fork))
         assert after == pytest.approx(before * 0.001 / 0.02), step
+
+
+def test_a_different_rate_after_a_warm_up_is_the_rate_of_the_next_step():
+    warm_up = {"name": "LinearLR", "start_factor": 0.1, "total_iters": 3}
+    settings = {"scheduler": warm_up, "steps": 8, "optimizer.lr": 1e-5}
+    parent = everystep.train_experiment("two-layer", settings, progress=False)
+    fork = parent.fork(5, lr=1e-6, progress=False)
+    assert [step.hyperparameters["lr"] for step in fork[6:]] == [1e-6] * 3
 
 
 @pytest.mark.parametrize(

@@ -267,6 +267,17 @@ def test_a_training_that_needs_its_objects_or_its_loop_says_so(tmp_path, run):
         recording.run.what_if(1, 3, without_rows=[2], progress=False)
 
 
+def test_a_training_across_a_resume_is_refused_with_the_step_to_start_at():
+    resumed = everystep.train_experiment("two-layer", {"steps": 3}, progress=False).resume(
+        5, progress=False
+    )
+    with pytest.raises(
+        RunError, match=r"was forked or resumed after step 3, .* start at step 3 or later"
+    ):
+        resumed.what_if(1, lr=1e-5, progress=False)
+    assert len(resumed.what_if(3, lr=1e-5, progress=False).recorded.losses) == 2
+
+
 def test_a_metric_without_validation_rows_sees_the_other_targets(tmp_path):
     metrics = {"ones": lambda prediction, target: (target == 1).float().sum()}
     run = trained(tmp_path / "run", metrics=metrics)

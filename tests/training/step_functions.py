@@ -118,6 +118,24 @@ def dropout_and_noise():
 
 
 @case
+def weights_decayed_through_their_data():
+    """The statement sets the data of each to what it has changed in place."""
+    model = network()
+    optimizer = adam(model.parameters())
+
+    def step(batch):
+        optimizer.zero_grad()
+        loss = mean_square(model, *batch)
+        loss.backward()
+        for parameter in model.parameters():
+            parameter.data -= 0.01 * parameter.data
+        optimizer.step()
+        return loss
+
+    return Case(step, rows(), {"model": model, "optimizer": optimizer})
+
+
+@case
 def gan():
     """Two models, two optimizers, two schedules."""
     generator, critic = network(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 4)), network()

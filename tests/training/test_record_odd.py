@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tests.descent import as_alone, descend, looped, recorded_as_it_is
+from tests.descent import as_alone, bits, descend, looped, recorded_as_it_is
 from tests.snapshots import take_snapshots_every
 from tests.step.loops_to_mistake import batches, network, update
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils import prune
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -325,6 +326,23 @@ def test_a_resume_names_what_a_part_lacks_that_the_training_added(tmp_path, monk
         everystep.RunError, match=r"it lacks .*; build the parts as they were after step 3"
     ):
         trained(resume=True)
+
+
+def test_what_a_step_adds_to_the_state_dict_is_in_the_states_after_it(tmp_path):
+    states = []
+
+    def loss_of(model, x):
+        states.append({name: bits(each) for name, each in model.state_dict().items()})
+        if len(states) == 3:
+            prune.l1_unstructured(model[0], "weight", 0.3)
+        if len(states) == 5:
+            model.append(nn.BatchNorm1d(1))
+        return model(x).square().mean()
+
+    batches = torch.randn(8, 4, 3)
+    run = looped(nn.Sequential(nn.Linear(3, 1)), batches, loss_of, run=tmp_path / "run")
+    for step, state in enumerate(states):
+        assert {name: bits(each) for name, each in run.parameters(step).items()} == state, step
 
 
 def test_tensors_on_one_memory_change_together_between_steps(tmp_path, monkeypatch):

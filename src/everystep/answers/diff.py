@@ -95,7 +95,7 @@ class Difference(Shown):
     problems: why something could not be compared; is_complete: whether all common snapshots could be
     read, and the replays are those of the recordings; measured: the measurements that differ, and their
     first values that do; renamed: settings of `experiments` that change nothing: names, and the config;
-    unread: tensors of a batch that differ and that no operation reads, as text.
+    batches: tensors of a batch that differ where no operation has a different result, as text.
     """
 
     names: tuple[str, str]
@@ -111,7 +111,7 @@ class Difference(Shown):
     is_thorough: bool = False
     data_tensors: tuple[DataDifference, ...] = ()
     measured: tuple[tuple[str, LossDifference], ...] = ()
-    unread: tuple[str, ...] = ()
+    batches: tuple[str, ...] = ()
     renamed: tuple[str, ...] = ()
     first_state: FirstState | None = None
 
@@ -119,7 +119,7 @@ class Difference(Shown):
     def is_same(self) -> bool:
         """Whether the settings and everything compared are identical, and nothing was unreadable."""
         settings = self.experiments.keys() - self.renamed
-        parts = (self.loss, self.states, self.operation, settings, self.measured, self.unread)
+        parts = (self.loss, self.states, self.operation, settings, self.measured, self.batches)
         return not any(parts) and self.steps[0] == self.steps[1] and self.is_complete
 
 
@@ -182,7 +182,7 @@ def _diff(
         thorough |= sum(run.facts.seconds or 0.0 for run in (one, other)) < THOROUGH_SECONDS
     # 0: no difference is known, and a search through all steps was not asked for.
     last = min(steps) if thorough and not ends else min(ends, default=0)
-    operation, first_state, unread, partly = None, None, list[str](), list[str]()
+    operation, first_state, batches, partly = None, None, list[str](), list[str]()
     is_complete = not problems
     if last:
         first = 1 if thorough else 1 + max((state for state in common if state < last), default=0)
@@ -210,7 +210,7 @@ def _diff(
             diverged = search.divergences()
             is_complete &= not diverged
             problems += diverged
-            unread = search.unread
+            batches = search.batches
         except RunError as error:
             if asked and not ends:  # the complete comparison is not possible
                 raise
@@ -231,7 +231,7 @@ def _diff(
         is_thorough=thorough and not partly,
         data_tensors=_data_differences(one, other),
         measured=tuple(_measured(one, other)),
-        unread=tuple(unread),
+        batches=tuple(batches),
         renamed=(*renamed(one.facts.training, other.facts.training), *configs),
         first_state=first_state,
     )
@@ -343,7 +343,7 @@ def _snapshots(
 class _Lockstep:
     """Replays two runs side by side.
 
-    unread: tensors of a batch that differ, and that no operation reads, as text.
+    batches: tensors of a batch that differ where no operation has a different result, as text.
     """
 
     def __init__(
@@ -354,7 +354,7 @@ class _Lockstep:
         is_random: bool,
         on_progress: Callable[[int], None],
     ) -> None:
-        self.unread: list[str] = []
+        self.batches: list[str] = []
         self._openers = Opener(runs[0], objects[0]), Opener(runs[1], objects[1])
         self._on_progress = on_progress
         self._numerics = [f"{name} {a} and {b}" for name, (a, b) in numerics.items()]
@@ -376,7 +376,7 @@ class _Lockstep:
             found = evidence.first_difference(has_rows=evidence.has_rows)
             if found is not None:
                 return replace(found, causes=causes_of(found, evidence))
-            self.unread = self.unread or _other_batch(*evidence.steps)
+            self.batches = self.batches or _other_batch(*evidence.steps)
         return None
 
     def first_state(self, first: int, last: int) -> FirstState:

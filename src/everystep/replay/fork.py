@@ -341,9 +341,9 @@ def _fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome
         except RunError as error:
             fault = Fault("model.layers", f"the parent's parameters do not fit: {error}")
             raise ExperimentError([fault], "the fork") from None
-        # `bring` has set it in the param groups, but a scheduler also knows the rate that it began with.
+        # Not that of the param groups: a warm-up has multiplied it as it was made.
         if sets_rate:
-            _set_rate(training, training.optimizer.param_groups[0]["lr"])
+            _set_rate(training, training.optimizer.defaults["lr"])
         # After the parent's state, which includes the parent's random generators.
         if new.seed != old.seed:
             torch.manual_seed(new.seed)
@@ -378,16 +378,17 @@ def _fork_objects(
         known = {each.class_name for each in facts.schedulers.values()} if is_known else set()
         goes_on = type(own.scheduler).__name__ in known
         training = job.training
-        if lr is not None:
-            _check_follows(training)
-        # A loss that differs from the parent's in state 0 is a change of the user's, and stays.
+        # What differs from the parent's in state 0 is a change of the user's, and stays.
         first = None if is_own else asked.run.state_near(0)
+        own_settings = _other_settings(training, first) if is_own or goes_on else None
+        sets_rate = lr is not None or "lr" in (own_settings or ())
+        if sets_rate:
+            _check_follows(training)
         kinds = ["model", *["loss"] * (first is None or not _has_other_loss(training, first))]
         kinds += ["optimizer"] * (
             type(training.optimizer).__qualname__ == state.optimizer("optimizer")["class"]
         )
         try:
-            own_settings = () if is_own or goes_on else None
             before = asked.bring(training, state, kinds, own_settings, has_scheduler=goes_on)
         except RunError as error:
             raise RunError(f"the objects do not fit the run's state: {error}") from None
@@ -396,8 +397,8 @@ def _fork_objects(
             torch.manual_seed(settings["seed"])
         else:
             job = job.with_facts(seed=facts.seed)
-        if lr is not None:
-            _set_rate(job.training, lr)
+        if sets_rate:
+            _set_rate(training, lr)
         job = job.with_facts(optimizers={"optimizer": optimizer_facts(job.training.optimizer)})
         return asked.train(job, before, own.data is not None, progress)
 
@@ -440,17 +441,31 @@ def _check_follows(training: Training) -> None:
             )
 
 
-def _set_rate(training: Training, lr: float) -> None:
-    """Set the learning rate; a scheduler, and those within it, continue from it."""
+def _set_rate(training: Training, lr: float | None) -> None:
+    """Set the learning rate; a scheduler, and those within it, continue from it.
+
+    lr: None for what each param group began with.
+    """
     groups = training.optimizer.param_groups
-    for group in groups:
-        group["lr"] = lr
+    rates = [group["initial_lr"] if lr is None else lr for group in groups]
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
         # A scheduler computes from this rate, and most of them from `base_lrs`, below.
         if "initial_lr" in group:
-            group["initial_lr"] = lr
+            group["initial_lr"] = rate
     for each in _schedulers(training.scheduler):
         if hasattr(each, "base_lrs"):
-            each.base_lrs = [lr for _ in groups]
+            each.base_lrs = [*rates]
+
+
+def _other_settings(training: Training, first: State | None) -> set[str]:
+    """Return the settings of the optimizer that differ from those of one of its class in a state."""
+    now = optimizer_settings(training.optimizer, training.parts.parameter_names())
+    begun = {} if first is None else first.optimizer("optimizer")
+    if begun.get("class") != now["class"]:
+        return set()
+    pairs = zip(now["groups"], begun["groups"], strict=False)
+    return {name for own, known in pairs for name in own if own[name] != known.get(name)}
 
 
 def _has_other_loss(training: Training, first: State) -> bool:

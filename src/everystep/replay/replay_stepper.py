@@ -139,9 +139,8 @@ class ReplayStepper:
 
         def is_of_model(name: str) -> bool:
             kind, _, path = name.partition("/")
-            # Layers may have been added during the training.
-            is_new = kind == "parameter" and "#" not in path and name not in others
-            return is_new or (kind in ("parameter", "buffer") and path in known)
+            # Layers may have been added during the training; those of `others` are in no state_dict.
+            return kind in ("parameter", "buffer") and "#" not in path and name not in others
 
         found = {name.partition("/")[2]: copy for name, copy in copies.items() if is_of_model(name)}
         parameters = {path: found[path] for path in dict.fromkeys((*known, *found)) if path in found}

@@ -112,9 +112,10 @@ def check_determined(run: RecordedRun, at: int, until: int, change: str, *, is_o
     """
     stretches = [each for each in run.stretches if each.first <= until]
     facts, name = stretches[-1].facts, run.name
-    if at < stretches[-1].first - 1:
+    if at < (since := stretches[-1].first - 1):
         raise RunError(
-            f"step {until} of {name} was trained with different settings than state {at}; start later"
+            f"{name} was forked or resumed after step {since:,}, so its steps after state {at:,} are "
+            f"not all of one training; start at step {since:,} or later"
         )
     cure = fork_instead(run, at)
     if facts.loop is not None and facts.loop.has_computed_batches:

@@ -601,8 +601,12 @@ class Cursor(UnderWay):
 
     def moved(self, tensor: Tensor) -> None:
         """Forget a tensor that has got other memory."""
-        self.tensors.catch_up(self.at)
-        self.tensors.drop(tensor)
+        tensors = self.tensors
+        tensors.catch_up(self.at)
+        number = tensors.number(tensor)
+        # `p.data -= x` sets the memory that the tensor has.
+        if number is None or tensors.place(tensor.untyped_storage()) != tensors.known[number].origin:
+            tensors.drop(tensor)
 
     def reads(self, tensor: Tensor) -> None:
         """Note that Python reads the numbers of a tensor from its memory."""

@@ -161,7 +161,7 @@ class Around:
                 continue
             problem, groups = "", scheduler.optimizer.param_groups
             if not is_torchs_scheduler(scheduler, but_functions=True):
-                problem = "is not a scheduler of torch; advance it between steps"
+                problem = "is not one of torch.optim.lr_scheduler; advance it between steps"
             elif isinstance(scheduler, ReduceLROnPlateau) or _steps_taken(scheduler) != before + 1:
                 problem = "does not advance by one step; advance it between steps"
             elif any(each is scheduler for each in self._early):

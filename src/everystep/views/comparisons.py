@@ -55,7 +55,7 @@ def diff_text(found: Difference) -> str:
         ("losses", same if found.loss is None else f"differ {_from_step(found.loss)}"),
         *(("measured", f"{name} differs {_from_step(each)}") for name, each in found.measured),
         ("states", _states_text(found)),
-        *(("batch", f"{each} differs; no operation reads it") for each in found.unread),
+        *(("batch", f"{each} differs, but no result") for each in found.batches),
     ]
     if found.operation is not None:
         states = [("state", text) for text in _first_state_texts(found)]
@@ -194,9 +194,9 @@ def operation_name(operation: Operation | Apart) -> str:
 def _diff_verdict(found: Difference) -> str:
     if any((found.loss, found.states, found.operation)):
         return "the runs differ"
-    # Losses and states agree, and the batches do not: possible where no operation reads the tensor.
-    if found.unread:
-        return f"the batches differ: {found.unread[0]}, which no operation reads"
+    # Possible where no operation reads the tensor, or `relu` makes the same of two negative numbers.
+    if found.batches:
+        return f"the batches differ: {found.batches[0]}; no operation has a different result"
     if found.measured:
         names = ", ".join(name for name, _ in found.measured[:NAMED])
         return f"the runs differ in what was measured: {names}"
