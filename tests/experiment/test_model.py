@@ -18,14 +18,6 @@ def tried(layers, x):
     return try_model(build_model(Model(layers=layers), x), x, layers)
 
 
-def test_the_model_is_drawn_as_by_hand():
-    torch.manual_seed(7)
-    by_hand = torch.nn.Linear(3, 2)
-    torch.manual_seed(7)
-    model = build_model(Model(layers=["Linear(3, 2)", "ReLU()"]), torch.zeros(2, 3))
-    assert torch.equal(model[0].weight, by_hand.weight)
-
-
 def test_trying_a_model_touches_neither_it_nor_the_generator():
     layers = ["Linear(3, 4)", "BatchNorm1d(4)", "Dropout(0.5)", "Linear(4, 1)"]
     model = build_model(Model(layers=layers), torch.zeros(2, 3))
@@ -34,12 +26,6 @@ def test_trying_a_model_touches_neither_it_nor_the_generator():
     assert try_model(model, torch.randn(2, 3, generator=torch.Generator()), layers).shape == (2, 1)
     assert torch.equal(generator, torch.get_rng_state())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-
-
-def test_lazy_layers_take_their_sizes_from_the_data():
-    model = build_model(Model(layers=["LazyLinear(4)", "ReLU()"]), torch.zeros(2, 3))
-    assert model[0].weight.shape == (4, 3)
-    assert model.training
 
 
 @pytest.mark.parametrize(
