@@ -28,6 +28,12 @@ def test_trying_a_model_touches_neither_it_nor_the_generator():
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+def test_lazy_layers_take_their_sizes_from_the_data():
+    model = build_model(Model(layers=["LazyLinear(4)", "ReLU()"]), torch.zeros(2, 3))
+    assert model[0].weight.shape == (4, 3)
+    assert model.training
+
+
 @pytest.mark.parametrize(
     ("layers", "shape", "problem"),
     [

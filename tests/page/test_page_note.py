@@ -15,6 +15,11 @@ def write(page, note, name="one", **options):
     return page.ask(f"/api/runs/{name}/note", "POST", json={"note": note}, **options)
 
 
+def test_the_answer_is_the_note_as_it_was_written(page, run):
+    assert write(page, " half\nthe rate ").json() == {"note": "half the rate"}
+    assert write(page, "").json() == {"note": None}
+
+
 def test_a_run_that_cannot_be_written_says_so(page, run):
     with FileLock(run / "run.lock"):
         answer = write(page, "while it trains")

@@ -120,6 +120,7 @@ def test_a_step_of_the_first_state_ends_there(run):
     answer = run.why(1, "parameters['0.weight'][0, 0]", back=5)
     assert answer.note == "the state before the first step"
     assert not answer.causes
+    assert run.why(3, "parameters['0.weight'][0, 0]").note == "the state after step 2"
 
 
 def test_a_change_between_two_steps_is_not_taken_for_an_update(tmp_path):
