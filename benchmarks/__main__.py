@@ -57,20 +57,9 @@ def _time(
     print()
     outcomes = {}
     for workload in workloads:
-        outcomes[workload] = time_workload(workload, peers, rounds, _teller(workload))
+        outcomes[workload] = time_workload(workload, peers, rounds)
         print(table.text(workload, outcomes[workload], peak), flush=True)
     return outcomes
-
-
-def _teller(workload: Workload) -> Callable[[str], None]:
-    """Return what says on a terminal's last line what is being run; elsewhere it says nothing."""
-
-    def tell(what: str) -> None:
-        if sys.stderr.isatty():
-            line = f"{workload.name}: {what}" if what else ""
-            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
-
-    return tell
 
 
 def _arguments() -> argparse.Namespace:

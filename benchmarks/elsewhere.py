@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.descent import trained
 
 import everystep
 
@@ -100,15 +101,9 @@ def _trained(source: str, directory: Path, steps: int) -> everystep.Run:
     exec(f"import torch\nfrom torch import nn\n{source}", made)
     begin = {"x": made["x"], "y": made["y"], "model": made["model"].state_dict()}
     torch.save(begin | {"rng": torch.get_rng_state()}, directory.parent / "begin.pt")
-    return everystep.train(
-        made["model"],
-        (made["x"], made["y"]),
-        loss=made["loss_of"],
-        optimizer=made["optimizer"],
-        steps=steps,
-        run=directory,
-        progress=False,
-    )
+    settings = {"loss": made["loss_of"], "optimizer": made["optimizer"], "steps": steps}
+    run: everystep.Run = trained(made["model"], (made["x"], made["y"]), run=directory, **settings)
+    return run
 
 
 def _print_row(name: str, source: str, run: everystep.Run, place: dict[str, Any], steps: int) -> bool:

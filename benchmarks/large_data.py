@@ -39,25 +39,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=3)
     parser.add_argument("--folder", type=Path, help="for the data, the cache and the runs")
-    parser.add_argument("--format", choices=["parquet", "csv", "npy"], default="parquet")
+    parser.add_argument("--format", choices=["parquet", "npy"], default="parquet")
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument(
-        "--scale", action="store_true", help="scale the columns, which takes two more passes"
-    )
-    parser.add_argument("--threads", type=int, default=1)
     asked = parser.parse_args()
     rows = int(asked.gigabytes * 1e9 / 4 / COLUMNS)
     with tempfile.TemporaryDirectory(dir=asked.folder) as name:
         folder = Path(name)
         began = time.perf_counter()
-        source = (_arrays if asked.format == "npy" else _table)(folder, rows, asked.format)
+        source = (_arrays if asked.format == "npy" else _table)(folder, rows)
         size = sum(each.stat().st_size for each in folder.rglob("*") if each.is_file())
         print(f"{rows:,} rows, {COLUMNS} columns, {size / 1e9:.1f} GB of {asked.format}", end=" ")
         print(f"made in {time.perf_counter() - began:.0f} s")
-        scale = 'scale = "standard"\n' * asked.scale
         (folder / "experiment.toml").write_text(
-            f"steps = {asked.steps}\nbatch_size = 256\nthreads = {asked.threads}\n"
-            f"[data]\n{source}{scale}"
+            f"steps = {asked.steps}\nbatch_size = 256\nthreads = 1\n[data]\n{source}"
             f'[model]\nlayers = ["Linear({COLUMNS}, 64)", "ReLU()", "Linear(64, 1)"]\n'
             '[loss]\nname = "MSELoss"\n[optimizer]\nname = "AdamW"\nlr = 1e-3\n'
         )
@@ -80,7 +74,7 @@ def _block(random: np.random.Generator, rows: int) -> tuple[np.ndarray, np.ndarr
     return x, x[:, :8].sum(axis=1, keepdims=True) ** 2
 
 
-def _arrays(folder: Path, rows: int, kind: str) -> str:
+def _arrays(folder: Path, rows: int) -> str:
     random = np.random.default_rng(0)
     for name, width in (("x", COLUMNS), ("y", 1)):
         with (folder / f"{name}.npy").open("wb") as file:
@@ -94,14 +88,13 @@ def _arrays(folder: Path, rows: int, kind: str) -> str:
     return 'source = "arrays"\nx = "x.npy"\ny = "y.npy"\n'
 
 
-def _table(folder: Path, rows: int, kind: str) -> str:
+def _table(folder: Path, rows: int) -> str:
     random = np.random.default_rng(0)
     (folder / "table").mkdir()
     for number, begin in enumerate(range(0, rows, BLOCK)):
         x, y = _block(random, min(BLOCK, rows - begin))
         frame = pl.DataFrame({f"c{place}": x[:, place] for place in range(COLUMNS)} | {"y": y[:, 0]})
-        file = folder / "table" / f"{number:05}.{kind}"
-        frame.write_csv(file) if kind == "csv" else frame.write_parquet(file)
+        frame.write_parquet(folder / "table" / f"{number:05}.parquet")
     return 'source = "table"\npath = "table"\ntarget = "y"\n'
 
 

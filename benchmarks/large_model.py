@@ -28,6 +28,7 @@ from everystep import numerics
 numerics.prepare()  # before torch computes
 
 import torch  # noqa: E402
+from tests.descent import descend  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import everystep  # noqa: E402
@@ -80,10 +81,7 @@ def train(asked: argparse.Namespace, run: Path | None) -> dict[str, Any]:
     def step(words: Tensor) -> Tensor:
         logits = model(words[:, :-1])
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), words[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        losses.append(loss.item())
+        losses.append(descend(optimizer, loss).item())
         ends.append(time.perf_counter())
         return loss
 

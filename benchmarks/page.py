@@ -107,14 +107,9 @@ def _train(directory: Path) -> None:
         torch.manual_seed(0)
         x, y = torch.randn(rows, sizes[0]), torch.randn(rows, sizes[2])
         model = nn.Sequential(nn.Linear(*sizes[:2]), nn.ReLU(), nn.Linear(*sizes[1:]))
-        everystep.train(
-            model,
-            (x, y),
-            loss=nn.MSELoss(reduction="sum"),
-            optimizer=everystep.GradientDescent(model.parameters(), lr=1e-5),
-            steps=steps,
-            run=directory / name,
-        )
+        optimizer = everystep.GradientDescent(model.parameters(), lr=1e-5)
+        loss = nn.MSELoss(reduction="sum")
+        everystep.train(model, (x, y), loss=loss, optimizer=optimizer, steps=steps, run=directory / name)
 
 
 @contextmanager

@@ -37,6 +37,7 @@ from everystep import numerics
 numerics.prepare()  # before torch computes
 
 import torch  # noqa: E402
+from tests.descent import descend  # noqa: E402
 from tests.training import ranks_loops  # noqa: E402
 from torch import distributed  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
@@ -100,11 +101,7 @@ def step_seconds(loop: Loop, run: Path, is_recorded: bool) -> float:
     def train(batches: Iterable[Any], log: Any) -> None:
         for x, y in batches:
             times.append(time.perf_counter())
-            loss = loop.loss(model(x), y)
-            loop.optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            loop.optimizer.step()
-            log(loss)
+            log(descend(loop.optimizer, loop.loss(model(x), y)))
 
     batches = [loop.batch] * (loop.steps // 4)
     distributed.barrier()

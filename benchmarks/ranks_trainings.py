@@ -27,6 +27,7 @@ from everystep import numerics
 numerics.prepare()  # before torch computes
 
 import torch  # noqa: E402
+from tests.descent import descend  # noqa: E402
 from torch import Tensor, distributed, nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
@@ -109,10 +110,7 @@ def digits(training: _Training) -> nn.Module:
         for epoch in recording.epochs(-(-training.count // len(loader))):
             sampler.set_epoch(0 if training.has("set_epoch") and training.rank == 1 else epoch)
             for x, y in recording.steps(_with(training, loader)):
-                loss = functional.cross_entropy(ddp(x), y)
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
+                loss = descend(optimizer, functional.cross_entropy(ddp(x), y))
                 if training.log(recording, loss):
                     break
     return model

@@ -24,6 +24,7 @@ from everystep import numerics
 numerics.prepare()  # before torch computes
 
 import torch  # noqa: E402
+from tests.descent import descend, trained  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset  # noqa: E402
@@ -278,23 +279,13 @@ def _plainly(loop: Loop, run: Path) -> None:
 
 
 def _as_model(loop: Loop, run: Path) -> None:
-    everystep.train(
-        loop.model,
-        loop.batch,
-        loss=loop.loss,
-        optimizer=loop.optimizer,
-        steps=loop.steps,
-        run=run,
-        progress=False,
-    )
+    settings = {"optimizer": loop.optimizer, "steps": loop.steps, "run": run}
+    trained(loop.model, loop.batch, loss=loop.loss, **settings)
 
 
 def _step(loop: Loop, x: Any, y: Tensor) -> Tensor:
     loss = loop.loss(loop.model(*x) if isinstance(x, tuple) else loop.model(x), y)
-    loop.optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
-    loop.optimizer.step()
-    return loss
+    return descend(loop.optimizer, loss)  # type: ignore[no-any-return]
 
 
 def _print_row(make: Callable[[], Loop], device: str, rounds: int) -> None:

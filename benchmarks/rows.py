@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -69,16 +69,11 @@ def trained(data: str, directory: Path, epochs: int) -> Run:
         )
     else:
         model = nn.Sequential(nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 1))
-    return everystep.train(
-        model,
-        digits() if data == "digits" else table(),
-        loss=nn.CrossEntropyLoss() if data == "digits" else nn.MSELoss(),
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.05),
-        epochs=epochs,
-        batch_size=BATCH,
-        run=directory,
-        progress=False,
-    )
+    loss = nn.CrossEntropyLoss() if data == "digits" else nn.MSELoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    settings: dict[str, Any] = {"epochs": epochs, "batch_size": BATCH, "run": directory}
+    given = digits() if data == "digits" else table()
+    return everystep.train(model, given, loss=loss, optimizer=optimizer, progress=False, **settings)
 
 
 def planted(run: Run, data: str, seed: int, directory: Path) -> list[Found]:

@@ -11,7 +11,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,17 +73,11 @@ class Outcome:
         return [own / other for own, other in zip(self.seconds, plain.seconds, strict=True)]
 
 
-def time_workload(
-    workload: Workload, peers: Sequence[Peer], rounds: int, tell: Callable[[str], None]
-) -> list[Outcome]:
-    """Return the outcome of each peer, among which must be the plain loop.
-
-    tell: called before each run with what comes, and with "" at the end.
-    """
+def time_workload(workload: Workload, peers: Sequence[Peer], rounds: int) -> list[Outcome]:
+    """Return the outcome of each peer, among which must be the plain loop."""
     outcomes = [Outcome(peer) for peer in sorted(peers, key=lambda peer: peer is not PLAIN)]
     reference: list[float] = []
     for outcome in outcomes:  # the plain loop first, since all others are compared to it
-        tell(f"warming up {outcome.peer.name}")
         outcome.first = _run(outcome, workload, reference)
     # What was imported and compiled so far need not be looked through by the collections to come.
     gc.collect()
@@ -92,10 +86,8 @@ def time_workload(
         # Every other round in the opposite order: being second must not be an advantage.
         for outcome in outcomes[:: 1 if number % 2 else -1]:
             if not outcome.absent:
-                tell(f"round {number} of {rounds}: {outcome.peer.name}")
                 outcome.seconds.append(_run(outcome, workload, reference))
     gc.unfreeze()
-    tell("")
     return sorted(outcomes, key=lambda outcome: peers.index(outcome.peer))
 
 

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from tests.descent import descend, trained
 from torch import nn
 
 import everystep
@@ -93,17 +94,9 @@ def small_run(directory: Path) -> Path:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
     x, y = torch.randn(12, 3), torch.randn(12, 1)
-    everystep.train(
-        model,
-        (x, y),
-        loss=nn.MSELoss(),
-        optimizer=everystep.GradientDescent(model.parameters(), lr=0.05),
-        steps=40,
-        validation=0.25,
-        evaluate_every=10,
-        run=directory,
-        progress=False,
-    )
+    descent = everystep.GradientDescent(model.parameters(), lr=0.05)
+    measured = {"validation": 0.25, "evaluate_every": 10}
+    trained(model, (x, y), optimizer=descent, steps=40, run=directory, **measured)
     with closing(sqlite3.connect(directory / "run.sqlite")) as database:
         database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     return directory
@@ -139,10 +132,7 @@ def small_loop(directory: Path) -> Path:
     with everystep.record(run=directory, model=model, optimizer=optimizer) as recording:
         for x, y in batches:
             with recording.step((x, y)):
-                loss = nn.functional.mse_loss(model(x), y)
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
+                loss = descend(optimizer, nn.functional.mse_loss(model(x), y))
                 recording.log(loss=loss, size=x.square().mean())
             if recording.step_count == 5:
                 with torch.no_grad():

@@ -24,6 +24,7 @@ from everystep import numerics
 numerics.prepare()  # before torch computes
 
 import torch  # noqa: E402
+from tests.descent import descend  # noqa: E402
 
 import everystep  # noqa: E402
 from everystep.device import select  # noqa: E402
@@ -109,10 +110,7 @@ def _by_hand(experiment: Experiment, rows: tuple[int, ...]) -> list[float]:
         if step > AT:
             indices = indices[torch.isin(indices, left_out, invert=True)]
         loss = training.loss(training.model(x[indices]), y[indices])
-        training.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        training.optimizer.step()
-        losses.append(loss.detach())
+        losses.append(descend(training.optimizer, loss).detach())
     return torch.stack(losses).tolist()
 
 

@@ -27,6 +27,7 @@ from everystep import numerics
 numerics.prepare()  # before torch computes
 
 import torch  # noqa: E402
+from tests.descent import trained  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
@@ -183,16 +184,9 @@ def _trained(
     optimizer: object,
     rows: int,
 ) -> everystep.Run:
-    return everystep.train(
-        model,
-        data,
-        loss=loss,  # type: ignore[arg-type]
-        optimizer=optimizer,  # type: ignore[arg-type]
-        steps=STEPS,
-        batch_size=rows,
-        run=place,
-        progress=False,
-    )
+    settings = {"loss": loss, "optimizer": optimizer, "steps": STEPS, "batch_size": rows}
+    run: everystep.Run = trained(model, data, run=place, **settings)
+    return run
 
 
 NETWORKS: dict[str, Callable[[Path], everystep.Run]] = {

@@ -28,11 +28,12 @@ from everystep import numerics
 numerics.prepare()  # before torch computes
 
 import torch  # noqa: E402
+from tests.descent import trained  # noqa: E402
 from torch import nn  # noqa: E402
 
 import everystep  # noqa: E402
 from benchmarks.faults.by_hand import Parting, parting  # noqa: E402
-from benchmarks.faults.kinds.judging import all_kinds, judged, table  # noqa: E402
+from benchmarks.faults.kinds.judging import all_kinds, judged, place_of, table  # noqa: E402
 from benchmarks.faults.setups import KINDS, Setup, random_setup  # noqa: E402
 from everystep.answers.diff import Difference  # noqa: E402
 
@@ -120,16 +121,10 @@ def _outcome(kind: str, number: int, chance: random.Random) -> Outcome:
 
 def _train(setup: Setup) -> everystep.Run:
     model, x, y = setup.make()
-    return everystep.train(
-        model,
-        (x, y),
-        loss=nn.MSELoss(reduction=setup.reduction),
-        optimizer=setup.optimizer_of(model),
-        batch_size=setup.batch_size,
-        steps=setup.steps,
-        threads=setup.threads,
-        progress=False,
-    )
+    loss, optimizer = nn.MSELoss(reduction=setup.reduction), setup.optimizer_of(model)
+    settings = {"batch_size": setup.batch_size, "steps": setup.steps, "threads": setup.threads}
+    run: everystep.Run = trained(model, (x, y), loss=loss, optimizer=optimizer, **settings)
+    return run
 
 
 def _fork(run: everystep.Run, setup: Setup) -> everystep.Run:
@@ -139,13 +134,8 @@ def _fork(run: everystep.Run, setup: Setup) -> everystep.Run:
 
 
 def _parting_of(found: Difference) -> Parting | None:
-    if found.operation is None:
-        return None
-    observed = found.operation.one or found.operation.other
-    assert observed is not None
-    operation = observed.operation
-    place = operation.phase, operation.module, operation.operator
-    return Parting(found.operation.step, found.operation.index, place)
+    parted, place = found.operation, place_of(found)
+    return None if parted is None or place is None else Parting(parted.step, parted.index, place)
 
 
 if __name__ == "__main__":

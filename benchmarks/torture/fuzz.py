@@ -13,8 +13,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,69 +64,46 @@ def report(results: list[Found]) -> str:
 def _fuzz(kind: str, seconds: float, first_seed: int) -> Found:
     found, until = Found(kind), time.monotonic() + seconds
     folder = Path(tempfile.mkdtemp(prefix="everystep-fuzz-"))
-    with closing(KINDS[kind](folder)) as made:
-        strategy, check = next(made)
+    strategy, check = KINDS[kind](folder)
 
-        def one(case: Any) -> None:
-            if time.monotonic() > until:
-                return
-            try:
-                found.outcomes[check(case).partition(":")[0]] += 1
-            except Exception:
-                found.failures.append(f"{kind}: {case}\n{traceback.format_exc(limit=-3)}")
-                print(found.failures[-1], file=sys.stderr, flush=True)
+    def one(case: Any) -> None:
+        if time.monotonic() > until:
+            return
+        try:
+            found.outcomes[check(case).partition(":")[0]] += 1
+        except Exception:
+            found.failures.append(f"{kind}: {case}\n{traceback.format_exc(limit=-3)}")
+            print(found.failures[-1], file=sys.stderr, flush=True)
 
-        options = settings(
-            max_examples=AT_ONCE, deadline=None, database=None, phases=[Phase.generate],
-            suppress_health_check=list(HealthCheck),
-        )  # fmt: skip
-        for number in itertools.count(first_seed):
-            if time.monotonic() > until:
-                break
-            drawing: Any = given(strategy)
-            seed(number)(options(drawing(one)))()
+    options = settings(
+        max_examples=AT_ONCE, deadline=None, database=None, phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    for number in itertools.count(first_seed):
+        if time.monotonic() > until:
+            break
+        drawing: Any = given(strategy)
+        seed(number)(options(drawing(one)))()
     shutil.rmtree(folder, ignore_errors=True)
     return found
 
 
-# Each makes what its cases need in a folder, yields a property, and cleans up.
+# Each makes what its cases need in a folder, and returns a property.
 
 
-def _loops(folder: Path) -> Iterator[Property]:
-    yield loops.LOOPS, _in_a_new_place(folder, loops.record_and_compare)
-
-
-def _stopped(folder: Path) -> Iterator[Property]:
-    yield loops.STOPPED, _in_a_new_place(folder, loops.resume_and_compare)
-
-
-def _forked(folder: Path) -> Iterator[Property]:
-    yield loops.FORKED, _in_a_new_place(folder, loops.fork_and_compare)
-
-
-def _functions(folder: Path) -> Iterator[Property]:
-    yield loops.FUNCTIONS, _in_a_new_place(folder, loops.train_and_compare)
-
-
-def _tables(folder: Path) -> Iterator[Property]:
-    yield tables.TABLES, _in(folder, tables.read_and_compare)
-
-
-def _experiments(folder: Path) -> Iterator[Property]:
-    yield experiments.EXPERIMENTS, _in(folder, experiments.load_and_compare)
-
-
-def _runs(folder: Path) -> Iterator[Property]:
+def _runs(folder: Path) -> Property:
     run = small_run(folder / "run")
     expected, _ = shown(Path(shutil.copytree(run, folder / "as-it-was")))
-    yield (
-        run_directories.ALTERATIONS,
-        lambda case: run_directories.alter_and_look(case, run, expected, folder),
-    )
+    alter_and_look = run_directories.alter_and_look
+    return run_directories.ALTERATIONS, lambda case: alter_and_look(case, run, expected, folder)
 
 
-def _in(folder: Path, check: Callable[[Any, Path], str]) -> Callable[[Any], str]:
-    return lambda case: check(case, folder)
+def _in(strategy: Any, check: Callable[[Any, Path], str]) -> Callable[[Path], Property]:
+    return lambda folder: (strategy, lambda case: check(case, folder))
+
+
+def _in_new_places(strategy: Any, check: Callable[[Any, Path], str]) -> Callable[[Path], Property]:
+    return lambda folder: (strategy, _in_a_new_place(folder, check))
 
 
 def _in_a_new_place(folder: Path, check: Callable[[Any, Path], str]) -> Callable[[Any], str]:
@@ -144,12 +120,12 @@ def _in_a_new_place(folder: Path, check: Callable[[Any, Path], str]) -> Callable
 
 
 #: By name, what is tried.
-KINDS: dict[str, Callable[[Path], Any]] = {
-    "loops": _loops,
-    "resumed": _stopped,
-    "forked": _forked,
-    "functions": _functions,
-    "tables": _tables,
-    "experiments": _experiments,
+KINDS: dict[str, Callable[[Path], Property]] = {
+    "loops": _in_new_places(loops.LOOPS, loops.record_and_compare),
+    "resumed": _in_new_places(loops.STOPPED, loops.resume_and_compare),
+    "forked": _in_new_places(loops.FORKED, loops.fork_and_compare),
+    "functions": _in_new_places(loops.FUNCTIONS, loops.train_and_compare),
+    "tables": _in(tables.TABLES, tables.read_and_compare),
+    "experiments": _in(experiments.EXPERIMENTS, experiments.load_and_compare),
     "runs": _runs,
 }

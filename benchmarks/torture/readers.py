@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tests.descent import trained
 from torch import nn
 
 import everystep
@@ -72,17 +73,9 @@ def _train(place: Path, steps: int) -> float:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
     began = time.monotonic()
-    everystep.train(
-        model,
-        (torch.randn(64, 8), torch.randn(64, 1)),
-        loss=nn.MSELoss(),
-        optimizer=everystep.GradientDescent(model.parameters(), lr=0.01),
-        steps=steps,
-        validation=0.25,
-        evaluate_every=10,
-        run=place,
-        progress=False,
-    )
+    data = torch.randn(64, 8), torch.randn(64, 1)
+    descent = everystep.GradientDescent(model.parameters(), lr=0.01)
+    trained(model, data, optimizer=descent, steps=steps, validation=0.25, evaluate_every=10, run=place)
     return time.monotonic() - began
 
 

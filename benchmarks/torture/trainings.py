@@ -23,6 +23,7 @@ import numpy as np  # noqa: E402
 import safetensors.torch  # noqa: E402, F401
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402
+from tests.descent import descend  # noqa: E402
 from tests.training import loops  # noqa: E402
 from tests.training.loops import LOOPS  # noqa: E402
 from torch import nn  # noqa: E402
@@ -317,10 +318,7 @@ def _augmented(workers: int) -> Callable[[Path, Path, int, TextIO], None]:
         with _recording(place, lines, **parts) as recording:
             while recording.step_count < steps or recording.is_resuming:
                 for x, y in recording.steps(loader):
-                    loss = nn.functional.mse_loss(model(x), y)
-                    optimizer.zero_grad()
-                    loss.backward()  # type: ignore[no-untyped-call]
-                    optimizer.step()
+                    loss = descend(optimizer, nn.functional.mse_loss(model(x), y))
                     scheduler.step()
                     recording.log(loss=loss, size=x.abs().mean())
         assert recording.run.summary().steps >= steps
@@ -353,11 +351,7 @@ def _function(place: Path, prepared: Path, steps: int, lines: TextIO) -> None:
     x, y = _tensors()
 
     def step() -> Any:
-        optimizer.zero_grad()
-        loss = nn.functional.mse_loss(model(x), y)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        return loss
+        return descend(optimizer, nn.functional.mse_loss(model(x), y))
 
     parts = {"model": model, "optimizer": optimizer}
     shown = _lines(lines)

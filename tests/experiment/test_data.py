@@ -32,15 +32,6 @@ def table(frame, target="y", classes=False, name="t.csv", **data):
     return make_data(made, "classes" if classes else "values")
 
 
-def test_random_data_is_what_torch_draws():
-    torch.manual_seed(0)
-    x, y = torch.randn(64, 1000), torch.randn(64, 10)
-    torch.manual_seed(0)
-    data = make_data(load("two-layer"), "values")
-    assert torch.equal(data.x, x)
-    assert torch.equal(data.y, y)
-
-
 def test_digits_are_images_with_classes_and_need_no_other_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)

@@ -3,7 +3,7 @@ import math
 import pytest
 import sklearn.datasets
 import torch
-from tests.descent import trained
+from tests.descent import descend, trained
 from torch import nn
 
 import everystep
@@ -202,9 +202,7 @@ def test_a_loop_that_logs_no_loss_has_none(tmp_path):
     run = tmp_path / "silent"
     with everystep.record(run=run, model=model, optimizer=optimizer) as recording:
         for x in recording.steps([torch.randn(4, 3)] * 3):
-            optimizer.zero_grad()
-            model(x).square().mean().backward()
-            optimizer.step()
+            descend(optimizer, model(x).square().mean())
     summary = everystep.open(run).summary()
     assert (summary.first_loss, summary.last_loss, summary.nonfinite_step) == (None, None, None)
     assert repr(everystep.open(run)).endswith(": finished, 3 steps>")

@@ -51,14 +51,6 @@ def test_what_an_operation_was_given_is_followed_to_what_made_it(run, server):
     assert step.operations[answer["operation"]].operation.name == "threshold_backward"
 
 
-def test_a_number_of_the_state_is_followed_into_the_step_before(run, server):
-    answer = asked(server, 7, of="parameters['0.bias'][3]")
-    assert answer["number"]["step"] == 6
-    assert answer["is_equal"]
-    first = asked(server, 1, id="parameters/0.bias", index="3")
-    assert first["note"] == "the state before the first step"
-
-
 @pytest.mark.parametrize(
     ("query", "message"),
     [

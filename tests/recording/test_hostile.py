@@ -9,7 +9,7 @@ from tests.recording.hostile import HOSTILE
 
 import everystep
 
-#: Seconds that a command may take in this process, on a busy machine.
+#: Commands that see every run.
 ALWAYS = [["runs", "."], ["losses", "run"], ["step", "run", "2"], ["doctor", "run"]]
 #: Each takes its turn; with EVERYSTEP_TORTURE=1, all of them see every run.
 OTHERS = [

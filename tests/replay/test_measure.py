@@ -6,6 +6,7 @@ import shutil
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 import polars as pl
 import pytest
@@ -93,6 +94,22 @@ def watched(made: Made, **options) -> list[Seen]:
     return seen
 
 
+@pytest.fixture(scope="module")
+def recorded_and_by_hand(tmp_path_factory):
+    """A run that no test may change, and what a loop by hand sees of the same training."""
+    with pytest.MonkeyPatch.context() as patch:
+        take_snapshots_every(patch, 8)
+        run = train(run=tmp_path_factory.mktemp("recorded") / "run")
+    return run, watched(new_training(network), steps=STEPS, batch_size=6)
+
+
+@pytest.fixture
+def run(recorded_and_by_hand):
+    """A copy of this run, for a test to change."""
+    (recorded, _), place = recorded_and_by_hand, Path("runs/sequential-1")
+    return everystep.open(shutil.copytree(recorded.directory, place))
+
+
 EXPRESSIONS = {
     "loss": lambda now, before: now.loss,
     "2 * step": lambda now, before: 2.0 * now.number,
@@ -175,8 +192,7 @@ def bits_of(tensors):
     return {name: bits(tensor) for name, tensor in tensors.items()}
 
 
-def test_a_function_measures_as_an_expression_does():
-    run = train()
+def test_a_function_measures_as_an_expression_does(run):
     expected = run.measure(SIZE, progress=False).values
     for number, last in enumerate((torch.clone, torch.Tensor.item, torch.Tensor.numpy)):
 
@@ -187,17 +203,15 @@ def test_a_function_measures_as_an_expression_does():
         assert run.measured(f"size {number}") == expected and len(expected) == STEPS
 
 
-def test_a_function_gives_its_name_and_none_leaves_a_step_out():
+def test_a_function_gives_its_name_and_none_leaves_a_step_out(run):
     def of_some_steps(step):
         return step.number if step.number in (3, 5) else None
 
-    run = train()
     assert run.measure(of_some_steps, progress=False).name == "of_some_steps"
     assert run.measured("of_some_steps") == {3: 3, 5: 5}
 
 
-def test_a_function_must_give_one_number():
-    run = train()
+def test_a_function_must_give_one_number(run):
     with pytest.raises(ExpressionError, match=r"one number, not a tensor of shape \(8, 4\)"):
         run.measure(lambda step: step.gradients["0.weight"], name="all", progress=False)
     with pytest.raises(ExpressionError, match="one number, not 'many'"):
@@ -215,8 +229,7 @@ def test_what_is_not_finite_is_measured_too():
 # Names, intervals, what is there already.
 
 
-def test_a_previous_step_is_the_step_before_also_between_those_that_are_measured():
-    run = train()
+def test_a_previous_step_is_the_step_before_also_between_those_that_are_measured(run):
     text = "norm(previous.gradients['0.weight'])"
     own = run.measure(SIZE, progress=False).values
     assert run.measure(text, every=7, progress=False).values == {s: own[s - 1] for s in (7, 14, 21, 28)}
@@ -241,8 +254,7 @@ def test_measurements_are_part_of_the_run():
     assert frame["loss"].equals(run.losses["loss"])
 
 
-def test_nothing_but_the_measurement_and_its_writer_is_changed(monkeypatch):
-    run = train()
+def test_nothing_but_the_measurement_and_its_writer_is_changed(monkeypatch, run):
     losses, facts = run.losses, run.facts
     before = files_of(run.directory, "run.*")
     measuring = WriterFacts(process=7, host="there", since=facts.started + timedelta(days=1))
@@ -272,16 +284,14 @@ def test_a_name_is_taken_by_something_else():
     assert run.measured("mean") == recorded and len(recorded) > 1
 
 
-def test_overwriting_leaves_nothing_of_what_was_there():
-    run = train()
+def test_overwriting_leaves_nothing_of_what_was_there(run):
     run.measure(SIZE, name="it", progress=False)
     run.measure("loss", name="it", every=10, overwrite=True, progress=False)
     assert run.measured("it") == {step: run.losses["loss"][step - 1] for step in (10, 20, 30)}
     assert run.measurement_names == ["it"]
 
 
-def test_what_is_there_is_not_measured_again():
-    run = train()
+def test_what_is_there_is_not_measured_again(run):
     asked = []
 
     def count(step):
@@ -319,8 +329,7 @@ def test_an_interrupted_measure_goes_on():
     assert run.measured("loss_of") == losses
 
 
-def test_steps_that_are_not_as_recorded_are_left_out():
-    run = train()
+def test_steps_that_are_not_as_recorded_are_left_out(run):
     sql(run.directory, "UPDATE steps SET loss = 1.5 WHERE step = 13")
     until = min(step for step in run.snapshots if step >= 13)
     measured = run.measure(SIZE, name="size", progress=False)
@@ -331,8 +340,7 @@ def test_steps_that_are_not_as_recorded_are_left_out():
     assert found.inexact == (13,) and found.steps == (12, *range(until + 1, STEPS + 1))
 
 
-def test_measuring_leaves_the_callers_generator_alone():
-    run = train()
+def test_measuring_leaves_the_callers_generator_alone(run):
     before = torch.get_rng_state()
     run.measure(SIZE, progress=False)
     run.measure(lambda step: step.loss, name="it", progress=False)
@@ -340,15 +348,6 @@ def test_measuring_leaves_the_callers_generator_alone():
 
 
 # Conditions.
-
-
-@pytest.fixture(scope="module")
-def recorded_and_by_hand(tmp_path_factory):
-    """A run that no test may change, and what a loop by hand sees of the same training."""
-    with pytest.MonkeyPatch.context() as patch:
-        take_snapshots_every(patch, 8)
-        run = train(run=tmp_path_factory.mktemp("recorded") / "run")
-    return run, watched(new_training(network), steps=STEPS, batch_size=6)
 
 
 @pytest.mark.parametrize(
@@ -432,15 +431,15 @@ def test_conditions_on_recorded_columns_need_nothing_but_the_database():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("norm(gradients['9.weight'])", "did you mean 2.weight or 0.weight?"),
+        ("norm(gradients['9.weight'])", "did you mean 3.weight or 0.weight?"),
         ("size", "unknown name size"),
         ("norm(gradients['0.weight']", "was never closed"),
         ("activations['0']", "activations"),
         ("__import__('os')", ""),
     ],
 )
-def test_a_question_that_does_not_fit_is_refused_and_leaves_no_trace(text, said):
-    run = train(model=None, steps=3)
+def test_a_question_that_does_not_fit_is_refused_and_leaves_no_trace(text, said, recorded_and_by_hand):
+    run, _ = recorded_and_by_hand
     for ask in (run.measure, run.when):
         with pytest.raises(ExpressionError) as refused:
             ask(text, progress=False)
@@ -451,8 +450,7 @@ def test_a_question_that_does_not_fit_is_refused_and_leaves_no_trace(text, said)
 # The commands.
 
 
-def test_the_commands_measure_and_find(everystep_command):
-    run = train()
+def test_the_commands_measure_and_find(everystep_command, run):
     options = ("--name", "size", "--every", 4, "--processes", 1)
     code, out, err = everystep_command("measure", "sequential-1", SIZE, *options)
     values = run.measured("size")
@@ -770,8 +768,7 @@ def test_a_number_that_is_written_between_two_steps_is_found_there(write, tmp_pa
     assert "changed after step 4, outside of a step\n" in _nonfinite(everystep_command, run)
 
 
-def test_a_question_that_fails_leaves_the_steps_as_they_are():
-    run = train()
+def test_a_question_that_fails_leaves_the_steps_as_they_are(run):
     before = run[3].loss
     with pytest.raises(ExpressionError, match="one number"):
         run.measure("gradients['0.weight'] if step > 4 else 0", name="some", processes=1, progress=False)
@@ -781,8 +778,7 @@ def test_a_question_that_fails_leaves_the_steps_as_they_are():
     assert again.loss == everystep.open(run.directory)[4].loss
 
 
-def test_a_question_may_open_other_steps_of_the_run():
-    run = train()
+def test_a_question_may_open_other_steps_of_the_run(run):
     question = lambda step: run[max(step.number - 1, 1)].loss  # noqa: E731
     found = run.measure(question, name="before", processes=1, progress=False)
     losses = run.losses["loss"].to_list()

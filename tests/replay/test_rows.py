@@ -366,7 +366,16 @@ def loop(tmp_path):
     return record, one, two, optimizer
 
 
-def _of_both(step, one, two, loss):
+@pytest.fixture
+def step_of(loop):
+    """Record a loop with a loss of what both models make of a batch, and of y; return a step."""
+    record, one, two, optimizer = loop
+    return lambda loss: record(lambda x, y: descend(optimizer, loss(two(one(x)), y)))
+
+
+def _of_both(step, loop, loss):
+    _, one, two, _ = loop
+
     class Both(nn.Module):
         def __init__(self):
             super().__init__()
@@ -393,35 +402,25 @@ def test_a_loop_with_two_models_micro_batches_and_clipping(loop):
         return total
 
     step = record(body)
-    losses, norms = _of_both(step, one, two, lambda out, y: ((out - y) ** 2).sum() / 5)
+    losses, norms = _of_both(step, loop, lambda out, y: ((out - y) ** 2).sum() / 5)
     assert step.rows.numbers == (0, 1, 2, 3, 4) and not step.rows.source
     _agree(step.rows.loss, 5 * losses)  # which is divided by the number of rows: their mean
     for name, expected in norms.items():
         _agree(step.rows.gradients[name].norms, expected)
 
 
-def test_a_sum_that_begins_with_zeros_is_of_the_row_that_is_added(loop):
-    record, one, two, optimizer = loop
-
-    def body(x, y):
-        terms = [torch.zeros(()) + each.sum() for each in two(one(x))]
-        return descend(optimizer, sum(each.tanh() for each in terms))
-
-    step = record(body)
-    losses, norms = _of_both(step, one, two, lambda out, y: out.sum().tanh())
+def test_a_sum_that_begins_with_zeros_is_of_the_row_that_is_added(loop, step_of):
+    step = step_of(lambda out, y: sum((torch.zeros(()) + each.sum()).tanh() for each in out))
+    losses, norms = _of_both(step, loop, lambda out, y: out.sum().tanh())
     _agree(step.rows.loss, losses)
     for name, expected in norms.items():
         _agree(step.rows.gradients[name].norms, expected)
 
 
-def test_a_penalty_belongs_to_no_row(loop):
-    record, one, two, optimizer = loop
-
-    def body(x, y):
-        return descend(optimizer, ((two(one(x)) - y) ** 2).mean() + 0.1 * (two.weight**2).sum())
-
-    step = record(body)
-    losses, norms = _of_both(step, one, two, lambda out, y: ((out - y) ** 2).mean())
+def test_a_penalty_belongs_to_no_row(loop, step_of):
+    _, _, two, _ = loop
+    step = step_of(lambda out, y: ((out - y) ** 2).mean() + 0.1 * (two.weight**2).sum())
+    losses, norms = _of_both(step, loop, lambda out, y: ((out - y) ** 2).mean())
     _agree(step.rows.loss, losses)
     weight = step.parameters["two.weight"]
     assert step.rows.loss_share.rest == pytest.approx(float(0.1 * (weight**2).sum()))
@@ -449,13 +448,8 @@ def test_a_penalty_belongs_to_no_row(loop):
         (lambda e, y: torch.cdist(e, y).mean(), "has no rule"),
     ],
 )
-def test_what_mixes_rows_is_named(loop, body, why):
-    record, one, two, optimizer = loop
-
-    def whole(x, y):
-        return descend(optimizer, body(two(one(x)), y))
-
-    rows = record(whole).rows
+def test_what_mixes_rows_is_named(step_of, body, why):
+    rows = step_of(body).rows
     assert rows.known == []
     assert why in str(rows.loss_share)
     with pytest.raises(RunError, match=r"loss of each row of step 3 is unknown: operation #\d+"):
@@ -472,14 +466,9 @@ def test_what_mixes_rows_is_named(loop, body, why):
     ],
 )
 def test_the_sum_that_first_mixes_rows_is_named_before_what_is_not_linear_in_it(
-    loop, body, first, later
+    step_of, body, first, later
 ):
-    record, one, two, optimizer = loop
-
-    def whole(x, y):
-        return descend(optimizer, body(two(one(x))))
-
-    step = record(whole)
+    step = step_of(lambda out, y: body(out))
     names = [seen.operation.name for seen in step.operations]
     one_at = names.index(first)
     two_at = names.index(later, one_at)
@@ -488,14 +477,9 @@ def test_the_sum_that_first_mixes_rows_is_named_before_what_is_not_linear_in_it(
     assert {str(each) for each in (step.rows.loss_share, *step.rows.gradients.values())} == {expected}
 
 
-def test_a_gradient_that_no_number_of_a_row_went_into_is_not_said_to_be_of_no_row(loop):
-    record, one, two, optimizer = loop
-
-    def body(x, y):
-        return descend(optimizer, two(one(x)).mean())
-
-    step = record(body)
-    _, norms = _of_both(step, one, two, lambda out, y: out.mean())
+def test_a_gradient_that_no_number_of_a_row_went_into_is_not_said_to_be_of_no_row(loop, step_of):
+    step = step_of(lambda out, y: out.mean())
+    _, norms = _of_both(step, loop, lambda out, y: out.mean())
     assert "the same for all rows" in str(step.rows.gradients["two.bias"])
     for name in ("two.weight", "one.0.weight", "one.0.bias"):
         _agree(step.rows.gradients[name].norms, norms[name] / 5)
@@ -524,15 +508,17 @@ def _recorded(directory, model, batch, loss_of, scaler=None):
     return step
 
 
-def _norms_of(model, loss_of, rows):
-    """Return the norm of the gradient of each row alone, by parameter."""
-    found = {name: [] for name, _ in model.named_parameters()}
-    for row in rows:
+def _agrees_by_hand(step, model, loss_of, batch, divisor=None):
+    """Compare the norms of the gradients of rows with those of each row alone; divisor: of these."""
+    found = {name: [] for name in step.rows.known}
+    for row in range(len(batch[0])):
         model.zero_grad()
-        loss_of(model, *row).backward()
+        loss_of(model, *(part[row : row + 1] for part in batch)).backward()
         for name, parameter in model.named_parameters():
-            found[name].append(parameter.grad.norm().double())
-    return {name: torch.stack(each) for name, each in found.items()}
+            if name in found:
+                found[name].append(parameter.grad.norm().double())
+    for name, each in found.items():
+        _agree(step.rows.gradients[name].norms, torch.stack(each) / (divisor or len(batch[0])))
 
 
 def _two_heads(model, x, y):
@@ -555,8 +541,8 @@ def _one_by_one(model, x):
 def test_a_constant_gradient_is_of_no_known_row(model, batch, loss, tmp_path):
     step = _recorded(tmp_path / "run", model, batch, loss)
     assert "the same for all rows" in str(step.rows.gradients["bias"])
-    rows = [tuple(part[i : i + 1] for part in batch) for i in range(len(batch[0]))]
-    _agree(step.rows.gradients["weight"].norms, _norms_of(model, loss, rows)["weight"] / len(rows))
+    assert step.rows.known == ["weight"]
+    _agrees_by_hand(step, model, loss, batch)
 
 
 _PROTOTYPES = torch.tensor([[0.0, 1.0, 4.0], [2.0, 3.0, 9.0]])
@@ -601,10 +587,7 @@ def test_a_single_number_is_of_its_row(count, tmp_path):
     torch.manual_seed(0)
     model, batch = OneNumber(), (torch.randn(count), torch.rand(count))
     step = _recorded(tmp_path / "run", model, batch, _number_by_number)
-    rows = [tuple(part[i : i + 1] for part in batch) for i in range(count)]
-    _agree(
-        step.rows.gradients["weight"].norms, _norms_of(model, _number_by_number, rows)["weight"] / count
-    )
+    _agrees_by_hand(step, model, _number_by_number, batch)
     assert step.rows.loss_share.rest == step.rows.gradients["weight"].rest == 0
 
 
@@ -618,23 +601,21 @@ def test_a_batch_with_the_shape_of_a_parameter(count, tmp_path):
     model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 8))
     batch = torch.randn(count, 5), torch.randn(count, 8)
     step = _recorded(tmp_path / "run", model, batch, loss)
-    rows = [tuple(part[i : i + 1] for part in batch) for i in range(count)]
-    for name, expected in _norms_of(model, loss, rows).items():
-        _agree(step.rows.gradients[name].norms, expected / count)
-        assert step.rows.gradients[name].rest == 0
+    _agrees_by_hand(step, model, loss, batch)
+    assert [share.rest for share in step.rows.gradients.values()] == [0] * 4
+
+
+def _mean_square(model, x, y):
+    return ((model(x) - y) ** 2).mean()
 
 
 def test_gradients_are_those_without_the_scale_of_a_grad_scaler(tmp_path):
-    def loss(model, x, y):
-        return ((model(x) - y) ** 2).mean()
-
     torch.manual_seed(0)
     model, batch = nn.Linear(5, 2), (torch.randn(6, 5), torch.randn(6, 2))
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    step = _recorded(tmp_path / "run", model, batch, loss, scaler)
-    rows = [tuple(part[i : i + 1] for part in batch) for i in range(6)]
-    for name, expected in _norms_of(model, loss, rows).items():
-        _agree(step.rows.gradients[name].norms, expected / 6)
+    step = _recorded(tmp_path / "run", model, batch, _mean_square, scaler)
+    assert len(step.rows.known) == 2
+    _agrees_by_hand(step, model, _mean_square, batch)
 
 
 def test_rows_that_are_picked_by_masks_and_classes(tmp_path):
@@ -650,21 +631,17 @@ def test_rows_that_are_picked_by_masks_and_classes(tmp_path):
     torch.manual_seed(0)
     model, batch = nn.Linear(5, 3), (torch.randn(6, 5), torch.tensor([0, 2, 1, 1, 0, 2]))
     step = _recorded(tmp_path / "run", model, batch, loss)
-    rows = [tuple(part[i : i + 1] for part in batch) for i in range(6)]
-    for name, expected in _norms_of(model, loss, rows).items():
-        _agree(step.rows.gradients[name].norms, expected)
+    assert len(step.rows.known) == 2
+    _agrees_by_hand(step, model, loss, batch, divisor=1)
 
 
 def test_a_gradient_that_cancels_but_for_rounding_is_known(tmp_path):
-    def loss(model, x, y):
-        return ((model(x) - y) ** 2).mean()
-
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 2))
     with torch.no_grad():
         model[0].weight[:] = model[0].weight[:1]  # so that all it makes is the same, and normalized away
         model[0].bias[:] = model[0].bias[:1]
-    step = _recorded(tmp_path / "run", model, (torch.randn(6, 5), torch.randn(6, 2)), loss)
+    step = _recorded(tmp_path / "run", model, (torch.randn(6, 5), torch.randn(6, 2)), _mean_square)
     assert step.rows.known == [*step.gradients]
     assert float(step.rows.gradient.min()) > 0
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from loky import process_executor
-from tests.descent import descend, of_table
+from tests.descent import descend, looped, of_table
+from tests.descent import trained as trained_by
 from tests.snapshots import take_snapshots_every
 from torch import nn
 
@@ -52,18 +53,8 @@ def by_hand(without=(), after=0, targets=None, batch_size=6, dropout=0.0, steps=
 
 def trained(directory, batch_size=6, dropout=0.0, optimizer=ADAM, **options):
     model, x, y, optimizer = made(dropout, optimizer)
-    return everystep.train(
-        model,
-        (x, y),
-        loss=nn.CrossEntropyLoss(),
-        optimizer=optimizer,
-        steps=STEPS,
-        batch_size=batch_size,
-        seed=5,
-        run=directory,
-        progress=False,
-        **options,
-    )
+    parts = {"loss": nn.CrossEntropyLoss(), "optimizer": optimizer, "run": directory}
+    return trained_by(model, (x, y), steps=STEPS, batch_size=batch_size, seed=5, **parts, **options)
 
 
 @pytest.fixture(scope="module")
@@ -256,15 +247,17 @@ def test_rows_that_no_batch_has_and_targets_that_do_not_fit_are_named(tmp_path, 
     assert not (tmp_path / "b").exists()
 
 
-def test_a_training_that_needs_its_objects_or_its_loop_says_so(tmp_path, run):
+def test_a_training_that_needs_its_objects_or_its_loop_says_so(run):
     with pytest.raises(RunError, match=r"need the objects that trained run: everystep.open\(run, model"):
         everystep.open(run.directory).what_if(4, 11, without_rows=[2], progress=False)
-    model, x, y, optimizer = made()
-    with everystep.record(model=model, optimizer=optimizer, run=tmp_path / "loop") as recording:
-        for rows in recording.steps([slice(0, 9), slice(9, 20)] * 2):
-            recording.log(loss=descend(optimizer, nn.functional.cross_entropy(model(x[rows]), y[rows])))
+    model, x, y, _ = made()
+    loop = looped(
+        model,
+        [slice(0, 9), slice(9, 20)] * 2,
+        lambda model, rows: nn.functional.cross_entropy(model(x[rows]), y[rows]),
+    )
     with pytest.raises(RunError, match=r"leave the rows out in a fork .*everystep.record\(fork="):
-        recording.run.what_if(1, 3, without_rows=[2], progress=False)
+        loop.what_if(1, 3, without_rows=[2], progress=False)
 
 
 def test_a_training_across_a_resume_is_refused_with_the_step_to_start_at():
@@ -509,18 +502,15 @@ def test_a_backward_pass_by_hand_has_no_known_rate(tmp_path):
         recording.run.fork(1, lr=0.5, run=tmp_path / "fork", progress=False)
 
 
-def test_other_sizes_than_recorded_end_a_training_with_a_sentence(tmp_path):
+def test_other_sizes_than_recorded_end_a_training_with_a_sentence():
     """A mask picks as many rows as the parameters let it."""
+
+    def loss_of(model, x):
+        predicted = model(x)[:, 0]
+        return predicted[predicted > 0].square().mean()
+
     torch.manual_seed(0)
-    model = nn.Linear(4, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
-        for x in recording.steps(torch.randn(6, 30, 4)):
-            predicted = model(x)[:, 0]
-            loss = predicted[predicted > 0].square().mean()
-            descend(optimizer, loss)
-            recording.log(loss=loss)
-    run = recording.run
+    run = looped(nn.Linear(4, 1), torch.randn(6, 30, 4), loss_of)
     with pytest.raises(RunError, match=r"cannot be repeated with the change: .*operation") as refused:
         run.what_if(1, lr=5.0, progress=False)
     assert "; end at step 2, or fork the run instead: everystep.record(" in str(refused.value)
@@ -736,12 +726,9 @@ def test_targets_that_programs_cannot_change_are_refused(tmp_path, loss_of, targ
 
 
 def test_a_target_that_is_too_large_for_its_dtype_is_refused(tmp_path):
-    model, x, y, optimizer = made()
-    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
-        for given, wanted in recording.steps([(x, y.half())] * 3):
-            loss = (model(given)[:, 0] - wanted).square().mean()
-            descend(optimizer, loss)
-            recording.log(loss=loss)
+    model, x, y, _ = made()
+    loss_of = lambda model, batch: (model(batch[0])[:, 0] - batch[1]).square().mean()  # noqa: E731
+    looped(model, [(x, y.half())] * 3, loss_of, run=tmp_path / "run")
     with pytest.raises(ExperimentError, match="relabel 2: 70000 is not finite in float16"):
         everystep.open(tmp_path / "run").what_if(1, relabel={2: 70000}, progress=False)
 

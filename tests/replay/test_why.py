@@ -13,7 +13,7 @@ import pytest
 import torch
 from benchmarks.why import NETWORKS, asked, followed
 from benchmarks.why_by_hand import ALL, complaints
-from tests.descent import descend, looped, trained
+from tests.descent import looped, trained
 from torch import nn
 
 import everystep
@@ -120,6 +120,7 @@ def test_a_step_of_the_first_state_ends_there(run):
     answer = run.why(1, "parameters['0.weight'][0, 0]", back=5)
     assert answer.note == "the state before the first step"
     assert not answer.causes
+    assert run.why(3, "parameters['0.weight'][0, 0]").note == "the state after step 2"
 
 
 def test_a_change_between_two_steps_is_not_taken_for_an_update(tmp_path):
@@ -204,10 +205,7 @@ def test_infinity_of_a_sum_has_the_row_of_its_largest_term(small):
 def test_the_mean_of_nothing_is_followed(tmp_path, everystep_command):
     torch.manual_seed(0)
     x, y = torch.randn(12, 4), torch.full((12,), -100)
-    model = nn.Linear(4, 3)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    options = {"loss": nn.CrossEntropyLoss(), "optimizer": optimizer, "steps": 3, "progress": False}
-    run = everystep.train(model, (x, y), run=tmp_path / "run", **options)
+    run = trained(nn.Linear(4, 3), (x, y), loss=nn.CrossEntropyLoss(), steps=3, run=tmp_path / "run")
     answer = run.why(1, "loss")
     assert math.isnan(answer.recomputed) and "0" in answer.formula
     code, out, _ = everystep_command("first-nonfinite", run.directory)
@@ -315,9 +313,7 @@ def test_an_operator_without_a_rule_says_so(tmp_path):
     torch.manual_seed(0)
     x, y = torch.randn(12, 1, 6, 6), torch.randint(0, 3, (12,))
     model = nn.Sequential(Sampled(), nn.Flatten(), nn.Linear(9, 3))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    options = {"loss": nn.CrossEntropyLoss(), "optimizer": optimizer, "steps": 5, "progress": False}
-    opened = everystep.train(model, (x, y), run=tmp_path / "run", **options)
+    opened = trained(model, (x, y), loss=nn.CrossEntropyLoss(), steps=5, run=tmp_path / "run")
     answer = opened.why(5, "activations['0'][0, 0, 1, 1]")
     assert answer.unknown and not answer.groups
     assert "which numbers it used is unknown" in answer.to_text()
@@ -386,13 +382,11 @@ def test_gradients_that_no_optimizer_takes_are_known_where_backward_left_them(sm
 
 def test_a_parameter_that_no_program_computes_has_its_number_and_says_so(tmp_path):
     """A sparse step is kept by content, after which nothing in the step reads the parameter."""
-    table = nn.Embedding(5, 2, sparse=True)
-    optimizer = torch.optim.SparseAdam(table.parameters())
-    with everystep.record(run=tmp_path / "run", table=table, optimizer=optimizer) as recording:
-        for row in recording.steps(torch.tensor([[1], [3]])):
-            recording.log(loss=descend(optimizer, table(row).square().sum()))
+    table, rows = nn.Embedding(5, 2, sparse=True), torch.tensor([[1], [3]])
+    sparse = {"run": tmp_path / "run", "optimizer": torch.optim.SparseAdam}
+    run = looped(table, rows, lambda table, row: table(row).square().sum(), **sparse)
     for step, name, back in ((2, "updates['weight'].after", 0), (2, "parameters['weight']", 1)):
-        answer = recording.run.why(step, f"{name}[1, 0]", back=back)
+        answer = run.why(step, f"{name}[1, 0]", back=back)
         assert answer.number.value == float(table.weight.detach()[1, 0])
         last = answer.causes[-1] if back else answer
         assert "computed by an operation with recorded results only" in last.note
@@ -560,31 +554,21 @@ def test_complex_numbers_are_plain_data_and_text(complex_run, everystep_command)
     assert f"  {shortest(complex_run[3].gradients['pairs'][1, 1].item())}  " in text
 
 
-def test_bits_that_are_read_as_another_dtype_are_said_to_be_bits():
-    def rounded(x):
-        return (x.view(torch.int32) & -65536).view(torch.float32)
-
+@pytest.mark.parametrize(
+    ("read", "dtype"),
+    [
+        (lambda x: (x.view(torch.int32) & -65536).view(torch.float32), "int32"),
+        (copy.deepcopy, "uint8"),  # which copies the memory of a tensor as bytes
+    ],
+)
+def test_bits_that_are_read_as_another_dtype_are_said_to_be_bits(read, dtype):
     batches = [torch.randn(6, 4) for _ in range(2)]
-    step = looped(nn.Linear(4, 2), batches, lambda model, x: model(rounded(x)).square().mean())[2]
+    step = looped(nn.Linear(4, 2), batches, lambda model, x: model(read(x)).square().mean())[2]
     (x,) = step.batch
     at = [seen.operation.name for seen in step.operations].index("addmm")
-    factor = step.why(f"#{at}[0, 0]", terms=9).groups[-1].terms[0].numbers["mat1"]
-    assert factor.value in rounded(x[0]).tolist()
-    made = factor.why()
-    assert (made.number, made.recomputed, made.note) == (
-        factor,
-        None,
-        "it wrote int32 there, and these are some of its bits",
-    )
-
-
-def test_a_number_that_was_copied_as_bytes_is_followed_to_the_copy():
-    """`copy.deepcopy` copies the memory of a tensor as bytes."""
-    batches = [torch.randn(6, 4) for _ in range(2)]
-    step = looped(nn.Linear(4, 2), batches, lambda model, x: model(copy.deepcopy(x)).square().mean())[2]
-    (x,) = step.batch
-    at = [seen.operation.name for seen in step.operations].index("addmm")
-    for place in range(4):
-        factor = step.why(f"#{at}[5, 0]", terms=9).groups[-1].terms[place].numbers["mat1"]
-        assert factor.value in x[5].tolist()
-        assert factor.why().note == "it wrote uint8 there, and these are some of its bits"
+    for term in step.why(f"#{at}[5, 0]", terms=9).groups[-1].terms:
+        factor = term.numbers["mat1"]
+        assert factor.value in read(x[5]).tolist()
+        made = factor.why()
+        assert (made.number, made.recomputed) == (factor, None)
+        assert made.note == f"it wrote {dtype} there, and these are some of its bits"

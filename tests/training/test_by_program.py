@@ -73,17 +73,23 @@ def vouched(case, steps=STEPS, **others):
     return trained(case, steps, engine="program", **others)
 
 
-@pytest.mark.sweep(every=4)
-@pytest.mark.parametrize("name", [name for name, make in CASES.items() if make().reason is None])
-def test_it_is_the_loop_by_hand(name):
+def as_by_hand(name, train):
+    """Train a case, and by hand: with the same bits, which replay. Return the run, and the case."""
     plain = anew(CASES[name])
     losses, state = by_hand(plain), state_of(plain)
     case = anew(CASES[name])
-    run = vouched(case)
+    run = train(case)
     assert list(run.losses["loss"]) == losses
     assert state_of(case) == state
-    assert function_of(run).by_program >= case.least
     assert run.verify(progress=False, processes=1).is_exact
+    return run, case
+
+
+@pytest.mark.sweep(every=4)
+@pytest.mark.parametrize("name", [name for name, make in CASES.items() if make().reason is None])
+def test_it_is_the_loop_by_hand(name):
+    run, case = as_by_hand(name, vouched)
+    assert function_of(run).by_program >= case.least
 
 
 @pytest.mark.sweep(every=3)
@@ -92,14 +98,7 @@ def test_where_no_program_can_run_it_that_is_refused_and_python_does(name):
     case = anew(CASES[name])
     with pytest.raises(TrainingError, match=re.escape(case.reason)):
         vouched(case)
-    plain = anew(CASES[name])
-    losses, state = by_hand(plain), state_of(plain)
-    case = anew(CASES[name])
-    run = trained(case)
-    assert list(run.losses["loss"]) == losses
-    assert state_of(case) == state
-    assert function_of(run) is None
-    assert run.verify(progress=False, processes=1).is_exact
+    assert function_of(as_by_hand(name, trained)[0]) is None
 
 
 def test_what_is_logged_besides_is_kept():
@@ -185,12 +184,8 @@ def test_programs_of_many_kinds_of_batches_share_a_limit_of_memory(monkeypatch):
     monkeypatch.setattr(acceleration, "MOST_BYTES", 0)
     let_go = []
     monkeypatch.setattr(StandIn, "let_go", noting(StandIn.let_go, let_go))
-    plain = anew(CASES["short_last_batch"])
-    losses, state = by_hand(plain), state_of(plain)
-    case = anew(CASES["short_last_batch"])
-    run = vouched(case)
+    run, case = as_by_hand("short_last_batch", vouched)
     assert len(let_go) > 5
-    assert (list(run.losses["loss"]), state_of(case)) == (losses, state)
     assert function_of(run).by_program >= case.least
 
 

@@ -11,9 +11,11 @@ from functools import partial
 
 import pytest
 import torch
+from tests.descent import descend, looped, trained
 from torch import nn
 
 import everystep
+from everystep.program.step_program import Program
 
 SCRIPT = """
 import torch
@@ -179,13 +181,7 @@ def test_what_differs_overflows_or_mixes_rows_is_shown_with_its_line(tmp_path, m
 
 
 def test_steps_that_torch_alone_takes_have_no_lines(tmp_path):
-    x = torch.randn(8, 3)
-    data = x, x.sum(1, keepdim=True)
-    model = nn.Linear(3, 1)
-    optimizer = torch.optim.Adam(model.parameters())
-    run = everystep.train(
-        model, data, loss=nn.MSELoss(), optimizer=optimizer, steps=3, run=tmp_path / "plain"
-    )
+    run = trained(nn.Linear(3, 1), (torch.randn(8, 3), torch.randn(8, 1)), steps=3, run=tmp_path / "run")
     assert {seen.line for seen in run[2].operations} == {None}
 
 
@@ -194,11 +190,8 @@ def test_a_step_function_has_the_lines_of_its_code(tmp_path):
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
 
     def step(batch):
-        optimizer.zero_grad()
         loss = model(batch).square().mean()
-        loss.backward()
-        optimizer.step()
-        return loss
+        return descend(optimizer, loss)
 
     parts, batches = {"model": model, "optimizer": optimizer}, [torch.randn(4, 3)] * 3
     run = everystep.train(step, batches, parts=parts, epochs=1, run=tmp_path / "function")
@@ -214,40 +207,27 @@ def test_a_file_that_has_changed_since_it_was_loaded_has_no_text(tmp_path, monke
     import changed
 
     os.utime(module, (2e9, 2e9))
-    model = nn.Linear(3, 1)
-    with everystep.record(model=model, run=tmp_path / "run") as recording:
-        for x in recording.steps([torch.randn(4, 3)] * 2):
-            recording.log(loss=changed.loss_of(model, x))
-    line = everystep.open(tmp_path / "run")[2].operations[0].line
+    run = looped(nn.Linear(3, 1), [torch.randn(4, 3)] * 2, changed.loss_of, optimizer=None)
+    line = run[2].operations[0].line
     assert (line.place.endswith("changed.py:2"), line.text) == (True, "")
 
 
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"above": 3}, "a line of code is called by a later one"),
-        ({"above": 0}, "a line of code is called by a later one"),
-        ({"text": "\x1b[31m"}, "String should match pattern"),
-        ({"file": "x" * 2000}, "at most 1000 characters"),
+        (lambda data: data["lines"][0].update(above=3), "a line of code is called by a later one"),
+        (lambda data: data["lines"][0].update(above=0), "a line of code is called by a later one"),
+        (lambda data: data["lines"][0].update(text="\x1b[31m"), "String should match pattern"),
+        (lambda data: data["lines"][0].update(file="x" * 2000), "at most 1000 characters"),
+        (lambda data: data["operations"][0].update(line=len(data["lines"])), "unknown line of code"),
+        (lambda data: data.update(lines=[]), "unknown line of code"),
     ],
 )
 def test_a_strangers_lines_are_checked(lined, change, problem):
-    from everystep.program.step_program import Program
-
     data = json.loads((lined[0].directory / "programs" / "1.json").read_text())
-    data["lines"][0] |= change
+    change(data)
     with pytest.raises(everystep.RunError, match=problem):
         Program.from_json(json.dumps(data))
-
-
-def test_an_operation_of_a_strangers_unknown_line_is_refused(lined):
-    from everystep.program.step_program import Program
-
-    data = json.loads((lined[0].directory / "programs" / "1.json").read_text())
-    for lines, line in ((data["lines"], len(data["lines"])), ([], 0)):
-        data["operations"] = [each | {"line": line} for each in data["operations"]]
-        with pytest.raises(everystep.RunError, match="unknown line of code"):
-            Program.from_json(json.dumps(data | {"lines": lines}))
 
 
 class Descent(torch.optim.Optimizer):
@@ -297,14 +277,11 @@ def test_generated_code_and_a_working_directory_that_is_gone_do_no_harm(tmp_path
             node.lineno = node.end_lineno = 0
     space = {}
     exec(compile(tree, "made", "exec"), space)
-    model = nn.Linear(3, 1)
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
     here.rmdir()
-    with everystep.record(model=model, run=tmp_path / "run") as recording:
-        for x in recording.steps([torch.randn(4, 3)] * 2):
-            recording.log(loss=space["loss_of"](model, x))
-    run = everystep.open(tmp_path / "run")
+    batches, options = [torch.randn(4, 3)] * 2, {"run": tmp_path / "run", "optimizer": None}
+    run = looped(nn.Linear(3, 1), batches, space["loss_of"], **options)
     assert run.verify(processes=1, progress=False).is_exact
     assert run[2].operations[0].line.file == "made"

@@ -7,11 +7,13 @@ import shutil
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
+from tests.descent import looped
 from tests.sealing import seal, seal_files, sql
 from tests.training import ranks_loops
 from torch import nn
@@ -441,25 +443,20 @@ def test_what_is_not_possible_is_refused_on_all_ranks(tmp_path):
     assert not (tmp_path / "runs/unshared").exists()
 
 
-def test_what_needs_one_process_is_refused(trained, tmp_path):
+def test_what_needs_one_process_is_refused(trained):
     runs, _, _ = trained
     run = everystep.open(runs / "plain")
-    with pytest.raises(everystep.RunError, match="was trained by 2 processes"):
-        run.fork(3, relabel={0: 1.0})
-    with pytest.raises(everystep.RunError, match="was trained by 2 processes"):
-        run.what_if(3, relabel={0: 1.0})
-    with pytest.raises(everystep.RunError, match="was trained by 2 processes"):
-        run.rerun(threads=2)
+    relabel = {"relabel": {0: 1.0}}
+    for ask in (partial(run.fork, 3, **relabel), partial(run.what_if, 3, **relabel), run.rerun):
+        with pytest.raises(everystep.RunError, match="was trained by 2 processes"):
+            ask()
     with pytest.raises(everystep.RunError, match=r"0\.weight is not the same on ranks 0 and 1"):
         everystep.record(run=runs / "other_weight", resume=True, model=nn.Linear(2, 1)).__enter__()
     with pytest.raises(everystep.RunError, match="fork it with 2 processes"):
         everystep.record(fork=runs / "plain", at=3, model=nn.Linear(2, 1)).__enter__()
     with pytest.raises(everystep.UsageError, match="has no ranks"):
-        model = nn.Linear(2, 1)
-        with everystep.record(run=tmp_path / "one", model=model) as recording:
-            for x in recording.steps([torch.ones(2)]):
-                recording.log(loss=model(x).sum())
-        recording.run.when("ranks differ")
+        one = looped(nn.Linear(2, 1), [torch.ones(2)], lambda model, x: model(x).sum(), optimizer=None)
+        one.when("ranks differ")
 
 
 @pytest.mark.parametrize("name", ["plain", "uneven"])

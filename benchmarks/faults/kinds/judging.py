@@ -14,7 +14,7 @@ from benchmarks.faults.kinds.sides import Kind, Place
 from everystep.answers import diff
 from everystep.views.comparisons import listed
 
-__all__ = ["Judgement", "all_kinds", "judged", "table"]
+__all__ = ["Judgement", "all_kinds", "judged", "place_of", "table"]
 
 #: All runs are short; on a busy machine, none may count as long.
 diff.THOROUGH_SECONDS = math.inf
@@ -56,7 +56,7 @@ def judged(kind: Kind) -> Judgement:
     seconds = time.perf_counter() - started
     parted = found.operation
     causes = tuple(parted.causes) if parted else ()
-    place = _place_of(found)
+    place = place_of(found)
     lines = tuple(map(str, listed(found)))
     said = f"step {parted.step}: {'; '.join(causes)}" if parted else "no operation differs"
     return Judgement(
@@ -95,7 +95,8 @@ def table(found: list[Judgement]) -> str:
     )
 
 
-def _place_of(found: diff.Difference) -> Place | None:
+def place_of(found: diff.Difference) -> Place | None:
+    """Return where two runs part, None where no operation differs."""
     if found.operation is None:
         return None
     observed = found.operation.one or found.operation.other

@@ -158,16 +158,9 @@ def _taken_by_python() -> Iterator[Kind]:
     rows: Any = (
         (AdamW, {"foreach": False}, "eps", (1e-8, 1.1e-8), 1, "aten.add_.Tensor", ()),
         (Adam, {"foreach": False}, "betas", ((0.9, 0.999), (0.9, 0.99)), 1, "aten.addcmul_.default", ()),
-        (
-            AdamW,
-            {"foreach": False},
-            "weight_decay",
-            (0.01, 0.02),
-            1,
-            "aten.mul_.Tensor",
-            ("other of aten.mul_ 0.9999 | 0.9998",),
-        ),
-    )
+        (AdamW, {"foreach": False}, "weight_decay", (0.01, 0.02), 1, "aten.mul_.Tensor",
+         ("other of aten.mul_ 0.9999 | 0.9998",)),
+    )  # fmt: skip
     for make, common, setting, pair, step, operator, more in rows:
         one, other = (
             Training(optimizer=_optimizer(make, common | {setting: value}), options=eager)
@@ -229,17 +222,10 @@ def _schedulers() -> Iterator[Kind]:
             *(f"an lr that is a tensor, fused {fused}", one, other, 1, place),
             ("Adam: lr 0.01 | 0.02", *also),
         )
-    yield Kind(
-        "a scheduler or none",
-        Training(),
-        Training(scheduler=partial(StepLR, step_size=3, gamma=0.5)),
-        4,
-        rate,
-        (
-            "GradientDescent: lr 0.05 | 0.025",
-            "scheduler: None | StepLR(step_size=3, gamma=0.5), every step",
-        ),
-    )
+    yield Kind("a scheduler or none", Training(),
+        Training(scheduler=partial(StepLR, step_size=3, gamma=0.5)), 4, rate,
+        ("GradientDescent: lr 0.05 | 0.025",
+         "scheduler: None | StepLR(step_size=3, gamma=0.5), every step"))  # fmt: skip
     one, other = (
         Training(
             scheduler=partial(ExponentialLR, gamma=0.5),

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from tests.descent import descend
 from torch import nn
 from torch.nn import functional
 from torch.optim import SGD, AdamW
@@ -117,14 +118,11 @@ class StepFunction:
 
         def step(batch: Any) -> torch.Tensor:
             x, y = batch
-            loss = functional.mse_loss(model(x.relu() if more else x), y)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
+            loss = descend(optimizer, functional.mse_loss(model(x.relu() if more else x), y))
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     average[name].mul_(decay).add_(parameter, alpha=1 - decay)
-            return loss
+            return loss  # type: ignore[no-any-return]
 
         parts = {"model": model, "optimizer": optimizer, "average": average}
         return everystep.train(step, data, parts=parts, steps=STEPS, progress=False)

@@ -50,16 +50,12 @@ class Hidden(nn.Module):
         return nn.functional.leaky_relu(x, self._slope)
 
 
-class Labelled(nn.Module):
+class Labelled(Hidden):
     """Has a number that it does not use, and another one that no public attribute shows."""
 
     def __init__(self, label: float, slope: float) -> None:
-        super().__init__()
+        super().__init__(slope)
         self.label = label
-        self._slope = slope
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.leaky_relu(x, self._slope)
 
 
 class Cast(nn.Module):
@@ -151,21 +147,12 @@ def _convolutions() -> Iterator[Kind]:
         more = ("0.bias of state 0: 4 of 4 numbers, ...",) * (setting == "groups")
         yield Kind(f"Conv2d {setting}", one, other, 1, place, (cause, *more))
     rows = (
-        (
-            "MaxPool2d kernel size",
-            "aten.max_pool2d_with_indices.default",
-            nn.MaxPool2d,
-            ({"kernel_size": 2, "stride": 2}, {"kernel_size": 3, "stride": 2}),
-            "kernel_size 2 | 3",
-        ),
-        (
-            "AvgPool2d count_include_pad",
-            "aten.avg_pool2d.default",
-            nn.AvgPool2d,
-            tuple({"kernel_size": 3, "padding": 1, "count_include_pad": on} for on in (True, False)),
-            "count_include_pad True | False",
-        ),
-    )
+        ("MaxPool2d kernel size", "aten.max_pool2d_with_indices.default", nn.MaxPool2d,
+         ({"kernel_size": 2, "stride": 2}, {"kernel_size": 3, "stride": 2}), "kernel_size 2 | 3"),
+        ("AvgPool2d count_include_pad", "aten.avg_pool2d.default", nn.AvgPool2d,
+         tuple({"kernel_size": 3, "padding": 1, "count_include_pad": on} for on in (True, False)),
+         "count_include_pad True | False"),
+    )  # fmt: skip
     for name, operator, make, options, causes in rows:
         one, other = (Training(partial(pooled, make, **each), images) for each in options)
         cause = f"module 1 {make.__name__}: {causes}"
@@ -190,30 +177,17 @@ def _structure() -> Iterator[Kind]:
     plain = lambda: nn.Sequential(nn.Linear(4, 8, bias=False), nn.Tanh(), nn.Linear(8, 3))  # noqa: E731
     yield Kind("a layer without bias", Training(tanh), Training(plain), 1,
         forward("0", "aten.addmm.default"), ("module 0 Linear: bias 'float32' | None",))  # fmt: skip
-    yield Kind(
-        "dtype of one layer",
-        Training(with_module(partial(Cast, torch.float32))),
-        Training(with_module(partial(Cast, torch.float64))),
-        1,
-        forward("1.inner", "aten.addmm.default"),
-        (
-            "one or more of: module 1.inner Linear: weight 'float32' | 'float64'; "
-            "module 1.inner Linear: bias 'float32' | 'float64'",
-        ),
-    )
-
-    one, other = Training(with_module(nn.Dropout)), Training(lambda: with_module(nn.Dropout)().eval())
-    yield Kind(
-        "a model in evaluation mode",
-        one,
-        other,
-        1,
-        forward("1", "aten.bernoulli_.float"),
-        (
-            "one or more of: module 1 Dropout: training True | False; "
-            "module 2 Linear: training True | False",
-        ),
-    )
+    yield from (
+        Kind("dtype of one layer", Training(with_module(partial(Cast, torch.float32))),
+            Training(with_module(partial(Cast, torch.float64))), 1,
+            forward("1.inner", "aten.addmm.default"),
+            ("one or more of: module 1.inner Linear: weight 'float32' | 'float64'; "
+             "module 1.inner Linear: bias 'float32' | 'float64'",)),
+        Kind("a model in evaluation mode", Training(with_module(nn.Dropout)),
+            Training(lambda: with_module(nn.Dropout)().eval()), 1, forward("1", "aten.bernoulli_.float"),
+            ("one or more of: module 1 Dropout: training True | False; "
+             "module 2 Linear: training True | False",)),
+    )  # fmt: skip
 
     def freeze(model: nn.Module, x: Tensor, y: Tensor) -> None:
         model[0].weight.requires_grad_(False)  # type: ignore[index]
@@ -256,21 +230,13 @@ def _within() -> Iterator[Kind]:
         return torch.randn(5, 4, 4), torch.randn(5, 4, 3)
 
     rows: Any = (
-        (
-            "norm_first of a transformer",
-            {"norm_first": False},
-            {"norm_first": True},
-            Place("forward", "1.self_attn", "aten.clone.default"),
-            ("module 1 TransformerEncoderLayer: norm_first False | True",),
-        ),
-        (
-            "eps of a norm in a transformer",
-            {},
-            {"layer_norm_eps": 1e-3},
-            Place("forward", "1.norm1", "aten.native_layer_norm.default"),
-            ("module 1.norm1 LayerNorm: eps 1e-05 | 0.001",),
-        ),
-    )
+        ("norm_first of a transformer", {"norm_first": False}, {"norm_first": True},
+         Place("forward", "1.self_attn", "aten.clone.default"),
+         ("module 1 TransformerEncoderLayer: norm_first False | True",)),
+        ("eps of a norm in a transformer", {}, {"layer_norm_eps": 1e-3},
+         Place("forward", "1.norm1", "aten.native_layer_norm.default"),
+         ("module 1.norm1 LayerNorm: eps 1e-05 | 0.001",)),
+    )  # fmt: skip
     for name, first, second, place, causes in rows:
         one, other = (Training(partial(attending, **each), sequences) for each in (first, second))
         yield Kind(name, one, other, 1, place, causes)

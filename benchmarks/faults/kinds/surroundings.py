@@ -92,16 +92,11 @@ def _random() -> Iterator[Kind]:
 
 
 def _forks() -> Iterator[Kind]:
-    yield Kind(
-        "lr of a fork",
-        Training(),
-        Training(after=lambda run: run.fork(5, lr=0.04, progress=False)),
-        6,
-        Place("update", None, "aten.mul.Tensor"),
-        ("GradientDescent: lr 0.05 | 0.04",),
-    )
     dropout = with_module(partial(nn.Dropout, 0.2))
     yield from (
+        Kind("lr of a fork", Training(),
+            Training(after=lambda run: run.fork(5, lr=0.04, progress=False)), 6,
+            Place("update", None, "aten.mul.Tensor"), ("GradientDescent: lr 0.05 | 0.04",)),
         Kind("batch size of a fork", Training(options=IN_BATCHES),
             Training(options=IN_BATCHES, after=lambda run: run.fork(5, batch_size=5, progress=False)),
             6, first_layer, ("batches: batch_size 6 | 5",)),
@@ -197,11 +192,7 @@ def _several() -> Iterator[Kind]:
     yield Kind("two slopes: the first", one, other, 1, place,
         ("module 1 LeakyReLU: negative_slope 0.01 | 0.02",))  # fmt: skip
     one, other = (
-        Training(
-            loss=nn.MSELoss,
-            optimizer=partial(SGD, lr=lr, foreach=False),
-            options={"max_grad_norm": clip},
-        )
+        Training(optimizer=partial(SGD, lr=lr, foreach=False), options={"max_grad_norm": clip})
         for lr, clip in ((0.05, 0.1), (0.06, 0.05))
     )
     yield Kind("lr and max_grad_norm: max_grad_norm", one, other, 1, update("aten.mul.Tensor"),
