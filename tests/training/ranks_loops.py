@@ -25,6 +25,8 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import everystep
 from everystep.cli import app
+from everystep.recording import snapshots
+from everystep.recording.recorder import Recorder
 from everystep.training import agreement, writer
 from everystep.training.job import Progress
 
@@ -604,6 +606,8 @@ def main(names):
     store = f"file://{os.environ['STORE']}" if "STORE" in os.environ else "env://"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
     kill = os.environ.get("KILL")
+    if "SNAPSHOTS" in os.environ:  # after each step, once some were timed
+        snapshots.REPLAY_SECONDS, snapshots.TIME_SHARE, Recorder.is_behind = 0.0, math.inf, False
     found = {}
     for name in names:
         case, options = globals().get(name) or partial(train_refused, name), {}

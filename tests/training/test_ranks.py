@@ -320,6 +320,22 @@ def test_a_killed_rank_ends_the_run_and_all_resume_to_the_same_bits(tmp_path, tr
         assert all(torch.equal(tensor, last[name]) for name, tensor in rank.parameters(-1).items())
 
 
+def test_a_state_that_one_rank_cannot_read_is_none_of_any(tmp_path, trained):
+    launched(tmp_path, ["epochs"], RECORDED="1", LEAVE="15", SNAPSHOTS="1")
+    place = tmp_path / "runs/epochs"
+    newest = max((place / "ranks/1/snapshots").iterdir())
+    (newest / "parameters.safetensors").write_bytes(b"altered")
+    found, errors = launched(tmp_path, ["epochs"], RESUME="1", RECORDED="1")
+    assert [each["epochs"][:1] for each in found] == [each["epochs"][:1] for each in trained[1]], errors
+    assert "continues after step 13" in errors and everystep.open(place).verify().is_exact
+    for file in place.glob("ranks/1/snapshots/*/parameters.safetensors"):
+        file.write_bytes(b"altered")
+    found, errors = launched(tmp_path, ["epochs"], RESUME="1", RECORDED="1")
+    for each in found:
+        assert "no state that all ranks can read: " in each["epochs"], errors
+        assert "ranks/1/snapshots/000000/parameters.safetensors was changed" in each["epochs"]
+
+
 @pytest.mark.parametrize(
     ("name", "stages"),
     [
