@@ -196,6 +196,37 @@ def local_steps(begin, rank):
     return trained_alone(begin, model, batches(rank), lambda number: None, average)
 
 
+def federated(begin, rank):
+    """Averages weights between two steps, and what a buffer counts while the recording is paused."""
+    torch.manual_seed(rank)
+    model = mlp()
+    model.register_buffer("count", torch.zeros(2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    (one, two, three, _), works = model.parameters(), []
+    with begin(model=model, optimizer=optimizer) as recording:
+        for x, y in batches(rank):
+            with recording.step((x, y)):
+                while works:
+                    works.pop().wait()
+                loss = nn.functional.mse_loss(model(x), y) + model.count.mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                with recording.paused():
+                    model.count.add_(rank)
+                    dist.all_reduce(model.count)
+                recording.log(loss=loss)
+            dist.broadcast(one, 0)
+            dist.broadcast(two.detach(), 1)
+            dist.broadcast(optimizer.state[three]["momentum_buffer"], 0)
+            if not rank:
+                time.sleep(0.02)  # the other rank is about to begin its next step
+            works.append(dist.broadcast(three, 0, async_op=True))
+        while works:
+            works.pop().wait()
+    return model
+
+
 def many_collectives(begin, rank):
     world = dist.get_world_size()
     model = nn.Linear(20, 4)

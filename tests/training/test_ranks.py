@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[2]
 TRAINED = [
     *("plain", "dropout", "batch_norm", "buckets", "views_of_buckets", "unused_parameters", "product"),
     *("accumulated", "by_hand", "read", "local_steps", "many_collectives", "lists", "uneven", "epochs"),
-    *("forked", "trained_model", "trained_step", "stale", "sparse"),
+    *("forked", "trained_model", "trained_step", "stale", "sparse", "federated"),
 ]
 REFUSED = {
     "other_parts": r"parts is \['network'\] on rank 0, and \['model'\] on rank 1",
