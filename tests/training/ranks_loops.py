@@ -9,12 +9,14 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
 import warnings
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -25,7 +27,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import everystep
 from everystep.cli import app
-from everystep.recording import snapshots
+from everystep.recording import directories, snapshots
 from everystep.recording.recorder import Recorder
 from everystep.training import agreement, writer
 from everystep.training.job import Progress
@@ -597,6 +599,15 @@ def unshared(begin, rank):
         begin(model=mlp()).__enter__()
     finally:
         agreement.RANKS, agreement.NOTICE_SECONDS = "ranks", 10
+
+
+def unbegun(begin, rank):
+    """A directory without a step, which takes long to remove."""
+    directories.shutil = SimpleNamespace(rmtree=lambda place: (time.sleep(0.2), shutil.rmtree(place)))
+    try:
+        return plain(begin, rank)
+    finally:
+        directories.shutil = shutil
 
 
 def full(begin, rank):

@@ -375,6 +375,12 @@ def test_another_number_of_processes_continues_a_run(tmp_path, name, stages):
         assert len(run) == 15 + 3 + 3
 
 
+def test_one_rank_removes_what_was_not_begun(tmp_path):
+    (tmp_path / "runs/unbegun/ranks/1").mkdir(parents=True)
+    found, errors = launched(tmp_path, ["unbegun"], RESUME="1", RECORDED="1")
+    assert found[0] == found[1] and everystep.open(tmp_path / "runs/unbegun").verify().is_exact, errors
+
+
 def test_a_rank_that_cannot_continue_a_run_ends_all(tmp_path):
     model = ranks_loops.mlp()
     with everystep.record(model=model, run=tmp_path / "runs/full") as recording:

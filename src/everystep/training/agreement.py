@@ -10,7 +10,7 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
@@ -151,6 +151,16 @@ class Agreement:
         for other, text in enumerate(problems):
             if text:
                 raise RunError(f"rank {other} cannot begin the run: {text}")
+
+    def of_first(self, ask: Callable[[], bool]) -> bool:
+        """Return what rank 0 alone finds, since it may change what all see on the disk.
+
+        Raises:
+            EverystepError: as `together`.
+        """
+        with self.together():
+            found = not self.rank and ask()
+        return bool(self._shared(found)[0])
 
     def _place_in(self, top: Path, parent: RecordedRun | None) -> Path:
         """Return the directory of this rank within that of rank 0, which this machine must see."""
