@@ -513,6 +513,8 @@ def test_a_run_without_one_of_its_ranks_does_not_replay(trained, tmp_path):
     shutil.rmtree(tmp_path / "plain/ranks/1")
     run = everystep.open(tmp_path / "plain")
     assert len(run.losses) == ranks_loops.STEPS
+    shown = RunIndex(tmp_path).run("plain")
+    assert about_data("plain", shown, Columns().of(shown), [])["snapshots"][0] == 0
     with pytest.raises(everystep.RunError, match="the run of one of them is missing"):
         run[3]
     (tmp_path / "plain/ranks/1").symlink_to(trained[0] / "plain/ranks/1")
