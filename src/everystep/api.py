@@ -23,6 +23,7 @@ from everystep.recording.directories import (
     create_directory,
     find_run,
     find_runs,
+    is_run,
     is_sweep,
     place_of,
     remove_unbegun,
@@ -393,6 +394,7 @@ def _start(
     In a function that a sweep calls, the first run without a name goes to the sweep, and continues there
     if it was begun; its config is the settings, unless it has one.
     """
+    from everystep.training.agreement import Agreement
     from everystep.training.description import facts_from
 
     # Only the first run of a call is the one of the sweep.
@@ -408,7 +410,8 @@ def _start(
         if place is None:
             raise UsageError("resume=True needs the run: run=...; or pass resume=RUN")
         # A run that was killed before its first state has nothing to continue: it begins again.
-        return place, None if remove_unbegun(place) else Run(place), user_facts
+        is_unbegun = Agreement().of_first(partial(remove_unbegun, place))
+        return place, None if is_unbegun or not is_run(place) else Run(place), user_facts
     if place is not None:
         raise UsageError("both run and resume name a run; pass one of them")
     return None, Run(find_run(resume)), user_facts

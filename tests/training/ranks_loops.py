@@ -9,12 +9,14 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
 import warnings
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -25,6 +27,8 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import everystep
 from everystep.cli import app
+from everystep.recording import directories, snapshots
+from everystep.recording.recorder import Recorder
 from everystep.training import agreement, writer
 from everystep.training.job import Progress
 
@@ -192,6 +196,37 @@ def local_steps(begin, rank):
             parameter.data /= dist.get_world_size()
 
     return trained_alone(begin, model, batches(rank), lambda number: None, average)
+
+
+def federated(begin, rank):
+    """Averages weights between two steps, and what a buffer counts while the recording is paused."""
+    torch.manual_seed(rank)
+    model = mlp()
+    model.register_buffer("count", torch.zeros(2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    (one, two, three, _), works = model.parameters(), []
+    with begin(model=model, optimizer=optimizer) as recording:
+        for x, y in batches(rank):
+            with recording.step((x, y)):
+                while works:
+                    works.pop().wait()
+                loss = nn.functional.mse_loss(model(x), y) + model.count.mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                with recording.paused():
+                    model.count.add_(rank)
+                    dist.all_reduce(model.count)
+                recording.log(loss=loss)
+            dist.broadcast(one, 0)
+            dist.broadcast(two.detach(), 1)
+            dist.broadcast(optimizer.state[three]["momentum_buffer"], 0)
+            if not rank:
+                time.sleep(0.02)  # the other rank is about to begin its next step
+            works.append(dist.broadcast(three, 0, async_op=True))
+        while works:
+            works.pop().wait()
+    return model
 
 
 def many_collectives(begin, rank):
@@ -566,6 +601,15 @@ def unshared(begin, rank):
         agreement.RANKS, agreement.NOTICE_SECONDS = "ranks", 10
 
 
+def unbegun(begin, rank):
+    """A directory without a step, which takes long to remove."""
+    directories.shutil = SimpleNamespace(rmtree=lambda place: (time.sleep(0.2), shutil.rmtree(place)))
+    try:
+        return plain(begin, rank)
+    finally:
+        directories.shutil = shutil
+
+
 def full(begin, rank):
     """The last rank has no room for its directory."""
     create = agreement.create_directory
@@ -604,6 +648,8 @@ def main(names):
     store = f"file://{os.environ['STORE']}" if "STORE" in os.environ else "env://"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
     kill = os.environ.get("KILL")
+    if "SNAPSHOTS" in os.environ:  # after each step, once some were timed
+        snapshots.REPLAY_SECONDS, snapshots.TIME_SHARE, Recorder.is_behind = 0.0, math.inf, False
     found = {}
     for name in names:
         case, options = globals().get(name) or partial(train_refused, name), {}

@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[2]
 TRAINED = [
     *("plain", "dropout", "batch_norm", "buckets", "views_of_buckets", "unused_parameters", "product"),
     *("accumulated", "by_hand", "read", "local_steps", "many_collectives", "lists", "uneven", "epochs"),
-    *("forked", "trained_model", "trained_step", "stale", "sparse"),
+    *("forked", "trained_model", "trained_step", "stale", "sparse", "federated"),
 ]
 REFUSED = {
     "other_parts": r"parts is \['network'\] on rank 0, and \['model'\] on rank 1",
@@ -322,6 +322,22 @@ def test_a_killed_rank_ends_the_run_and_all_resume_to_the_same_bits(tmp_path, tr
         assert all(torch.equal(tensor, last[name]) for name, tensor in rank.parameters(-1).items())
 
 
+def test_a_state_that_one_rank_cannot_read_is_none_of_any(tmp_path, trained):
+    launched(tmp_path, ["epochs"], RECORDED="1", LEAVE="15", SNAPSHOTS="1")
+    place = tmp_path / "runs/epochs"
+    newest = max((place / "ranks/1/snapshots").iterdir())
+    (newest / "parameters.safetensors").write_bytes(b"altered")
+    found, errors = launched(tmp_path, ["epochs"], RESUME="1", RECORDED="1")
+    assert [each["epochs"][:1] for each in found] == [each["epochs"][:1] for each in trained[1]], errors
+    assert "continues after step 13" in errors and everystep.open(place).verify().is_exact
+    for file in place.glob("ranks/1/snapshots/*/parameters.safetensors"):
+        file.write_bytes(b"altered")
+    found, errors = launched(tmp_path, ["epochs"], RESUME="1", RECORDED="1")
+    for each in found:
+        assert "no state that all ranks can read: " in each["epochs"], errors
+        assert "ranks/1/snapshots/000000/parameters.safetensors was changed" in each["epochs"]
+
+
 @pytest.mark.parametrize(
     ("name", "stages"),
     [
@@ -359,6 +375,12 @@ def test_another_number_of_processes_continues_a_run(tmp_path, name, stages):
         torch.testing.assert_close(run.parameters(-1), one.parameters(-1), rtol=1e-5, atol=1e-7)
     elif processes == 4:  # a quarter of the second epoch has less than one of its three batches now
         assert len(run) == 15 + 3 + 3
+
+
+def test_one_rank_removes_what_was_not_begun(tmp_path):
+    (tmp_path / "runs/unbegun/ranks/1").mkdir(parents=True)
+    found, errors = launched(tmp_path, ["unbegun"], RESUME="1", RECORDED="1")
+    assert found[0] == found[1] and everystep.open(tmp_path / "runs/unbegun").verify().is_exact, errors
 
 
 def test_a_rank_that_cannot_continue_a_run_ends_all(tmp_path):
@@ -488,6 +510,8 @@ def test_a_run_without_one_of_its_ranks_does_not_replay(trained, tmp_path):
     shutil.rmtree(tmp_path / "plain/ranks/1")
     run = everystep.open(tmp_path / "plain")
     assert len(run.losses) == ranks_loops.STEPS
+    shown = RunIndex(tmp_path).run("plain")
+    assert about_data("plain", shown, Columns().of(shown), [])["snapshots"][0] == 0
     with pytest.raises(everystep.RunError, match="the run of one of them is missing"):
         run[3]
     (tmp_path / "plain/ranks/1").symlink_to(trained[0] / "plain/ranks/1")

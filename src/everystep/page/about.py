@@ -56,7 +56,8 @@ def about_data(
         "is_of_loop": training.loop is not None,
         "layers": _telling_layers(training.modules),
         "settings": settings or {},
-        "snapshots": run.snapshots,
+        # Of this rank alone: a run shows what is sound, also where another rank is missing.
+        "snapshots": [row.step for row in run.own_snapshot_rows()],
         # Looking for damage reads files: once for as long as the run does not change.
         "damage": columns.remembered("damage", lambda: run.damage),
     }

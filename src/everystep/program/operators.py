@@ -219,8 +219,13 @@ def out_variant(operator: Any) -> tuple[Any, tuple[str, ...]] | None:
 
 @cache
 def writes(operator: Any) -> tuple[str, ...]:
-    """Return the names of the arguments that the operator writes into, in their order."""
+    """Return the names of the arguments that the operator writes into, in their order.
+
+    Those of torch's collectives declare nothing, and all of their tensors may be written.
+    """
     schema = operator._schema
+    if schema.name.startswith("c10d::"):
+        return tuple(a.name for a in schema.arguments)
     undeclared = _UNDECLARED_WRITES.get(schema.name.removeprefix("aten::"), ())
     declared = (a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write)
     known = {*declared, *undeclared}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -13,7 +14,8 @@ from everystep.errors import UsageError
 from everystep.program.collectives import COLLECTIVES
 
 __all__ = [
-    *("CollectiveCall", "finish_calls", "has_ranks", "how_collective", "shows_reductions", "works_of"),
+    *("CollectiveCall", "exchanging_methods", "finish_calls", "has_ranks", "how_collective"),
+    *("note_works", "shows_reductions", "works_of"),
 ]
 
 #: The work of calls that the loop may wait for later, even in another step.
@@ -61,10 +63,21 @@ def works_of(result: Any) -> list[Any]:
     return [torch.distributed.Work.unbox(each) for each in boxed if "Work" in str(each._type())]
 
 
-def finish_calls() -> None:
-    """Wait for the end of all calls to other ranks, which write into their tensors until then."""
-    while _under_way:
-        _under_way.pop().wait()
+def exchanging_methods() -> dict[str, Any]:
+    """Return the methods by which groups of processes write into tensors, which torch does not count."""
+    methods = vars(torch.distributed.ProcessGroup) if has_ranks() else {}
+    return {name: method for name, method in methods.items() if _EXCHANGING.search(name)}
+
+
+def note_works(works: Sequence[Any]) -> None:
+    """Note works that have begun. Ranks may begin those of several groups in different orders."""
+    _under_way[:] = [work for work in _under_way if not work.is_completed()] + [*works]
+
+
+def finish_calls(works: list[Any] = _under_way) -> None:
+    """Wait for the end of calls to other ranks, which write into their tensors until then."""
+    while works:
+        works.pop().wait()
 
 
 def shows_reductions() -> bool:
@@ -91,8 +104,7 @@ class CollectiveCall:
     def __call__(self, name: str, arguments: tuple[Any, ...]) -> None:
         """Make the call, in place of the operator."""
         self.result = self._call()
-        # Not waited for here: ranks may begin those of several groups in different orders.
-        _under_way[:] = [work for work in _under_way if not work.is_completed()] + works_of(self.result)
+        note_works(works_of(self.result))
 
 
 def _ranks(group: Any) -> list[int]:
@@ -140,6 +152,7 @@ _TRANSLATED: dict[str, tuple[str, Callable[[dict[str, Any]], tuple[Any, ...]]]] 
         ),
     ),
 }
+_EXCHANGING = re.compile("broadcast|gather|reduce|scatter|all_?to_?all|recv")
 #: They pass tensors between two ranks, which need not do so in the same order.
 _BETWEEN_TWO = {"send", "recv_", "recv_any_source_"}
 _BARRIERS = {"barrier", "monitored_barrier_"}

@@ -32,7 +32,7 @@ from everystep.program.operators import (
 from everystep.step.backward import BackwardPasses
 from everystep.step.call_checks import MISS, check_of, check_of_views, loose_tokens
 from everystep.step.calling_code import named_here
-from everystep.step.collective_calls import CollectiveCall, how_collective, works_of
+from everystep.step.collective_calls import CollectiveCall, finish_calls, how_collective, works_of
 from everystep.step.follow import Follower
 from everystep.step.known_operators import (
     JOINING,
@@ -95,7 +95,10 @@ class Cursor(UnderWay):
         is_new = expected is None or expected.func is not func
         if self.is_paused or (is_new and func.namespace in _NO_OPERATIONS):
             try:
-                return func._op(*args, **(kwargs or {}))  # without a call of Python's between
+                result = func._op(*args, **(kwargs or {}))  # without a call of Python's between
+                if is_new and func.namespace == "c10d":
+                    finish_calls(works_of(result))
+                return result
             finally:
                 # A replay does not repeat a pause, so what it changes is kept by content.
                 if self.is_paused and writes(func):
@@ -542,13 +545,10 @@ class Cursor(UnderWay):
         before = [tensor for tensor in leaves([*args, *keywords.values()]) if is_plain(tensor)]
         versions = [(tensor, version_of(tensor)) for tensor in before]
         result = func(*args, **keywords)
-        others = []
-        if func.namespace == "c10d":  # their schemas do not declare what they write
-            for work in works_of(result):  # its tensors are read next
-                work.wait()
-            others = before
+        if func.namespace == "c10d":  # its tensors are read next
+            finish_calls(works_of(result))
         changed = _written(func, known.writes or writes(func), args, keywords)
-        changed += [tensor for tensor, version in versions if version_of(tensor) != version] + others
+        changed += [tensor for tensor, version in versions if version_of(tensor) != version]
         if changed or func._schema.returns:  # an assertion leaves nothing to keep
             self.unseen[f"{func} {reason}"] = self.unseen.get(f"{func} {reason}", 0) + 1
         # A tensor made of others may write into them below autograd, where torch does not count.

@@ -2,9 +2,10 @@
 
 torch has no hook where `backward` and `grad` start the engine (`torch.autograd._engine_run_backward`);
 where `tensor.data = other` gives a tensor other memory; where `numpy` and `tolist` read memory within a
-step; and where code between two steps takes `tensor.data` or `tensor.numpy()`: torch does not count what
-is written into them. No call of the dispatcher shows these, so the functions are replaced. They belong
-to the process, but a follower to its thread: in others, they do what torch's do.
+step; and where code between two steps takes `tensor.data` or `tensor.numpy()`, or passes a tensor to
+other processes: torch does not count what is written into them. No call of the dispatcher shows these,
+so the functions are replaced. They belong to the process, but a follower to its thread: in others, they
+do what torch's do.
 
 Each optimizer marks its time for a profiler. That is no operation, and no mode sees it meanwhile.
 """
@@ -34,6 +35,7 @@ from everystep.errors import Fault, UsageError
 from everystep.program.operators import leaves
 from everystep.program.step_program import Phase
 from everystep.step.calling_code import is_called_in
+from everystep.step.collective_calls import exchanging_methods, note_works
 from everystep.step.mode_formulas import ModeFormulas
 
 __all__ = [
@@ -347,6 +349,9 @@ class _Replacement:
         self._own = {name: vars(torch.Tensor).get(name) for name in _READING}
         for name in _READING:
             setattr(torch.Tensor, name, _noted(getattr(torch.Tensor, name)))
+        self._exchanging = exchanging_methods()
+        for name, method in self._exchanging.items():
+            setattr(torch.distributed.ProcessGroup, name, _exchanging(method))
 
     def remove(self) -> None:
         """Restore torch's functions."""
@@ -356,6 +361,8 @@ class _Replacement:
                 delattr(torch.Tensor, name)
             else:
                 setattr(torch.Tensor, name, function)
+        for name, method in self._exchanging.items():
+            setattr(torch.distributed.ProcessGroup, name, method)
         torch.autograd._engine_run_backward = _engine  # type: ignore[attr-defined]
         del torch.Tensor.data
 
@@ -394,6 +401,21 @@ def _noted(read: Callable[..., Any]) -> Callable[..., Any]:
         elif not str(sys._getframe(1).f_globals.get("__name__")).startswith("everystep."):
             _expose(tensor)
         return read(tensor, *args, **kwargs)
+
+    return noted
+
+
+def _exchanging(exchange: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method of groups of processes that reports the tensors that it may write into."""
+
+    def noted(group: Any, *args: Any, **kwargs: Any) -> Any:
+        if _watch() is not None:
+            return exchange(group, *args, **kwargs)
+        for tensor in leaves([*args, *kwargs.values()]):
+            _expose(tensor)
+        work = exchange(group, *args, **kwargs)
+        note_works([work])
+        return work
 
     return noted
 

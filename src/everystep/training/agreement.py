@@ -10,7 +10,7 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
@@ -69,7 +69,7 @@ class Agreement:
         self.rank, self.count = (0, 1) if ranks is None else (ranks.rank, ranks.count)
         if ranks is None:
             return
-        self._number = next(_numbers)
+        self._number, self._exchanges = next(_numbers), count()
         if not shows_reductions():
             raise UsageError(
                 f"torch {torch.__version__} does not show which reduction several processes compute; "
@@ -88,7 +88,7 @@ class Agreement:
             UsageError: another rank begins a different one.
         """
         # The same list on every rank, so all of them raise, or none.
-        given = [dict(each) for each in self._shared("about", dict(about))]
+        given = [dict(each) for each in self._shared(dict(about))]
         for rank, each in enumerate(given):
             # A rank that sees no run to resume begins one, which differs in all else, too.
             for key in sorted({**given[0], **each}, key=lambda key: not key.startswith(_RUN)):
@@ -122,8 +122,8 @@ class Agreement:
                         top = str(place.resolve())
                     finally:
                         # The others wait for an answer, also if there is no directory.
-                        self._shared("directory", top)
-                elif top := self._shared("directory", "")[0]:
+                        self._shared(top)
+                elif top := self._shared("")[0]:
                     place = create_directory(self._place_in(Path(top), parent), name)
         except RunError:
             # It holds those of the other ranks.
@@ -145,12 +145,22 @@ class Agreement:
         except EverystepError as problem:
             error = problem
         # Before raising: the others wait for this rank's answer.
-        problems = self._shared("begun", "" if error is None else str(error))
+        problems = self._shared("" if error is None else str(error))
         if error is not None:
             raise error
         for other, text in enumerate(problems):
             if text:
                 raise RunError(f"rank {other} cannot begin the run: {text}")
+
+    def of_first(self, ask: Callable[[], bool]) -> bool:
+        """Return what rank 0 alone finds, since it may change what all see on the disk.
+
+        Raises:
+            EverystepError: as `together`.
+        """
+        with self.together():
+            found = not self.rank and ask()
+        return bool(self._shared(found)[0])
 
     def _place_in(self, top: Path, parent: RecordedRun | None) -> Path:
         """Return the directory of this rank within that of rank 0, which this machine must see."""
@@ -165,25 +175,34 @@ class Agreement:
         return rank_directory(top, self.rank) if parent is None else top / parent.within
 
     def continued(self, own: R) -> R:
-        """Return the run of this rank, which continues from a state that all ranks have."""
+        """Return the run of this rank, which continues from a state that all ranks have, and can read.
+
+        Raises:
+            RunError: they have none.
+        """
         if self.ranks is None:
             return own
         states = [row.step for row in own.own_snapshot_rows()]
-        known = self._shared("states", [states, own.newest_step()])
         # A kill ends the ranks at different steps, and with different states on the disk.
-        of_all, steps = zip(*known, strict=True)
-        own.common_states = frozenset.intersection(*map(frozenset, of_all))
+        of_all, steps = zip(*self._shared([states, own.newest_step()]), strict=True)
         own.common_steps = min(steps)
+        own.common_states = frozenset.intersection(*map(frozenset, of_all))
+        # A resume begins with one of the two newest, and one that a rank cannot read is none of any.
+        while lost := [each for found in self._shared(_unreadable(own, newest=2)) for each in found]:
+            own.common_states -= {step for step, _ in lost}
+            if not own.common_states:
+                reason = "; ".join(problem for _, problem in lost)
+                raise RunError(f"{own.name} has no state that all ranks can read: {reason}")
         return own
 
-    def _shared(self, topic: str, value: Any) -> list[Any]:
+    def _shared(self, value: Any) -> list[Any]:
         """Give a value to the other ranks, and return those of all, in order."""
         if self.ranks is None:
             return [value]
         # torch has no public way to reach the store that init_process_group was given, or has made.
         store = torch.distributed.distributed_c10d._get_default_store()
-        # By the number of the recording: the store lives as long as the processes do.
-        key = f"everystep/{self._number}/{topic}"
+        # The store lives as long as the processes do, and all ranks exchange in the same order.
+        key = f"everystep/{self._number}/{next(self._exchanges)}"
         found = []
         try:
             store.set(f"{key}/{self.rank}", json.dumps(value))
@@ -212,6 +231,16 @@ class Agreement:
                     "call everystep.record"
                 )
             time.sleep(0.01)
+
+
+def _unreadable(run: RecordedRun, newest: int) -> list[tuple[int, str]]:
+    """Return which of the newest states cannot be read, with the reasons. newest: how many to read."""
+    found = []
+    for step in [step for step in run.snapshots if step <= (run.common_steps or 0)][-newest:]:
+        problems: list[str] = []
+        if run.state_near(step, after=step - 1, on_problem=problems.append) is None:
+            found.append((step, problems[0]))
+    return found
 
 
 def check_stops_together(setting: str, cure: str) -> None:

@@ -75,7 +75,8 @@ class LoopStart:
             parent, at = self.fork
             return self._forked(run_to_fork(parent, at, agreement), at, parts, place, agreement)
         if self.resumed is not None:
-            return self._continued(run_to_continue(self.resumed, agreement), parts, place)
+            run = run_to_continue(self.resumed, agreement)
+            return self._continued(run, parts, place, agreement)
         directory = agreement.directory(self.directory, "loop")
         whole = PartsState(parts)
         # Both have the random generators as they are now, and nothing between them draws.
@@ -128,77 +129,80 @@ class LoopStart:
         fork = ForkFacts(parent=parent.name, directory=str(parent.directory), at=at, changed={})
         directory = agreement.directory(self.directory, f"{parent.name}-fork", parent)
         try:
-            begin = parent.state_near(0)
-            if begin is not None:
-                count = f"once recording.step_count is {at}"
-                cure = f"pass the parts as they were then, and change what should differ {count}"
-                PartsState(parts).check_begins_as(begin, cure)
-            facts = Facts(name=directory.name, started=now(), steps=at, trained=trained, fork=fork)
-            # First a whole run of the parent's steps, which is then resumed as any other.
-            Recorder(directory, facts, self.snapshot_budget, parent, at, self.batch_budget).finish({})
+            with agreement.together():
+                begin = parent.state_near(0)
+                if begin is not None:
+                    count = f"once recording.step_count is {at}"
+                    cure = f"pass the parts as they were then, and change what should differ {count}"
+                    PartsState(parts).check_begins_as(begin, cure)
+                facts = Facts(name=directory.name, started=now(), steps=at, trained=trained, fork=fork)
+                # First a whole run of the parent's steps, which is then resumed as any other.
+                Recorder(directory, facts, self.snapshot_budget, parent, at, self.batch_budget).finish(
+                    {}
+                )
             run = agreement.continued(RecordedRun(directory))
-            return self._continued(run, parts, place, is_new=True)
+            return self._continued(run, parts, place, agreement)
         except BaseException:
             shutil.rmtree(directory, ignore_errors=True)  # made just now, and not started
             raise
 
     def _continued(
-        self, run: RecordedRun, parts: Parts, place: LoaderPosition, *, is_new: bool = False
+        self, run: RecordedRun, parts: Parts, place: LoaderPosition, agreement: Agreement
     ) -> LoopWriter:
         """Continue a run from its second newest snapshot, if there is one.
 
         The state at the newest is then compared, which shows that no part of the loop is missing.
-
-        is_new: the run is a fork that has just been made.
         """
+        is_new = self.fork is not None  # and has just been made
         # A new fork has nothing to discard: its steps up to the fork are its parent's. Another number of
         # processes has other batches, so nothing can be compared.
         is_accepted = (self.is_accepted and not is_new) or run.others is not None
-        whole, before = PartsState(parts), run.facts
-        _check_is_loop(run, "resume it with everystep resume")
-        trained = facts_of_loop(parts)
-        changed = accepted_changes(run, trained, is_accepted=self.is_accepted and not is_new)
-        # Steps that not all ranks have are taken again, and none of them is kept of one rank alone.
-        recorded = run.newest_step() if run.common_steps is None else run.common_steps
-        problems: list[str] = []
-        # Where a snapshot is damaged, an older one serves as well.
-        state = run.state_near(recorded, on_problem=problems.append)
-        if state is None:
-            reason = "; ".join(problems) or "the training ended before it wrote one"
-            raise RunError(
-                f"{run.name} has no readable snapshot to continue from: {reason}; record it again"
-            )
-        check_rules(run, state.step)
-        begun = 0 if before.fork is None else before.fork.at
-        if is_accepted and state.step < begun:
-            raise RunError(
-                f"{run.name} cannot discard steps of its parent: it has no snapshot from step "
-                f"{begun:,} on; fork the parent again"
-            )
-        at, later = (state.step, None) if is_accepted else (recorded, state)
-        # Not from before a change of settings: the steps up to `later` would be others.
-        earlier = run.state_near(state.step - 1, on_problem=problems.append)
-        since = run.stretches[stretch_at(run.stretches, recorded)].first - 1
-        # A fork at a snapshot begins there: its loop may have other settings from its first step on.
-        is_there = is_new and state.step == recorded
-        if later is None or earlier is None or earlier.step < since or is_there:
-            later = None
-        else:
-            state = earlier
-        resumed = resume_facts(run, at, changed)
-        # Unchanged facts are left out, so that the recorder keeps those of the run.
-        if changed:
-            facts = facts_resumed(run, trained, at, resumed)
-        else:
-            facts = Facts(resumed=(*before.resumed, *([] if is_new else [resumed])), finished=None)
-        facts, goal = facts.model_copy(update=dict(self.user_facts)), _goal(run, state)
-        taken_by = run.stretches[stretch_at(run.stretches, state.step)].facts.processes
-        if goal is not None and (taken_by == trained.processes or not state.step):
-            goal = goal.model_copy(update={"size": None})
-        elif goal is not None and goal.size is None:  # the epoch begins again
-            goal = goal.model_copy(update={"taken": 0})
-        # Before the recorder opens the run: if the parts do not fit, nothing was written.
-        whole.restore(state)
+        with agreement.together():  # nothing is written before all ranks know that they can continue
+            whole, before = PartsState(parts), run.facts
+            _check_is_loop(run, "resume it with everystep resume")
+            trained = facts_of_loop(parts)
+            changed = accepted_changes(run, trained, is_accepted=self.is_accepted and not is_new)
+            # Steps that not all ranks have are taken again, and none of them is kept of one rank alone.
+            recorded = run.newest_step() if run.common_steps is None else run.common_steps
+            problems: list[str] = []
+            # Where a snapshot is damaged, an older one serves as well.
+            state = run.state_near(recorded, on_problem=problems.append)
+            if state is None:
+                reason = "; ".join(problems) or "the training ended before it wrote one"
+                raise RunError(
+                    f"{run.name} has no readable snapshot to continue from: {reason}; record it again"
+                )
+            check_rules(run, state.step)
+            begun = 0 if before.fork is None else before.fork.at
+            if is_accepted and state.step < begun:
+                raise RunError(
+                    f"{run.name} cannot discard steps of its parent: it has no snapshot from step "
+                    f"{begun:,} on; fork the parent again"
+                )
+            at, later = (state.step, None) if is_accepted else (recorded, state)
+            # Not from before a change of settings: the steps up to `later` would be others.
+            earlier = run.state_near(state.step - 1, on_problem=problems.append)
+            since = run.stretches[stretch_at(run.stretches, recorded)].first - 1
+            # A fork at a snapshot begins there: its loop may have other settings from its first step on.
+            is_there = is_new and state.step == recorded
+            if later is None or earlier is None or earlier.step < since or is_there:
+                later = None
+            else:
+                state = earlier
+            resumed = resume_facts(run, at, changed)
+            # Unchanged facts are left out, so that the recorder keeps those of the run.
+            if changed:
+                facts = facts_resumed(run, trained, at, resumed)
+            else:
+                facts = Facts(resumed=(*before.resumed, *([] if is_new else [resumed])), finished=None)
+            facts, goal = facts.model_copy(update=dict(self.user_facts)), _goal(run, state)
+            taken_by = run.stretches[stretch_at(run.stretches, state.step)].facts.processes
+            if goal is not None and (taken_by == trained.processes or not state.step):
+                goal = goal.model_copy(update={"size": None})
+            elif goal is not None and goal.size is None:  # the epoch begins again
+                goal = goal.model_copy(update={"taken": 0})
+            # Before the recorder opens the run: if the parts do not fit, nothing was written.
+            whole.restore(state)
         # With those of groups that came or went on the way; each as of the last step with a change.
         names = filter(run.facts.training.is_setting, run.measurement_names)
         noted = ((name, *each) for name in names for each in run.measured(name).items())

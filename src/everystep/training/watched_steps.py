@@ -24,6 +24,7 @@ from everystep.recording.contents import PROGRAM, SIZES, digest_of, packed_progr
 from everystep.recording.input_writer import Taken
 from everystep.recording.recorder import Recorder
 from everystep.step.build import BuiltPath, NotCapturableError, Origins, build_path
+from everystep.step.collective_calls import finish_calls
 from everystep.step.cursor import Cursor
 from everystep.step.follow import Follower
 from everystep.step.gradient_copies import GradientCopies
@@ -423,6 +424,7 @@ class WatchedSteps:
 
     def _written_unseen(self, state: Mapping[str, Tensor]) -> list[str]:
         """Return the names of tensors that code between two steps has written into without a count."""
+        finish_calls()
         exposed = [(name, digest) for name, digest in self._exposed.items() if name in state]
         return [name for name, digest in exposed if digest_of(state[name]) != digest]
 
