@@ -217,7 +217,7 @@ class SnapshotPlan:
     step is kept: of the states before others, only the two newest stay, with which a resume begins.
     """
 
-    budget: int
+    budget: float
     interval: int | None = None
     kept: dict[int, int] = field(default_factory=dict)
     pinned: set[int] = field(default_factory=lambda: {0})

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from everystep.errors import RecordingError, RunError, UsageError, say
+from everystep.errors import RecordingError, RunError, UsageError, kind_text, say
 from everystep.program.operation import path_faults
 from everystep.recording.facts import check_measurement_names
 from everystep.recording.recorded_run import RecordedRun
@@ -619,6 +619,4 @@ def _number(name: str, value: Any) -> float | Tensor:
     with suppress(TypeError, ValueError, OverflowError):
         if not isinstance(value, _NO_NUMBERS):
             return float(value)
-    raise UsageError(
-        f"log: {name} is a {type(value).__name__}; log a number, or a tensor with one element"
-    )
+    raise UsageError(f"log: {name} is {kind_text(value)}; log a number, or a tensor with one element")
