@@ -66,6 +66,25 @@ def test_numbers_of_numpy_and_torch_are_numbers(run):
         run.verify(process=2)
 
 
+def test_a_recording_is_not_lost_to_a_wrong_argument():
+    """A reason that is no text made a run that could not be opened; epochs of NumPy lost its steps."""
+    model = torch.nn.Linear(2, 1)
+    with everystep.record(model=model) as recording:
+        for wrong, said in (
+            (lambda: recording.stop(5), "reason: must be a text, not 5"),
+            (lambda: recording.epochs(2.5), "count: must be an integer or None, not 2.5"),
+            (lambda: recording.steps(5), "batches: must be a list, not 5"),
+            (lambda: recording.log(torch.tensor(0.0)), "numbers by name, log(loss=loss), not a Tensor"),
+        ):
+            with pytest.raises(UsageError) as error:
+                wrong()
+            assert said in str(error.value)
+        for _ in recording.epochs(np.int64(2)):
+            for batch in recording.steps([torch.ones(3, 2)] * 2):
+                recording.log(loss=model(batch).sum())
+    assert len(everystep.open(recording.run.name)) == 4 and recording.run.status == "finished"
+
+
 def test_every_public_function_is_checked():
     functions = [getattr(everystep, name) for name in everystep.__all__ if name[0].islower()]
     methods = [getattr(Run, name) for name in dir(Run) if name in Run.__dict__]

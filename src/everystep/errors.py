@@ -188,9 +188,9 @@ def named(things: Sequence[object], most: int = NAMED) -> str:
 
 
 def kind_text(value: object) -> str:
-    """Return the class of a value, with an article: `an int`."""
+    """Return the class of a value, with an article: `an int`; None as such."""
     name = type(value).__name__
-    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
+    return "None" if value is None else f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
 def value_text(value: object) -> str:

@@ -13,7 +13,7 @@ import ast
 import inspect
 import operator
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache, wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -99,6 +99,12 @@ def _if(is_one: Callable[[Any], bool]) -> Callable[[Any], Any]:
     return lambda value: value if is_one(value) else _NOT
 
 
+def _is_list(value: Any) -> bool:
+    # As `iter` takes it; the items of a text would be its letters.
+    is_one = hasattr(value, "__iter__") or hasattr(value, "__getitem__")
+    return is_one and not isinstance(value, str | bytes | type)
+
+
 def _word(wanted: str) -> Callable[[Any], Any]:
     return _if(lambda value: isinstance(value, str) and value == wanted)
 
@@ -121,8 +127,7 @@ _KINDS: dict[str, Kind] = {
     "Callable": ("a function", _if(callable)),
     "Callable[[Any, Any], Tensor]": ("a loss, such as torch.nn.MSELoss()", _if(callable)),
     "Mapping": ("a dict", _if(lambda value: isinstance(value, Mapping))),
-    # The items of a text would be its letters.
-    "Iterable": ("a list", _if(lambda each: isinstance(each, Iterable) and not hasattr(each, "strip"))),
+    "Iterable": ("a list", _if(_is_list)),
     "Run": ("a run: everystep.open(RUN)", _of_class("Run")),
     "Experiment": ("an experiment", _of_class("Experiment")),
     "Progress": ("an object that watches the training", _if(lambda value: hasattr(value, "begin"))),
