@@ -374,7 +374,7 @@ def test_other_numbers_for_python_and_unknown_rates_are_reported(tmp_path, run):
         with pytest.raises(UsageError, match="pass one of these: rows to leave out"):
             run.what_if(4, lr=0.5, **other, progress=False)
     for wrong in ({"relabel": [{2: 1}]}, {"without_rows": [1.5]}, {"without_rows": 3}, {"lr": "low"}):
-        with pytest.raises(UsageError, match="pass rows as a list of whole numbers|must be a"):
+        with pytest.raises(UsageError, match=r"pass rows as a list of whole numbers|must be a"):
             run.what_if(4, **wrong, progress=False)
     for rate in (-1.0, float("nan"), float("inf")):
         with pytest.raises(UsageError, match=f"lr is {rate:g}; pass learning rates from 0 on"):
