@@ -146,7 +146,7 @@ def train(
     batch_budget: float = DEFAULT_BATCH_BUDGET,
     keep: str | Sequence[tuple[int, int]] | None = None,
     dataset_limit: float | None = None,
-    progress: bool = True,
+    progress: bool | Progress = True,
 ) -> Run:
     """Train a live model in place, record every step, and return the run.
 
@@ -205,7 +205,7 @@ def train(
         batch_budget: maximum bytes of batches to keep for a step function, as in `record`.
         keep: the steps of a step function that open afterwards, as in `record`.
         dataset_limit: maximum bytes of a Dataset as tensors; default: 2 GB.
-        progress: show a progress bar if stderr is a terminal.
+        progress: show a progress bar if stderr is a terminal; or an object that watches the training.
 
     Raises:
         UsageError: an argument is invalid; lists every error with a fix.
