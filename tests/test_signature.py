@@ -25,10 +25,13 @@ def test_an_argument_of_the_wrong_type_is_named_with_what_it_must_be(run):
         (lambda: everystep.record(tags=5), "tags: must be a list, not 5"),
         (lambda: everystep.record(at=True), "at: must be an integer or None, not True"),
         (lambda: everystep.record(batch_budget=float("nan")), "a number of at least 0, not nan"),
-        (lambda: everystep.train_experiment("wine", 5), "settings: must be a dict or None, not 5"),
+        (
+            lambda: everystep.train_experiment("wine", 5),
+            "must be a dict with text keys or None, not 5",
+        ),
         (
             lambda: everystep.train_experiment(None),
-            "experiment: must be a text, a path, a dict or an exp",
+            "a text, a path, a dict with text keys or an exp",
         ),
         (lambda: everystep.sweep("wine", {}, processes=0), "an integer of at least 1 or None, not 0"),
         (
@@ -44,6 +47,9 @@ def test_an_argument_of_the_wrong_type_is_named_with_what_it_must_be(run):
         (lambda: run.what_if(1, lr=1e-3, by=5), "by: must be a text, not 5"),
         (lambda: run.plot(measurements="loss"), "measurements: must be a list, not 'loss'"),
         (lambda: run.table(5), "rows: must be an integer of at least 100, not 5"),
+        (lambda: run.table().save(5), "path: must be a text or a path, not 5"),
+        (lambda: run.rerun(compare=["two-layer-1"]), "compare: must be a list of runs, not ['two-"),
+        (lambda: everystep.sweep("wine", {5: [1]}), "settings: must be a dict with text keys"),
         (lambda: run[1].why(5), "expression: must be a text, not 5"),
         (lambda: run.why(1, "loss", back=-1), "back: must be an integer of at least 0, not -1"),
     ):

@@ -275,7 +275,7 @@ class Run(RecordedRun):
         capability: str | None = None,
         mkl: str | None = None,
         precision: Literal["float64", "bfloat16"] | None = None,
-        python: str | None = None,
+        python: str | Path | None = None,
         compare: Sequence[Run] = (),
         progress: Counting = True,
     ) -> Rerun:
@@ -300,7 +300,8 @@ class Run(RecordedRun):
         from everystep.answers.other_process import Conditions
         from everystep.answers.rerun import rerun
 
-        conditions = Conditions(threads, capability, mkl, precision, python)
+        program = None if python is None else str(python)
+        conditions = Conditions(threads, capability, mkl, precision, program)
         ask = partial(rerun, self._opener, conditions, compare)
         count = len(self) - self.stretches[-1].first + 1 if len(self) else 0
         return self._answered("taking steps", count, progress, ask)

@@ -105,6 +105,14 @@ def _is_list(value: Any) -> bool:
     return is_one and not isinstance(value, str | bytes | type)
 
 
+def _are_runs(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(_KINDS["Run"][1](each) is each for each in value)
+
+
+def _names_all(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+
+
 def _word(wanted: str) -> Callable[[Any], Any]:
     return _if(lambda value: isinstance(value, str) and value == wanted)
 
@@ -132,6 +140,8 @@ _KINDS: dict[str, Kind] = {
     "Experiment": ("an experiment", _of_class("Experiment")),
     "Progress": ("an object that watches the training", _if(lambda value: hasattr(value, "begin"))),
 }
+_KINDS["Mapping[str, Any]"] = "a dict with text keys", _if(_names_all)
+_KINDS["Sequence[Run]"] = "a list of runs", _if(_are_runs)
 _KINDS["Sequence"] = _KINDS["Iterable"]
 
 

@@ -21,6 +21,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from everystep.recording.recorded_run import RecordedRun
+from everystep.signature import checked
 from everystep.views.output_file import write_file
 from everystep.views.reduction import extremes
 
@@ -85,6 +86,7 @@ class LossTable:
         lead = "The loss of every step" if is_whole else "The losses"
         return rendered("table.html", name=self.name, lead=lead, fragment=Markup(self.fragment()))
 
+    @checked
     def save(self, path: str | Path) -> None:
         """Write a complete page.
 
