@@ -223,7 +223,7 @@ def _trained(make: Callable[[], dict[str, Any]], data: Any) -> Callable[..., Non
             batch_size=8,
             threads=1,
             run=place,
-            progress=_lines(lines),  # type: ignore[arg-type]
+            progress=_lines(lines),
         )
 
     return go
@@ -355,7 +355,7 @@ def _function(place: Path, prepared: Path, steps: int, lines: TextIO) -> None:
 
     parts = {"model": model, "optimizer": optimizer}
     shown = _lines(lines)
-    everystep.train(step, None, parts=parts, steps=steps, run=place, progress=shown)  # type: ignore
+    everystep.train(step, None, parts=parts, steps=steps, run=place, progress=shown)
 
 
 STEP_FUNCTION = Training("step-function", "step function", 4000, _function)

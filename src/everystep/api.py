@@ -13,7 +13,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from everystep.bounded import check_budgets
 from everystep.errors import RunError, UsageError
 from everystep.recording.contents import DEFAULT_BATCH_BUDGET
 from everystep.recording.directories import (
@@ -30,6 +29,7 @@ from everystep.recording.directories import (
 )
 from everystep.recording.snapshots import DEFAULT_BUDGET
 from everystep.run import Run, diagnosis_of, progress_of, run_from_objects, run_of
+from everystep.signature import checked
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +49,7 @@ __all__ = ["doctor", "open", "record", "runs", "sweep", "train", "train_experime
 
 # Functions import what they need when they are called: `import everystep` is quick, and commands that
 # need no torch do not wait for it.
+@checked
 def open(
     run: str | Path,
     *,
@@ -81,6 +82,7 @@ def open(
     return Run(find_run(run), objects)
 
 
+@checked
 def doctor(run: str | Path, *, export: str | Path | None = None) -> Diagnosis:
     """Report what is wrong with a run, and what can still be read; also of one that cannot be opened.
 
@@ -95,6 +97,7 @@ def doctor(run: str | Path, *, export: str | Path | None = None) -> Diagnosis:
     return diagnosis_of(find_run(run), export)
 
 
+@checked
 def runs(directory: str | Path = RUNS) -> list[Run]:
     """Return all runs directly in a directory, in the order of their names; warn about unreadable ones.
 
@@ -106,10 +109,11 @@ def runs(directory: str | Path = RUNS) -> list[Run]:
         try:
             found.append(Run(path))
         except RunError as error:
-            warnings.warn(f"skipped: {error}", stacklevel=2)
+            warnings.warn(f"skipped: {error}", stacklevel=3)
     return found
 
 
+@checked
 def train(
     model: nn.Module | Callable[..., Any],
     data: tuple[Any, Any] | Dataset[Any] | Iterable[Any] | None = None,
@@ -139,11 +143,11 @@ def train(
     at: int | None = None,
     config: Any = None,
     tags: Iterable[str] = (),
-    snapshot_budget: int = DEFAULT_BUDGET,
+    snapshot_budget: float = DEFAULT_BUDGET,
     batch_budget: float = DEFAULT_BATCH_BUDGET,
     keep: str | Sequence[tuple[int, int]] | None = None,
-    dataset_limit: int | None = None,
-    progress: bool = True,
+    dataset_limit: float | None = None,
+    progress: bool | Progress = True,
 ) -> Run:
     """Train a live model in place, record every step, and return the run.
 
@@ -202,7 +206,7 @@ def train(
         batch_budget: maximum bytes of batches to keep for a step function, as in `record`.
         keep: the steps of a step function that open afterwards, as in `record`.
         dataset_limit: maximum bytes of a Dataset as tensors; default: 2 GB.
-        progress: show a progress bar if stderr is a terminal.
+        progress: show a progress bar if stderr is a terminal; or an object that watches the training.
 
     Raises:
         UsageError: an argument is invalid; lists every error with a fix.
@@ -228,7 +232,6 @@ def train(
         stop_on_nan=stop_on_nan,
         engine=engine,
     )
-    check_budgets(snapshot_budget, batch_budget)
     place, resumed, user_facts = _start(run, resume, config, tags)
     watcher = progress_of(progress)
     if parts is not None:
@@ -275,6 +278,7 @@ def train(
     return run_from_objects(outcome, replace(objects, metrics=copy(metrics)))
 
 
+@checked
 def record(
     *unnamed: Any,
     run: str | Path | None = None,
@@ -284,7 +288,7 @@ def record(
     at: int | None = None,
     config: Any = None,
     tags: Iterable[str] = (),
-    snapshot_budget: int = DEFAULT_BUDGET,
+    snapshot_budget: float = DEFAULT_BUDGET,
     batch_budget: float = DEFAULT_BATCH_BUDGET,
     stop_when: str | Iterable[str] = (),
     mark_when: str | Iterable[str] = (),
@@ -355,7 +359,6 @@ def record(
             f"record got {kinds} without a name; name each part: everystep.record(model=model, "
             "optimizer=optimizer)"
         )
-    check_budgets(snapshot_budget, batch_budget)
     place, resumed, user_facts = _start(run, resume, config, tags)
     budgets = snapshot_budget, batch_budget, keep_of(keep)
     start = LoopStart(place, *budgets, None, resumed, _forked(fork, at, resumed), force, user_facts)
@@ -371,7 +374,7 @@ def _forked(
     """
     if fork is None and at is None:
         return None
-    if fork is None or not isinstance(at, int) or isinstance(at, bool) or at < 0:
+    if fork is None or at is None or at < 0:
         raise UsageError("a fork needs a run and a step: fork=RUN, at=STEP")
     parent = fork if isinstance(fork, Run) else Run(find_run(fork))
     if resumed is None:
@@ -417,6 +420,7 @@ def _start(
     return None, Run(find_run(resume)), user_facts
 
 
+@checked
 def train_experiment(
     experiment: str | Path | Mapping[str, Any] | Experiment,
     settings: Mapping[str, Any] | None = None,
@@ -425,7 +429,7 @@ def train_experiment(
     resume: bool | str | Path = False,
     force: bool = False,
     tags: Iterable[str] = (),
-    snapshot_budget: int = DEFAULT_BUDGET,
+    snapshot_budget: float = DEFAULT_BUDGET,
     progress: bool | Progress = True,
 ) -> Run:
     """Train an experiment, record every step, and return the run.
@@ -457,7 +461,6 @@ def train_experiment(
         experiment.model_dump(exclude_none=True) if isinstance(experiment, Experiment) else experiment
     )
     loaded = load(source, settings)
-    check_budgets(snapshot_budget)
     place, resumed, user_facts = _start(run, resume, None, tags)
     watcher = progress_of(progress)
     if resumed is None:
@@ -469,6 +472,7 @@ def train_experiment(
     return run_of(resume_experiment(asked, watcher, loaded))
 
 
+@checked
 def sweep(
     training: str | Path | Mapping[str, Any] | Callable[..., Any],
     settings: Mapping[str, Any],
@@ -479,7 +483,7 @@ def sweep(
     threads: int = 1,
     ray: bool = False,
     force: bool = False,
-    snapshot_budget: int = DEFAULT_BUDGET,
+    snapshot_budget: float = DEFAULT_BUDGET,
     progress: bool = True,
 ) -> Sweep:
     """Train with every combination of some settings, in processes side by side; return all runs.
@@ -527,7 +531,6 @@ def sweep(
     from everystep.views.run_view import RunView
 
     _check_sweep(run, resume=resume, ray=ray)
-    check_budgets(snapshot_budget)
     runs = combinations(settings, may_be_many=force)
     numerics.prepare()
     calls: dict[str, tuple[Any, ...]]  # what to call for each run, and with what after its directory

@@ -9,7 +9,6 @@ import os
 import stat
 import zlib
 from contextlib import suppress
-from numbers import Real
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,7 +20,6 @@ __all__ = [
     "MEMORY",
     "MOST_STEPS",
     "StrictModel",
-    "check_budgets",
     "check_steps",
     "decompressed",
     "free_memory",
@@ -81,14 +79,6 @@ def check_steps(count: Any) -> int:
         shown = f"{whole:,}" if whole < 10**30 else "more than 10^30"
         raise UsageError(f"{shown} steps are too many; a run has at most {MOST_STEPS:,}")
     return whole
-
-
-def check_budgets(*budgets: Any) -> None:
-    """Raise UsageError if something is not a number of bytes that a run may keep."""
-    for budget in budgets:
-        is_number = isinstance(budget, Real) and not isinstance(budget, bool)
-        if not is_number or not budget >= 0:  # NaN is not
-            raise UsageError(f"a budget must be a number of bytes, such as 2e9, not {budget!r:.80}")
 
 
 def open_regular(path: Path, *, follows_links: bool = True) -> BinaryIO:

@@ -45,9 +45,12 @@ __all__ = [
     "TrainingError",
     "UsageError",
     "did_you_mean",
+    "kind_text",
     "named",
+    "rephrased",
     "say",
     "size_text",
+    "value_text",
 ]
 
 
@@ -182,6 +185,33 @@ def named(things: Sequence[object], most: int = NAMED) -> str:
     """Return the first of some things by name, and how many more there are."""
     more = f" and {len(things) - most:,} more" if len(things) > most else ""
     return ", ".join(map(str, things[:most])) + more
+
+
+def kind_text(value: object) -> str:
+    """Return the class of a value, with an article: `an int`; None as such."""
+    name = type(value).__name__
+    return "None" if value is None else f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
+
+
+def value_text(value: object) -> str:
+    """Return plain data as Python writes it, shortened; of anything else, its class."""
+    is_plain = isinstance(value, str | bytes | int | float | list | tuple | dict | None)
+    return f"{value!r:.80}" if is_plain else kind_text(value)
+
+
+def rephrased(problem: str) -> str:
+    """Return what pydantic reports of a value in the words of other errors."""
+    for theirs, ours in (
+        *(("Input should ", "must "), ("a valid integer", "an integer"), ("a valid string", "a text")),
+        *(
+            ("a valid boolean", "true or false"),
+            ("a valid ", "a "),
+            ("greater than or equal to", "at least"),
+        ),
+        ("less than or equal to", "at most"),
+    ):
+        problem = problem.replace(theirs, ours)
+    return problem
 
 
 def say(message: str) -> None:

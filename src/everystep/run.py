@@ -10,11 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
-from everystep.bounded import check_budgets, check_steps
+from everystep.bounded import check_steps
 from everystep.errors import StepError, UsageError
 from everystep.recording.directories import AWAITED, place_of
 from everystep.recording.recorded_run import RecordedRun, stretch_at
 from everystep.recording.snapshots import DEFAULT_BUDGET
+from everystep.signature import checked
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +67,7 @@ class Run(RecordedRun):
 
     `run[137]` opens step 137 with everything in it, and `run[-1]` the newest step. `run[10:20]` is a
     sequence of the steps 10 to 19; it opens each step when you access it, as does iterating over the
-    run. Opened steps are kept as memory allows.
+    run. Opened steps are kept as memory allows. Several threads may ask: one replays, and others wait.
 
     It warns if the run is damaged, as far as that shows without reading all numbers.
 
@@ -111,22 +112,27 @@ class Run(RecordedRun):
             begin = 1 if is_before and (step.step or 1) > 0 else step.start
             first, *others = slice(begin, step.stop, step.step).indices(count + 1)
             return Steps([(self, number) for number in range(first, *others) if number > 0])
-        number = self._number(step)
+        try:
+            number = operator.index(step)
+        except TypeError:
+            raise StepError(f"a step of {self.name} must be an integer, not {step!r:.80}") from None
         # Others stay as they are, so that the error names the number that was asked for.
         number = len(self) + 1 + number if -len(self) <= number < 0 else number
-        if self._last_opened is not None and self._last_opened[0].number != number:
-            self._last_opened = None  # a large step goes before the next one needs its memory
-        opened = self._opener.step(number)
-        if self._last_opened is not None and self._last_opened[0] is opened:
-            return self._last_opened[1]
+        from everystep.replay.processes import ALONE
         from everystep.views.run_view import RunView
 
-        of_ranks = self._steps_of_ranks
-        # What `replace` returns has no cached results: it is kept, so that `run[137].rows` is computed
-        # once.
-        shown = replace(opened, view=RunView(self), earlier=self.__getitem__, of_ranks=of_ranks)
-        self._last_opened = opened, shown
-        return shown
+        with ALONE:
+            if self._last_opened is not None and self._last_opened[0].number != number:
+                self._last_opened = None  # a large step goes before the next one needs its memory
+            opened = self._opener.step(number)
+            if self._last_opened is not None and self._last_opened[0] is opened:
+                return self._last_opened[1]
+            of_ranks = self._steps_of_ranks
+            # What `replace` returns has no cached results: it is kept, so that `run[137].rows` is
+            # computed once.
+            shown = replace(opened, view=RunView(self), earlier=self.__getitem__, of_ranks=of_ranks)
+            self._last_opened = opened, shown
+            return shown
 
     def _steps_of_ranks(self, number: int) -> Steps:
         # Of the processes that trained this step: a resumed run may have other numbers of them.
@@ -169,6 +175,7 @@ class Run(RecordedRun):
         """Problems found while opening steps, such as an unreadable snapshot."""
         return self._own_opener.problems if self._own_opener else []
 
+    @checked
     def parameters(self, step: int) -> dict[str, Tensor]:
         """Return the model's state_dict after `step` (0: before the first step).
 
@@ -178,9 +185,10 @@ class Run(RecordedRun):
             StepError: the run has no such step.
             RunError: a needed file is missing or unreadable.
         """
-        number, states = self._number(step), len(self) + 1
-        return self._opener.state(states + number if -states <= number < 0 else number).parameters
+        states = len(self) + 1
+        return self._opener.state(states + step if -states <= step < 0 else step).parameters
 
+    @checked
     def table(self, rows: int = 100_000) -> LossTable:
         """Return the losses as a browsable table (DataTables); shows in a notebook; `save(path)`.
 
@@ -190,6 +198,7 @@ class Run(RecordedRun):
 
         return loss_table(self, rows)
 
+    @checked
     def plot(self, *others: RecordedRun, log: bool = False, measurements: Sequence[str] = ()) -> ggplot:
         """Return a plot of the loss at each iteration; shows in a notebook; `save(path)`.
 
@@ -209,6 +218,7 @@ class Run(RecordedRun):
 
         return Report(report_html(self), self.name)
 
+    @checked
     def verify(self, *, processes: int | None = None, progress: Counting = True) -> Verification:
         """Replay every step, and compare every loss and every snapshot, bit for bit.
 
@@ -221,6 +231,7 @@ class Run(RecordedRun):
 
         return self._answered("replaying", len(self), progress, partial(verify, self._opener, processes))
 
+    @checked
     def diff(self, other: Run, *, thorough: bool = False, progress: Counting = True) -> Difference:
         """Return how this run differs from another, down to the first operation.
 
@@ -234,12 +245,11 @@ class Run(RecordedRun):
         """
         from everystep.answers.diff import diff
 
-        if not isinstance(other, Run):
-            raise UsageError(f"expected another run to compare with, not {other!r:.80}")
         objects = self._objects, other._objects
         ask = partial(diff, self, other, thorough=thorough, objects=objects)
         return self._answered("comparing", min(len(self), len(other)), progress, ask)
 
+    @checked
     def match(self, other: Run, step: int | None = None) -> Match:
         """Return how a step of this run matches one of another that is written differently, by values.
 
@@ -255,11 +265,9 @@ class Run(RecordedRun):
         """
         from everystep.answers.match import match
 
-        if not isinstance(other, Run):
-            raise UsageError(f"expected another run to match with, not {other!r:.80}")
-        number = None if step is None else self._number(step)
-        return self._shown(match(self._opener, other._opener, number))
+        return self._shown(match(self._opener, other._opener, step))
 
+    @checked
     def rerun(
         self,
         *,
@@ -267,7 +275,7 @@ class Run(RecordedRun):
         capability: str | None = None,
         mkl: str | None = None,
         precision: Literal["float64", "bfloat16"] | None = None,
-        python: str | None = None,
+        python: str | Path | None = None,
         compare: Sequence[Run] = (),
         progress: Counting = True,
     ) -> Rerun:
@@ -292,11 +300,13 @@ class Run(RecordedRun):
         from everystep.answers.other_process import Conditions
         from everystep.answers.rerun import rerun
 
-        conditions = Conditions(threads, capability, mkl, precision, python)
+        program = None if python is None else str(python)
+        conditions = Conditions(threads, capability, mkl, precision, program)
         ask = partial(rerun, self._opener, conditions, compare)
         count = len(self) - self.stretches[-1].first + 1 if len(self) else 0
         return self._answered("taking steps", count, progress, ask)
 
+    @checked
     def measure(
         self,
         question: str | Callable[[Step], Any],
@@ -338,6 +348,7 @@ class Run(RecordedRun):
         )
         return self._answered("measuring", len(self), progress, ask)
 
+    @checked
     def when(
         self,
         condition: str | Callable[[Step], Any],
@@ -358,8 +369,6 @@ class Run(RecordedRun):
             UsageError: the condition does not fit.
             RunError: a needed file is missing or unreadable.
         """
-        if which not in ("first", "last", "all"):
-            raise UsageError(f"which must be 'first', 'last' or 'all', not {which!r:.80}")
         from everystep.replay.recorded_columns import RANKS_DIFFER, Found, ask_columns, chosen
 
         is_of_ranks = isinstance(condition, str) and condition.split() == RANKS_DIFFER.split()
@@ -373,6 +382,7 @@ class Run(RecordedRun):
         ask = partial(when, self._opener, asked, which, processes=processes)
         return self._answered("looking", len(self), progress, ask)
 
+    @checked
     def first_nonfinite(
         self, *, processes: int | None = None, progress: Counting = True
     ) -> NonFinite | None:
@@ -425,6 +435,7 @@ class Run(RecordedRun):
         """
         return self[step].why(expression, back=back, depth=depth, terms=terms)
 
+    @checked
     def what_if(
         self,
         at: int | None = None,
@@ -479,25 +490,25 @@ class Run(RecordedRun):
             raise UsageError(f"lr is {wrong[0]:g}; pass learning rates from 0 on")
         if not rates and not targets:
             check_has_rows(self, at)
-        if at is None and without_rows_of is None:
+        until = self.newest_step() if until is None else until
+        if without_rows_of is not None:
+            step = self[without_rows_of]
+            at, batch = step.number - 1 if at is None else at, step.batch
+            chosen += map(batch.number, range(batch.count))
+        if at is None:
             raise UsageError(
                 "no start: pass at, the step after which the trainings start, or "
                 "without_rows_of, the step to leave out the rows of"
             )
-        until = self.newest_step() if until is None else self._number(until)
-        if without_rows_of is not None:
-            step = self[self._number(without_rows_of)]
-            at, batch = step.number - 1 if at is None else at, step.batch
-            chosen += map(batch.number, range(batch.count))
         rows = sorted(set(chosen))
         without = [(row,) for row in rows] if each else [tuple(rows)]
         cases: Any = rates or ([targets] if targets else without)
-        start = self._number(at)
         # One training more: that without a change, which must be as recorded.
-        steps = (until - start) * (len(cases) + 1)
-        ask = partial(what_if, self._opener, start, until, cases, by, self._objects, processes)
+        steps = (until - at) * (len(cases) + 1)
+        ask = partial(what_if, self._opener, at, until, cases, by, self._objects, processes)
         return self._answered("training", max(0, steps), progress, ask)
 
+    @checked
     def doctor(self, *, export: str | Path | None = None) -> Diagnosis:
         """Report what is wrong with the run, and what can still be read; replays nothing.
 
@@ -509,6 +520,7 @@ class Run(RecordedRun):
         """
         return diagnosis_of(self.directory, export)
 
+    @checked
     def fork(
         self,
         at: int,
@@ -529,7 +541,7 @@ class Run(RecordedRun):
         without_rows: Iterable[int] = (),
         relabel: Mapping[int, float] | None = None,
         run: str | Path | None = None,
-        snapshot_budget: int = DEFAULT_BUDGET,
+        snapshot_budget: float = DEFAULT_BUDGET,
         progress: bool | Progress = True,
     ) -> Run:
         """Train a new run that equals this one up to a step and continues with changes; return it.
@@ -573,11 +585,10 @@ class Run(RecordedRun):
         rows, targets, rates = _changes(without_rows, relabel, () if lr is None else [lr])
         short = {"lr": next(iter(rates), None), "steps": steps, "batch_size": batch_size, "seed": seed}
         changed = {name: value for name, value in short.items() if value is not None}
-        check_budgets(snapshot_budget)
         place = place_of(run)
         asked = Fork(
             self,
-            self._number(at),
+            at,
             changed | dict(settings or {}),
             place,
             snapshot_budget,
@@ -590,6 +601,7 @@ class Run(RecordedRun):
         )
         return run_of(outcome, trained and replace(trained, validation=None))
 
+    @checked
     def resume(
         self,
         steps: int | None = None,
@@ -603,7 +615,7 @@ class Run(RecordedRun):
         data: tuple[Any, Any] | Dataset[Any] | None = None,
         validation: tuple[Any, Any] | float | None = None,
         metrics: Metrics | None = None,
-        snapshot_budget: int = DEFAULT_BUDGET,
+        snapshot_budget: float = DEFAULT_BUDGET,
         progress: bool | Progress = True,
     ) -> Run:
         """Continue a training that ended early, or train a finished one further; return the run.
@@ -644,28 +656,24 @@ class Run(RecordedRun):
 
         return summary_html(self)
 
-    def _number(self, step: Any) -> int:
-        try:
-            return operator.index(step)
-        except TypeError:
-            raise StepError(f"a step of {self.name} must be an integer, not {step!r:.80}") from None
-
     @property
     def _opener(self) -> Opener:
         # Only now: it imports torch, and a run may be opened for its losses alone.
-        from everystep.replay.processes import Opener
+        from everystep.replay.processes import ALONE, Opener
         from everystep.views.progress import counting
 
-        if self._own_opener is None:
-            # A bar is shown for steps that are replayed before one can be opened.
-            self._own_opener = Opener(self, self._objects, counting)
-        return self._own_opener
+        with ALONE:
+            if self._own_opener is None:
+                # A bar is shown for steps that are replayed before one can be opened.
+                self._own_opener = Opener(self, self._objects, counting)
+            return self._own_opener
 
     def _answered(self, what: str, steps: int, progress: Counting, ask: Callable[..., Answer]) -> Answer:
         """Ask, show how far it is, and return the answer, which shows itself."""
+        from everystep.replay.processes import ALONE
         from everystep.views.progress import counting
 
-        with counting(what, steps, progress) as on_progress:
+        with ALONE, counting(what, steps, progress) as on_progress:
             return self._shown(ask(on_progress=on_progress))
 
     def _shown(self, answer: Answer) -> Answer:
@@ -681,8 +689,6 @@ class Run(RecordedRun):
         numerics.prepare()
         if callable(question):
             return question, getattr(question, "__name__", "measurement")
-        if not isinstance(question, str):
-            raise UsageError(f"expected an expression or a function of a step, not {question!r:.80}")
         from everystep.replay.recorded_columns import read_question
 
         expression = read_question(question, self)
@@ -729,8 +735,7 @@ def _changes(
         UsageError: they are none.
     """
     try:
-        # A tensor without dimensions, or a number of NumPy, is one number, too.
-        rates: Any = lr if isinstance(lr, Iterable) and getattr(lr, "ndim", True) else [lr]
+        rates = lr if isinstance(lr, Iterable) else [lr]
         targets = {operator.index(row): float(target) for row, target in (relabel or {}).items()}
         return [*map(operator.index, rows)], targets, [*map(float, rates)]
     except (AttributeError, TypeError, ValueError, OverflowError):

@@ -39,13 +39,13 @@ def test_all_faults_are_told_at_once_each_with_its_path_and_cure():
     wrong["optimizer"] = {"name": "LBFGS"}
     found = faults(wrong)
     assert found["step"] == "unknown key; did you mean steps?"
-    assert "greater than or equal to 0, not -3" in found["steps"]
+    assert "at least 0, not -3" in found["steps"]
     assert "integer, not 'zero'" in found["seed"]
     assert "did you mean table?" in found["data.source"]
     assert "did you mean ReLU" in found["model.layers[1]"]
     assert 'parentheses are missing; write "ReLU()"' in found["model.layers[2]"]
     assert "missing a required argument: 'out_features'" in found["model.layers[3]"]
-    assert "string, not 3" in found["model.layers[4]"]
+    assert "text, not 3" in found["model.layers[4]"]
     assert "between 0 and 1" in found["model.layers[5]"]
     assert "did you mean reduction" in found["loss.reductoin"]
     assert "closure" in found["optimizer.name"]

@@ -157,7 +157,7 @@ def test_a_rerun_needs_a_condition_that_the_page_may_name(runs):
         return [await outcome(client, of("other", "rerun"), **body) for body in bodies]
 
     wrong, nothing = asked_of(runs, use)
-    assert "must be float64 or bfloat16" in wrong["error"]["error"]
+    assert "must be 'float64', 'bfloat16' or None" in wrong["error"]["error"]
     assert "a condition that differs" in nothing["error"]["error"]  # no page names a program to run
 
 

@@ -436,6 +436,18 @@ def test_what_a_run_does_not_hold_must_be_given():
         parent.fork(6, batch_size=3, progress=False)
     with pytest.raises(RunError, match="pass loss and optimizer as well"):
         parent.fork(6, model=mlp(), progress=False)
+    # Each of these was ignored, and the fork continued with what the run has.
+    by_name = everystep.train_experiment("two-layer", {"steps": 3}, progress=False)
+    for given in (
+        {"loss": nn.L1Loss()},
+        {"data": (torch.zeros(2, 4), torch.zeros(2, 2))},
+        {"metrics": ["accuracy"]},
+    ):
+        for run in (parent, by_name):
+            with pytest.raises(RunError, match=r"pass model and .* as well"):
+                run.fork(2, **given, progress=False)
+            with pytest.raises(RunError, match=r"pass model and .* as well"):
+                run.resume(20, **given, progress=False)
     new = new_training(lambda: nn.Linear(4, 2))
     with pytest.raises(RunError, match="do not fit the run's state"):
         parent.fork(6, **objects_of(new), progress=False)

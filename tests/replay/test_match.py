@@ -165,7 +165,7 @@ def test_other_weights_at_the_beginning_are_said_to_be_missing(by_autograd, tmp_
     found = by_autograd.match(other)
     assert found.step == 1
     assert "parameters['0.weight']" in found.begin
-    with pytest.raises(UsageError, match="expected another run"):
+    with pytest.raises(UsageError, match="other: must be a run"):
         by_autograd.match("other")
 
 

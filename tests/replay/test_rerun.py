@@ -207,7 +207,7 @@ def test_what_cannot_be_taken_elsewhere_is_refused_with_the_reason(chapter_run):
     with pytest.raises(UsageError, match="needs a condition that differs"):
         chapter_run.rerun(progress=False)
     with pytest.raises(ExperimentError) as error:
-        chapter_run.rerun(threads=0, capability="x", mkl="y", python="/nowhere", progress=False)
+        chapter_run.rerun(threads=9999, capability="x", mkl="y", python="/nowhere", progress=False)
     for part in ("threads: must", "capability: must", "mkl: must", "/nowhere is not a program"):
         assert part in str(error.value)
 

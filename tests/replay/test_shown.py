@@ -105,3 +105,28 @@ def test_the_report_is_a_page_that_a_notebook_shows_and_a_table_has_later_measur
     table = run.table()
     assert table.frame["half"].to_list() == [step / 2 for step in range(1, 21)]
     assert ">half</th>" in table._repr_html_() or '"half"' in table._repr_html_()
+
+
+def test_answers_are_equal_if_they_have_the_same_bits():
+    parent = everystep.train_experiment("two-layer", {"steps": 3}, progress=False)
+    again, fork = everystep.open(parent.name), parent.fork(1, lr=0.5, progress=False)
+    for ask in (
+        lambda run: run[2],
+        lambda run: run[2].batch,
+        lambda run: run.rows(2),
+        lambda run: run.rerun(precision="float64", progress=False),
+        lambda run: run.diff(fork, progress=False),
+    ):
+        assert ask(parent) == ask(again)
+    assert parent[2] != parent[1] and parent.rows(2) != parent.rows(1) and parent[2] != 2
+
+
+def test_jupyter_shows_an_answer_once_and_no_warnings(monkeypatch, recwarn):
+    """rich displays what a console prints there, and warns where a bar lacks ipywidgets."""
+    run = everystep.train_experiment("two-layer", {"steps": 3}, progress=False)
+    displayed = []
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr("rich.jupyter.display", lambda *given: displayed.append(given))
+    assert "step 2 of 3" in run[2]._repr_html_() and "step 2" in run.why(2, "loss")._repr_html_()
+    assert run.verify().is_exact
+    assert not displayed and not [each for each in recwarn if "ipywidgets" in str(each.message)]

@@ -339,7 +339,7 @@ def test_changes_are_numbers_of_any_kind_and_nothing_else(tmp_path):
         if "steps" not in wrong:
             with pytest.raises(UsageError):
                 run.what_if(4, **wrong, progress=False)
-    with pytest.raises(UsageError, match=r"steps is 5\.5; pass a whole number"):
+    with pytest.raises(UsageError, match=r"steps: must be an integer or None, not 5\.5"):
         run.resume(5.5)
 
 
@@ -378,7 +378,7 @@ def test_other_numbers_for_python_and_unknown_rates_are_reported(tmp_path, run):
         with pytest.raises(UsageError, match="pass one of these: rows to leave out"):
             run.what_if(4, lr=0.5, **other, progress=False)
     for wrong in ({"relabel": [{2: 1}]}, {"without_rows": [1.5]}, {"without_rows": 3}, {"lr": "low"}):
-        with pytest.raises(UsageError, match="pass rows as a list of whole numbers, lr as one number"):
+        with pytest.raises(UsageError, match=r"pass rows as a list of whole numbers|must be a"):
             run.what_if(4, **wrong, progress=False)
     for rate in (-1.0, float("nan"), float("inf")):
         with pytest.raises(UsageError, match=f"lr is {rate:g}; pass learning rates from 0 on"):

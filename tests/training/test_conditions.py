@@ -111,7 +111,8 @@ def test_a_loop_that_marks_its_steps_leaves_by_itself_or_is_ended(capsys):
         ),
         ("norm(previous.gradients['weight']) > 1", "cannot be read while the loop runs"),
         ("norm(gradients['weight'] > 1", "was never closed"),
-        (1, "takes conditions as texts"),
+        (1, "must be a text or a list, not 1"),
+        ([1], "takes conditions as texts, not an int"),
     ],
 )
 def test_a_condition_that_cannot_be_asked_is_refused_before_anything_is_recorded(condition, problem):

@@ -106,7 +106,7 @@ def test_experiments_have_tags(everystep_command):
     [
         ({"config": [1, 2]}, "config is a list; pass a dict"),
         ({"config": {"a": "x" * 2_000_000}}, "a run holds at most 1,000,000"),
-        ({"tags": "baseline"}, r"tags is a text; pass a list: tags=\['baseline'\]"),
+        ({"tags": "baseline"}, "tags: must be a list, not 'baseline'"),
         ({"tags": ["", 3, "x" * 200]}, r"tags\[0\].*\n.*tags\[1\].*\n.*tags\[2\]"),
         ({"tags": [str(n) for n in range(101)]}, "101 tags are too many"),
     ],

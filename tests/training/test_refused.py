@@ -169,7 +169,7 @@ def test_a_loader_is_refused_with_what_to_give_instead(small):
     (fault,) = refused(small, validation=DataLoader(dataset))
     assert fault.startswith("validation: ") and "x, y = next(iter(DataLoader(" in fault
     (fault,) = refused(small, batch_size=sampler)
-    assert fault == "batch_size: should be a valid integer, not a BatchSampler"
+    assert fault == "batch_size: must be an integer or None, not a BatchSampler"
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_a_loader_is_refused_with_what_to_give_instead(small):
         ("model", [nn.Linear(4, 2)], "not a list of 1; wrap the layers: nn.Sequential"),
         ("model", nn.Sequential(nn.LazyLinear(2)), "0.weight, 0.bias: lazy layers infer their sizes"),
         ("loss", None, "loss: must be a callable of (prediction, target), not None"),
-        ("loss", "mse", "not text; such as torch.nn.MSELoss()"),
+        ("loss", "mse", "loss: must be a loss, such as torch.nn.MSELoss() or None, not 'mse'"),
         ("optimizer", None, "optimizer: must be an optimizer over the model's parameters"),
         ("optimizer", torch.optim.Adam,
          "is the class Adam; create an instance: Adam(model.parameters(), lr=1e-3)"),
@@ -191,7 +191,7 @@ def test_a_loader_is_refused_with_what_to_give_instead(small):
         ("validation", 1.5, "or a fraction of the rows such as 0.2, not 1.5"),
         ("validation", ((X, X), Y),
          "validation: x must be a tensor with rows along the first dimension"),
-        ("dataset_limit", "1 GB", "dataset_limit: must be a number of bytes, not '1 GB'"),
+        ("dataset_limit", "1 GB", "dataset_limit: must be a number of at least 0 or None, not '1 GB'"),
     ],
 )  # fmt: skip
 def test_arguments_of_another_kind(small, name, value, what):

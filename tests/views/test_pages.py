@@ -9,7 +9,6 @@ import numpy as np
 import polars as pl
 import pytest
 
-from everystep.errors import UsageError
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.texts import model_text, optimizers_text, shortest
 from everystep.views.loss_table import loss_table, shortest_texts
@@ -181,10 +180,8 @@ def test_an_excerpt_has_the_extremes_that_its_caption_says(run_of, count, rows):
             assert (min(found), max(found)) == (stretch.min(), stretch.max())
 
 
-def test_a_table_of_all_rows_says_nothing_of_an_excerpt_and_fewer_than_100_are_refused(trained):
+def test_a_table_of_all_rows_says_nothing_of_an_excerpt(trained):
     assert "excerpt" not in loss_table(RecordedRun(trained)).html().lower()
-    with pytest.raises(UsageError, match="at least 100"):
-        loss_table(RecordedRun(trained), rows=99)
 
 
 def test_without_scripts_the_first_rows_of_a_table_can_be_read(run_of):

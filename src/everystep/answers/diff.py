@@ -82,7 +82,7 @@ class FirstState(NamedTuple):
     last: int
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Difference(Shown):
     """How two runs differ.
 

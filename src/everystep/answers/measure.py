@@ -194,8 +194,6 @@ def measure(
 
     on_progress: called with the number of steps just replayed.
     """
-    if not isinstance(every, int) or every < 1:
-        raise UsageError(f"every must be an integer of at least 1, not {every!r:.80}")
     check_steps(every)
     run = opener.run
     meaning = MeasuredFacts(expression=getattr(question, "text", None) or repr(question), every=every)

@@ -60,7 +60,6 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
         f"must be one of {', '.join(_MKL_BRANCHES)}, or one with ,STRICT",
         lambda branch: branch.upper().removesuffix(",STRICT") in _MKL_BRANCHES,
     ),
-    "precision": ("must be float64 or bfloat16", lambda name: name in ("float64", "bfloat16")),
 }
 
 

@@ -43,7 +43,7 @@ COMPARED, MOST_BYTES = 12, 1_000_000_000
 FARTHEST = 5
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Rerun(Shown):
     """The steps of a run under different conditions.
 

@@ -41,7 +41,7 @@ class Share(NamedTuple):
         return self.norms / self.whole
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rows(Shown):
     """The rows of the batch of a step.
 

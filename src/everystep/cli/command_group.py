@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import typer.core
 
 from everystep.cli.output import hint
-from everystep.errors import UsageError, did_you_mean
+from everystep.errors import UsageError, did_you_mean, rephrased
 
 __all__ = ["Commands", "documented"]
 
@@ -108,7 +108,7 @@ class Commands(typer.core.TyperGroup):
         except _WrongUse as error:
             name, option = ctx.invoked_subcommand, getattr(error, "option_name", "").replace("_", "-")
             problem = error.format_message().partition(", unable to parse")[0].rstrip(".")
-            problem = f"{problem[0].lower()}{problem[1:]}".replace("Input should be", "must be")
+            problem = rephrased(f"{problem[0].lower()}{problem[1:]}")
             cure = f"everystep {name} -h describes it"
             if problem.startswith("no such option") and option in _SETTINGS and name in _TRAINING:
                 problem = problem.partition(" (")[0]

@@ -127,7 +127,7 @@ def losses(
 def table(
     run: shared.RunArgument,
     output: shared.FileOption = None,
-    rows: shared.CountOption = 100_000,
+    rows: Annotated[int, typer.Option(min=100, metavar="N")] = 100_000,
     rank: shared.RankOption = None,
 ) -> None:
     """Write a page with a table of the losses to browse.

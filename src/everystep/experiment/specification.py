@@ -17,7 +17,7 @@ from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, ValidationEr
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from everystep.bounded import MOST_STEPS, StrictModel, read_regular
-from everystep.errors import ExperimentError, Fault, did_you_mean
+from everystep.errors import ExperimentError, Fault, did_you_mean, rephrased, value_text
 
 __all__ = [
     "LARGEST",
@@ -399,17 +399,12 @@ def _fault(detail: ErrorDetails, raw: Mapping[str, Any]) -> Fault:
             allowed = re.findall(r"'([^']*)'", str(context["expected"]))
             problem = f"{detail['input']!r} is not supported; use one of {', '.join(allowed)}"
         case "too_short":
-            problem = f"should have at least {context['min_length']} item"
+            problem = f"must have at least {context['min_length']} item"
             problem += "s" * (context["min_length"] > 1)
         case "model_type" | "model_attributes_type" | "dict_type":
             problem = f"must be a section [{path}], not {detail['input']!r}"
         case _:
-            problem = detail["msg"].replace("Input should", "should")
-            given = detail["input"]
-            if isinstance(given, str | bool | int | float | None):
-                problem += f", not {given!r}"
-            elif not isinstance(given, dict | list):
-                problem += f", not a {type(given).__name__}"
+            problem = f"{rephrased(detail['msg'])}, not {value_text(detail['input'])}"
     return Fault(path, problem)
 
 

@@ -111,7 +111,7 @@ def find_run(name: str | Path) -> Path:
             f"continues them with --run {name} --resume"
         )
     if Path(name).exists():
-        raise RunError(f"{name} is not a run: {FILE_NAME} is missing")
+        raise RunError(f"{name or 'an empty name'} is not a run: {FILE_NAME} is missing")
     known = [name_of(path) for path in find_runs()] if RUNS.is_dir() else []
     cure = f"{RUNS}/ has no runs; run `everystep train` first"
     if known:
@@ -148,8 +148,10 @@ def find_runs(directory: str | Path = RUNS) -> Iterator[Path]:
     if not here.is_dir() and is_sweep(RUNS / here):
         here = RUNS / here
     if not here.is_dir():
-        is_name = is_run(RUNS / directory)
-        cure = f"it is a run in {RUNS}/" if is_name else "`everystep train` creates the first run"
+        cure = "`everystep train` creates the first run"
+        if RUNS.is_dir():
+            is_name = is_run(RUNS / directory)
+            cure = f"it is a run in {RUNS}/" if is_name else f"everystep runs lists those in {RUNS}/"
         raise RunError(f"{directory} is not a directory; {cure}")
     places = [here, *(path.parent for path in here.glob(f"*/{SWEEP_FILE}"))]
     found = [path.parent for place in places for path in place.glob(f"*/{FILE_NAME}")]

@@ -102,7 +102,7 @@ class Recorder:
         self,
         directory: Path,
         facts: Facts,
-        budget: int,
+        budget: float,
         parent: RecordedRun | None = None,
         at: int = 0,
         batch_budget: float = DEFAULT_BATCH_BUDGET,

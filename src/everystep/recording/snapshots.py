@@ -218,7 +218,7 @@ class SnapshotPlan:
     two newest stay, with which a resume begins.
     """
 
-    budget: int
+    budget: float
     interval: int | None = None
     kept: dict[int, int] = field(default_factory=dict)
     pinned: set[int] = field(default_factory=lambda: {0})

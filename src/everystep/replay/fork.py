@@ -69,7 +69,7 @@ class Fork:
     at: int
     settings: Mapping[str, Any] = field(default_factory=dict)
     directory: Path | None = None
-    budget: int = DEFAULT_BUDGET
+    budget: float = DEFAULT_BUDGET
     without: tuple[int, ...] = ()
     targets: Mapping[int, float] = field(default_factory=dict)
 
@@ -233,7 +233,7 @@ def fork(
     if run.facts.training.loop:
         _check_loop(asked, given)
         return _fork_alone(asked, progress), None
-    if (run.directory / EXPERIMENT_FILE).exists() and given.model is None:
+    if (run.directory / EXPERIMENT_FILE).exists() and not given.names:
         # `lr` is what a run from objects has; an experiment calls it `optimizer.lr`.
         settings = {"optimizer.lr" if k == "lr" else k: v for k, v in asked.settings.items()}
         return _fork_experiment(replace(asked, settings=settings), opener, progress), None
@@ -253,9 +253,7 @@ def _check_loop(asked: Fork, given: Objects) -> None:
         check_has_rows(run, at)
     if asked.targets:
         run.check_alone("make a fork of such a run with other targets")
-    others = {name for name, each in vars(given).items() if each is not None} | {*asked.settings}
-    # The last two have defaults, and so are always given.
-    others -= {"lr", "steps", "scheduler_every", "dataset_limit"}
+    others = given.names | {*asked.settings} - {"lr", "steps"}
     if others or not (asked.targets or "lr" in asked.settings):
         raise RunError(
             f"{run.name} was recorded from your own code, which makes its forks: {by_own_code(run, at)}"

@@ -14,7 +14,8 @@ from torch import Tensor
 from everystep.errors import UsageError
 from everystep.program.observed import OVERWRITING, Observed, unset_results
 from everystep.program.operation import Phase
-from everystep.replay.shown import Shown
+from everystep.replay.shown import Shown, same_content
+from everystep.signature import checked
 from everystep.step.observe import Observation, Places
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ _PUBLIC = [
 ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """The batch of a step.
 
@@ -54,6 +55,8 @@ class Batch:
     rows: Tensor | None = None
     nested: Any = None
     source: str = "the data"
+
+    __eq__ = same_content
 
     def __repr__(self) -> str:
         tensors = ", ".join(f"{n} {tuple(t.shape)} {t.dtype}" for n, t in self.tensors.items())
@@ -131,7 +134,7 @@ class Update(NamedTuple):
         return change / before if before else (math.inf if change else 0.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step(Shown):
     """Step `number` of a run; it takes state `number - 1` to state `number`.
 
@@ -245,6 +248,7 @@ class Step(Shown):
                 found.append(Segment(phase, part, index, index))
         return found
 
+    @checked
     def why(self, expression: str, *, back: int = 0, depth: int = 1, terms: int = 5) -> Why:
         """Return where a number of the step comes from; see `Run.why`.
 

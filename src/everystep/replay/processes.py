@@ -21,7 +21,7 @@ from functools import lru_cache, partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, RLock, Thread
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -266,6 +266,11 @@ def _begin(threads: int, parent: Connection, in_order: bool) -> None:
     torch.set_num_threads(threads)
 
 
+#: Held while a thread replays: the state of a replay, and torch's numerics and generators, are those of
+#: one step at a time.
+ALONE = RLock()
+
+
 class Opener:
     """Opens steps and states of a run; caches replayed ones.
 
@@ -316,18 +321,19 @@ class Opener:
 
     def call(self, task: Callable[Concatenate[Replay, P], T], *given: P.args, **named: P.kwargs) -> T:
         """Call a task with the replay of the run, in a process that computes as the training did."""
-        self._prepare()
-        if self._replay is not None:
-            return task(self._replay, *given, **named)
-        assert self._worker is not None
-        place = self.run.directory, self.data, None
-        try:
-            result: T = self._worker.submit(_in_worker, *place, task, *given, **named).result()
-        except BrokenProcessPool:
-            self._workers.close()
-            self._worker = self._known = None  # the next question starts another one
-            raise TrainingError(_ENDED_TOO_EARLY) from None
-        return result
+        with ALONE:
+            self._prepare()
+            if self._replay is not None:
+                return task(self._replay, *given, **named)
+            assert self._worker is not None
+            place = self.run.directory, self.data, None
+            try:
+                result: T = self._worker.submit(_in_worker, *place, task, *given, **named).result()
+            except BrokenProcessPool:
+                self._workers.close()
+                self._worker = self._known = None  # the next question starts another one
+                raise TrainingError(_ENDED_TOO_EARLY) from None
+            return result
 
     def replay_here(self, *, may_share: bool = True) -> Replay:
         """Return a replay in this process, shared with the one that opens steps if possible."""

@@ -54,7 +54,7 @@ class Resume:
     run: RecordedRun
     steps: int | None = None
     is_accepted: bool = False
-    budget: int = DEFAULT_BUDGET
+    budget: float = DEFAULT_BUDGET
     user_facts: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
@@ -178,7 +178,7 @@ def resume(
             f"{run.name} was recorded from your own loop; resume it in the loop: "
             f"everystep.record(..., resume={str(run.directory)!r})"
         )
-    if (run.directory / EXPERIMENT_FILE).exists() and given.model is None:
+    if (run.directory / EXPERIMENT_FILE).exists() and not given.names:
         return resume_experiment(asked, progress), None
     objects, is_own = objects_from(given, known)
     if objects is not None:

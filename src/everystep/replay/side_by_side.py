@@ -163,7 +163,7 @@ class _Noted(Progress):
         self.notices.append(message)
 
 
-def train_one(place: Path, experiment: Experiment, budget: int) -> TrainingEnd:
+def train_one(place: Path, experiment: Experiment, budget: float) -> TrainingEnd:
     """Train an experiment, or continue its run. budget: maximum bytes of snapshots."""
     noted = _Noted()
     if remove_unbegun(place):

@@ -55,10 +55,15 @@ def objects_from(given: Objects, known: Objects | None) -> tuple[Objects | None,
 
     given: to `fork` or `resume`; known: the objects that trained the run in this process. Without
     objects, None: only the run's programs can continue.
+
+    Raises:
+        RunError: some are given, without those that a step needs.
     """
     is_own = given.model is None and given.loss is None and given.optimizer is None
     objects = known if is_own else given
     if objects is None or objects.model is None:
+        if given.names:  # nothing would use them
+            given.check_complete()
         return None, is_own
     names = ["data", "validation", "metrics", "scheduler"]
     names += ["scheduler_every"] * (given.scheduler is not None)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from everystep.errors import Fault, UsageError
+from everystep.errors import Fault, UsageError, kind_text
 from everystep.expression import Expression, Reference, parse
 from everystep.step.build import BuiltPath
 from everystep.step.gradient_copies import GradientCopies
@@ -168,7 +168,7 @@ def _read(texts: str | Iterable[str], argument: str) -> list[Expression]:
     found = []
     for text in texts if isinstance(texts, Iterable) and not isinstance(texts, str) else [texts]:
         if not isinstance(text, str):
-            raise UsageError(f"{argument} takes conditions as texts, not a {type(text).__name__}")
+            raise UsageError(f"{argument} takes conditions as texts, not {kind_text(text)}")
         # The names of measurements are unknown here: each word of the text may be one.
         condition = parse(text, re.findall(r"[^\W\d]\w*", text))
         for each in sorted(condition.references):

@@ -19,7 +19,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from everystep.errors import DataError, Fault
+from everystep.errors import DataError, Fault, kind_text
 from everystep.experiment.batches import Batches
 from everystep.step.generators import different, generator_states
 from everystep.step.guards import Guards, is_plain, of_constant
@@ -63,7 +63,7 @@ def guards_of(dataset: Any) -> Guards:
 
 
 def read_rows(
-    dataset: Dataset[Any], limit: int, progress: Callable[[int, int], None]
+    dataset: Dataset[Any], limit: float, progress: Callable[[int, int], None]
 ) -> tuple[Tensor, Tensor]:
     """Read all rows into two tensors x and y.
 
@@ -167,7 +167,7 @@ class DatasetBatches:
     """
 
     def __init__(
-        self, dataset: Dataset[Any], batches: Batches, device: torch.device, limit: int = 0
+        self, dataset: Dataset[Any], batches: Batches, device: torch.device, limit: float = 0
     ) -> None:
         self.draws = False
         self.differs = False
@@ -238,8 +238,7 @@ def called(value: Any) -> str:
         return f"the class {value.__name__}"
     if isinstance(value, str):
         return "text"
-    kind = type(value).__name__
-    text = f"{'an' if kind[:1].lower() in 'aeiou' else 'a'} {kind}"
+    text = kind_text(value)
     if isinstance(value, Mapping):
         names = ", ".join(repr(name) for name in list(value)[:4])
         return f"{text} of {names}" + ", ..." * (len(value) > 4)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from everystep.errors import Fault, UsageError
+from everystep.errors import Fault, UsageError, kind_text
 from everystep.experiment.data import Data
 from everystep.experiment.source_files import SourceFile
 from everystep.experiment.specification import Iteration
@@ -293,8 +293,8 @@ def _checked_config(config: Any) -> dict[str, Any]:
         config = vars(config)
     plain = _as_json({} if config is None else config)
     if not isinstance(plain, dict):
-        kind = type(config).__name__
-        raise UsageError(f"config is a {kind}; pass a dict, a dataclass or an argparse.Namespace")
+        kind = kind_text(config)
+        raise UsageError(f"config is {kind}; pass a dict, a dataclass or an argparse.Namespace")
     # A reader refuses a larger one.
     if (size := len(json.dumps(plain))) > LARGEST_CONFIG:
         raise UsageError(f"config has {size:,} bytes as JSON; a run holds at most {LARGEST_CONFIG:,}")
@@ -303,8 +303,6 @@ def _checked_config(config: Any) -> dict[str, Any]:
 
 def _checked_tags(tags: Iterable[str]) -> tuple[str, ...]:
     """Return tags, each once and in one line."""
-    if isinstance(tags, str):
-        raise UsageError(f"tags is a text; pass a list: tags=[{tags!r:.100}]")
     given = [*tags]
     faults = [
         Fault(f"tags[{place}]", f"must be a text of 1 to {LONGEST_TAG} characters, not {tag!r:.100}")

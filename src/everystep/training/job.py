@@ -40,7 +40,7 @@ class StartingPoint:
     fork: ForkFacts | None = None
     resumed: ResumeFacts | None = None
     directory: Path | None = None
-    budget: int = DEFAULT_BUDGET
+    budget: float = DEFAULT_BUDGET
     user_facts: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -49,7 +49,7 @@ class LoopStart:
     """
 
     directory: Path | None
-    snapshot_budget: int
+    snapshot_budget: float
     batch_budget: float
     keep: Keep | None
     advanced: Callable[[int, Sequence[float]], None] | None = None

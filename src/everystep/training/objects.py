@@ -57,7 +57,13 @@ class Objects:
     scheduler_every: Any = "step"
     validation: Any = None
     metrics: Metrics | None = None
-    dataset_limit: int = DEFAULT_DATASET_LIMIT
+    dataset_limit: float = DEFAULT_DATASET_LIMIT
+
+    @property
+    def names(self) -> set[str]:
+        """The names of those that were given; two always have a value."""
+        named = {name for name, each in vars(self).items() if each is not None}
+        return named - {"scheduler_every", "dataset_limit"}
 
     def copied(self) -> Objects:
         """Return copies that belong to each other as the originals do.
@@ -119,11 +125,9 @@ class Objects:
         yield from _data_faults(self.data)
         yield from _loss_faults(self.loss)
         yield from _optimizer_faults(self.optimizer, self.model)
-        yield from _scheduler_faults(self.scheduler, self.scheduler_every, self.validation is not None)
+        yield from _scheduler_faults(self.scheduler, self.validation is not None)
         yield from _validation_faults(self.validation)
         yield from _metrics_faults(self.metrics or ())
-        if isinstance(self.dataset_limit, bool) or not isinstance(self.dataset_limit, int | float):
-            yield Fault("dataset_limit", f"must be a number of bytes, not {self.dataset_limit!r}")
 
     def check_complete(self) -> None:
         """Check that a step can run with these objects.
@@ -235,7 +239,7 @@ def _optimizer_faults(optimizer: Any, model: Any) -> Faults:
         )
 
 
-def _scheduler_faults(scheduler: Any, every: Any, has_validation: bool) -> Faults:
+def _scheduler_faults(scheduler: Any, has_validation: bool) -> Faults:
     if not isinstance(scheduler, LRScheduler | None):
         cure = "; combine several with SequentialLR or ChainedScheduler"
         problem = f"must be a torch.optim.lr_scheduler of the optimizer, not {called(scheduler)}"
@@ -243,8 +247,6 @@ def _scheduler_faults(scheduler: Any, every: Any, has_validation: bool) -> Fault
     if isinstance(scheduler, ReduceLROnPlateau) and not has_validation:
         problem = "ReduceLROnPlateau needs a validation loss; pass validation=(x, y)"
         yield Fault("scheduler", problem)
-    if every not in ("step", "epoch"):
-        yield Fault("scheduler_every", f"must be 'step' or 'epoch', not {every!r}")
 
 
 def _metrics_faults(metrics: Any) -> Faults:

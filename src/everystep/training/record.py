@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from everystep.errors import RecordingError, RunError, UsageError, say
+from everystep.errors import RecordingError, RunError, UsageError, kind_text, say, value_text
 from everystep.program.operation import path_faults
 from everystep.recording.facts import check_measurement_names
 from everystep.recording.recorded_run import RecordedRun
+from everystep.signature import checked
 from everystep.step.calling_code import users_frame
 from everystep.step.collective_calls import finish_calls
 from everystep.step.cursor import Cursor
@@ -222,6 +223,7 @@ class Recording(Generic[R]):
         if error is None and self._interrupt.is_by_user:
             raise KeyboardInterrupt
 
+    @checked
     def steps(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Return an iterator over batches; each is a step, from one batch to the next.
 
@@ -243,8 +245,9 @@ class Recording(Generic[R]):
         return steps
 
     def _marked(self, items: Iterator[Any], of: Any, name: str) -> LoopIterator:
-        # That of the user's code, which calls `steps` or `epochs`: at one instruction in all epochs.
-        frame = sys._getframe(2)
+        # That of the user's code, which calls `steps` or `epochs`, and between them the check of their
+        # arguments: at one instruction in all epochs.
+        frame = sys._getframe(3)
         line, notices = (frame.f_code, frame.f_lasti), self.writer.watched.notices
         return LoopIterator(items, of, name, line, self._checked, self._place, self._parts, notices)
 
@@ -300,6 +303,7 @@ class Recording(Generic[R]):
             steps.continue_after(taken, firsts, resumed)
         self.writer.settle()
 
+    @checked
     def epochs(self, count: int | None = None) -> Iterator[int]:
         """Yield the numbers of epochs, from 0; each has its loop over `steps`, and code around it.
 
@@ -391,6 +395,8 @@ class Recording(Generic[R]):
             UsageError: no step was recorded yet, a value is not one number, or a name is too long, or
                 one of too many.
         """
+        if values is not None and not isinstance(values, Mapping):
+            raise UsageError(f"log takes numbers by name, log(loss=loss), not {value_text(values)}")
         step, values = self._under_way, dict(values or {}) | named
         if step is None:
             self._check_after(values)
@@ -558,6 +564,7 @@ class Recording(Generic[R]):
             self.writer.keep()
             say(f"{self._stopped}; the loop ends")
 
+    @checked
     def stop(self, reason: str) -> None:
         """Set the reason why the loop ends before its last step; the run gets the status `stopped`."""
         self._stopped = reason
@@ -618,6 +625,4 @@ def _number(name: str, value: Any) -> float | Tensor:
     with suppress(TypeError, ValueError, OverflowError):
         if not isinstance(value, _NO_NUMBERS):
             return float(value)
-    raise UsageError(
-        f"log: {name} is a {type(value).__name__}; log a number, or a tensor with one element"
-    )
+    raise UsageError(f"log: {name} is {kind_text(value)}; log a number, or a tensor with one element")

@@ -20,8 +20,8 @@ import polars as pl
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from everystep.errors import UsageError
 from everystep.recording.recorded_run import RecordedRun
+from everystep.signature import checked
 from everystep.views.output_file import write_file
 from everystep.views.reduction import extremes
 
@@ -29,8 +29,6 @@ __all__ = ["LossTable", "loss_table", "rendered", "shortest_texts"]
 
 #: Rows in the page as plain HTML, for viewers without scripts.
 STATIC_ROWS = 10
-#: An excerpt of fewer rows would be useless.
-FEWEST_ROWS = 100
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -88,6 +86,7 @@ class LossTable:
         lead = "The loss of every step" if is_whole else "The losses"
         return rendered("table.html", name=self.name, lead=lead, fragment=Markup(self.fragment()))
 
+    @checked
     def save(self, path: str | Path) -> None:
         """Write a complete page.
 
@@ -110,12 +109,7 @@ def loss_table(run: RecordedRun, rows: int = 100_000) -> LossTable:
 
     rows: maximum number of rows, at least 100. For a longer run, the table is an excerpt, with a note:
     evenly spaced steps, the extremes of the steps between them, the first, the last.
-
-    Raises:
-        UsageError: `rows` is too small.
     """
-    if rows < FEWEST_ROWS:
-        raise UsageError(f"rows must be at least {FEWEST_ROWS}, not {rows}")
     frame = run.table_frame()
     total = len(frame)
     if total <= rows:

@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -165,7 +166,9 @@ def line_for_each(
 
 
 def _bar(console: Console, what: str, total: int, text: str, *, is_shown: bool = True) -> bars.Progress:
-    """Return a bar, which only a person sees: on a terminal, or in a notebook."""
+    """Return a bar, which only a person sees: on a terminal, or in a notebook with ipywidgets."""
+    # Without ipywidgets, rich warns below the cell, at each of its updates.
+    has_place = console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
     bar = bars.Progress(
         bars.TextColumn("{task.description:<8}"),
         bars.BarColumn(bar_width=32),
@@ -175,7 +178,7 @@ def _bar(console: Console, what: str, total: int, text: str, *, is_shown: bool =
         _Speed(),
         bars.TimeRemainingColumn(elapsed_when_finished=True),
         console=console,
-        disable=not (is_shown and (console.is_terminal or console.is_jupyter)),
+        disable=not (is_shown and has_place),
     )
     bar.add_task(what, total=total, text=text, width=len(str(total)))
     return bar

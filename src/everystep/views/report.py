@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from everystep.errors import size_text
 from everystep.recording.recorded_run import RecordedRun
+from everystep.signature import checked
 from everystep.views.facts_text import facts_data, facts_in_order, landmarks, state_data
 from everystep.views.formatting import number
 from everystep.views.loss_table import loss_table, rendered
@@ -54,6 +55,7 @@ class Report(str):
             'style="width: 100%; height: 45rem; border: 1px solid #8886"></iframe>'
         )
 
+    @checked
     def save(self, path: str | Path) -> None:
         """Write the page.
 

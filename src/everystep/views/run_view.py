@@ -89,8 +89,8 @@ class RunView(NamedTuple):
         shown = self.shown(answer)
         if isinstance(shown, str):
             return _HTML.format(code=escape(shown))
-        # Recorded, not printed: rich turns its styles into HTML.
-        console = Console(file=io.StringIO(), record=True, color_system="truecolor")
+        # Recorded, not printed (in Jupyter, rich would show it as well): it turns its styles into HTML.
+        console = Console(file=io.StringIO(), record=True, color_system="truecolor", force_jupyter=False)
         console.print(shown, soft_wrap=True)
         return console.export_html(inline_styles=True, code_format=_HTML)
 

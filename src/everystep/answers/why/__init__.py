@@ -12,7 +12,6 @@ from everystep.answers.trace import Spot
 from everystep.answers.why.answer import Group, Number, Session, Term, Why
 from everystep.answers.why.named import numbers_named
 from everystep.device import on_cpu
-from everystep.errors import UsageError
 from everystep.replay.opened_step import Step
 
 __all__ = ["Group", "Number", "Spot", "Term", "Why", "why"]
@@ -21,9 +20,6 @@ __all__ = ["Group", "Number", "Spot", "Term", "Why", "why"]
 @on_cpu()
 def why(step: Step, expression: str | Spot, *, back: int = 0, depth: int = 1, terms: int = 5) -> Why:
     """Answer `Run.why`. expression: names the number, or is the place where it was read."""
-    for name, value, least in (("back", back, 0), ("depth", depth, 1), ("terms", terms, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise UsageError(f"{name} must be an integer of at least {least}, not {value!r:.80}")
     session, asked = Session(step, back, terms), ""
     if isinstance(expression, Spot):
         numbers = [session.number(step.number, expression)]
