@@ -318,14 +318,19 @@ def test_other_objects_are_named_before_anything_runs(dying):
     run = everystep.open("runs/killed")
     objects = {"model": other.model, "loss": other.loss, "optimizer": other.optimizer}
     count = len(run)
-    with pytest.raises(RunError, match=r"optimizer Adam.lr: 0.0\d+ \| 0.5") as raised:
+    for force in (False, True):  # the state restores the rate, which the run must not call changed
+        with pytest.raises(RunError, match=r"optimizer Adam.lr: 0.0\d+ \| 0.5"):
+            run.resume(**objects, force=force, progress=False)
+    same, _ = made_case("Adam", STEPS)
+    objects = {"model": same.model, "loss": torch.nn.L1Loss(), "optimizer": same.optimizer}
+    with pytest.raises(RunError, match=r"loss: .* \| L1Loss\(\)") as raised:
         run.resume(**objects, progress=False)
     assert "--force" in str(raised.value)
     resumed = run.resume(**objects, force=True, progress=False)
     assert len(resumed) == STEPS
     (fact,) = resumed.facts.resumed
-    assert fact.at <= count and any(each.startswith("optimizer Adam.lr") for each in fact.changed)
-    assert "changed: optimizer Adam.lr" in resumed.report()
+    assert fact.at <= count and any(each.startswith("loss") for each in fact.changed)
+    assert "changed: loss" in resumed.report()
 
 
 # Loops.

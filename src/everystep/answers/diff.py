@@ -35,7 +35,7 @@ from everystep.recording.facts import TrainingFacts
 from everystep.recording.files import bytes_of, program_file
 from everystep.recording.keep import kept_text
 from everystep.recording.recorded_run import RecordedRun
-from everystep.recording.settings_diff import asked_differences, config_differences, renamed
+from everystep.recording.settings_diff import config_differences, renamed, settings_that_differ
 from everystep.replay.opened_step import Step
 from everystep.replay.processes import Opener
 from everystep.replay.recorded_columns import recorded_at
@@ -171,7 +171,8 @@ def _diff(
     random = _draws_at_random(one) or _draws_at_random(other)
     common, states, problems = _snapshots(one, other, compares_generators=random)
     steps = (one.newest_step(), other.newest_step())
-    experiments = asked_differences(one.facts.training, other.facts.training)
+    settings = settings_that_differ(one.facts.training, other.facts.training)
+    experiments = {each.listed: each.values for each in settings}
     configs = config_differences(one.facts, other.facts)
     numerics = one.facts.training.numerics.differences(other.facts.training.numerics)
     # The steps at which a difference is known to show: in a loss, or in a state on the disk.

@@ -68,7 +68,7 @@ def _in_thread(
 
     @wraps(method)
     def put(recorder: Any, /, *arguments: P.args, **options: P.kwargs) -> None:
-        recorder._queue.put(partial(method, recorder, *arguments, **options))
+        recorder._put(partial(method, recorder, *arguments, **options))
 
     return put
 
@@ -342,7 +342,7 @@ class Recorder:
         Raises:
             RecordingError: writing failed, now or before; the run is closed anyway.
         """
-        self._queue.put(partial(self._write_last_facts, facts))
+        self._put(partial(self._write_last_facts, facts))
         self._queue.put(None)
         self._thread.join(LATE_SECONDS)
         if self._thread.is_alive():
@@ -464,10 +464,13 @@ class Recorder:
             RecordingError: writing the run failed.
         """
         written = threading.Event()
-        self._queue.put(written.set)
+        self._put(written.set)
         while not written.wait(0.01):
             # After an error, the thread runs no job, and this would wait forever.
             self.check()
+
+    def _put(self, job: Callable[[], None]) -> None:
+        self._queue.put(job)
 
     def _work(self) -> None:
         while (job := self._queue.get()) is not None:

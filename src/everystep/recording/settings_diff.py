@@ -21,7 +21,6 @@ from everystep.recording.texts import value_text, whole_text
 
 __all__ = [
     "Setting",
-    "asked_differences",
     "config_differences",
     "flat",
     "renamed",
@@ -77,17 +76,6 @@ class Setting(NamedTuple):
 
 #: Kinds of settings that are objects, shown by their class.
 _OBJECTS = {"model", "loss", "optimizer", "scheduler", "part"}
-
-
-def asked_differences(
-    one: TrainingFacts, other: TrainingFacts, *, of_own_classes: bool = True
-) -> dict[str, Pair]:
-    """Return the differing settings by their names in a list, with both values.
-
-    of_own_classes: see `settings_that_differ`.
-    """
-    found = settings_that_differ(one, other, of_own_classes=of_own_classes)
-    return {each.listed: each.values for each in found}
 
 
 def config_differences(one: Facts, other: Facts) -> dict[str, Pair]:

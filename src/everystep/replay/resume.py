@@ -32,10 +32,10 @@ from everystep.training.model_step import training_parts
 from everystep.training.objects import Objects, is_dataset
 from everystep.training.resumed import (
     accepted_changes,
-    check_changes,
     check_rules,
     check_taken_by_loop,
     facts_resumed,
+    refuse_changes,
     resume_facts,
 )
 
@@ -306,7 +306,8 @@ def _check_same_experiment(run: RecordedRun, known: Experiment, given: Experimen
     one, other = (flat(each.model_dump(exclude={"steps", "epochs"})) for each in (known, given))
     changed = [path for path in one | other if one.get(path) != other.get(path)]
     texts = tuple(f"{path}: {one.get(path)} | {other.get(path)}" for path in changed)
-    check_changes(run, texts, is_accepted=False)
+    if texts:
+        refuse_changes(run, texts)
 
 
 def _check_same_data(job: Job, facts: TrainingFacts) -> None:

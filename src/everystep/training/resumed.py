@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NoReturn
 
 from everystep.errors import RunError, say
 from everystep.recording.facts import EarlierFacts, Facts, ResumeFacts, TrainingFacts
 from everystep.recording.recorded_run import RecordedRun
-from everystep.recording.settings_diff import asked_differences
+from everystep.recording.settings_diff import settings_that_differ
 from everystep.recording.texts import processes_text
 
 __all__ = [
     "accepted_changes",
-    "check_changes",
     "check_rules",
     "check_taken_by_loop",
     "facts_resumed",
+    "refuse_changes",
     "resume_facts",
 ]
 
@@ -32,18 +32,27 @@ def accepted_changes(
     left_out: prefixes of the names of settings that do not count.
 
     Raises:
-        RunError: as `check_changes`; another number of processes does not refuse a resume.
+        RunError: they are not accepted, or the state restores them; another number of processes does not
+            refuse a resume.
     """
     before = run.facts.training
-    found = asked_differences(before, now, of_own_classes=False)
-    found = {name: pair for name, pair in found.items() if not name.startswith(left_out)}
+    settings = settings_that_differ(before, now, of_own_classes=False)
+    found = {each.listed: each.values for each in settings if not each.listed.startswith(left_out)}
     for name in sorted(before.versions.keys() | now.versions.keys()):
         versions = before.versions.get(name), now.versions.get(name)
         if versions[0] != versions[1]:
             found[f"version of {name}"] = versions
     found |= before.numerics.differences(now.numerics)
     changed = tuple(f"{name}: {_shown(a)} | {_shown(b)}" for name, (a, b) in found.items())
-    check_changes(run, changed, is_accepted=is_accepted)
+    # A state restores these: the run would record a change that its next steps do not have.
+    is_held = any(
+        each.kind in ("optimizer", "scheduler") and each.name not in (None, "every") for each in settings
+    )
+    if changed and is_held:
+        refuse_changes(run, changed, " (--force keeps the optimizers and schedulers of the run, too)")
+    if changed and not is_accepted:
+        cure = ", or accept this with --force (force=True), which discards the recorded steps after the"
+        refuse_changes(run, changed, f"{cure} newest snapshot")
     return (*_changes_by_others(run, now), *changed)
 
 
@@ -52,14 +61,11 @@ def _shown(value: Any) -> str:
     return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
-def check_changes(run: RecordedRun, changed: tuple[str, ...], *, is_accepted: bool) -> None:
-    """Raise RunError with what changed, if anything has, before anything runs."""
-    if not changed or is_accepted:
-        return
+def refuse_changes(run: RecordedRun, changed: tuple[str, ...], cure: str = "") -> NoReturn:
+    """Raise RunError with what changed, before anything runs. cure: besides the usual ones."""
     raise RunError(
         "\n  ".join([f"{run.name} was trained with different settings (before | now):", *changed])
-        + "\nrestore what changed, or accept this with --force (force=True), which discards "
-        "the recorded steps after the newest snapshot; to train with other settings, fork the run"
+        + f"\nrestore what changed{cure}; to train with other settings, fork the run"
     )
 
 
