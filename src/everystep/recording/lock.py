@@ -42,7 +42,8 @@ def locked(directory: Path) -> Iterator[None]:
     check_writable_files(directory)
     lock = FileLock(directory / LOCK_NAME)
     try:
-        lock.acquire(timeout=0)
+        # Not at once: who asks whether a run is locked holds the lock for a moment, as a page does.
+        lock.acquire(timeout=0.2, poll_interval=0.01)
     except Timeout:
         raise _being_written(directory) from None
     except OSError as error:
