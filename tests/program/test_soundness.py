@@ -114,9 +114,18 @@ def test_places_that_were_changed_are_refused(convolutional, where):
     if where == "after":
         number = {"phase": "forward", "operator": "aten.fill_.Scalar", "results": [places]}
         convolutional["operations"].insert(index + 1, number | {"arguments": [places, 10**12]})
+        convolutional["activations"] = {}  # later ones are there one operation later
     else:
         convolutional["tensors"][result]["storage"] = places
     refused(convolutional, "has no matching max_pool2d_with_indices before it")
+
+
+@pytest.mark.parametrize("count", [0, 10**6, -1, None])
+def test_outputs_that_are_not_there_yet_are_refused(convolutional, count):
+    convolutional["done"] |= {"0": count}
+    if count is None:
+        del convolutional["done"]["0"]
+    refused(convolutional, "the output of '0' is not there")
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,41 @@ def test_steps_that_cannot_be_replayed_do_not_count_as_verified(tmp_path, everys
         run.first_nonfinite(progress=False)
 
 
+class InPlace(nn.Module):
+    """Its inner modules pass on what they are given, which is written into in between."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.dropout, self.identity = nn.Linear(4, 4), nn.Dropout(0.0), nn.Identity()
+
+    def forward(self, x):
+        x = self.first(x)
+        x += 1
+        x = self.dropout(x)
+        x *= 2
+        x = self.identity(x)
+        x -= 3
+        return x
+
+
+def test_an_output_is_shown_as_it_was_when_its_module_returned(tmp_path):
+    model, outputs = InPlace(), {}
+    for name, module in model.named_children():
+        module.register_forward_hook(
+            lambda _, given, output, name=name: outputs.setdefault(name, []).append(output.tolist())
+        )
+    with everystep.record(run=tmp_path / "run", model=model) as recording:
+        for x in recording.steps(torch.randn(3, 2, 4)):
+            loss = model(x).square().mean()
+            loss.backward()
+            recording.log(loss=loss)
+    run = recording.run
+    for name, each in outputs.items():
+        assert [step.activations[name].tolist() for step in run] == each
+        largest = run.measure(f"max(activations['{name}'])", name=name, progress=False).values
+        assert [*largest.values()] == [max(map(max, output)) for output in each]
+
+
 def test_a_compiled_module_that_is_called_is_refused(tmp_path):
     model = network()
     compiled = torch.compile(model, backend="eager")

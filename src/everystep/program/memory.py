@@ -226,8 +226,7 @@ def _lives(program: Program) -> dict[str, tuple[int, int]]:
             storage = program.tensors[tensor].storage
             first.setdefault(storage, index)
             last[storage] = index
-    for path, index in program.given_after().items():  # outputs of modules are read then
-        for tensor in program.activations[path]:
-            storage = program.tensors[tensor].storage
-            last[storage] = max(last.get(storage, end), index)
+    for path, names in program.activations.items():
+        for storage in program.storages_of(names):
+            last[storage] = max(last.get(storage, end), program.done[path] - 1)  # they are read then
     return {name: (first.get(name, 0), last.get(name, end)) for name in program.storages}

@@ -59,7 +59,8 @@ class Program(StrictModel):
     """The operations of a step, in order, and their tensors.
 
     loss: the name of the loss, None if the step has none; gradients: of each parameter's gradient;
-    activations: of each module's output, by the module's path; logged: of other logged numbers; ends:
+    activations: of each module's output, by the module's path; done: how many operations came before its
+    output was there; logged: of other logged numbers; ends:
     the tensor of a state name after the step, if it differs from before; gone: names of the state that
     the step removed; moves: the tensors that lie at other places in each step; left_out: how many
     operations gave Python something, and are left out since no result of the step needs them;
@@ -80,6 +81,7 @@ class Program(StrictModel):
     loss: Name | None = None
     gradients: dict[str, Name] = Field(default_factory=dict)
     activations: dict[str, tuple[Name, ...]] = Field(default_factory=dict)
+    done: dict[str, int] = Field(default_factory=dict)
     logged: dict[str, Name] = Field(default_factory=dict)
     ends: dict[Name, Name] = Field(default_factory=dict)
     gone: tuple[Name, ...] = ()
@@ -98,27 +100,6 @@ class Program(StrictModel):
             calls.append(CodeLine(each.file, each.line, each.function, each.text))
             place = each.above
         return calls[0]._replace(callers=tuple(calls[1:])) if calls else None
-
-    def given_after(self) -> dict[str, int]:
-        """Return the operation after which each module's output exists (-1: before all), by its path.
-
-        The output is valid only until then: another module may change it in place.
-        """
-        first: dict[str, int] = {}
-        last: dict[str, int] = {}
-        for index, operation in enumerate(self.operations):
-            for name in operation.changed():
-                first.setdefault(self.tensors[name].storage, index)
-            if operation.phase == "forward" and operation.module:
-                # What runs in a module runs in all that it is in.
-                parts = operation.module.split(".")
-                last |= {".".join(parts[: depth + 1]): index for depth in range(len(parts))}
-        found: dict[str, int] = {}
-        latest = -1
-        for path, names in self.activations.items():  # in the order in which modules were done
-            made = [first.get(self.tensors[name].storage, -1) for name in names]
-            latest = found[path] = max([latest, last.get(path, -1), *made])
-        return found
 
     def placed(self, offsets: Sequence[Any]) -> Program:
         """Return the program with the tensors that move where they lie in a step.
@@ -233,6 +214,15 @@ class Program(StrictModel):
         for name in (*logged, *named):
             if name not in self.tensors:
                 raise ValueError(f"unknown tensor {name!r}")
+        made: dict[str, int] = {}
+        for index, operation in enumerate(self.operations):
+            for storage in self.storages_of(operation.changed()):
+                made.setdefault(storage, index if self.storages[storage].kind == "temporary" else -1)
+        for path, names in self.activations.items():
+            count = self.done.get(path, -1)
+            is_there = all(made.get(storage, -1) < count for storage in self.storages_of(names))
+            if not (0 <= count <= len(self.operations) and is_there):
+                raise ValueError(f"done: the output of {path!r} is not there after {count} operations")
         for parameter, name in self.gradients.items():
             own = self.tensors.get(f"parameter/{parameter}")
             if own is not None and own.shape != self.tensors[name].shape:

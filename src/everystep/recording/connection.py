@@ -35,7 +35,7 @@ LOCK_NAME = "run.lock"
 # Takes space while the run is written, so that its last facts fit on a full disk.
 SPARE_NAME = "run.spare"
 APPLICATION_ID = 0x65767374  # "evst"
-SCHEMA_VERSION = 13
+SCHEMA_VERSION = 14
 
 SCHEMA = """
 -- One row a step that was taken. SQLite turns NaN into NULL, so NULL means NaN; infinities are kept.

@@ -73,7 +73,7 @@ class Probe:
 
     def looks(self, program: Program) -> dict[int, list[Look]]:
         """Return what copies the values of a step: see `Hook`."""
-        given_after, gradients = program.given_after(), gradient_places(program)
+        gradients = gradient_places(program)
         # A copy of the step before must not answer for a module that does not run in this one.
         found: dict[int, list[Look]] = {-1: [lambda tensor_of: self._copies.clear()]}
         for reference in self._copied:
@@ -82,7 +82,7 @@ class Probe:
             if kind == "activations":
                 if not program.activations.get(name):
                     continue
-                source, place = program.activations[name][0], given_after[name]
+                source, place = program.activations[name][0], program.done[name] - 1
             elif kind == "gradients":
                 if name not in gradients:
                     continue

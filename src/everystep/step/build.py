@@ -124,7 +124,7 @@ class _Builder:
         }
         operations = [*self._operations()]
         ends = {name: self._tensor(number) for name, number in path.ends}
-        activations = {name: tuple(map(self._tensor, places)) for name, places in path.activations}
+        activations = {name: tuple(map(self._tensor, places)) for name, places, _ in path.activations}
         logged = {name: self._tensor(number) for name, number in path.logged}
         shown = {name for names in activations.values() for name in names}
         shown |= {*gradients.values(), *ends.values(), *logged.values()} | ({loss} if loss else set())
@@ -145,6 +145,9 @@ class _Builder:
             loss=loss,
             gradients=gradients,
             activations=activations,
+            done={
+                name: sum(place in kept for place in range(count)) for name, _, count in path.activations
+            },
             logged=logged,
             ends=ends,
             gone=path.gone,

@@ -213,7 +213,8 @@ def _spliced(
         operations[place] = [each.model_copy(update={"line": outer.line}) for each in renamed]
         parts[place] = _Part(built, memory)
     joined = tuple(chain.from_iterable(operations))
-    changed = {"operations": joined, "tensors": tensors, "storages": storages}
+    done = {name: sum(map(len, operations[:count])) for name, count in program.done.items()}
+    changed = {"operations": joined, "tensors": tensors, "storages": storages, "done": done}
     return Interpreter(program.model_copy(update=changed), device), parts
 
 

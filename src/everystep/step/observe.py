@@ -106,9 +106,8 @@ class StepObserver:
         self._with_numbers = [interpreter.operation_with(place, each) for place, each in own]
         #: What to copy after so many operations: activations by path, gradients by parameter.
         self._due: dict[int, list[tuple[str, tuple[str, ...]]]] = {}
-        self._given_after = program.given_after()
-        for path, index in self._given_after.items():
-            self._due.setdefault(index + 1, []).append((path, program.activations[path]))
+        for path, outputs in program.activations.items():
+            self._due.setdefault(program.done[path], []).append((path, outputs))
         self._left: dict[int, list[str]] = {}
         for parameter, place in self._read.items():
             self._left.setdefault(place.after, []).append(parameter)
@@ -128,12 +127,13 @@ class StepObserver:
 
     def observation(self, loss: Tensor) -> Observation:
         """Return the observation of the step with this loss."""
-        program, after = self._program, self._given_after
+        program = self._program
         places = Places(
             tensors=program.tensors,
             storages=program.storages,
             activations={
-                path: ValuePlace(n, after[path] + 1) for path, n in program.activations.items()
+                path: ValuePlace(names, program.done[path])
+                for path, names in program.activations.items()
             },
             gradients=self._read,
             loss=program.loss,

@@ -110,7 +110,8 @@ class Path:
 
     named: the tensors of the state and of the batch, by name; ends: the tensor of each state name after
     the step, if it is another; gone: names that no longer exist; gradients: as an optimizer found them;
-    loss: the tensor logged as the loss; activations: the output of each module; logged: other logged
+    loss: the tensor logged as the loss; activations: the output of each module, and
+    how many operations came before it was there; logged: other logged
     tensors with one element; read_unseen: how often Python has got numbers that no program computes;
     read_batch: the memory of the batch from which it has got numbers.
     """
@@ -123,7 +124,7 @@ class Path:
     gone: tuple[str, ...]
     gradients: tuple[tuple[str, int], ...]
     loss: int | None
-    activations: tuple[tuple[str, tuple[int, ...]], ...]
+    activations: tuple[tuple[str, tuple[int, ...], int], ...]
     logged: tuple[tuple[str, int], ...] = ()
     read_unseen: int = 0
     read_batch: tuple[int, ...] = ()
@@ -346,7 +347,7 @@ class PathWriter:
         named: dict[str, int] = {}
         before: dict[str, int] = {}
         gradients: dict[str, int] = {}
-        activations: dict[str, tuple[int, ...]] = {}
+        activations: dict[str, tuple[tuple[int, ...], int]] = {}
         logged: dict[str, int] = {}
         operations: list[SeenOperation] = []
         lines: list[Calls] = []
@@ -382,7 +383,7 @@ class PathWriter:
                 ):
                     # The order is that in which the modules ran last.
                     activations.pop(mark.name, None)
-                    activations[mark.name] = numbers
+                    activations[mark.name] = numbers, len(operations)
         after = {name: self._number(met) for name, met in state.items()}
         loss_number = None if loss is None else self._number(loss)
         self._cut_batch(named.values())
@@ -395,7 +396,7 @@ class PathWriter:
             gone=tuple(name for name in before if name not in after),
             gradients=tuple(gradients.items()),
             loss=loss_number,
-            activations=tuple(activations.items()),
+            activations=tuple((name, *given) for name, given in activations.items()),
             logged=tuple(logged.items()),
             read_unseen=read_unseen,
             read_batch=tuple(sorted(read_batch)),
