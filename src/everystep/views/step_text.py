@@ -24,7 +24,7 @@ from everystep.views.batch_text import (
     other_values,
     targets,
 )
-from everystep.views.formatting import cut, grouped, percent
+from everystep.views.formatting import cut, dtype_text, grouped, percent
 from everystep.views.mathematics import argument_texts, mathematics
 from everystep.views.step_data import SegmentSeen, as_it_happened
 from everystep.views.tensor_texts import (
@@ -33,7 +33,6 @@ from everystep.views.tensor_texts import (
     numbers_of,
     statistics_text,
     write_numbers,
-    write_tensors,
 )
 from everystep.views.terminal import Cell, Column, Page, Styled, keyed, table_lines
 from everystep.views.update_formula import UpdateFormula
@@ -411,7 +410,15 @@ class _Opened:
                 write_numbers(page, tensor, indent=indent)
 
     def _tensors(self, named: Mapping[str, Tensor], title: str = "") -> None:
-        write_tensors(self.page, named, title, values=self.values)
+        """Write tensors with what their numbers are like; where values are asked for, with these."""
+        if not self.values:
+            columns = keyed("name", title), keyed("dtype", "", style="dim"), *NUMBERS
+            rows = [numbers_of(t) | {"name": name, "dtype": dtype_text(t)} for name, t in named.items()]
+            self.page.table(columns, rows)
+            return
+        for name, tensor in named.items():
+            self.page.line((f"{name}  ", "bold"), *statistics_text(tensor), indent=_INDENT)
+            write_numbers(self.page, tensor, indent=2 * _INDENT)
 
 
 def _gradients(of_parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
