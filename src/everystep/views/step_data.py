@@ -59,7 +59,7 @@ def as_it_happened(step: Step, training: TrainingFacts) -> tuple[list[SegmentSee
     updates = step.updates.items()
     # What a loop changes can be any parameters, and only a look at them tells.
     left = [n for n, u in updates if is_own or not torch.equal(u.before, u.after)]
-    known = {name: update_formulas(step.operations, {name: o}) for name, o in optimizers.items()}
+    known = {name: update_formulas(step.operations, each) for name, each in optimizers.items()}
     segments = step.segments(() if training.loop is None else training.loop.parts)
     # Before the backward pass, as in the chapter's loop; it has no operations: last < first.
     if is_own and all(each.phase != "zero_grad" for each in segments):
