@@ -347,7 +347,7 @@ def _place(directory: Path) -> tuple[int, int] | None:
 def _agreed(before: RunColumns | None, now: RunColumns, after: int) -> int:
     """Return the last step up to which the sent data is still valid."""
     after = after if after <= now.steps else 0 if before is None else now.steps
-    if before is None or before.edition == now.edition:
+    if before is None:
         return after
     common = min(after, before.steps, now.steps)
     one, other = before.losses[:common], now.losses[:common]

@@ -27,13 +27,7 @@ from everystep.views.batch_text import (
 from everystep.views.formatting import cut, dtype_text, grouped, percent
 from everystep.views.mathematics import argument_texts, mathematics
 from everystep.views.step_data import SegmentSeen, as_it_happened
-from everystep.views.tensor_texts import (
-    ABSOLUTE,
-    NUMBERS,
-    numbers_of,
-    statistics_text,
-    write_numbers,
-)
+from everystep.views.tensor_texts import ABSOLUTE, NUMBERS, numbers_of, statistics_text, write_numbers
 from everystep.views.terminal import Cell, Column, Page, Styled, keyed, table_lines
 from everystep.views.update_formula import UpdateFormula
 
