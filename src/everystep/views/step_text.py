@@ -14,7 +14,7 @@ from torch import Tensor
 from everystep.errors import UsageError, did_you_mean
 from everystep.program.operation import CodeLine, Phase
 from everystep.recording.facts import Facts
-from everystep.recording.texts import loss_text, optimizer_parts, shortest
+from everystep.recording.texts import loss_text, shortest
 from everystep.replay.opened_step import Segment, Step, norm
 from everystep.views.batch_text import (
     MOST_VALUES,
@@ -314,8 +314,7 @@ class _Opened:
 
     def _title_of_update(self, seen: SegmentSeen) -> str:
         """Return the optimizer with its settings, first those recorded at each step."""
-        optimizer = self.training.optimizers.get(seen.optimizer or "")
-        name, settings = optimizer_parts({"": optimizer}, seen.settings) if optimizer else ("", {})
+        name, settings = seen.made or ("", {})
         # As recorded in this step: a scheduler may have changed what the optimizer was made with.
         shown = {key: repr(float(shortest(value))) for key, value in seen.settings.items()}
         shown |= {k: v for k, v in settings.items() if k not in shown}
