@@ -9,7 +9,7 @@ from typing import Any
 
 from everystep.errors import RunError
 from everystep.page.columns import RunColumns
-from everystep.page.run_index import names_of_ranks
+from everystep.page.run_index import names_of_ranks, shown_name
 from everystep.recording.database import MeasurementEnds
 from everystep.recording.facts import Facts, ModuleFacts, TrainingFacts
 from everystep.recording.recorded_run import RecordedRun
@@ -88,9 +88,7 @@ def _argument(directory: Path) -> str:
     """Return a run as the argument of a command in the server's working directory."""
     here = Path.cwd()
     is_below = directory.is_relative_to(here)
-    argument = shortest_name(directory.relative_to(here) if is_below else directory)
-    # JSON has no bytes that are not text.
-    return argument.encode("utf-8", "backslashreplace").decode()
+    return shown_name(shortest_name(directory.relative_to(here) if is_below else directory))
 
 
 def _measurement(ends: MeasurementEnds, facts: Facts) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import html
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +14,8 @@ from pathlib import Path
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
+
+from everystep.views.loss_table import rendered
 
 __all__ = ["STYLE_SOURCE", "asset", "index", "problem"]
 
@@ -78,23 +79,5 @@ def problem(path: str, status: int, title: str, text: str, *, has_link: bool = F
     """
     if path.startswith("/api/"):
         return JSONResponse({"error": text}, status)
-    link = '<p><a href="/">All runs</a></p>' if has_link else ""
-    page = f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>everystep: {html.escape(title)}</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<main>
-<h1>{html.escape(title)}</h1>
-<p class="lead">everystep</p>
-<p>{html.escape(text[:1].upper() + text[1:])}.</p>
-{link}
-</main>
-</body>
-</html>
-"""
+    page = rendered("problem.html", title=title, text=text, has_link=has_link)
     return HTMLResponse(page, status)

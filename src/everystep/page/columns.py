@@ -47,15 +47,13 @@ Series = tuple[NDArray[np.int64], NDArray[np.float64]]
 class RunColumns:
     """A run's numbers as they were at one moment.
 
-    losses: of steps 1 to `steps`, in their own precision; ends: of each measurement;
-    edition: changes when recorded steps are repeated.
+    losses: of steps 1 to `steps`, in their own precision; ends: of each measurement.
     """
 
     facts: Facts
     steps: int
     losses: NDArray[Any]
     ends: list[MeasurementEnds]
-    edition: int
     directory: Path
     known: dict[str, Series] = field(default_factory=dict)
     kept: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict)
@@ -168,24 +166,18 @@ class _CachedRun:
     def _read(self, old: RunColumns | None) -> RunColumns:
         with reading(self._directory / FILE_NAME) as database:
             facts, ends = database.facts(), database.measurement_ends()
-            losses, edition, known = None, 0, dict[str, Series]()
-            if old is not None:
-                # Only what is new is read, with an overlap:  in memory  1 ........... 9,000
-                #                                             read                4,905 ... 9,120
-                # Where both agree, steps 9,001 to 9,120 are appended; else everything is read again.
-                start = max(0, old.steps - OVERLAP)
-                newest = in_own_precision(database.losses(start + 1), facts)
-                edition = old.edition
-                if _goes_on(old, facts, newest, start):
-                    losses = np.concatenate([old.losses[:start], newest])
-                    known = _extended(old, database, facts, ends)
-            if losses is None:
+            # Only what is new is read, with an overlap:  in memory  1 ........... 9,000
+            #                                             read                4,905 ... 9,120
+            # Where both agree, steps 9,001 to 9,120 are appended; else everything is read again.
+            start = 0 if old is None else max(0, old.steps - OVERLAP)
+            losses, known = in_own_precision(database.losses(start + 1), facts), dict[str, Series]()
+            if old is not None and _goes_on(old, facts, losses, start):
+                losses = np.concatenate([old.losses[:start], losses])
+                known = _extended(old, database, facts, ends)
+            elif start:
                 losses = in_own_precision(database.losses(1), facts)
-                # The same losses read again, as at the end of a training, make no new edition: pages
-                # keep theirs.
-                edition += old is not None and not _is_same(old.losses, losses[: old.steps])
             steps = database.newest_step()
-        return RunColumns(facts, steps, losses, ends, edition, self._directory, known)
+        return RunColumns(facts, steps, losses, ends, self._directory, known)
 
 
 def reduced(

@@ -131,7 +131,9 @@ class Guard:
         if self._host not in ("0.0.0.0", "::", ""):
             return False
         # Every numeric address is allowed: no other site can make one resolve to another machine.
-        return _is_address(host) or host == socket.gethostname().lower()
+        with suppress(ValueError):
+            return bool(ipaddress.ip_address(host))
+        return host == socket.gethostname().lower()
 
     def _has_cookie(self, headers: Headers) -> bool:
         cookies = [cookie_parser(text).get(self._cookie) for text in headers.getlist("cookie")]
@@ -158,14 +160,6 @@ def host_without_port(text: str) -> str | None:
 def is_loopback(host: str) -> bool:
     """Return whether a host can only be this machine."""
     return host in ("127.0.0.1", "::1", "localhost")
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 _BYTES = 32

@@ -166,7 +166,7 @@ class Live:
 
     def _feed(self, key: str | None, look: Callable[[], Sight[Any]], pause: float) -> Feed[Any]:
         # Feeds without listeners have stopped; those of deleted runs would stay for ever.
-        self._feeds = {known: feed for known, feed in self._feeds.items() if feed.has_listeners}
+        self._feeds = {known: feed for known, feed in self._feeds.items() if feed.listeners}
         return self._feeds.setdefault(key, Feed(look, pause))
 
     def _look_at(self, name: str) -> Sight[RunSight | None]:
@@ -205,22 +205,17 @@ class Feed(Generic[Content]):
     def __init__(self, look: Callable[[], Sight[Content]], pause: float) -> None:
         self._look = look
         self._pause = pause
-        self._listeners: set[asyncio.Event] = set()
+        self.listeners: set[asyncio.Event] = set()
         self._seen: list[Content] = []  # empty before the first look: None is a content, too
         self._changed = asyncio.Event()
         self._watches = Watches(self._changed)
         self._task: asyncio.Task[None] | None = None
 
-    @property
-    def has_listeners(self) -> bool:
-        """Whether there are listeners."""
-        return bool(self._listeners)
-
     @contextmanager
     def listening(self) -> Iterator[AsyncIterator[Content]]:
         """Yield the content now, and whenever it may have changed."""
         news = asyncio.Event()
-        self._listeners.add(news)
+        self.listeners.add(news)
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._work())
             # If the task fails, its listeners wake up, and raise its error.
@@ -230,8 +225,8 @@ class Feed(Generic[Content]):
         try:
             yield self._contents(news)
         finally:
-            self._listeners.discard(news)
-            if not self._listeners:
+            self.listeners.discard(news)
+            if not self.listeners:
                 self.stop()
 
     def stop(self) -> None:
@@ -269,7 +264,7 @@ class Feed(Generic[Content]):
                 await asyncio.wait_for(self._changed.wait(), wait)
 
     def _tell(self) -> None:
-        for news in self._listeners:
+        for news in self.listeners:
             news.set()
 
 
@@ -352,7 +347,7 @@ def _place(directory: Path) -> tuple[int, int] | None:
 def _agreed(before: RunColumns | None, now: RunColumns, after: int) -> int:
     """Return the last step up to which the sent data is still valid."""
     after = after if after <= now.steps else 0 if before is None else now.steps
-    if before is None or before.edition == now.edition:
+    if before is None:
         return after
     common = min(after, before.steps, now.steps)
     one, other = before.losses[:common], now.losses[:common]

@@ -91,11 +91,7 @@ def region(
 
 
 def _slice(
-    tensor: Tensor,
-    index: int,
-    rows: tuple[int, int] | None,
-    columns: tuple[int, int] | None,
-    most: int,
+    tensor: Tensor, index: int, rows: tuple[int, int] | None, columns: tuple[int, int] | None, most: int
 ) -> Region:
     whole, slices = matrix(tensor, index)
     (top, bottom), (left, right) = (

@@ -175,7 +175,6 @@ def _say(host: str, port: int) -> None:
 
 
 def _has_screen() -> bool:
-    """Return whether a browser opened here has a screen."""
     if not sys.stdout.isatty() or "SSH_CONNECTION" in os.environ:
         return False
     is_desktop = sys.platform in ("darwin", "win32")

@@ -21,8 +21,6 @@ __all__ = ["sides"]
 #: Rows and columns that are sent at most, around the first difference.
 WINDOW = 64
 
-Window = tuple[tuple[int, int], tuple[int, int]]
-
 
 def sides(
     found: OperationDifference | None, runs: tuple[Run, Run]
@@ -85,8 +83,9 @@ def _tensor(
         # By bits: NaN equals itself, and 0.0 differs from -0.0.
         differs = as_integers(tensor) != as_integers(other)
         places = torch.nonzero(_rows(differs.any(-1) if tensor.is_complex() else differs))
-    window = _window(numbers, places)
-    (top, bottom), (left, right) = window
+    # In the order of the tensor, the first difference.
+    row, column = places[0].tolist() if len(places) else (0, 0)
+    window = (top, bottom), (left, right) = _around(row, len(numbers)), _around(column, numbers.shape[1])
     within = [[i, j] for i, j in places.tolist() if top <= i < bottom and left <= j < right]
     return {
         "shape": list(tensor.shape),
@@ -103,12 +102,6 @@ def _rows(tensor: Tensor) -> Tensor:
     if numbers.dim() < 2 or not numbers.numel():
         return numbers.reshape(1, -1)
     return numbers.reshape(-1, numbers.shape[-1])
-
-
-def _window(numbers: Tensor, different: Tensor) -> Window:
-    # In the order of the tensor, the first difference.
-    row, column = different[0].tolist() if len(different) else (0, 0)
-    return _around(row, len(numbers)), _around(column, numbers.shape[1])
 
 
 def _around(place: int, size: int) -> tuple[int, int]:

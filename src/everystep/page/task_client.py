@@ -48,7 +48,6 @@ class Task:
         self.asked = asked
         # Only the last message of each kind: a late listener needs no more.
         self._said: dict[str, Event] = {}
-        self._count = 0
         self._changed = asyncio.Event()
         self._is_ready = False
         self._is_stopped = False
@@ -129,8 +128,8 @@ class Task:
         await self._process.kill()
 
     def _keep(self, name: str, content: dict[str, Any]) -> None:
-        self._count += 1
-        self._said[name] = Event(self._count, name, content)
+        newest = max((event.number for event in self._said.values()), default=0)
+        self._said[name] = Event(newest + 1, name, content)
         self._tell()
 
     def _tell(self) -> None:

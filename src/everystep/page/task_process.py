@@ -160,8 +160,6 @@ def _fork(run: Run, asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
 
 
 class _Watching(Silent):
-    """Watches a fork being trained."""
-
     def __init__(self, voice: Voice) -> None:
         self.run = "the fork"
         self.notices: list[str] = []

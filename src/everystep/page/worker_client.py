@@ -61,8 +61,8 @@ class WorkerClient:
     async def start(self) -> None:
         """Start the worker, so that it is ready when the first step is asked for."""
         async with self._turn:
-            if not self._is_alive and not self._is_closed:
-                self._process = await _begin_worker()
+            if not self._is_closed:
+                await self._running()
 
     async def ask(
         self, kind: str, run: Path, *, gone: Callable[[], Awaitable[None]] | None = None, **asked: Any
@@ -94,24 +94,22 @@ class WorkerClient:
     async def _answer(self, request: dict[str, Any], leaving: asyncio.Future[Any]) -> Answer:
         if self._is_closed:
             raise NoAnswer(_STOPPING)
-        if not self._is_alive:
-            self._process = await _begin_worker()
-        assert self._process is not None
-        exchange = asyncio.ensure_future(_exchange(self._process, request))
+        process = await self._running()
+        exchange = asyncio.ensure_future(_exchange(process, request))
         try:
             await asyncio.wait(
                 {exchange, leaving}, timeout=_LONGEST, return_when=asyncio.FIRST_COMPLETED
             )
             if not exchange.done():
                 has_left = leaving.done()
-                await self._give_up(self._process, exchange)
+                await self._give_up(process, exchange)
                 if has_left:
                     raise Gone(_STOPPING)
                 raise NoAnswer(
                     f"this took more than {_LONGEST / 60:.0f} minutes and was stopped, because other "
                     "requests wait; `everystep step` in a terminal has no such limit"
                 )
-            self._ready = self._process
+            self._ready = process
             return exchange.result()
         except Ended as ended:
             raise NoAnswer(
@@ -120,7 +118,7 @@ class WorkerClient:
             ) from None
         except asyncio.CancelledError:  # no request waits for its answer
             exchange.cancel()
-            await self._process.kill()
+            await process.kill()
             raise
 
     async def _give_up(self, process: Child, exchange: asyncio.Future[Answer]) -> None:
@@ -144,15 +142,12 @@ class WorkerClient:
         if self._process is not None:
             await self._process.end(_PATIENCE)
 
-    @property
-    def _is_alive(self) -> bool:
-        return self._process is not None and self._process.is_alive
-
-
-async def _begin_worker() -> Child:
-    # Waiting threads should sleep soon: a training may need every core. Sleeping at once would cost more
-    # than half of the speed without one.
-    return await Child.begin("everystep.page.worker", GOMP_SPINCOUNT="1000")
+    async def _running(self) -> Child:
+        if self._process is None or not self._process.is_alive:
+            # Waiting threads should sleep soon: a training may need every core. Sleeping at once would
+            # cost more than half of the speed without one.
+            self._process = await Child.begin("everystep.page.worker", GOMP_SPINCOUNT="1000")
+        return self._process
 
 
 async def _exchange(process: Child, request: dict[str, Any]) -> Answer:

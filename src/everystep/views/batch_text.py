@@ -57,11 +57,9 @@ def classes_text(batch: Batch, names: list[str] | None) -> str | None:
     if names is None or of_rows is None:
         return None
     counts = Counter(of_rows)
-    order = [
-        *(name for name in names if name in counts),
-        *(each for each in counts if each not in names),
-    ]
-    return ", ".join(f"{name} ({counts[name]:,})" for name in order)
+    # First in the order of the classes, then those without a name.
+    order = dict.fromkeys([*names, *counts])
+    return ", ".join(f"{name} ({counts[name]:,})" for name in order if counts[name])
 
 
 def classes_of_tensors(

@@ -120,7 +120,6 @@ def _operation_lines(found: OperationDifference, names: tuple[str, str]) -> list
 
 
 def _sides(found: OperationDifference) -> list[str]:
-    """Return the operation in each run."""
     pair = found.one, found.other
     return ["no operation" if each is None else operation_name(each.operation) for each in pair]
 

@@ -15,13 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from everystep.recording.directories import RUNS, is_sweep
-from everystep.recording.facts import (
-    EngineFacts,
-    Facts,
-    ForkFacts,
-    ResumeFacts,
-    TrainingFacts,
-)
+from everystep.recording.facts import EngineFacts, Facts, ForkFacts, ResumeFacts, TrainingFacts
 from everystep.recording.keep import kept_text
 from everystep.recording.recorded_run import EXPERIMENT_FILE, RecordedRun
 from everystep.recording.settings_diff import flat
@@ -33,14 +27,7 @@ from everystep.recording.texts import (
     shortest,
     value_text,
 )
-from everystep.views.formatting import (
-    counted,
-    labelled,
-    measured_text,
-    number,
-    seconds_text,
-    time_text,
-)
+from everystep.views.formatting import counted, labelled, measured_text, number, seconds_text, time_text
 
 __all__ = [
     "closing",

@@ -203,7 +203,6 @@ def _drawable(frame: pl.DataFrame, name: str, column: str, log: bool, notes: lis
 
 
 def _thinned(frame: pl.DataFrame, column: str) -> pl.DataFrame:
-    """Return the rows to draw of one series."""
     if len(frame) <= MOST:
         return frame
     # Extremes so that no spike is lost, and evenly spaced points so that the density stays visible.
@@ -219,7 +218,6 @@ def _measured(
     log: bool,
     notes: list[str],
 ) -> pd.DataFrame:
-    """Return the lines to draw: run, step, value, measurement."""
     if not measurements:
         return pd.DataFrame()
     frames = [run.measurements for run in runs]

@@ -107,8 +107,6 @@ class TerminalProgress(Silent):
 
 
 class _Speed(bars.ProgressColumn):
-    """Steps per second."""
-
     def render(self, task: bars.Task) -> Text:
         # Slower ones would be 0/s.
         speed = task.finished_speed or task.speed

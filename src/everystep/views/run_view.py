@@ -295,7 +295,6 @@ def _formula_and_inputs(found: NonFinite) -> tuple[str | None, dict[str, Any]]:
 def _of_nonfinite(found: NonFinite) -> dict[str, Any]:
     from everystep.replay.opened_step import statistics
 
-    _in("why_text")
     line, inputs = _formula_and_inputs(found)
     return {
         "operation": found.operation,
@@ -390,7 +389,7 @@ def _found_data(found: Found, view: RunView, most: int | None = None) -> dict[st
 
 
 def _in(module: str) -> Any:
-    """Return a module of the views that imports torch; `why_text` has what parts of answers derive."""
+    """Return a module of the views that imports torch."""
     return import_module(f"everystep.views.{module}")
 
 
@@ -431,10 +430,10 @@ _DATA: dict[str, Callable[..., dict[str, Any]]] = {
         view.step, view.run.facts, **options
     ),
     "Step": lambda found, view, **options: _in("step_data").step_data(found, view.run, **options),
-    "Why": lambda found, view: _in("why_text") and plain_data(found),
 }
 
 DERIVED |= {
+    **dict.fromkeys(("Group", "Number", "Term", "Why"), lambda part: _in("why_text").derived(part)),
     "Diagnosis": lambda found: {"is_healthy": found.is_healthy},
     "Difference": lambda found: {
         "is_same": found.is_same,

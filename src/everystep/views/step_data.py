@@ -39,7 +39,8 @@ class SegmentSeen(NamedTuple):
     optimizer: the name of the optimizer that updates in it; None if it is not an update, or unknown.
     settings: the optimizer's learning rates and similar settings at this step. parameters: those that it
     updates, in the order of the step; one that several segments change belongs to the last of them.
-    formulas: of these, as far as operations show them.
+    formulas: of these, as far as operations show them. made: the optimizer's class, and all its settings
+    as text.
     """
 
     segment: Segment
@@ -47,6 +48,7 @@ class SegmentSeen(NamedTuple):
     settings: Mapping[str, float] = {}
     parameters: Sequence[str] = ()
     formulas: Mapping[str, UpdateFormula] = {}
+    made: tuple[str, Mapping[str, str]] | None = None
 
 
 def as_it_happened(step: Step, training: TrainingFacts) -> tuple[list[SegmentSeen], list[str]]:
@@ -59,7 +61,7 @@ def as_it_happened(step: Step, training: TrainingFacts) -> tuple[list[SegmentSee
     updates = step.updates.items()
     # What a loop changes can be any parameters, and only a look at them tells.
     left = [n for n, u in updates if is_own or not torch.equal(u.before, u.after)]
-    known = {name: update_formulas(step.operations, {name: o}) for name, o in optimizers.items()}
+    known = {name: update_formulas(step.operations, each) for name, each in optimizers.items()}
     segments = step.segments(() if training.loop is None else training.loop.parts)
     # Before the backward pass, as in the chapter's loop; it has no operations: last < first.
     if is_own and all(each.phase != "zero_grad" for each in segments):
@@ -82,7 +84,8 @@ def as_it_happened(step: Step, training: TrainingFacts) -> tuple[list[SegmentSee
         given = step.hyperparameters.items()
         settings = {key.removeprefix(prefix): value for key, value in given if key.startswith(prefix)}
         its = {name: formulas[name] for name in own if name in formulas}
-        found.append(SegmentSeen(segment, optimizer, settings, own, its))
+        made = None if optimizer is None else optimizer_parts({"": optimizers[optimizer]}, settings)
+        found.append(SegmentSeen(segment, optimizer, settings, own, its, made))
     return found[::-1], [] if is_own else left
 
 
@@ -132,7 +135,7 @@ def step_data(step: Step, run: RecordedRun, *, values: bool = False) -> dict[str
         "buffers": tensors.of("buffers", step.buffers),
         "network": layers,
         "operations": _operations(step, tensors),
-        "segments": None if loop is None else _segments(segments, training),
+        "segments": None if loop is None else [_segment(seen) for seen in segments],
         "changed_otherwise": changed_otherwise,
         "dropped": tensors.of("dropped", step.dropped),
         "gradients": tensors.of("gradients", _as_made(step)),
@@ -351,18 +354,11 @@ def _as_made(step: Step) -> dict[str, Tensor]:
     return {name: step.gradients[name] for name in order}
 
 
-def _segments(segments: list[SegmentSeen], training: TrainingFacts) -> list[dict[str, Any]]:
-    """Return the segments of a loop's step; an update has its optimizer and its parameters."""
-    found = []
-    for seen in segments:
-        optimizer = training.optimizers.get(seen.optimizer or "")
-        name, settings = optimizer_parts({"": optimizer} if optimizer else {}, seen.settings)
-        found.append(
-            seen.segment._asdict()
-            | {"optimizer": {"name": name, "settings": settings} if optimizer else None}
-            | {"hyperparameters": seen.settings, "parameters": list(seen.parameters)}
-        )
-    return found
+def _segment(seen: SegmentSeen) -> dict[str, Any]:
+    """Return a segment of a loop's step; an update has its optimizer and its parameters."""
+    optimizer = seen.made and {"name": seen.made[0], "settings": seen.made[1]}
+    own = {"hyperparameters": seen.settings, "parameters": list(seen.parameters)}
+    return seen.segment._asdict() | {"optimizer": optimizer} | own
 
 
 def _updates(step: Step, formulas: dict[str, UpdateFormula], tensors: _Tensors) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from everystep.errors import UsageError, did_you_mean
 from everystep.program.operation import CodeLine, Phase
 from everystep.recording.facts import Facts
-from everystep.recording.texts import loss_text, optimizer_parts, shortest
+from everystep.recording.texts import loss_text, shortest
 from everystep.replay.opened_step import Segment, Step, norm
 from everystep.views.batch_text import (
     MOST_VALUES,
@@ -24,17 +24,10 @@ from everystep.views.batch_text import (
     other_values,
     targets,
 )
-from everystep.views.formatting import cut, grouped, percent
+from everystep.views.formatting import cut, dtype_text, grouped, percent
 from everystep.views.mathematics import argument_texts, mathematics
 from everystep.views.step_data import SegmentSeen, as_it_happened
-from everystep.views.tensor_texts import (
-    ABSOLUTE,
-    NUMBERS,
-    numbers_of,
-    statistics_text,
-    write_numbers,
-    write_tensors,
-)
+from everystep.views.tensor_texts import ABSOLUTE, NUMBERS, numbers_of, statistics_text, write_numbers
 from everystep.views.terminal import Cell, Column, Page, Styled, keyed, table_lines
 from everystep.views.update_formula import UpdateFormula
 
@@ -321,8 +314,7 @@ class _Opened:
 
     def _title_of_update(self, seen: SegmentSeen) -> str:
         """Return the optimizer with its settings, first those recorded at each step."""
-        optimizer = self.training.optimizers.get(seen.optimizer or "")
-        name, settings = optimizer_parts({"": optimizer}, seen.settings) if optimizer else ("", {})
+        name, settings = seen.made or ("", {})
         # As recorded in this step: a scheduler may have changed what the optimizer was made with.
         shown = {key: repr(float(shortest(value))) for key, value in seen.settings.items()}
         shown |= {k: v for k, v in settings.items() if k not in shown}
@@ -411,7 +403,15 @@ class _Opened:
                 write_numbers(page, tensor, indent=indent)
 
     def _tensors(self, named: Mapping[str, Tensor], title: str = "") -> None:
-        write_tensors(self.page, named, title, values=self.values)
+        """Write tensors with what their numbers are like; where values are asked for, with these."""
+        if not self.values:
+            columns = keyed("name", title), keyed("dtype", "", style="dim"), *NUMBERS
+            rows = [numbers_of(t) | {"name": name, "dtype": dtype_text(t)} for name, t in named.items()]
+            self.page.table(columns, rows)
+            return
+        for name, tensor in named.items():
+            self.page.line((f"{name}  ", "bold"), *statistics_text(tensor), indent=_INDENT)
+            write_numbers(self.page, tensor, indent=2 * _INDENT)
 
 
 def _gradients(of_parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

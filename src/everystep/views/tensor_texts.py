@@ -13,7 +13,7 @@ from everystep.replay.opened_step import statistics
 from everystep.views.formatting import dtype_text, grouped, percent, shape_text
 from everystep.views.terminal import Cell, Column, Page, Styled, keyed
 
-__all__ = ["ABSOLUTE", "NUMBERS", "numbers_of", "statistics_text", "write_numbers", "write_tensors"]
+__all__ = ["ABSOLUTE", "NUMBERS", "numbers_of", "statistics_text", "write_numbers"]
 
 #: Tensors with at most so many elements are printed whole, larger ones by their edges.
 ALL_VALUES = 1000
@@ -71,23 +71,6 @@ def statistics_text(tensor: Tensor, *, is_unset: bool = False) -> list[Styled]:
             label = "value" if tensor.numel() == 1 and column.header == "mean" else column.header
             line += [(f"  {label} ", "dim"), (text, style)]
     return line
-
-
-def write_tensors(page: Page, named: Mapping[str, Tensor], title: str = "", *, values: bool) -> None:
-    """Add tensors with what their numbers are like; values: also their numbers."""
-    if values:
-        for name, tensor in named.items():
-            page.line((f"{name}  ", "bold"), *statistics_text(tensor), indent=2)
-            write_numbers(page, tensor, indent=4)
-        return
-    columns = keyed("name", title), keyed("dtype", "", style="dim"), *NUMBERS
-    page.table(
-        columns,
-        [
-            {"name": name, "dtype": dtype_text(tensor)} | numbers_of(tensor)
-            for name, tensor in named.items()
-        ],
-    )
 
 
 def write_numbers(page: Page, tensor: Tensor, *, indent: int) -> None:

@@ -136,7 +136,6 @@ def _width(text: str) -> int:
 
 
 def _total(widths: Iterable[int]) -> int:
-    """Return the width of a table with columns of these widths."""
     return sum(width + 2 for width in widths) - 2
 
 

@@ -39,10 +39,13 @@ class UpdateFormula(NamedTuple):
 
 
 def update_formulas(
-    operations: Sequence[Observed], optimizers: Mapping[str, OptimizerFacts]
+    operations: Sequence[Observed], optimizer: OptimizerFacts
 ) -> dict[str, UpdateFormula]:
-    """Return the formula of each parameter that the operations of phase `update` change."""
-    composer = _Composer(optimizers)
+    """Return the formula of each parameter that the operations of phase `update` change.
+
+    optimizer: the one that updates those whose formula is too long, or one operation.
+    """
+    composer = _Composer(optimizer)
     for number, seen in enumerate(operations):
         if seen.operation.phase == "update":
             composer.apply(number, seen)
@@ -68,11 +71,9 @@ class _Term(NamedTuple):
 class _Composer:
     """Expresses each tensor, at the current operation, by the tensors before the update."""
 
-    def __init__(self, optimizers: Mapping[str, OptimizerFacts]) -> None:
-        # Of several, it is unknown which one updates a parameter.
-        alone = next(iter(optimizers.values())) if len(optimizers) == 1 else None
-        known = _documented(alone) if alone and alone.is_torchs else None
-        self._settings = (f"{optimizers_text(optimizers)}, as the run began",)
+    def __init__(self, optimizer: OptimizerFacts) -> None:
+        self._settings = (f"{optimizers_text({'': optimizer})}, as the run began",)
+        known = _documented(optimizer) if optimizer.is_torchs else None
         self._documented = known or self._settings
         self._terms: dict[str, _Term] = {}
         self._known: dict[str, UpdateFormula] = {}

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.text import Text
 
-from everystep.answers.why import Number, Spot, Term, Why
+from everystep.answers.why import Group, Number, Spot, Term, Why
 from everystep.errors import UsageError
 from everystep.recording.facts import Facts
 from everystep.recording.texts import shortest
@@ -17,11 +17,10 @@ from everystep.replay.opened_step import Step
 from everystep.views.formatting import about_numbers, several
 from everystep.views.formatting import number as four_digits
 from everystep.views.mathematics import Line, mathematics
-from everystep.views.plain import DERIVED
 from everystep.views.step_data import tensor_of
 from everystep.views.terminal import Cell, Column, Page, keyed
 
-__all__ = ["spot_of", "why_text"]
+__all__ = ["derived", "spot_of", "why_text"]
 
 _INDEX = re.compile(r"\d{1,18}(,\d{1,18})*", re.ASCII)
 
@@ -252,35 +251,30 @@ def _digits_text(value: Any) -> str:
     return f"{value:.8g}" if isinstance(value, float | complex) else str(value)
 
 
-def _of_number(value: Number) -> dict[str, Any]:
-    # Linked where the page can ask again: nothing is behind a number of the batch.
-    is_linked = value.is_made or value.name.startswith(("parameters", "buffers", "tensors"))
-    is_linked &= value.rank is None and not value.name.endswith(".bits")
-    return {"text": exact_text(value), "is_linked": is_linked}
-
-
-def _of_answer(value: Why) -> dict[str, Any]:
-    is_checked = value.formula and value.groups
+def derived(part: Number | Term | Group | Why) -> dict[str, Any]:
+    """Return what an answer, or a part of it, is shown with besides its fields."""
+    if isinstance(part, Term):
+        return {"text": _optional(part.value)}
+    if isinstance(part, Group):
+        return {"rest_text": _optional(part.rest)}
+    if isinstance(part, Number):
+        # Linked where the page can ask again: nothing is behind a number of the batch.
+        is_linked = part.is_made or part.name.startswith(("parameters", "buffers", "tensors"))
+        is_linked &= part.rank is None and not part.name.endswith(".bits")
+        return {"text": exact_text(part), "is_linked": is_linked}
+    is_checked = part.formula and part.groups
     return {
-        "made": None if value.operation is None else _made_text(value),
-        "observed": value.observed,
-        "phase": None if value.operation is None else value.step.phases[value.operation],
-        "check": "".join(text for text, _ in _check_text(value)) if is_checked else "",
-        "rows_text": _rows_text(value),
-        "has_begun": value.began is not None,
+        "made": None if part.operation is None else _made_text(part),
+        "observed": part.observed,
+        "phase": None if part.operation is None else part.step.phases[part.operation],
+        "check": "".join(text for text, _ in _check_text(part)) if is_checked else "",
+        "rows_text": _rows_text(part),
+        "has_begun": part.began is not None,
     }
 
 
 def _optional(value: Any) -> str | None:
     return None if value is None else _digits_text(value)
-
-
-DERIVED |= {
-    "Number": _of_number,
-    "Term": lambda term: {"text": _optional(term.value)},
-    "Group": lambda group: {"rest_text": _optional(group.rest)},
-    "Why": _of_answer,
-}
 
 
 def spot_of(step: Step, facts: Facts, id: str, index: str) -> str | Spot:

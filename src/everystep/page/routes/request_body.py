@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 from starlette.requests import Request
 
 from everystep.errors import UsageError
 
-__all__ = ["Field", "fields_of", "flag", "line", "settings", "text", "whole", "wholes"]
+__all__ = ["Field", "fields_of", "flag", "ints", "line", "maybe", "settings", "text", "whole"]
 
 #: Characters of an expression, or of a value.
 LONGEST_TEXT = 10_000
@@ -43,35 +43,28 @@ async def fields_of(request: Request) -> dict[str, Any]:
     return fields
 
 
-def text(absent: Any = ..., longest: int = LONGEST_TEXT) -> Field:
-    """Return a reader of a string; absent: the value of a missing one; `...`: it is required."""
-
-    def read(value: Any, name: str) -> Any:
-        if value is None and absent is not ...:
-            return absent
-        if not isinstance(value, str) or not value.strip():
-            raise UsageError(f"{name} is missing; write it as a string")
-        if len(value) > longest:
-            raise UsageError(f"{name} is longer than {longest:,} characters; write it shorter")
-        return value
-
-    return read
+def maybe(read: Field, absent: Any = None) -> Field:
+    """Return a reader of a field that may be missing. absent: the value of a missing one."""
+    return lambda value, name: absent if value is None else read(value, name)
 
 
-def whole(absent: Any = ..., least: int = 0) -> Field:
-    """Return a reader of an integer."""
-
-    def read(value: Any, name: str) -> Any:
-        if value is None and absent is not ...:
-            return absent
-        if not _is_whole(value, least):
-            raise UsageError(f"{name} is {value!r:.80}; write a whole number from {least} on")
-        return value
-
-    return read
+def text(value: Any, name: str, longest: int = LONGEST_TEXT) -> str:
+    """Return a string that is not blank."""
+    if not isinstance(value, str) or not value.strip():
+        raise UsageError(f"{name} is missing; write it as a string")
+    if len(value) > longest:
+        raise UsageError(f"{name} is longer than {longest:,} characters; write it shorter")
+    return value
 
 
-def wholes(value: Any, name: str) -> list[int]:
+def whole(value: Any, name: str, least: int = 0) -> int:
+    """Return an integer."""
+    if not _is_whole(value, least):
+        raise UsageError(f"{name} is {value!r:.80}; write a whole number from {least} on")
+    return value
+
+
+def ints(value: Any, name: str) -> list[int]:
     """Return whole numbers from 0 on, at least one."""
     if isinstance(value, list) and value and all(_is_whole(each) for each in value):
         return value
@@ -113,6 +106,6 @@ def settings(value: Any, name: str) -> dict[str, str]:
     return value
 
 
-def _is_whole(value: Any, least: int = 0) -> bool:
+def _is_whole(value: Any, least: int = 0) -> TypeGuard[int]:
     # Not a bool; and above 2**53, a number of JavaScript is not exact.
     return type(value) is int and least <= value < 2**53

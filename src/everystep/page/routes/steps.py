@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from everystep.errors import UsageError
 from everystep.page.table_rows import whole
-from everystep.page.worker_client import Answer, WorkerClient
+from everystep.page.worker_client import WorkerClient
 
 __all__ = ["routes"]
 
@@ -75,7 +75,6 @@ async def report(request: Request) -> Response:
 
 
 async def _answered(request: Request, worker: WorkerClient, kind: str, **asked: Any) -> Response:
-    """Ask a worker, and pass on its answer."""
     directory = request.app.state.run_index.place(request.path_params["name"])
 
     async def gone() -> None:
@@ -86,10 +85,6 @@ async def _answered(request: Request, worker: WorkerClient, kind: str, **asked: 
     answer = await worker.ask(kind, directory, gone=gone, **asked)
     if answer.status != 200:
         return JSONResponse(answer.about, answer.status)
-    return _response(kind, answer, directory.name)
-
-
-def _response(kind: str, answer: Answer, name: str) -> Response:
     if kind == "numbers":
         # The body is the numbers alone; what they are is in a header.
         headers = {"Everystep-Tensor": json.dumps(answer.about)}
@@ -98,7 +93,7 @@ def _response(kind: str, answer: Answer, name: str) -> Response:
         return Response(answer.content, media_type="application/octet-stream")
     if kind == "report":
         # A quote or a line break in a name would end the header.
-        plain = re.sub(r"[^\w. -]", "_", name, flags=re.ASCII)
+        plain = re.sub(r"[^\w. -]", "_", directory.name, flags=re.ASCII)
         headers = {"Content-Disposition": f'attachment; filename="{plain}.html"'}
         return Response(answer.content, media_type="text/html; charset=utf-8", headers=headers)
     return Response(answer.content, media_type="application/json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -11,7 +12,7 @@ from starlette.routing import Route
 
 from everystep.errors import RunError, UsageError
 from everystep.page.live import SILENCE, EventStream, event, last_seen
-from everystep.page.routes.request_body import Field, fields_of, flag, settings, text, whole, wholes
+from everystep.page.routes.request_body import Field, fields_of, flag, ints, maybe, settings, text, whole
 from everystep.page.task_client import Task
 
 __all__ = ["routes"]
@@ -21,39 +22,25 @@ _LONGEST_NAME = 200
 #: Seconds of silence after which a comment is sent, so that nothing on the way closes the stream.
 _SILENCE = 20.0
 
+#: Readers of a name, and of a number of things.
+_name, _count = partial(text, longest=_LONGEST_NAME), partial(whole, least=1)
 
 #: The questions about a run: the fields of each, and how they are read.
 QUESTIONS: dict[str, dict[str, Field]] = {
-    "measure": {
-        "expression": text(),
-        "name": text(None, longest=_LONGEST_NAME),
-        "every": whole(1, least=1),
-        "overwrite": flag,
-    },
-    "when": {"condition": text(), "which": text("first")},
+    "measure": {"expression": text, "name": maybe(_name), "every": maybe(_count, 1), "overwrite": flag},
+    "when": {"condition": text, "which": maybe(text, "first")},
     "first-nonfinite": {},
     "verify": {},
-    "fork": {
-        "name": text(None, longest=_LONGEST_NAME),
-        "at": whole(),
-        "settings": settings,
-        "steps": whole(None, least=1),
-    },
-    "what-if": {
-        "at": whole(),
-        "until": whole(least=1),
-        "rows": wholes,
-        "each": flag,
-        "by": text("loss"),
-    },
+    "fork": {"name": maybe(_name), "at": whole, "settings": settings, "steps": maybe(_count)},
+    "what-if": {"at": whole, "until": _count, "rows": ints, "each": flag, "by": maybe(text, "loss")},
     # Another interpreter is a program: no page names one.
     "rerun": {
-        "threads": whole(None, least=1),
-        "capability": text(None),
-        "mkl": text(None),
-        "precision": text(None),
+        "threads": maybe(_count),
+        "capability": maybe(text),
+        "mkl": maybe(text),
+        "precision": maybe(text),
     },
-    "compare": {"one": text(), "other": text(), "thorough": flag},
+    "compare": {"one": text, "other": text, "thorough": flag},
 }
 
 
