@@ -265,14 +265,9 @@ def _check_loop(asked: Fork, given: Objects) -> None:
             f"{run.name} has no batches after step {newest:,}: a fork by its programs begins before "
             "that step, and ends there at the latest"
         )
+    change = "relabelled" if asked.targets else "at another rate"
     for rank in run.ranks:
-        check_determined(
-            rank,
-            at,
-            last,
-            "relabelled" if asked.targets else "at another rate",
-            is_of_rates="lr" in asked.settings,
-        )
+        check_determined(rank, at, last, change, is_of_rates="lr" in asked.settings)
 
 
 def _fork_alone(asked: Fork, progress: Progress) -> Outcome:
