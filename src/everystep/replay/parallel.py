@@ -55,11 +55,10 @@ class Replayed:
     losses: of its steps; different_losses, first_loss: how many differ, and the first of them; states:
     tensors of the final state that differ; compared: whether there was a final state to compare;
     stopped_at: the first step that cannot be replayed, None if all were, or no more were needed;
-    threads: the number of threads, and the numerics; result: of the visitor.
+    numerics: under which they ran; result: of the visitor.
     """
 
     span: Span
-    threads: int
     numerics: Numerics
     losses: list[float] = field(default_factory=list)
     different_losses: int = 0
@@ -157,7 +156,7 @@ def parallel(
     if count == 1 and not needs_worker(run.facts):
         replay = opener.replay_here(may_share=visitor.may_share)
         for span in wanted:
-            yield replay_span(replay, span, visitor, threads)
+            yield replay_span(replay, span, visitor)
             on_progress(span.steps)
         return
     left = [*wanted]
@@ -165,7 +164,7 @@ def parallel(
     # First with one thread for each process. As soon as a span differs, all that are left are replayed
     # by one process with as many threads as the training had, which decides.
     for each in (1, threads) if count > 1 else (threads,):
-        tasks = [(span, visitor, each) for span in left]
+        tasks = [(span, visitor) for span in left]
         # A `break` must end the processes, not leave them to compute the other spans.
         with closing(shared(opener, count if each == 1 else 1, each, replay_span, tasks)) as found:
             for replayed in found:
@@ -178,11 +177,11 @@ def parallel(
             return
 
 
-def replay_span(replay: Replay, span: Span, visitor: Visitor, threads: int) -> Replayed:
+def replay_span(replay: Replay, span: Span, visitor: Visitor) -> Replayed:
     """Replay a span, and compare its losses and its last state with the recording."""
     known = replay.diverged_at
     with replay.in_force(span.first):
-        found = Replayed(span, threads, Numerics.read(select(replay.stretches[span.at].facts.device)))
+        found = Replayed(span, Numerics.read(select(replay.stretches[span.at].facts.device)))
         start = visitor.begin(replay, span)
         replay.go_to(start, span.at)
         step = start
