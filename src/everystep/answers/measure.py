@@ -125,11 +125,7 @@ class Query(Visitor):
         return not self.is_done
 
     def _asked(self, number: int, loss: float, step: Step | None) -> float | None:
-        """Return the answer at a step, if there is one.
-
-        Raises:
-            ExpressionError: the function does not return a number.
-        """
+        """Return the answer at a step, if there is one."""
         losses = self._previous_loss, loss
         if isinstance(self.question, Expression):
             if step is not None:
