@@ -77,11 +77,12 @@ class Query(Visitor):
         self._answers, self._probe, self._first, self._before = [], None, span.first, {}
         earlier = self.looks_back and span.first > 1
         earlier = earlier and is_kept(span.first - 1, replay.run.facts.not_kept)
-        if earlier and span.first == replay.stretches[span.at].first:
+        at = replay.stretch_of(span.first)
+        if earlier and span.first == replay.stretches[at].first:
             earlier = False
             # The stepper of a stretch begins with the state: another one takes the step before.
             with suppress(NotReplayedError), replay.in_force(span.first - 1):
-                probe = Probe(replay.go_to(span.first - 2, span.at - 1), self._tensors)
+                probe = Probe(replay.go_to(span.first - 2, at - 1), self._tensors)
                 probe.stepper.run(span.first - 1, probe)
                 self._before = probe.before
         start = span.first - 1 - earlier
