@@ -151,15 +151,8 @@ class Query(Visitor):
 
     def due(self, run: RecordedRun) -> list[Span]:
         """Return the spans of a run in which a step is due."""
-        every = self.every
-        return [
-            span
-            for span in spans(run, 1, run.newest_step(), are_long=self.looks_back)
-            if any(
-                number not in self.skipped
-                for number in range(-(-span.first // every) * every, span.last + 1, every)
-            )
-        ]
+        found = spans(run, 1, run.newest_step(), are_long=self.looks_back)
+        return [each for each in found if any(map(self._is_due, range(each.first, each.last + 1)))]
 
     def _is_due(self, number: int) -> bool:
         return number >= self._first and number % self.every == 0 and number not in self.skipped
