@@ -295,7 +295,7 @@ def _fork_alone(asked: Fork, progress: Progress) -> Outcome:
         recorder = Recorder(place, facts, asked.budget, of_rank, at, math.inf, beginning=state)
         return recorder, facts
 
-    return continue_alone(run, at, steps_of, record, progress, lr)
+    return continue_alone(run, at, steps_of, record, progress)
 
 
 def _fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome:
