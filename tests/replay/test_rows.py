@@ -409,6 +409,24 @@ def test_a_loop_with_two_models_micro_batches_and_clipping(loop):
         _agree(step.rows.gradients[name].norms, expected)
 
 
+def test_a_gradient_that_code_copies_and_clips_has_no_rows_of_zeros(loop):
+    record, one, two, optimizer = loop
+    bias = two.bias
+
+    def body(x, y):
+        optimizer.zero_grad()
+        loss = ((two(one(x)) - y) ** 2).mean()
+        bias.grad = torch.autograd.grad(loss, bias)[0].clone()
+        nn.utils.clip_grad_norm_([bias], 0.01)
+        optimizer.step()
+        return loss
+
+    rows = record(body).rows
+    # `_foreach_norm` has no rule, and the clipped gradient is made with it.
+    with pytest.raises(RunError, match=r"rows of the gradient of two\.bias are unknown: operation #\d+"):
+        rows.gradient_of("two.bias")
+
+
 def test_a_sum_that_begins_with_zeros_is_of_the_row_that_is_added(loop, step_of):
     step = step_of(lambda out, y: sum((torch.zeros(()) + each.sum()).tanh() for each in out))
     losses, norms = _of_both(step, loop, lambda out, y: out.sum().tanh())

@@ -50,10 +50,9 @@ class Evidence(StepPair):
     """A step of two runs, and everything known about both except its operations.
 
     names: of the runs; settings: those of both trainings that differ; modules and optimizers: the
-    classes of the first run's, by path and by name; numerics: those that differ, as text; has_rows:
-    whether batches are rows of data that the runs know by their numbers; is_data_drawn: whether the seed
-    decides on the data; is_seeded: whether it decides on everything drawn before the first step;
-    unseen: inputs of operations that no program can hold, as text.
+    classes of the first run's, by path and by name; numerics: those that differ, as text;
+    is_data_drawn: whether the seed decides on the data; is_seeded: whether it decides on everything
+    drawn before the first step; unseen: inputs of operations that no program can hold, as text.
     """
 
     def __init__(self, openers: tuple[Opener, Opener], number: int, numerics: Sequence[str]) -> None:
@@ -147,10 +146,8 @@ def _generators(replay: Replay, number: int) -> dict[str, Tensor]:
 
 def causes_of(found: OperationDifference, evidence: Evidence) -> list[str]:
     """Return why an operation has a different result, as texts."""
-    if not found.is_one_operation:
+    if found.others or not found.is_one_operation:
         return _of_another_operation(found, evidence)
-    if found.others:
-        return _of_another_operation(found, evidence, _others_text(found.others, evidence))
     a = found.sides[0]
     causes = list(_of_arguments(a, found, evidence))
     causes += _of_inputs(found, evidence, is_shape_known=bool(causes))
@@ -192,10 +189,8 @@ def _perhaps(settings: Sequence[Setting | str]) -> str:
     return f"; perhaps because of {'; '.join(_texts(settings))}" if settings else ""
 
 
-def _of_another_operation(
-    found: OperationDifference, evidence: Evidence, default: str = "another operation"
-) -> list[str]:
-    """Return the settings that may explain why the operations differ; if there are none, `default`."""
+def _of_another_operation(found: OperationDifference, evidence: Evidence) -> list[str]:
+    """Return the settings that may explain why the operations differ; else what differs."""
     near = [each for side in found.sides for each in _near(side, evidence)]
     modes = _modes(found, evidence)
     # A mode that the loop has changed since the settings were recorded.
@@ -210,7 +205,8 @@ def _of_another_operation(
     if kept := _kept_gradients(found, evidence):
         return [kept]
     # Without a setting of torch's own code, the calls that only one step has may show the reason.
-    known = [default, *_trained(evidence), *modes, *_calls(found, evidence)]
+    what = _others_text(found.others, evidence) if found.others else "another operation"
+    known = [what, *_trained(evidence), *modes, *_calls(found, evidence)]
     # Settings of torch decide which operations the same Python runs.
     of_torch = [each for each in evidence.numerics if each.startswith("torch.")]
     return ["; ".join(known) + _perhaps([*near, *of_torch])]

@@ -40,7 +40,7 @@ from everystep.replay.opened_step import Step
 from everystep.replay.processes import Opener
 from everystep.replay.recorded_columns import recorded_at
 from everystep.replay.run_replay import LossDifference, Replay
-from everystep.replay.shown import Shown
+from everystep.replay.shown import Shown, same_content
 from everystep.step.state import State, StateDifference, same_bits, state_differences
 from everystep.training.objects import Objects
 
@@ -363,18 +363,16 @@ class _Lockstep:
         # Python of a user's loop may act on numbers, so its programs alone do not show what steps do.
         is_own_loop = any(run.facts.training.loop for run in runs)
         is_same = not is_own_loop and not numerics and _programs_of(runs[0]) == _programs_of(runs[1])
-        self._by_operation = not is_same
-        self._is_random = is_random
+        self._how = {"by_operation": not is_same, "is_random": is_random}
 
     def first(self, first: int, last: int) -> OperationDifference | None:
         """Return the first operation, in steps `first` to `last`, with a different result."""
-        how = {"by_operation": self._by_operation, "is_random": self._is_random}
-        for number, one, other in in_lockstep(self._openers, first, last, **how):
+        for number, one, other in in_lockstep(self._openers, first, last, **self._how):
             self._on_progress(1)
             if one == other:
                 continue
             evidence = Evidence(self._openers, number, self._numerics)
-            found = evidence.first_difference(has_rows=evidence.has_rows)
+            found = evidence.first_difference()
             if found is not None:
                 return replace(found, causes=causes_of(found, evidence))
             self.batches = self.batches or _other_batch(*evidence.steps)
@@ -422,12 +420,9 @@ def _draws_at_random(run: RecordedRun) -> bool:
 
 def _other_batch(one: Step, other: Step) -> list[str]:
     """Return the tensors of a batch that differ, as texts."""
-    pair = one.batch.tensors, other.batch.tensors
-    return [
-        f"{name} of step {one.number:,}"
-        for name in dict.fromkeys((*pair[0], *pair[1]))
-        if not (name in pair[0] and name in pair[1] and same_bits(pair[0][name], pair[1][name]))
-    ]
+    x, y = one.batch.tensors, other.batch.tensors
+    differing = (name for name in {**x, **y} if not same_content(x.get(name), y.get(name)))
+    return [f"{name} of step {one.number:,}" for name in differing]
 
 
 def in_lockstep(

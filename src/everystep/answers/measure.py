@@ -77,11 +77,12 @@ class Query(Visitor):
         self._answers, self._probe, self._first, self._before = [], None, span.first, {}
         earlier = self.looks_back and span.first > 1
         earlier = earlier and is_kept(span.first - 1, replay.run.facts.not_kept)
-        if earlier and span.first == replay.stretches[span.at].first:
+        at = replay.stretch_of(span.first)
+        if earlier and span.first == replay.stretches[at].first:
             earlier = False
             # The stepper of a stretch begins with the state: another one takes the step before.
             with suppress(NotReplayedError), replay.in_force(span.first - 1):
-                probe = Probe(replay.go_to(span.first - 2, span.at - 1), self._tensors)
+                probe = Probe(replay.go_to(span.first - 2, at - 1), self._tensors)
                 probe.stepper.run(span.first - 1, probe)
                 self._before = probe.before
         start = span.first - 1 - earlier
@@ -125,11 +126,7 @@ class Query(Visitor):
         return not self.is_done
 
     def _asked(self, number: int, loss: float, step: Step | None) -> float | None:
-        """Return the answer at a step, if there is one.
-
-        Raises:
-            ExpressionError: the function does not return a number.
-        """
+        """Return the answer at a step, if there is one."""
         losses = self._previous_loss, loss
         if isinstance(self.question, Expression):
             if step is not None:
@@ -154,15 +151,8 @@ class Query(Visitor):
 
     def due(self, run: RecordedRun) -> list[Span]:
         """Return the spans of a run in which a step is due."""
-        every = self.every
-        return [
-            span
-            for span in spans(run, 1, run.newest_step(), are_long=self.looks_back)
-            if any(
-                number not in self.skipped
-                for number in range(-(-span.first // every) * every, span.last + 1, every)
-            )
-        ]
+        found = spans(run, 1, run.newest_step(), are_long=self.looks_back)
+        return [each for each in found if any(map(self._is_due, range(each.first, each.last + 1)))]
 
     def _is_due(self, number: int) -> bool:
         return number >= self._first and number % self.every == 0 and number not in self.skipped

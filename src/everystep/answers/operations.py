@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -152,7 +153,12 @@ class _Sources:
 
 
 class StepPair:
-    """A step of two replays, side by side."""
+    """A step of two replays, side by side.
+
+    has_rows: whether batches are rows of data that the runs know by their numbers.
+    """
+
+    has_rows = False
 
     def __init__(self, one: Step, other: Step) -> None:
         self.steps = one, other
@@ -167,13 +173,8 @@ class StepPair:
         one, other = self.steps
         return OperationPair(one.operations[index], other.operations[index], self.sources)
 
-    def first_difference(self, *, has_rows: bool = False) -> OperationDifference | None:
-        """Return the first operation with a different result, or that only one of them has.
-
-        Its causes are not known yet.
-
-        has_rows: whether batches are rows of data that the runs know by their numbers.
-        """
+    def first_difference(self) -> OperationDifference | None:
+        """Return the first operation with a different result, or that only one has, without causes."""
         one, other = self.steps
         for index in range(max(len(one.operations), len(other.operations))):
             x, y = (s.operations[index] if index < len(s.operations) else None for s in (one, other))
@@ -189,7 +190,7 @@ class StepPair:
                 is_of_batch = any(memory_of(each.name) in one.batch.tensors for each in inputs)
                 if len(a.results) != len(b.results):  # of lists of tensors, which do not belong together
                     results = []
-                rows = _different_rows(one, other, has_rows) if is_of_batch else []
+                rows = _different_rows(one, other, self.has_rows) if is_of_batch else []
                 rows_of = " | ".join(dict.fromkeys(step.batch.whole for step in (one, other)))
                 shown = others if any(others) else ()
                 return OperationDifference(
@@ -378,7 +379,6 @@ def _different_rows(one: Step, other: Step, has_rows: bool) -> list[tuple[int, i
     differing = [(pair, rows_that_differ(*pair).cpu()) for pair in pairs if len(pair[0]) == count]
     moved = [(pair, rows) for pair, rows in differing if rows.any()]
     places = sorted({place for _, rows in moved for place in torch.nonzero(rows).flatten().tolist()})
-    numbers = [range(count) if step.batch.rows is None else step.batch.rows for step in (one, other)]
     # Where the runs do not know these numbers, and the second batch has the same rows in another order,
     # a row's number is its position in the first one.
     if not has_rows:
@@ -390,7 +390,7 @@ def _different_rows(one: Step, other: Step, has_rows: bool) -> list[tuple[int, i
         if sorted(contents[0]) == sorted(contents[1]):
             known = dict(zip(contents[0], places, strict=True))
             return [(place, place, known[each]) for place, each in zip(places, contents[1], strict=True)]
-    return [(place, int(numbers[0][place]), int(numbers[1][place])) for place in places]
+    return [(place, one.batch.number(place), other.batch.number(place)) for place in places]
 
 
 def rows_that_differ(one: Tensor, other: Tensor) -> Tensor:
@@ -404,10 +404,9 @@ def _in_order(
 ) -> Iterator[tuple[str, Tensor, Tensor | None]]:
     """Yield results at the same place, under any names."""
     # By place, since names are those of one program.
-    others = list(other.values())
-    for place, (name, tensor) in enumerate(one.items()):
-        yield name, tensor, others[place] if place < len(others) else None
-    yield from ((name, tensor, None) for name, tensor in list(other.items())[len(one) :])
+    for x, y in zip_longest(one.items(), other.items()):
+        name, tensor = x or y
+        yield name, tensor, y[1] if x and y else None
 
 
 def _different(pairs: Iterable[tuple[str, Tensor, Tensor | None]]) -> list[TensorDifference]:

@@ -44,7 +44,7 @@ __all__ = ["Conditions", "OtherProcess", "main", "opened", "other_process"]
 T = TypeVar("T")
 
 #: The version of tasks and results: both processes must have the same.
-PROTOCOL = 8
+PROTOCOL = 9
 
 #: Branches that MKL_CBWR takes, each also with ",STRICT"; "OFF" is MKL's own choice.
 _MKL_BRANCHES = ("OFF", "AUTO", "COMPATIBLE", "SSE4_2", "AVX", "AVX2", "AVX512")

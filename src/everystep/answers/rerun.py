@@ -145,7 +145,7 @@ def rerun(
     with other_process(conditions, conditions.environment(known)) as process:
         threads = conditions.threads or known.threads
         process.call(opened, run.directory.absolute(), opener.data, threads, conditions.precision)
-        replayed = _replayed(process, run, (first, last), threads, on_progress)
+        replayed = _replayed(process, run, (first, last), on_progress)
         # In another precision, all bits differ, from the first step on.
         differ = range(0) if conditions.precision is not None else _suspicious(replayed)
         operation, diverges_at = None, _parting_step(opener, process, differ)
@@ -185,9 +185,9 @@ def rerun(
     )
 
 
-def _replayed_span(replay: Replay, span: Span, threads: int) -> Replayed:
+def _replayed_span(replay: Replay, span: Span) -> Replayed:
     """Replay a span from the current state, or raise why a step cannot be replayed."""
-    found = replay_span(replay, span, Visitor(), threads)
+    found = replay_span(replay, span, Visitor())
     if found.stopped_at is not None:
         raise RunError(found.problems[-1])
     return found
@@ -197,7 +197,6 @@ def _replayed(
     process: OtherProcess,
     run: RecordedRun,
     steps: tuple[int, int],
-    threads: int,
     on_progress: Callable[[int], None],
 ) -> list[Replayed]:
     """Replay the first to the last of some steps of a run there, one span after the other."""
@@ -206,7 +205,7 @@ def _replayed(
         for first in range(whole.first, whole.last + 1, STRIDE):
             # In short spans, so that the progress is shown.
             span = whole._replace(first=first, last=min(first + STRIDE - 1, whole.last))
-            found.append(process.call(_replayed_span, span, threads))
+            found.append(process.call(_replayed_span, span))
             on_progress(span.steps)
     return found
 

@@ -16,7 +16,6 @@ from everystep.ops.row_rules import MixesError, Result, RowsCall, filled
 from everystep.program.observed import Observed
 from everystep.program.operation import TensorSpec, fills
 from everystep.replay.opened_step import Step
-from everystep.step.observe import ValuePlace, makes_gradients
 
 __all__ = ["Followed", "RowsFollower"]
 
@@ -84,15 +83,12 @@ class RowsFollower:
         step, places, memory = self._step, self._places, self._memory
         due: dict[int, list[str]] = {}
         for parameter, place in places.gradients.items():
-            due.setdefault(self._after_backward(place), []).append(parameter)
+            due.setdefault(place.after, []).append(parameter)
         found: dict[str, Tracked] = {}
         for index in range(len(step.operations) + 1):
             for parameter in due.get(index, ()):
-                place = places.gradients[parameter]
-                # Clipping has changed the gradient since, so it is read where backward left it.
-                left = None if index == place.after else memory.value(place.names[0])
-                value = step.gradients[parameter] if left is None else left
-                tracked = memory.read(place.names[0], value)
+                value = step.gradients[parameter]
+                tracked = memory.read(places.gradients[parameter].names[0], value)
                 if self._mixed is not None:
                     # The gradients of such a loss may look like terms of rows, but are not.
                     labels = filled(MIXED, value).labels
@@ -120,16 +116,6 @@ class RowsFollower:
             if name in _LINEAR and (name in _ADDS or len(seen.inputs) == 1) and made & terms:
                 terms |= {self._trace.storage(each) for each in seen.inputs}
         return terms
-
-    def _after_backward(self, place: ValuePlace) -> int:
-        """Return how many operations had run when backward had made a gradient, before clipping."""
-        made = [index for index in self._trace.writers(place.names[0]) if index < place.after]
-        if not made or self._is_of_backward(made[-1]):
-            return place.after
-        return next(filter(self._is_of_backward, range(made[-1] - 1, -1, -1)), made[-1]) + 1
-
-    def _is_of_backward(self, index: int) -> bool:
-        return makes_gradients(self._step.operations[index].operation)
 
     def _take(self, index: int, seen: Observed) -> None:
         memory, trace, operation = self._memory, self._trace, seen.operation
@@ -305,15 +291,6 @@ class _Memory:
             is_data=all(each.tracked.is_data for each in written),
             summed=Reason.first(each.tracked.summed for each in written if each.tracked.has(SUM)),
         )
-
-    def value(self, name: str) -> Tensor | None:
-        """Return the numbers of a tensor, as operations wrote them; None if none did."""
-        spec = self._trace.spec(name)
-        written = self._written.get(spec.storage)
-        if not written:
-            return None
-        zero = torch.zeros((), dtype=spec.torch_dtype, device=written[-1].tracked.value.device)
-        return _laid(written, spec, zero, lambda each: each.value)
 
 
 def _filled(label: int, spec: TensorSpec) -> Tensor:

@@ -94,7 +94,7 @@ def verify(
     numerics.pop("threads", None)  # those that were set are counted below
     threads: Counter[int] = Counter()
     for each in replayed:
-        threads[each.threads] += each.taken
+        threads[each.numerics.threads] += each.taken
     return Verification(
         steps=sum(each.taken for each in replayed),
         all_steps=steps,

@@ -23,7 +23,7 @@ from everystep.program.step_program import Program
 from everystep.recording.database import Repeat
 from everystep.replay.recorded_steps import ProgramKey, RecordedSteps
 
-__all__ = ["BoundStep", "BoundSteps", "Hook"]
+__all__ = ["GENERATOR", "BoundStep", "BoundSteps", "Hook"]
 
 #: The number of steps, past or planned, for which a program is bound.
 WORTH = 8
@@ -31,6 +31,7 @@ WORTH = 8
 MOST_BYTES = 1_000_000_000
 #: What no row of a run has as its numbers or its inputs.
 _NOTHING = b"nothing"
+#: Prefix of the names of the states to set in torch's generator before the draws of a step.
 GENERATOR = "generator/"
 
 
@@ -204,11 +205,7 @@ class BoundSteps:
         return bound
 
     def _bring(self, bound: BoundStep) -> None:
-        """Bring the state to the memory that a program is bound to.
-
-        Raises:
-            ProgramError: it does not fit.
-        """
+        """Bring the state to the memory that a program is bound to, if it fits."""
         if all(self._state.get(name) is mine for name, mine in bound.own.items()):
             return
         bound.interpreter.lay_state(self._state)

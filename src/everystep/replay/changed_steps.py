@@ -122,8 +122,7 @@ class ChangedSteps(RecordedSteps):
         # By program, numbers and inputs: of batches by a rule, all steps have the same.
         if (known := self._taken.get(row[1:4])) is not None:
             return known._replace(step=number)
-        given, tensors = self.given(row), self.stored(row)
-        tensors |= self.stored_program(row)
+        given, tensors = self.given(row), self.stored(row, with_program=True)
         size = sum(tensor.nbytes for tensor in tensors.values())
         recorded, own = self.all_numbers(row), self.numbers(row)
         # Before the numbers of operations come the places of what moves, which stay.
@@ -152,13 +151,13 @@ class ChangedSteps(RecordedSteps):
         """Return those of some steps that have run and have a relabelled row in their batch."""
         return tuple(step for step in steps if self._has.get(self.row(step).inputs))
 
-    def stored(self, row: Repeat) -> dict[str, Tensor]:
+    def stored(self, row: Repeat, *, with_program: bool = False) -> dict[str, Tensor]:
         """Return the inputs of a step that the run holds by content, with the other targets.
 
         Raises:
             NotReplayedError: also if a batch has a row twice.
         """
-        tensors = super().stored(row)
+        tensors = super().stored(row, with_program=with_program)
         if not self._changed:
             return tensors
         batch = of_kind(tensors, "batch")

@@ -265,14 +265,9 @@ def _check_loop(asked: Fork, given: Objects) -> None:
             f"{run.name} has no batches after step {newest:,}: a fork by its programs begins before "
             "that step, and ends there at the latest"
         )
+    change = "relabelled" if asked.targets else "at another rate"
     for rank in run.ranks:
-        check_determined(
-            rank,
-            at,
-            last,
-            "relabelled" if asked.targets else "at another rate",
-            is_of_rates="lr" in asked.settings,
-        )
+        check_determined(rank, at, last, change, is_of_rates="lr" in asked.settings)
 
 
 def _fork_alone(asked: Fork, progress: Progress) -> Outcome:
@@ -300,7 +295,7 @@ def _fork_alone(asked: Fork, progress: Progress) -> Outcome:
         recorder = Recorder(place, facts, asked.budget, of_rank, at, math.inf, beginning=state)
         return recorder, facts
 
-    return continue_alone(run, at, steps_of, record, progress, lr)
+    return continue_alone(run, at, steps_of, record, progress)
 
 
 def _fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome:

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from everystep.device import select
 from everystep.numerics import Numerics
-from everystep.recording.recorded_run import RecordedRun, stretch_at
+from everystep.recording.recorded_run import RecordedRun
 from everystep.replay.processes import Opener, needs_worker, process_count, shared
 from everystep.replay.recorded_steps import NotReplayedError
 from everystep.replay.run_replay import LossDifference, Replay
@@ -36,11 +37,10 @@ SPANS_EACH = 8
 
 
 class Span(NamedTuple):
-    """Steps `first` to `last`, from one snapshot to the next, within the stretch `at`."""
+    """Steps `first` to `last`, from one snapshot to the next, within one stretch."""
 
     first: int
     last: int
-    at: int
 
     @property
     def steps(self) -> int:
@@ -55,11 +55,10 @@ class Replayed:
     losses: of its steps; different_losses, first_loss: how many differ, and the first of them; states:
     tensors of the final state that differ; compared: whether there was a final state to compare;
     stopped_at: the first step that cannot be replayed, None if all were, or no more were needed;
-    threads: the number of threads, and the numerics; result: of the visitor.
+    numerics: under which they ran; result: of the visitor.
     """
 
     span: Span
-    threads: int
     numerics: Numerics
     losses: list[float] = field(default_factory=list)
     different_losses: int = 0
@@ -122,7 +121,7 @@ def spans(run: RecordedRun, first: int, last: int, *, are_long: bool = False) ->
     are_long: `SPANS_EACH` for each core, if there are more, for visitors that need the step before each
     span, and so must replay the span before.
     """
-    stretches, kept = run.stretches, run.facts.kept(last)
+    kept = run.facts.kept(last)
     ends = [row.step for row in run.snapshot_rows() if first <= row.step < last]
     size = 1
     if are_long:
@@ -130,13 +129,12 @@ def spans(run: RecordedRun, first: int, last: int, *, are_long: bool = False) ->
 
         size = max(1, -(-len(ends) // (SPANS_EACH * cpu_count())))
     # A span has one stretch: another one may need other programs, data and numerics.
-    begins = {stretch.first - 1 for stretch in stretches if first <= stretch.first - 1 < last}
+    begins = {stretch.first - 1 for stretch in run.stretches if first <= stretch.first - 1 < last}
     between = {*ends[::size], *begins}
-    found = []
+    found: list[Span] = []
     for one, two in ((max(one, first), two) for one, two in kept if two >= first):
         within = sorted(end for end in between if one <= end < two)
-        for begin, end in zip([one - 1, *within], [*within, two], strict=True):
-            found.append(Span(begin + 1, end, stretch_at(stretches, begin + 1)))
+        found += [Span(begin + 1, end) for begin, end in pairwise([one - 1, *within, two])]
     return found
 
 
@@ -157,7 +155,7 @@ def parallel(
     if count == 1 and not needs_worker(run.facts):
         replay = opener.replay_here(may_share=visitor.may_share)
         for span in wanted:
-            yield replay_span(replay, span, visitor, threads)
+            yield replay_span(replay, span, visitor)
             on_progress(span.steps)
         return
     left = [*wanted]
@@ -165,7 +163,7 @@ def parallel(
     # First with one thread for each process. As soon as a span differs, all that are left are replayed
     # by one process with as many threads as the training had, which decides.
     for each in (1, threads) if count > 1 else (threads,):
-        tasks = [(span, visitor, each) for span in left]
+        tasks = [(span, visitor) for span in left]
         # A `break` must end the processes, not leave them to compute the other spans.
         with closing(shared(opener, count if each == 1 else 1, each, replay_span, tasks)) as found:
             for replayed in found:
@@ -178,13 +176,13 @@ def parallel(
             return
 
 
-def replay_span(replay: Replay, span: Span, visitor: Visitor, threads: int) -> Replayed:
+def replay_span(replay: Replay, span: Span, visitor: Visitor) -> Replayed:
     """Replay a span, and compare its losses and its last state with the recording."""
-    known = replay.diverged_at
+    known, at = replay.diverged_at, replay.stretch_of(span.first)
     with replay.in_force(span.first):
-        found = Replayed(span, threads, Numerics.read(select(replay.stretches[span.at].facts.device)))
+        found = Replayed(span, Numerics.read(select(replay.stretches[at].facts.device)))
         start = visitor.begin(replay, span)
-        replay.go_to(start, span.at)
+        replay.go_to(start, at)
         step = start
         while step < span.last and not visitor.is_done:
             try:
@@ -202,26 +200,27 @@ def replay_span(replay: Replay, span: Span, visitor: Visitor, threads: int) -> R
             found.losses += losses
             step = last
         if step == span.last:
-            _compare_state(found, replay, span)
+            _compare_state(found, replay, at)
     replay.diverged_at = known  # of the opened steps; the result has those of the span
     found.result = visitor.result()
     found.problems = list(replay.problems)
     return found
 
 
-def _compare_state(found: Replayed, replay: Replay, span: Span) -> None:
-    if all(row.step != span.last for row in replay.run.snapshot_rows()):
+def _compare_state(found: Replayed, replay: Replay, at: int) -> None:
+    last = found.span.last
+    if all(row.step != last for row in replay.run.snapshot_rows()):
         return
-    stepper = replay.go_to(span.last, span.at)
+    stepper = replay.go_to(last, at)
     # They are only compared, before the next step: no copies are needed.
     states = stepper.capture_ranks(is_live=True)
     others = ((f"rank {number}: ", other.steps.run) for number, other in stepper.others.items())
     runs = [("", replay.run), *others]
     # A fork may begin with another optimizer, or other random numbers, than its parent ended with.
-    is_fork = replay.stretch_of(span.last + 1) != span.at
+    is_fork = replay.stretch_of(last + 1) != at
     for (rank, run), here in zip(runs, states, strict=True):
         problems: list[str] = []
-        recorded = run.state_near(span.last, after=span.last - 1, on_problem=problems.append)
+        recorded = run.state_near(last, after=last - 1, on_problem=problems.append)
         replay.problems += [f"{rank}{problem}" for problem in problems]
         if recorded is not None:
             # Of the run itself; what other ranks have is compared, too, but not counted.

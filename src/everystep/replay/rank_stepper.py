@@ -256,13 +256,7 @@ def _in_turn(
 
 
 def _compute(calls: Mapping[int, Collective]) -> None:
-    """Compute a collective.
-
-    calls: of its ranks, in their order.
-
-    Raises:
-        NotReplayedError: their arguments do not fit together, or it fails.
-    """
+    """Compute a collective. calls: of its ranks, in their order."""
     name = next(iter(calls.values()))[0]
     given = [arguments for _, arguments in calls.values()]
     # Its tensors may have other sizes on each rank; of all others, they are alike.
@@ -304,11 +298,8 @@ def _exchanged(given: Sequence[tuple[Any, ...]]) -> bool:
     taken = [sizes(results[0], of) for results, _, of, _, _ in given]
     sent = [sizes(tensor, to) for _, tensor, _, to, _ in given]
     are_alike = len({(t.dtype, t.shape[1:]) for r, g, *_ in given for t in (r[0], g)}) == 1
-    return are_alike and all(
-        len(taken[one]) == len(sent[one]) == count and taken[one][two] == sent[two][one]
-        for one in range(count)
-        for two in range(count)
-    )
+    is_square = {*map(len, (*taken, *sent))} == {count}
+    return are_alike and is_square and taken == [*map(list, zip(*sent, strict=True))]
 
 
 def _reduction(reduce: str) -> Any:
@@ -346,11 +337,7 @@ _STARTS: dict[str, Callable[..., Any]] = {
 
 @cache
 def _groups(count: int) -> list[Any]:
-    """Return groups of gloo for a number of ranks that are all in this process.
-
-    Raises:
-        NotReplayedError: they cannot reach each other.
-    """
+    """Return groups of gloo for a number of ranks that are all in this process."""
     gloo = torch.distributed.ProcessGroupGloo
     store = torch.distributed.HashStore()
 

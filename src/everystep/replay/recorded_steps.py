@@ -8,7 +8,6 @@ from contextlib import suppress
 from hashlib import sha256
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from everystep.bounded import decompressed
@@ -106,10 +105,10 @@ class RecordedSteps:
         self.rule = rule
         self.device = select(stretch.facts.device)
         self.conversion = conversion
-        self._programs: dict[ProgramKey, Interpreter] = {}
+        #: As they run, and as recorded.
+        self._programs: dict[ProgramKey, tuple[Interpreter, Program]] = {}
         #: Those of programs with tensors that move, where they lie in the last steps.
         self._placed: dict[tuple[ProgramKey, bytes | None], Interpreter] = {}
-        self._recorded: dict[ProgramKey, Program] = {}
         #: Programs that steps of other sizes share, and what stands for them.
         self._shared: dict[tuple[int, Given | None], tuple[Program, bytes]] = {}
         self._rows: dict[int, Repeat] = {}
@@ -184,14 +183,13 @@ class RecordedSteps:
         if key not in self._programs:
             if len(self._programs) >= KEPT_PROGRAMS:
                 self._programs.clear()
-                self._recorded.clear()
-            program = self._recorded[key] = self._read_program(key)
+            program = recorded = self._read_program(key)
             if self.conversion is not None:
                 program = self.conversion.program(program)
             # A stranger's program of many results could take all memory of the machine.
             check_memory(bytes_at_once(program), self.device)
-            self._programs[key] = Interpreter(program, self.device)
-        return self._programs[key]
+            self._programs[key] = Interpreter(program, self.device), recorded
+        return self._programs[key][0]
 
     def _read_program(self, key: ProgramKey) -> Program:
         number, content, sizes = key
@@ -277,8 +275,8 @@ class RecordedSteps:
         if self.conversion is not None and row.program is not None:
             # How an input is converted follows from what its program reads it as.
             self.program(*self.key_of(row))
-            bytes_of = of_kind(tensors, "input")
-            cast = self.conversion.contents(self._recorded[self.key_of(row)], bytes_of)
+            _, recorded = self._programs[self.key_of(row)]
+            cast = self.conversion.contents(recorded, of_kind(tensors, "input"))
             tensors = {name: self.conversion.tensor(name, tensor) for name, tensor in tensors.items()}
             tensors |= {f"input/{name}": content for name, content in cast.items()}
         return tensors
@@ -287,11 +285,14 @@ class RecordedSteps:
         """Return the rule that finds the rows of a step, None if the run has its batch by content."""
         return None if "batch/x" in self.given(row).given else self.rule
 
-    def stored(self, row: Repeat) -> dict[str, Tensor]:
-        """Return the inputs of a step that the run holds by content, as recorded."""
+    def stored(self, row: Repeat, *, with_program: bool = False) -> dict[str, Tensor]:
+        """Return the inputs of a step that the run holds by content, as recorded.
+
+        with_program: also its program and its sizes, if they are among its inputs.
+        """
         found = {}
-        needed = self.given(row).opens_with
-        wanted = {name: each for name, each in needed.items() if name not in (PROGRAM, SIZES)}
+        needed = self.given(row).opens_with.items()
+        wanted = {n: each for n, each in needed if with_program or n not in (PROGRAM, SIZES)}
         self._read(wanted.values(), row.step)
         for name, given in wanted.items():
             content = self._content(given, described(self.run, row.step), name)
@@ -299,13 +300,6 @@ class RecordedSteps:
             # The bytes of memory may have been stored in rows; a program takes them as (bytes,).
             found[name] = tensor.flatten() if name.startswith("input/") else tensor
         return found
-
-    def stored_program(self, row: Repeat) -> dict[str, Tensor]:
-        """Return the program of a step and its sizes (bytes,) uint8, if they are among its inputs."""
-        given = {name: each for name, each in self.given(row).given.items() if name in (PROGRAM, SIZES)}
-        what = described(self.run, row.step)
-        contents = {name: self._content(each, what, name) for name, each in given.items()}
-        return {name: torch.frombuffer(each, dtype=torch.uint8) for name, each in contents.items()}
 
     def _content(self, given: Given, what: str, name: str) -> bytearray:
         """Return the bytes of an input. what, name: for an error."""

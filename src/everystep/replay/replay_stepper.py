@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -22,7 +21,7 @@ from everystep.program.optimizer_operator import OPTIMIZERS
 from everystep.program.step_program import Program
 from everystep.recording.contents import digest_of
 from everystep.recording.database import Repeat
-from everystep.replay.bound_steps import BoundStep, BoundSteps, Hook
+from everystep.replay.bound_steps import GENERATOR, BoundStep, BoundSteps, Hook
 from everystep.replay.opened_step import Batch, Step, observed_step, of_kind
 from everystep.replay.recorded_batches import batches_of
 from everystep.replay.recorded_columns import changed_settings
@@ -42,7 +41,6 @@ NOWHERE = -1
 #: Tensors that a message names.
 MOST_NAMED = 3
 _NO_NUMBERS = torch.empty(0)
-_GENERATOR = re.compile(r"generator/[0-9]{1,9}")
 
 
 # One step, from the state of the step before it:
@@ -217,7 +215,7 @@ class ReplayStepper:
     def generators(self, number: int) -> dict[str, Tensor]:
         """Return the states of the random generators that the next step draws from, by name."""
         given = self.steps.inputs(self.steps.row(number))
-        drawn = {name: tensor for name, tensor in given.items() if _GENERATOR.fullmatch(name)}
+        drawn = {name: tensor for name, tensor in given.items() if name.startswith(GENERATOR)}
         return Generators.capture(self.steps.device).tensors() | drawn
 
     def batch(self, number: int) -> Batch:

@@ -118,9 +118,14 @@ class Resume:
 
         left_out: prefixes of the names of settings that were not compared.
         """
-        run, recorded = self.run, len(self)
+        run, recorded, problems = self.run, len(self), list[str]()
         facts = run.facts.training
-        state, problems = self._newest_state()
+        state = run.state_near(recorded, on_problem=problems.append)
+        if state is None and (recorded or problems):
+            reason = "; ".join(problems) or "the training ended before it wrote one"
+            raise RunError(
+                f"{run.name} has no readable snapshot to continue from: {reason}; train it again"
+            )
         # Without a state it was killed before its first one was on disk, and begins.
         begin = 0 if state is None else state.step
         job = replace(job, steps=self.last).numbered_as(facts)
@@ -149,17 +154,6 @@ class Resume:
             user_facts=self.user_facts,
         )
         return run_job(replace(job, origin=origin, notices=[*job.notices, *problems]), progress)
-
-    def _newest_state(self) -> tuple[State | None, list[str]]:
-        """Return the newest readable state, None if the run has not begun, and problems."""
-        recorded, problems = len(self), list[str]()
-        state = self.run.state_near(recorded, on_problem=problems.append)
-        if state is None and (recorded or problems):
-            reason = "; ".join(problems) or "the training ended before it wrote one"
-            raise RunError(
-                f"{self.run.name} has no readable snapshot to continue from: {reason}; train it again"
-            )
-        return state, problems
 
 
 def resume(

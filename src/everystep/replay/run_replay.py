@@ -156,15 +156,11 @@ class Replay:
         return stepper
 
     def _announced(self, begin: int, end: int) -> AbstractContextManager[Callable[[int], None]]:
-        """Report how long it will take to replay the steps between two states, if that is long.
-
-        Returns a context, in which the number of new steps is passed to what it yields.
-        """
-        count, seconds = end - begin, 0.0
-        if count > 0:
-            # As if a replay took as long as the training did.
-            seconds = (self.run.facts.seconds or 0.0) * count / max(1, self.run.newest_step())
-        if count <= 0 or seconds < LONG_SECONDS:
+        """Report how long the steps between two states will take, if that is long; count them within."""
+        count = max(0, end - begin)
+        # As if a replay took as long as the training did.
+        seconds = count and (self.run.facts.seconds or 0.0) * count / max(1, self.run.newest_step())
+        if not count or seconds < LONG_SECONDS:
             return uncounted("replaying", count)
         say(f"steps {begin + 1:,} to {end:,} are replayed first: about {seconds:,.0f} seconds")
         return self._counting("replaying", count)

@@ -94,24 +94,6 @@ def state_to_continue(replay: Replay, number: int, objects: Objects | None) -> S
         return stepper.capture()
 
 
-def _with_data(objects: Objects, run: RecordedRun, facts: TrainingFacts, call: str) -> Objects:
-    """Return objects with the run's data, if they have none; checked.
-
-    Raises:
-        RunError: the run does not hold its data.
-        ExperimentError: an object is invalid; lists every error.
-    """
-    if objects.data is None:
-        stored = stored_data(run, facts)
-        if stored is None:
-            raise RunError(f"the data of {run.name} is not in the run; pass it: {call}data=(x, y))")
-        validation = stored.validation if objects.validation is None else objects.validation
-        objects = replace(objects, data=(stored.x, stored.y), validation=validation)
-    objects = replace(objects, dataset_limit=DEFAULT_DATASET_LIMIT)
-    objects.check()
-    return objects
-
-
 @contextmanager
 def job_to_continue(
     objects: Objects,
@@ -122,14 +104,23 @@ def job_to_continue(
     seed: int | None,
     progress: Progress,
 ) -> Iterator[Job]:
-    """Yield the job of objects with the run's data, and compute as a training does meanwhile.
+    """Yield the job of objects, with the run's data if they have none; compute as a training meanwhile.
 
     call: the beginning of the user's call; seed: of torch's generator, None to leave it as it is.
 
     Raises:
-        RunError, ExperimentError: as `_with_data`.
+        RunError: the run does not hold its data.
+        ExperimentError: an object is invalid; lists every error.
     """
-    trained, device = _with_data(objects, run, facts, call), select(facts.device)
+    device = select(facts.device)
+    if objects.data is None:
+        stored = stored_data(run, facts)
+        if stored is None:
+            raise RunError(f"the data of {run.name} is not in the run; pass it: {call}data=(x, y))")
+        validation = stored.validation if objects.validation is None else objects.validation
+        objects = replace(objects, data=(stored.x, stored.y), validation=validation)
+    trained = replace(objects, dataset_limit=DEFAULT_DATASET_LIMIT)
+    trained.check()
     numerics.prepare()
     with numerics.in_force(iteration.threads), generators_preserved(device):
         trained.model.to(device)

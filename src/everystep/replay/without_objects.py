@@ -150,14 +150,13 @@ def continue_alone(
     steps_of: Callable[[RecordedRun, Stretch, RowsOf | None], ChangedSteps],
     record: Callable[[RecordedRun, State], tuple[Recorder, Facts]],
     progress: Progress,
-    lr: float | None = None,
 ) -> Outcome:
     """Take steps of a run by its programs, and record them.
 
     run: its steps are a user's loop, or programs can continue it alone, see `check_alone`; at: the step
     before the first of them; steps_of: as of `Replay.stepper_for`; record: returns the recorder of a
     rank and the facts of its training, given its run and its state after `at`; it is called for rank 0
-    first; lr: the learning rate of the steps; None: the recorded ones.
+    first.
 
     Raises:
         RunError: this process cannot compute as the run did, a replay differs from the recording, or no
@@ -186,7 +185,7 @@ def continue_alone(
                 )
             taken.begin(*beginning)
         del beginning
-        taken.begin_runs(at, record, progress, lr)
+        taken.begin_runs(at, record, progress)
         top = taken.ranks[0]
         writer, steps, place = top.writer, top.steps, top.writer.recorder.directory
         progress.begin(place, top.facts)
@@ -290,9 +289,9 @@ class _RankAlone:
             self._together.note_end(number, reason)
         return self._together.end is None
 
-    def note_rates(self, names: Collection[str], at: int, lr: float | None) -> None:
+    def note_rates(self, names: Collection[str], at: int) -> None:
         """Note the learning rates of the steps after `at`: one for all, or the recorded ones."""
-        last = self.facts.steps or 0
+        last, lr = self.facts.steps or 0, self.steps.lr
         for name in names:
             known = self.steps.run.measured(name) if lr is None else {at + 1: lr}
             # Recorded rates end with the recorded steps; one for all steps holds until the last.
@@ -347,7 +346,6 @@ class _StepsAlone:
         at: int,
         record: Callable[[RecordedRun, State], tuple[Recorder, Facts]],
         progress: Progress,
-        lr: float | None,
     ) -> None:
         """Begin to write the run of each rank after step `at`; the others as in `continue_alone`."""
         top, rates = self.ranks[0], self.stepper.rates()
@@ -356,7 +354,7 @@ class _StepsAlone:
             recorder, rank.facts = record(rank.steps.run, state)
             shown = progress.notice, progress.advance if rank is top else None
             rank.writer = RunWriter(recorder, at, rank.facts, *shown, rank.steps.run.facts)
-            rank.note_rates(rates, at, lr)
+            rank.note_rates(rates, at)
             if at not in recorder.plan.kept:
                 recorder.snapshot(state)
 

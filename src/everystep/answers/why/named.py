@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import re
 
+import numpy as np
 import torch
 
 from everystep.answers.trace import Spot, Trace
@@ -162,9 +163,4 @@ def _index(text: str, expression: Expression, shape: tuple[int, ...]) -> tuple[i
         )
         raise error_at(text, f"{problem}: add an index such as {[0] * len(shape)}")
     # A view of a contiguous tensor: its offset is the place of the element that was picked.
-    flat = int(found.storage_offset())
-    index: list[int] = []
-    for size in reversed(shape):
-        flat, place = divmod(flat, size)
-        index.insert(0, place)
-    return tuple(index)
+    return tuple(map(int, np.unravel_index(int(found.storage_offset()), shape)))
