@@ -11,10 +11,11 @@ from torch import Tensor
 
 from everystep.errors import ProgramError
 from everystep.program.arguments import DTYPES, decode, references
+from everystep.program.operation import Operation, Storage
 from everystep.program.operators import draws_random_numbers, parameters
 from everystep.program.optimizer_operator import OPTIMIZERS
 from everystep.program.soundness import WITH_STATISTICS, results_on_meta
-from everystep.program.step_program import Operation, Program, Storage
+from everystep.program.step_program import Program
 
 __all__ = ["Precision", "counters"]
 
