@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import ast
 import inspect
+import operator
 import os
 from collections.abc import Callable, Mapping
 from functools import cache, partial, wraps
-from numbers import Number
 from typing import Any, ParamSpec, TypeVar
 
 from everystep.errors import Fault, UsageError, value_text
@@ -54,7 +54,7 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
         faults = []
         for name, value in bound.arguments.items():
             kinds, least = _kinds(signature.parameters[name].annotation), _LEAST.get(name)
-            plain = _plain(value)
+            plain = _plain(value) if kinds else value
             # NaN is not at least anything.
             is_enough = least is None or not _is_number(plain) or plain >= least
             if is_enough and any(is_one(plain) for _, is_one in kinds):
@@ -72,12 +72,15 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def _plain(value: Any) -> Any:
-    """Return a number of NumPy, torch or the standard library as an integer, a float or a bool."""
+    """Return a number of another library as an integer, a float or a bool of Python."""
     # A tensor or an array without dimensions is a number, too.
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         return value.item()
-    is_other = isinstance(value, Number) and not isinstance(value, int | float | complex)
-    return float(value) if is_other else value
+    if isinstance(value, int | float) or getattr(value, "ndim", None):
+        return value
+    if hasattr(type(value), "__index__"):
+        return operator.index(value)
+    return float(value) if hasattr(type(value), "__float__") else value
 
 
 def _is_number(value: Any, kind: Any = int | float) -> bool:
