@@ -584,21 +584,12 @@ class Run(RecordedRun):
 
         rows, targets, rates = _changes(without_rows, relabel, () if lr is None else [lr])
         short = {"lr": next(iter(rates), None), "steps": steps, "batch_size": batch_size, "seed": seed}
-        changed = {name: value for name, value in short.items() if value is not None}
-        place = place_of(run)
-        asked = Fork(
-            self,
-            at,
-            changed | dict(settings or {}),
-            place,
-            snapshot_budget,
-            without=tuple(sorted({*rows})),
-            targets=targets,
-        )
+        wanted = {n: value for n, value in short.items() if value is not None} | dict(settings or {})
+        without = tuple(sorted({*rows}))
+        asked = Fork(self, at, wanted, place_of(run), snapshot_budget, without=without, targets=targets)
         objects = model, loss, optimizer, data, scheduler, scheduler_every, validation, metrics
-        outcome, trained = fork(
-            asked, Objects(*objects), self._objects, self._opener, progress_of(progress)
-        )
+        given = Objects(*objects)
+        outcome, trained = fork(asked, given, self._objects, self._opener, progress_of(progress))
         return run_of(outcome, trained and replace(trained, validation=None))
 
     @checked

@@ -14,7 +14,7 @@ import inspect
 import operator
 import os
 from collections.abc import Callable, Mapping
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
 from everystep.errors import Fault, UsageError, value_text
@@ -23,7 +23,8 @@ __all__ = ["checked"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Kind = tuple[str, Callable[[Any], Any]]
+#: How an error names what a word of a signature stands for, and whether a value is one.
+Kind = tuple[str, Callable[[Any], bool]]
 
 #: The smallest number that an argument of this name may be, in every function that has one. A table of
 #: fewer rows would be useless.
@@ -53,16 +54,15 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
         faults = []
         for name, value in bound.arguments.items():
             kinds, least = _kinds(signature.parameters[name].annotation), _LEAST.get(name)
-            fitting = [found for _, take in kinds if (found := take(value)) is not _NOT]
+            plain = _plain(value) if kinds else value
             # NaN is not at least anything.
-            if fitting and (least is None or fitting[0] is None or fitting[0] >= least):
-                bound.arguments[name] = fitting[0]
+            is_enough = least is None or not _is_number(plain) or plain >= least
+            if is_enough and any(is_one(plain) for _, is_one in kinds):
+                bound.arguments[name] = plain
             elif kinds:
                 first, *others = dict.fromkeys(text for text, _ in kinds)
                 first += "" if least is None else f" of at least {least}"
-                wanted = ", ".join([first, *others[:-1]]) + "".join(
-                    f" or {last}" for last in others[-1:]
-                )
+                wanted = " or ".join([", ".join([first, *others[:-1]]), *others[-1:]])
                 faults.append(Fault(name, f"must be {wanted}, not {value_text(value)}"))
         if faults:
             raise UsageError(faults)
@@ -71,32 +71,20 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
     return called
 
 
-#: Stands for a value that is not of a kind.
-_NOT: Any = object()
+def _plain(value: Any) -> Any:
+    """Return a number of another library as an integer, a float or a bool of Python."""
+    # A tensor or an array without dimensions is a number, too.
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        return value.item()
+    if isinstance(value, int | float) or getattr(value, "ndim", None):
+        return value
+    if hasattr(type(value), "__index__"):
+        return operator.index(value)
+    return float(value) if hasattr(type(value), "__float__") else value
 
 
-def _bool(value: Any) -> Any:
-    # NumPy's has one of these names, depending on its version.
-    return bool(value) if type(value).__name__ in ("bool", "bool_") else _NOT
-
-
-def _integer(value: Any) -> Any:
-    try:
-        return _NOT if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        return _NOT
-
-
-def _number(value: Any) -> Any:
-    # A tensor or an array without dimensions is a number, too; its type is kept if it is Python's.
-    is_none = (
-        isinstance(value, bool) or not hasattr(value, "__float__") or bool(getattr(value, "ndim", 0))
-    )
-    return _NOT if is_none else value if isinstance(value, int | float) else float(value)
-
-
-def _if(is_one: Callable[[Any], bool]) -> Callable[[Any], Any]:
-    return lambda value: value if is_one(value) else _NOT
+def _is_number(value: Any, kind: Any = int | float) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _is_list(value: Any) -> bool:
@@ -105,44 +93,42 @@ def _is_list(value: Any) -> bool:
     return is_one and not isinstance(value, str | bytes | type)
 
 
+def _is_of(name: str, value: Any) -> bool:
+    # By name: importing the classes would take longer than many a command.
+    return name in (each.__name__ for each in type(value).__mro__)
+
+
+def _is_word(wanted: str, value: Any) -> bool:
+    return isinstance(value, str) and value == wanted
+
+
 def _are_runs(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(_KINDS["Run"][1](each) is each for each in value)
+    return isinstance(value, list | tuple) and all(_is_of("Run", each) for each in value)
 
 
 def _names_all(value: Any) -> bool:
     return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
 
 
-def _word(wanted: str) -> Callable[[Any], Any]:
-    return _if(lambda value: isinstance(value, str) and value == wanted)
-
-
-def _of_class(name: str) -> Callable[[Any], Any]:
-    # By name: importing the classes would take longer than many a command.
-    return _if(lambda value: name in (each.__name__ for each in type(value).__mro__))
-
-
-#: How an error names what a word of a signature stands for, and a function that returns a value of this
-#: kind, or `_NOT`.
 _KINDS: dict[str, Kind] = {
-    "None": ("None", _if(lambda value: value is None)),
-    "bool": ("True or False", _bool),
-    "Counting": ("True, False or a function", lambda value: value if callable(value) else _bool(value)),
-    "int": ("an integer", _integer),
-    "float": ("a number", _number),
-    "str": ("a text", _of_class("str")),
-    "Path": ("a path", _if(lambda value: isinstance(value, os.PathLike))),
-    "Callable": ("a function", _if(callable)),
-    "Callable[[Any, Any], Tensor]": ("a loss, such as torch.nn.MSELoss()", _if(callable)),
-    "Mapping": ("a dict", _if(lambda value: isinstance(value, Mapping))),
-    "Iterable": ("a list", _if(_is_list)),
-    "Run": ("a run: everystep.open(RUN)", _of_class("Run")),
-    "Experiment": ("an experiment", _of_class("Experiment")),
-    "Progress": ("an object that watches the training", _if(lambda value: hasattr(value, "begin"))),
+    "None": ("None", lambda value: value is None),
+    "bool": ("True or False", lambda value: isinstance(value, bool)),
+    "Counting": ("True, False or a function", lambda value: isinstance(value, bool) or callable(value)),
+    "int": ("an integer", partial(_is_number, kind=int)),
+    "float": ("a number", _is_number),
+    "str": ("a text", lambda value: isinstance(value, str)),
+    "Path": ("a path", lambda value: isinstance(value, os.PathLike)),
+    "Callable": ("a function", callable),
+    "Callable[[Any, Any], Tensor]": ("a loss, such as torch.nn.MSELoss()", callable),
+    "Mapping": ("a dict", lambda value: isinstance(value, Mapping)),
+    "Mapping[str, Any]": ("a dict with text keys", _names_all),
+    "Iterable": ("a list", _is_list),
+    "Sequence": ("a list", _is_list),
+    "Sequence[Run]": ("a list of runs", _are_runs),
+    "Run": ("a run: everystep.open(RUN)", partial(_is_of, "Run")),
+    "Experiment": ("an experiment", partial(_is_of, "Experiment")),
+    "Progress": ("an object that watches the training", lambda value: hasattr(value, "begin")),
 }
-_KINDS["Mapping[str, Any]"] = "a dict with text keys", _if(_names_all)
-_KINDS["Sequence[Run]"] = "a list of runs", _if(_are_runs)
-_KINDS["Sequence"] = _KINDS["Iterable"]
 
 
 @cache
@@ -158,7 +144,7 @@ def _kinds(annotation: Any) -> tuple[Kind, ...]:
         if isinstance(node, ast.BinOp):
             nodes += [node.right, node.left]
         elif name == "Literal":
-            found += [(repr(each), _word(each)) for each in ast.literal_eval(f"[{inside}")]
+            found += [(repr(each), partial(_is_word, each)) for each in ast.literal_eval(f"[{inside}")]
         elif kind := _KINDS.get(text, _KINDS.get(name)):
             found.append(kind)
         else:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 
@@ -145,6 +146,25 @@ def test_a_recorded_loop_is_taken_in_another_precision(small, tmp_path, name, op
     found = run.rerun(precision="bfloat16", progress=False)
     model.bfloat16().load_state_dict(start)
     assert found.losses.tolist() == loop(optimizer(), x.bfloat16(), y.bfloat16(), model)
+
+
+class OwnAdamW(torch.optim.AdamW):
+    """Watched operation by operation, as every optimizer that is not exactly torch's."""
+
+
+def test_a_fused_optimizer_of_a_user_counts_beyond_what_bfloat16_counts(small, tmp_path):
+    """bfloat16 counts to 256; the steps that an optimizer has taken keep their dtype, by their name."""
+    model, x, y = small
+    optimizer = OwnAdamW(model.parameters(), lr=0.01, fused=True)
+    for _ in range(30):
+        loop(optimizer, x, y, model)
+    start, kept = deepcopy((model.state_dict(), optimizer.state_dict()))
+    run = recorded(optimizer, x, y, model, tmp_path / "loop")
+    found = run.rerun(precision="bfloat16", progress=False)
+    model.bfloat16().load_state_dict(start)
+    optimizer = OwnAdamW(model.parameters(), fused=True)
+    optimizer.load_state_dict(kept)
+    assert found.losses.tolist() == loop(optimizer, x.bfloat16(), y.bfloat16(), model)
 
 
 def test_weights_that_are_not_laid_row_after_row_go_elsewhere(tmp_path):

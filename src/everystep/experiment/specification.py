@@ -20,7 +20,6 @@ from everystep.bounded import MOST_STEPS, StrictModel, read_regular
 from everystep.errors import ExperimentError, Fault, did_you_mean, rephrased, value_text
 
 __all__ = [
-    "LARGEST",
     "ArrayData",
     "BundledData",
     "DataSpecification",
@@ -29,9 +28,7 @@ __all__ = [
     "Iteration",
     "Loss",
     "Model",
-    "Optimizer",
     "RandomData",
-    "Scheduler",
     "TableData",
     "built_in",
     "check_iteration",

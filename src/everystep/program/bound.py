@@ -24,7 +24,7 @@ from torch import Tensor
 
 from everystep.errors import ProgramError
 from everystep.program.arguments import decode, references
-from everystep.program.calls import Call, late_calls, prebuilt_calls, without_autograd
+from everystep.program.calls import Call, prebuilt_calls, without_autograd
 from everystep.program.memory import (
     check_memory,
     copy_into,
@@ -208,9 +208,8 @@ class BoundProgram:
                 )
             self._optimizers.append(_SteadyOptimizer(operator, arguments, keywords))
             return [self._optimizers[-1]]
-        # `put` writes numbers into the arguments, which a prebuilt call has read already.
-        made = late_calls if slots else prebuilt_calls
-        return made(operator, arguments, keywords, results)
+        # `put` writes numbers into the arguments, which a call has read before unless it is late.
+        return prebuilt_calls(operator, arguments, keywords, results, is_late=bool(slots))
 
     def _reading(self, tensor: Tensor) -> list[Call]:
         place = len(self._puts)

@@ -17,13 +17,7 @@ from torch import Tensor
 from everystep.program.memory import copy_into, repeats
 from everystep.program.operators import OperatorMode, flattened, out_variant
 
-__all__ = [
-    "ASK_FOR_GRADIENTS",
-    "Call",
-    "late_calls",
-    "prebuilt_calls",
-    "without_autograd",
-]
+__all__ = ["ASK_FOR_GRADIENTS", "Call", "prebuilt_calls", "without_autograd"]
 
 Call = Callable[[], Any]
 
@@ -76,11 +70,18 @@ def prebuilt_calls(
     arguments: list[Any],
     keywords: dict[str, Any],
     results: Sequence[Tensor | None],
+    *,
+    is_late: bool = False,
 ) -> list[Call]:
     """Return functions that, called in order, apply the operator and write its results into `results`.
 
     Make and call them inside `without_autograd`.
+
+    is_late: the arguments are read at each call: others of the same types may be put in their place.
     """
+    if is_late:
+        function, given = _into_results(operator, arguments, keywords, results)
+        return [lambda: function(*arguments, **given)]
     arguments = _numbers_in_tensors(operator, arguments, results)
     if len(results) == 1 and results[0] is not None and not keywords:
         if str(operator) in _SAME_AS:
@@ -89,17 +90,6 @@ def prebuilt_calls(
             return _loss_calls(operator, arguments, results[0])
     function, given = _into_results(operator, arguments, keywords, results)
     return [partial(function, *arguments, **given)]
-
-
-def late_calls(
-    operator: Any,
-    arguments: list[Any],
-    keywords: dict[str, Any],
-    results: Sequence[Tensor | None],
-) -> list[Call]:
-    """Return the result of `prebuilt_calls`; other arguments of the same types may replace its own."""
-    function, given = _into_results(operator, arguments, keywords, results)
-    return [lambda: function(*arguments, **given)]
 
 
 def _numbers_in_tensors(

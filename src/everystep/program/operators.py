@@ -21,7 +21,6 @@ __all__ = [
     "REFUSALS",
     "NotAllowedError",
     "OperatorMode",
-    "Parameter",
     "computes",
     "draws_random_numbers",
     "flattened",

@@ -11,18 +11,20 @@ from torch import Tensor
 
 from everystep.errors import ProgramError
 from everystep.program.arguments import DTYPES, decode, references
+from everystep.program.operation import Operation, Storage
 from everystep.program.operators import draws_random_numbers, parameters
 from everystep.program.optimizer_operator import OPTIMIZERS
 from everystep.program.soundness import WITH_STATISTICS, results_on_meta
-from everystep.program.step_program import Operation, Program, Storage
+from everystep.program.step_program import Program
 
 __all__ = ["Precision", "counters"]
 
 #: They draw the same mask in every dtype; others draw different numbers.
 _SAME_DRAWS = {"aten.bernoulli_.float", "aten.bernoulli.p", "aten.native_dropout.default"}
-#: Arguments of fused optimizers and scalers with a fixed dtype, independent of the gradients.
+#: Arguments of fused optimizers and scalers with a fixed dtype, independent of the gradients; the steps
+#: that a fused optimizer has taken are a counter by their name.
 _FIXED_ARGUMENTS = {
-    "_fused_": ("state_steps", "lr", "grad_scale", "found_inf"),
+    "_fused_": ("lr", "grad_scale", "found_inf"),
     "_amp_foreach_": ("found_inf", "inv_scale"),
     "_amp_update_": ("self", "growth_tracker", "found_inf"),
 }
@@ -51,7 +53,7 @@ class Precision:
 
         Call it when the programs have been cast: what uses a tensor may decide its dtype.
         """
-        is_kept = name in self._kept or _is_counter(name) or not tensor.is_floating_point()
+        is_kept = name in self._kept or not tensor.is_floating_point()
         return tensor if is_kept else tensor.to(self.dtype)
 
     def program(self, program: Program) -> Program:
@@ -97,11 +99,7 @@ class Precision:
         Some operations return another dtype than they are given, so each is asked, on tensors without
         memory.
         """
-        found = {}
-        for spec in program.tensors.values():
-            if spec.torch_dtype.is_floating_point:
-                is_own = spec.storage in kept
-                found[spec.storage] = spec.torch_dtype if is_own else self.dtype
+        found = {n: own if n in kept else self.dtype for n, own in _recorded_dtypes(program).items()}
 
         def on_meta(name: str) -> Tensor:
             spec = program.tensors[name]
@@ -129,14 +127,8 @@ class Precision:
 
         program: as recorded.
         """
-        kept = counters(program)
-        dtypes = {
-            spec.storage: spec.torch_dtype
-            for spec in program.tensors.values()
-            if spec.torch_dtype.is_floating_point and spec.storage not in kept
-        }
-        found = dict(contents)
-        for name in contents.keys() & dtypes.keys():
+        found, dtypes = dict(contents), _recorded_dtypes(program)
+        for name in (contents.keys() & dtypes.keys()) - counters(program):
             # Memory may end with a part of a number.
             count = len(found[name]) // dtypes[name].itemsize * dtypes[name].itemsize
             numbers = found[name][:count].clone().view(dtypes[name])
@@ -171,6 +163,12 @@ class Precision:
         if isinstance(value, dict) and "dtype" in value and DTYPES[value["dtype"]].is_floating_point:
             return {"dtype": self.name}
         return value
+
+
+def _recorded_dtypes(program: Program) -> dict[str, torch.dtype]:
+    """Return the dtypes of the storages of a program that have floating-point numbers, by name."""
+    specs = program.tensors.values()
+    return {spec.storage: spec.torch_dtype for spec in specs if spec.torch_dtype.is_floating_point}
 
 
 def _draws_others(operation: Operation, program: Program) -> bool:

@@ -23,7 +23,6 @@ from everystep.program.operation import (
     CodeLine,
     Name,
     Operation,
-    Phase,
     SourceLine,
     Storage,
     TensorSpec,
@@ -31,16 +30,7 @@ from everystep.program.operation import (
 )
 from everystep.program.soundness import check_soundness
 
-__all__ = [
-    "FORMAT_VERSION",
-    "MOST_BYTES",
-    "MOST_ENTRIES",
-    "Operation",
-    "Phase",
-    "Program",
-    "Storage",
-    "TensorSpec",
-]
+__all__ = ["MOST_BYTES", "MOST_ENTRIES", "Program"]
 
 FORMAT_VERSION = 1
 #: Bytes of a program, and entries of each of its tables, that are read.

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from everystep.program.arguments import DTYPES, encode
 from everystep.program.number_slots import READ, Number
-from everystep.program.operation import extent_of
+from everystep.program.operation import Operation, Storage, TensorSpec, extent_of
 from everystep.program.operators import has_effect, has_shape_of_values
-from everystep.program.step_program import MOST_ENTRIES, Operation, Program, Storage, TensorSpec
+from everystep.program.step_program import MOST_ENTRIES, Program
 from everystep.step.calling_code import LineTable
 from everystep.step.path import Path, sizeless
 

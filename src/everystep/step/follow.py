@@ -32,8 +32,8 @@ from torch.optim.optimizer import (
 )
 
 from everystep.errors import Fault, UsageError
+from everystep.program.operation import Phase
 from everystep.program.operators import leaves
-from everystep.program.step_program import Phase
 from everystep.step.calling_code import is_called_in
 from everystep.step.collective_calls import exchanging_methods, note_works
 from everystep.step.mode_formulas import ModeFormulas
