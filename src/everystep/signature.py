@@ -32,6 +32,7 @@ _LEAST = {
     **{"processes": 1, "threads": 1, "every": 1, "depth": 1, "terms": 1, "rows": 100},
     **{"back": 0, "snapshot_budget": 0, "batch_budget": 0, "dataset_limit": 0},
 }
+_ARE_BYTES = {"snapshot_budget", "batch_budget", "dataset_limit"}
 
 
 def checked(function: Callable[P, T]) -> Callable[P, T]:
@@ -61,6 +62,7 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
                 bound.arguments[name] = plain
             elif kinds:
                 first, *others = dict.fromkeys(text for text, _ in kinds)
+                first = "a number of bytes, such as 2e9," if name in _ARE_BYTES else first
                 first += "" if least is None else f" of at least {least}"
                 wanted = " or ".join([", ".join([first, *others[:-1]]), *others[-1:]])
                 faults.append(Fault(name, f"must be {wanted}, not {value_text(value)}"))
@@ -125,6 +127,7 @@ _KINDS: dict[str, Kind] = {
     "Iterable": ("a list", _is_list),
     "Sequence": ("a list", _is_list),
     "Sequence[Run]": ("a list of runs", _are_runs),
+    "Sequence[tuple[int, int]]": ("a list of windows, such as [(0, 500)]", _is_list),
     "Run": ("a run: everystep.open(RUN)", partial(_is_of, "Run")),
     "Experiment": ("an experiment", partial(_is_of, "Experiment")),
     "Progress": ("an object that watches the training", lambda value: hasattr(value, "begin")),

@@ -174,7 +174,7 @@ def test_steps_of_a_function_are_kept_too_and_a_model_needs_no_keep(tmp_path):
     [
         ("last 0 steps", ["keep='last 0 steps' names no number", 'keep="last 2000 steps"']),
         ("last ten", ["names no number of newest steps"]),
-        (2000, ["neither a text nor a list of windows", "(0, 500)"]),
+        (2000, ["keep: must be a text, a list of windows, such as [(0, 500)] or None"]),
         ([], ["neither a text nor a list of windows"]),
         ((0, 500), ["keep[0]: 0 is not a pair of steps", "keep[1]: 500 is not"]),
         (
@@ -193,7 +193,7 @@ def test_what_cannot_be_kept_is_reported_with_what_to_write(keep, messages):
     "budget", [{"batch_budget": "2 GB"}, {"snapshot_budget": None}, {"batch_budget": -1}]
 )
 def test_a_budget_is_a_number_of_bytes(budget):
-    with pytest.raises(everystep.UsageError, match=r"must be a number of bytes, such as 2e9, not"):
+    with pytest.raises(everystep.UsageError, match=r"must be a number of bytes, such as 2e9, of at least 0, not"):
         everystep.record(model=nn.Linear(1, 1), run="./run", **budget)
 
 
