@@ -24,7 +24,10 @@ def test_an_argument_of_the_wrong_type_is_named_with_what_it_must_be(run):
         (lambda: everystep.record(resume=None), "resume: must be True or False, a text or a path, not"),
         (lambda: everystep.record(tags=5), "tags: must be a list, not 5"),
         (lambda: everystep.record(at=True), "at: must be an integer or None, not True"),
-        (lambda: everystep.record(batch_budget=float("nan")), "a number of at least 0, not nan"),
+        (
+            lambda: everystep.record(batch_budget=float("nan")),
+            "a number of bytes, such as 2e9, of at least 0, not nan",
+        ),
         (
             lambda: everystep.train_experiment("wine", 5),
             "must be a dict with text keys or None, not 5",

@@ -193,7 +193,7 @@ def test_what_cannot_be_kept_is_reported_with_what_to_write(keep, messages):
     "budget", [{"batch_budget": "2 GB"}, {"snapshot_budget": None}, {"batch_budget": -1}]
 )
 def test_a_budget_is_a_number_of_bytes(budget):
-    with pytest.raises(everystep.UsageError, match=r"must be a number of bytes, such as 2e9, of at least 0, not"):
+    with pytest.raises(everystep.UsageError, match=r"must be a number of bytes, such as 2e9, of"):
         everystep.record(model=nn.Linear(1, 1), run="./run", **budget)
 
 
