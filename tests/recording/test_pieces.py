@@ -72,8 +72,7 @@ def test_a_loop_is_made_longer_more_than_once(tmp_path, monkeypatch):
         assert len(run.losses) == steps
     # From the end itself, where the recorded steps are not repeated.
     _record(tmp_path / "other", batches)
-    changed = {"optimizer": partial(torch.optim.SGD, lr=0.2), "force": True}
-    assert len(_record(tmp_path / "other", batches * 2, resume=True, **changed).losses) == 24
+    assert len(_record(tmp_path / "other", batches * 2, resume=True, force=True).losses) == 24
 
 
 def test_a_resume_that_differs_gives_up_no_batches(tmp_path, monkeypatch):
