@@ -1,6 +1,5 @@
 """Batches by content: rows that return, in any order, are stored once, and come back as they were."""
 
-from functools import partial
 from shutil import rmtree
 
 import pytest
