@@ -76,7 +76,7 @@ def test_numbers_of_numpy_and_torch_are_numbers(run):
 
 
 def test_a_recording_is_not_lost_to_a_wrong_argument():
-    """A reason that is no text made a run that could not be opened; epochs of NumPy lost its steps."""
+    """A number as the reason made a run that could not be opened; NumPy counts of epochs lost steps."""
     model = torch.nn.Linear(2, 1)
     with everystep.record(model=model) as recording:
         for wrong, said in (

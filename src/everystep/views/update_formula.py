@@ -43,7 +43,7 @@ def update_formulas(
 ) -> dict[str, UpdateFormula]:
     """Return the formula of each parameter that the operations of phase `update` change.
 
-    optimizer: the one that updates those whose formula is too long, or one operation.
+    optimizer: of the updates with a formula that is too long, or that are one operation.
     """
     composer = _Composer(optimizer)
     for number, seen in enumerate(operations):
