@@ -38,6 +38,8 @@ __all__ = ["Drawn", "Epoch", "LoaderPosition", "Recorded", "is_quiet", "known_le
 LOADER = "own/loader"
 #: The same of what batches are drawn from, as a call of `steps` began, and since.
 _BEGUN, _DRAWN = "own/begun/", "own/drawn/"
+#: Iterating over them runs none of the user's code, and draws no random numbers.
+_WITHOUT_CODE = (list, tuple, range)
 _SAMPLERS = (SequentialSampler, RandomSampler, WeightedRandomSampler)
 
 
@@ -286,7 +288,7 @@ class LoaderPosition:
         self._is_over = goal is not None and goal.is_over
         if self._is_over:
             return
-        quiet, draws = is_quiet(batches), type(batches) not in (list, tuple)
+        quiet, draws = is_quiet(batches), type(batches) not in _WITHOUT_CODE
         # The first draw is compared with state 0, from which a resumed training begins.
         after = self._at_first if self._call == 0 else {}
         while True:
@@ -399,7 +401,7 @@ def _tensors(states: Mapping[str, Any], names: Collection[str]) -> dict[str, Ten
 
 def is_quiet(batches: Any) -> bool:
     """Return whether making a batch runs only torch's code, which draws only as an epoch begins."""
-    if batches is None or type(batches) in (list, tuple):
+    if batches is None or type(batches) in _WITHOUT_CODE:
         return True
     return (
         is_indexed(batches)
