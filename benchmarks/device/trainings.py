@@ -155,6 +155,31 @@ class _NetworkOfWords(nn.Module):
         return found
 
 
+class _OnTheCpu(nn.Embedding):
+    """An embedding that stays in the CPU's memory, as a large one may."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> _OnTheCpu:
+        return self
+
+    def forward(self, words: Tensor) -> Tensor:
+        """Return the vectors of words, on their device."""
+        return super().forward(words.cpu()).to(words.device)
+
+
+class _NetworkThatSeeds(_NetworkOfWords):
+    """The same, with its embedding on the CPU; it sets the seed between two draws."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = _OnTheCpu(30, 16)
+
+    def forward(self, words: Tensor) -> Tensor:
+        """Return a score for each class (N, 3)."""
+        found = super().forward(words)
+        torch.manual_seed(3)
+        return nn.functional.dropout(found, 0.2)
+
+
 def _numbers() -> Tensor:
     return torch.randn(16, 20)
 
@@ -181,4 +206,5 @@ TRAININGS = {
     ),
     "images, own loop, SGD": Training(_network_of_images, _pictures, torch.optim.SGD, by_record),
     "words, own loop, AdamW": Training(_NetworkOfWords, _words, torch.optim.AdamW, by_record),
+    "words on the CPU, own loop, SGD": Training(_NetworkThatSeeds, _words, torch.optim.SGD, by_record),
 }

@@ -6,10 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from everystep.errors import DeviceError, did_you_mean
 
-__all__ = ["available", "kinds", "on_cpu", "select"]
+__all__ = [
+    "available", "drawing_state", "generator_of", "kinds", "on_cpu", "select", "set_drawing_state",
+    "set_generator_of",
+]  # fmt: skip
 
 
 def kinds() -> list[str]:
@@ -55,6 +59,41 @@ def select(name: str) -> torch.device:
             '"auto" uses the first)'
         )
     return torch.device(wanted)
+
+
+def generator_of(device: torch.device) -> Tensor | None:
+    """Return the state of a device's own generator of random numbers (bytes,) uint8, None on the CPU."""
+    if device.type == "cpu":
+        return None
+    state: Tensor = torch.get_device_module(device).get_rng_state(*_named(device))
+    return state
+
+
+def set_generator_of(device: torch.device, state: Tensor) -> None:
+    """Set a device's own generator of random numbers to a state that `generator_of` returned."""
+    torch.get_device_module(device).set_rng_state(state, *_named(device))
+
+
+def _named(device: torch.device) -> list[torch.device]:
+    """Return which device a function of its module is for; of mps there is only one."""
+    return [] if device.type == "mps" else [device]
+
+
+def drawing_state(device: torch.device) -> Tensor:
+    """Return the states of the generators that torch draws from: the CPU's, then the device's own.
+
+    One after the other (bytes,) uint8.
+    """
+    state, own = torch.get_rng_state(), generator_of(device)
+    return state if own is None else torch.cat([state, own])
+
+
+def set_drawing_state(device: torch.device, state: Tensor) -> None:
+    """Set the generators that torch draws from to what `drawing_state` returned."""
+    size = torch.get_rng_state().numel()
+    torch.set_rng_state(state[:size])
+    if device.type != "cpu" and len(state) > size:
+        set_generator_of(device, state[size:].clone())
 
 
 @contextmanager

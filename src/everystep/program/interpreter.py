@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from everystep.device import set_drawing_state
 from everystep.errors import ProgramError
 from everystep.program.arguments import decode, json_floats
 from everystep.program.calls import ASK_FOR_GRADIENTS
@@ -94,7 +95,7 @@ class Interpreter:
         Returns the loss, None if the program has none, and the first deviation from it in words.
 
         state: tensors by name; the step changes them in place, replaces, adds and removes them; inputs:
-        as of `lay_inputs`, and `generator/N`: the state to set in torch's generator before draw N, from
+        as of `lay_inputs`, and `generator/N`: the state to set in torch's generators before draw N, from
         0; the step may change them; numbers: of the step, in the order of its operations, including
         those that Python read.
 
@@ -110,7 +111,7 @@ class Interpreter:
         for index, (call, given) in enumerate(own):
             try:
                 if call.draws and (generator := inputs.get(f"generator/{draws}")) is not None:
-                    torch.set_rng_state(generator)
+                    set_drawing_state(self._device, generator)
                 draws += call.draws
                 found = call.run(environment, given)
             except REFUSALS as error:
@@ -145,8 +146,10 @@ class Interpreter:
             on.setdefault(spec.storage, []).append(name)
         # Tensors on one storage move together, or they would no longer share it.
         for storage, names in on.items():
-            places = {state[name].untyped_storage().data_ptr() for name in names}
-            if len(places) == 1 and all(lies_as(state[name], self.state[name]) for name in names):
+            tensors = [state[name] for name in names]
+            here = {(each.device.type, each.untyped_storage().data_ptr()) for each in tensors}
+            is_laid = all(lies_as(state[name], self.state[name]) for name in names)
+            if is_laid and [device for device, _ in here] == [self.place_of(storage).type]:
                 continue
             memory = self.fresh(storage)
             for name in names:

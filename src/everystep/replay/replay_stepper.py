@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from everystep.device import set_drawing_state
 from everystep.errors import ProgramError, RunError, named
 from everystep.program.calls import without_autograd
 from everystep.program.interpreter import Interpreter, Looks
@@ -346,7 +347,7 @@ class ReplayStepper:
         live = bound.live
         calls = bound.calls(hook)
         if live.draws and bound.generator is not None:
-            torch.set_rng_state(bound.generator)
+            set_drawing_state(self.steps.device, bound.generator)
         for call in calls:
             call()
         self._bound.end(bound)

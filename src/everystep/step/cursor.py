@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode, _push_mode
 
+from everystep.device import drawing_state
 from everystep.program.collectives import taking_part
 from everystep.program.memory import geometry
 from everystep.program.observed import OVERWRITING
@@ -476,7 +477,7 @@ class Cursor(UnderWay):
     def _note_result(self, known: KnownOperator, result: Any) -> None:
         """Note what a call gives to Python, or how it leaves torch's generator."""
         if known.draws:
-            self.drawn = torch.get_rng_state()
+            self.drawn = drawing_state(self._device)
         if known.is_read:
             self.numbers.append(result)
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from everystep.device import generator_of, set_generator_of
 from everystep.errors import RunError
 
 __all__ = ["Generators", "different", "generator_states", "generators_preserved"]
@@ -33,7 +34,7 @@ class Generators:
         """Read all of them, without drawing."""
         return cls(
             torch_cpu=torch.get_rng_state(),
-            torch_device=_device_generator_state(device),
+            torch_device=generator_of(device),
             python=random.getstate(),
             numpy=np.random.get_state(),  # type: ignore[arg-type]
         )
@@ -69,7 +70,7 @@ class Generators:
         with _as_recorded():
             torch.set_rng_state(self.torch_cpu)
             if self.torch_device is not None and device.type != "cpu":
-                torch.get_device_module(device).set_rng_state(self.torch_device, *_place(device))
+                set_generator_of(device, self.torch_device)
             random.setstate(self.python)
             np.random.set_state(self.numpy)
 
@@ -120,7 +121,7 @@ def generator_states(device: torch.device) -> dict[str, Any]:
         "python": _python_state(),
         "numpy": _numpy_state(),
     }
-    state = _device_generator_state(device)
+    state = generator_of(device)
     return found if state is None else found | {"device": state}
 
 
@@ -188,15 +189,3 @@ def _python_place() -> int:
 
 
 _PYTHON_PLACE = _python_place()
-
-
-def _device_generator_state(device: torch.device) -> Tensor | None:
-    if device.type == "cpu":
-        return None
-    state: Tensor = torch.get_device_module(device).get_rng_state(*_place(device))
-    return state
-
-
-def _place(device: torch.device) -> list[torch.device]:
-    """Return which device a function of its module is for; of mps there is only one."""
-    return [] if device.type == "mps" else [device]

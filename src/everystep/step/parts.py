@@ -254,11 +254,12 @@ class Parts:
         return found
 
     def _device(self) -> torch.device:
-        for module in self.modules.values():
-            for _, parameter in registered(module, "_parameters"):
-                return parameter.device
-        tensors = (tensor for _, tensor in _tensors_in(self._others, "", set()))
-        return next((tensor.device for tensor in tensors), torch.device("cpu"))
+        modules = self.modules.values()
+        parameters = (p for module in modules for _, p in registered(module, "_parameters"))
+        others = (tensor for _, tensor in _tensors_in(self._others, "", set()))
+        # Some may stay on the CPU, such as a large embedding.
+        devices = [*dict.fromkeys(tensor.device for tensor in (*parameters, *others))]
+        return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
 
 
 class _Layout:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from everystep.device import drawing_state
 from everystep.program.number_slots import READ
 from everystep.program.operators import OperatorMode
 from everystep.step.calling_code import Calls, calls_here, is_in_backward
@@ -61,7 +62,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         follower: knows which module and which optimizer runs.
         outside: copies of what steps before brought from outside.
 
-    numbers: of the step, as `MetTensors` has them; generators: states of torch's generator before
+    numbers: of the step, as `MetTensors` has them; generators: states of torch's generators before
     draws, by their number from 0, where they differ from what the previous draw left; drawn:
     that state after the last draw, None if there was none; unseen: what was not seen, in words, and how
     often; changed_outside: a tensor that the step has changed and that is in no part, in words, or
@@ -405,11 +406,11 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         self.is_remembered = self.is_followed = False
 
     def note_generator(self, draw: int) -> None:
-        """Note the state of torch's generator before a draw, if the last draw left another.
+        """Note the state of torch's generators before a draw, if the last draw left another.
 
         draw: the number of draws before.
         """
-        now = torch.get_rng_state()
+        now = drawing_state(self._device)
         # A replay has the state that its last draw left; only a different one must be kept.
         if self.drawn is None or not same_bits(now, self.drawn):
             self.generators[draw] = now

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from everystep import clock
+from everystep.device import drawing_state
 from everystep.errors import say
 from everystep.program.operators import NotAllowedError
 from everystep.program.sizes import packed_sizes, sizes_of
@@ -127,8 +128,8 @@ class WatchedSteps:
         self._asked: dict[Path, BuiltPath] = {}
         #: Memory from outside, by the name of its input, and as much of it as a program uses.
         self._beginnings: dict[str, tuple[Tensor, Tensor]] = {}
-        #: The random generator as the last row left it.
-        self._generator = torch.get_rng_state()
+        #: The random generators as the last row left it.
+        self._generator = drawing_state(parts.device)
         #: Bytes from outside that were copied up to the last row.
         self._copied = 0
         self._began = clock.now()
