@@ -93,7 +93,7 @@ class Parts:
         paths = dict.fromkeys((*self.named, *self.module_paths().values()))
         faults += path_faults(dict.fromkeys((*paths, *(n.partition("/")[2] for n in self.state()))))
         for name, tensor in self.state().items():
-            if (problem := _problem(tensor)) is not None:
+            if (problem := _problem(tensor, self.device)) is not None:
                 faults.append(Fault(name.partition("/")[2], problem))
         if faults:
             raise UsageError(faults, "the parts of the training")
@@ -314,12 +314,14 @@ class _Layout:
         return found, [*map(len, tables)]
 
 
-def _problem(tensor: Tensor) -> str | None:
-    """Return why a run cannot hold a tensor, with a fix, or None."""
+def _problem(tensor: Tensor, device: torch.device) -> str | None:
+    """Return why a run on a device cannot hold a tensor, with a fix, or None."""
     if nn.parameter.is_lazy(tensor):
         return "has no shape yet (a lazy module); call the model once before"
     if tensor.device.type == "meta":
         return "is on the meta device and has no values; call to_empty(...) before"
+    if tensor.device not in (device, torch.device("cpu")):  # a program names no device of its memory
+        return f"is on {tensor.device}, others on {device}; a run has one device, and the CPU"
     # By name: to import torch.distributed.tensor takes half a second.
     if "DTensor" in [each.__name__ for each in type(tensor).__mro__]:
         return (
