@@ -3,11 +3,13 @@
 `benchmarks.why_by_hand` reads the text as Python and knows nothing of everystep's rules.
 """
 
+import csv
 import json
 import math
 import random
 import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from torch.nn import functional
 
 import everystep
 from everystep.ops import RECORDS
+from everystep.ops.operator_record import OperatorRecord
 from everystep.program.arguments import decode
 from everystep.views.formatting import TIMES
 from everystep.views.mathematics import kind_of, mathematics
@@ -201,6 +204,23 @@ def test_a_number_that_is_put_where_several_meet_is_not_known(tmp_path):
 def test_each_rule_is_tried(answers):
     tried = {re.sub(r", result \d", "", what).removeprefix("foreach_") for what, _ in answers}
     assert {kind for kind, each in RECORDS.items() if each.made} - tried == NOT_TRIED
+
+
+def test_an_operator_that_was_known_stays_known():
+    text = Path(__file__).with_name("known_operators.tsv").read_text()
+    table = [*csv.DictReader(text.splitlines(), delimiter="\t")]
+    rules = {row["operator"]: RECORDS.get(row["operator"], OperatorRecord()) for row in table}
+    now = {name: (bool(each.made), bool(each.rows)) for name, each in rules.items()}
+    assert now == {row["operator"]: (bool(row["why now"]), bool(row["rows now"])) for row in table}
+    assert RECORDS.keys() <= now.keys(), "new operators belong into the table"
+    lost = {
+        row["operator"]
+        for row in table
+        for of in ("why", "rows")
+        if row[f"{of} before"] > row[f"{of} now"]
+    }
+    # A program has no operation for memory that is only allocated, nor for a constant of Python's.
+    assert lost == {"empty_like", "new_empty", "lift_fresh"}
 
 
 #: Operations of which the line gives no result by itself, and why.
