@@ -401,7 +401,9 @@ def _fault(detail: ErrorDetails, raw: Mapping[str, Any]) -> Fault:
         case "model_type" | "model_attributes_type" | "dict_type":
             problem = f"must be a section [{path}], not {detail['input']!r}"
         case _:
-            problem = f"{rephrased(detail['msg'])}, not {short_text(detail['input'])}"
+            # Of the whole experiment, all values would follow.
+            given = f", not {short_text(detail['input'])}" if location else ""
+            problem = f"{rephrased(detail['msg'])}{given}"
     return Fault(path, problem)
 
 
