@@ -221,7 +221,7 @@ def when(
     Prints the step and its loss. Exits with 1 if no step matches.
 
     Args:
-        condition: isnan(loss), for example.
+        condition: isnan(loss), for example; ranks differ, of several processes that trained together.
         last: Find the last step instead of the first.
         all: Find all steps instead of the first.
     """
