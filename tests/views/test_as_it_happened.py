@@ -26,7 +26,7 @@ def test_an_update_has_its_own_parameters_and_the_last_of_several_has_them(tmp_p
             recording.log(loss=loss)
     run = everystep.open(tmp_path / "run")
     training = run.facts.training
-    segments, changed_otherwise = as_it_happened(run[2], training)
+    segments, changed_outside = as_it_happened(run[2], training)
     updates = [seen for seen in segments if seen.segment.phase == "update"]
     assert [(seen.optimizer, list(seen.parameters)) for seen in updates] == [
         ("optimizer_critic", []),
@@ -48,7 +48,7 @@ def test_an_update_has_its_own_parameters_and_the_last_of_several_has_them(tmp_p
     assert values.count("[[") > sum(tensor.dim() > 1 for tensor in run[2].gradients.values())
     firsts = [seen.segment.first for seen in segments]
     assert firsts == sorted(firsts)
-    assert changed_otherwise in ([], ["scale"])
+    assert changed_outside in ([], ["scale"])
 
 
 def test_the_only_optimizer_is_named_and_statistics_of_complex_numbers_say_what_they_are_of(tmp_path):

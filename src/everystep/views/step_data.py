@@ -108,7 +108,7 @@ def step_data(step: Step, run: RecordedRun, *, values: bool = False) -> dict[str
     loss, loop = loss_text(training.loss), training.loop
     used = training.optimizers, step.hyperparameters
     optimizer, settings = optimizer_parts(*used, is_known=loop is None)
-    segments, changed_otherwise = as_it_happened(step, training)
+    segments, changed_outside = as_it_happened(step, training)
     formulas = {name: each for seen in segments for name, each in seen.formulas.items()}
     layers = network(step, training.modules)
     for layer in layers:
@@ -137,7 +137,7 @@ def step_data(step: Step, run: RecordedRun, *, values: bool = False) -> dict[str
         "network": layers,
         "operations": _operations(step, tensors),
         "segments": None if loop is None else [_segment(seen) for seen in segments],
-        "changed_otherwise": changed_otherwise,
+        "changed_outside": changed_outside,
         "dropped": tensors.of("dropped", step.dropped),
         "gradients": tensors.of("gradients", _as_made(step)),
         "updates": _updates(step, formulas, tensors),
