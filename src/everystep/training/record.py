@@ -193,7 +193,7 @@ class Recording(Generic[R]):
             say("no loss was recorded; record it in each step: recording.log(loss=loss)")
         if error is None and self._start.is_accepted and writer.step == writer.recorder.recorded:
             say(
-                f"no step was added: the recorded loop had taken its last batch by step {writer.step:,}, "
+                f"no step was added: the recorded loop took its last batch at step {writer.step:,}, "
                 "and batches without a length, such as those of a generator, end there again with "
                 "force; resume without force, or pass a list or a DataLoader"
             )
