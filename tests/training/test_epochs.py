@@ -474,8 +474,7 @@ def test_a_loop_that_ends_at_once_by_force_says_so(capsys):
     looped_over(3)
     assert len(looped_over(5, resume=True, force=True)) == 3
     assert (
-        "no step was added: the recorded loop took its last batch at step 3"
-        in capsys.readouterr().err
+        "no step was added: the recorded loop took its last batch at step 3" in capsys.readouterr().err
     )
     assert len(looped_over(5, resume=True)) == 5
 
