@@ -67,7 +67,7 @@ def test_a_cause_is_the_same_in_text_sentence_and_data():
     found = one.diff(other, progress=False)
     cause = "AdamW: eps 1e-08 | 1.1e-08"
     assert f"cause       {cause}" in found.to_text().splitlines()
-    assert f"aten.add_.Tensor, update; cause: {cause}." in diff_sentence(found)
+    assert f"aten.add_.Tensor, update; cause: {cause}" in diff_sentence(found)
     data = found.data()
     assert data["operation"]["causes"] == [cause]
     assert data["asked"] == [{"name": "optimizer AdamW.eps", "values": ["1e-08", "1.1e-08"]}]

