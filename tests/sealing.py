@@ -5,7 +5,7 @@ from contextlib import closing
 from pathlib import Path
 
 from everystep.recording.blocks import LOSS, series_of
-from everystep.recording.database import FILE_NAME, Database
+from everystep.recording.database import FILE_NAME, Database, Repeat
 from everystep.recording.files import row_of_file
 
 
@@ -37,6 +37,13 @@ def _seal_numbers(database):
         steps, values = database.series(name)
         database.change_digests(name, dict(zip(steps.tolist(), values.tolist(), strict=True)))
     database.change_facts_digest()
+
+
+def seal_repeats(directory):
+    """Write the digests of what repeats the steps of a run now."""
+    rows = sql(directory, "SELECT step, program, numbers, inputs, count FROM repeats")
+    digests = [(Repeat(*row).digest, row[0]) for row in rows]
+    sql(directory, ("UPDATE repeats SET digest = ? WHERE step = ?", digests))
 
 
 def seal_files(directory):

@@ -152,6 +152,10 @@ def test_losses_in_every_form(everystep_command):
     assert pl.read_parquet("l.parquet").equals(frame)
     rows = json.loads(everystep_command("losses", "run", "--json")[1])
     assert [row["loss"] for row in rows] == frame["loss"].to_list()
+    # Text and CSV have the same digits: those of float32 for the losses, of float64 for the others.
+    lines = (everystep_command("losses", "run", *form)[1].splitlines()[1:] for form in ([], ["--csv"]))
+    text, csv = ([line.replace(",", " ").split() for line in each] for each in lines)
+    assert text[-1] == csv[-1] and text[-1][1] == str(np.float32(rows[-1]["loss"]))
     assert everystep_command("losses", "run", "--csv", "--json")[0] == 2
     assert everystep_command("losses", "run", "--parquet")[0] == 2
 

@@ -29,6 +29,8 @@ def runs(tmp_path_factory):
 def complete(runs, monkeypatch, everystep_command):
     """Return what is offered after these words; the last is not yet complete."""
     monkeypatch.chdir(runs)
+    # Under `python -m pytest`, the name of the program would be that of a module.
+    monkeypatch.setattr(sys.modules["__main__"], "__package__", "", raising=False)
 
     def complete(*words):
         monkeypatch.setenv("_EVERYSTEP_COMPLETE", "complete_bash")

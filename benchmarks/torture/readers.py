@@ -123,7 +123,8 @@ def _losses(run: RecordedRun) -> NDArray[np.float64]:
 
 
 def _measured(run: RecordedRun) -> NDArray[np.float64]:
-    return np.array([*run.measured(MEASURED).items()], np.float64).reshape(-1, 2)
+    known = run.measured(MEASURED) if MEASURED in run.measurement_names else {}
+    return np.array([*known.items()], np.float64).reshape(-1, 2)
 
 
 def digest_of(numbers: NDArray[np.float64]) -> str:

@@ -49,8 +49,8 @@ __all__ = [
     "named",
     "rephrased",
     "say",
+    "short_text",
     "size_text",
-    "value_text",
 ]
 
 
@@ -193,7 +193,7 @@ def kind_text(value: object) -> str:
     return "None" if value is None else f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
-def value_text(value: object) -> str:
+def short_text(value: object) -> str:
     """Return plain data as Python writes it, shortened; of anything else, its class."""
     is_plain = isinstance(value, str | bytes | int | float | list | tuple | dict | None)
     return f"{value!r:.80}" if is_plain else kind_text(value)

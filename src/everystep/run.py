@@ -107,6 +107,9 @@ class Run(RecordedRun):
     def __getitem__(self, step: int | slice) -> Step | Steps:
         if isinstance(step, slice):
             count = len(self)
+            ends = step.start, step.stop, step.step
+            if not all(each is None or hasattr(each, "__index__") for each in ends) or step.step == 0:
+                raise StepError(f"steps of {self.name} are run[10:20] or run[::100], not {step}")
             # Steps are numbered from 1: in `run[:3]`, these are 1 and 2.
             is_before = step.start is None or step.start < -count
             begin = 1 if is_before and (step.step or 1) > 0 else step.start
@@ -712,9 +715,10 @@ class Steps(Sequence["Step"]):
         return run[number]
 
     def __repr__(self) -> str:
+        if not self._places:
+            return "<no steps>"
         names = ", ".join(dict.fromkeys(run.name for run, _ in self._places))
-        ends = f"{self._places[0][1]} to {self._places[-1][1]}" if self._places else "none"
-        return f"<steps of {names}: {ends}>"
+        return f"<steps of {names}: {self._places[0][1]} to {self._places[-1][1]}>"
 
 
 def _changes(

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from functools import cache, partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
-from everystep.errors import Fault, UsageError, value_text
+from everystep.errors import Fault, UsageError, short_text
 
 __all__ = ["checked"]
 
@@ -65,7 +65,7 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
                 first = "a number of bytes, such as 2e9," if name in _ARE_BYTES else first
                 first += "" if least is None else f" of at least {least}"
                 wanted = " or ".join([", ".join([first, *others[:-1]]), *others[-1:]])
-                faults.append(Fault(name, f"must be {wanted}, not {value_text(value)}"))
+                faults.append(Fault(name, f"must be {wanted}, not {short_text(value)}"))
         if faults:
             raise UsageError(faults)
         return function(*bound.args, **bound.kwargs)

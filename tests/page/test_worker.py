@@ -142,8 +142,9 @@ def test_a_worker_at_work(directory, trained, tmp_path, monkeypatch):
     for name in ("json", "torch", "everystep"):
         (tmp_path / f"{name}.py").write_text("import os\nos._exit(42)")
     monkeypatch.chdir(tmp_path)
-    endless = shutil.copytree(trained, directory / "endless")
+    endless, long = (shutil.copytree(trained, directory / name) for name in ("endless", "long"))
     slow(endless)
+    slow(long, 600)
 
     async def use(desk):
         first = await desk.ask("content", trained, step=3)
@@ -155,7 +156,7 @@ def test_a_worker_at_work(directory, trained, tmp_path, monkeypatch):
         assert await desk.ask("content", trained, step=3) == first
         # An answer that no request waits for is stopped, and the worker continues.
         with pytest.raises(Gone):
-            await desk.ask("report", trained, steps=list(range(1, 20)), gone=soon)
+            await desk.ask("report", long, steps=list(range(1, 20)), gone=soon)
         assert await desk.ask("content", trained, step=3) == first
         assert desk._process is worker
         # A request that waits when it is killed gets an error; the next one does not notice.
@@ -190,10 +191,11 @@ def test_a_worker_at_work(directory, trained, tmp_path, monkeypatch):
 
     at_desk(directory, use)
     shutil.rmtree(endless)
+    shutil.rmtree(long)
 
 
 def slow(run, size=10_000):
-    """Let a run's steps compute for minutes; a product of such matrices cannot be interrupted."""
+    """Let a run's steps compute for long; a product of the largest matrices cannot be interrupted."""
     for path in (run / "programs").iterdir():
         data = json.loads(path.read_text())
         data["storages"]["large"] = {"kind": "temporary", "bytes": 4 * size**2}

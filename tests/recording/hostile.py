@@ -29,8 +29,15 @@ def numbers(number):
         for step, known in sealing.sql(run, "SELECT step, numbers FROM repeats WHERE step > 2"):
             forged = [number] * len(unpacked(known, "a step") or [])
             sealing.sql(run, ("UPDATE repeats SET numbers = ? WHERE step = ?", (packed(forged), step)))
+        sealing.seal_repeats(run)
 
     return change
+
+
+def other_program(run):
+    """Let a program that cannot be there repeat each step."""
+    sealing.sql(run, "UPDATE repeats SET program = -1")
+    sealing.seal_repeats(run)
 
 
 def fact(key, value):
@@ -201,7 +208,7 @@ HOSTILE = {
         value=[{"file": "programs/1.json", "steps": "every", "since": n} for n in range(1, 3001)],
     ),
     "huge number of a program": within("engine", "programs", 0, value=2**63),
-    "negative number of a program": sql("UPDATE repeats SET program = -1"),
+    "negative number of a program": other_program,
     "numbers that are truth values": numbers(True),
     "numbers that are NaN": numbers(float("nan")),
     "huge whole numbers": numbers(10**400),

@@ -27,7 +27,7 @@ def recorded(request, tmp_path_factory):
 def test_nothing_wrong_is_passed_off_as_right(recorded, tmp_path):
     run, expected = recorded
     found = {}
-    for alteration in alterations(run, most=2, seed=1):
+    for alteration in alterations(run, most=2, seed=2):
         copy = shutil.copytree(run, tmp_path / "altered")
         alteration.apply(copy)
         found[alteration] = outcome(copy, expected)

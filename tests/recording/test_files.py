@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.descent import looped
 from tests.recording.hostile import tensors
-from tests.sealing import sql
+from tests.sealing import seal_repeats, sql
 from tests.training.by_hand import by_train, new_training
 
 import everystep
@@ -156,6 +156,7 @@ def test_a_text_that_is_short_only_when_packed_is_not_unpacked(everystep_command
     for column in ("numbers", "inputs"):
         shutil.copytree("run", column)
         sql(column, (f"UPDATE repeats SET {column} = ?", (bomb,)))
+        seal_repeats(column)
         for command in (["step", column, "2"], ["verify", column, "--processes", "1"]):
             code, out, err = everystep_command(*command)
             assert code in (1, 2) and "cannot be read: the database was changed" in out + err

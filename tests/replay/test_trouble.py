@@ -119,7 +119,8 @@ def test_an_altered_experiment_is_not_forked(run):
 
 
 def test_steps_by_any_kind_of_whole_number(run, everystep_command):
-    for number in (41, 0, -41, 10**30, "a", None, 1.5):
+    wrong = (slice("a", None), slice(1.5, None), slice(None, "b"), slice(None, None, 0))
+    for number in (41, 0, -41, 10**30, "a", None, 1.5, *wrong):
         with pytest.raises(everystep.StepError) as error:
             run[number]
         assert isinstance(error.value, IndexError)
@@ -128,6 +129,9 @@ def test_steps_by_any_kind_of_whole_number(run, everystep_command):
     assert [step.number for step in run[38:]] == [38, 39, 40]
     assert [step.number for step in run[5:1:-2]] == [5, 3]
     assert [step.number for step in run[-99:6:2]] == [1, 3, 5]  # as of a list
+    assert repr(run[50:]) == "<no steps>"
+    with pytest.raises(everystep.UsageError, match="has no measurement 'accuracy'; "):
+        run.measured("accuracy")
     assert next(reversed(run)).number == 40
     assert len(list(run)) == len(run) == 40
     code, out, _ = everystep_command("step", run.directory, "-1")

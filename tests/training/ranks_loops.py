@@ -6,6 +6,7 @@ of the weights of both.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -35,6 +36,8 @@ from everystep.training.job import Progress
 STEPS = 8
 #: The step after which a fork of `epochs` begins, in its second epoch.
 FORKED_AT = 9
+#: Counts meetings of ranks, in each of them.
+TIMES = itertools.count()
 
 
 def batches(rank, rows=6, columns=20):
@@ -221,12 +224,22 @@ def federated(begin, rank):
             dist.broadcast(one, 0)
             dist.broadcast(two.detach(), 1)
             dist.broadcast(optimizer.state[three]["momentum_buffer"], 0)
-            if not rank:
-                time.sleep(0.02)  # the other rank is about to begin its next step
-            works.append(dist.broadcast(three, 0, async_op=True))
+            with after(1, rank):  # which is about to begin its next step
+                works.append(dist.broadcast(three, 0, async_op=True))
         while works:
             works.pop().wait()
     return model
+
+
+@contextlib.contextmanager
+def after(first, rank):
+    """Let one of two ranks be through here before the other one begins."""
+    key, store = f"after {next(TIMES)}", dist.distributed_c10d._get_default_store()
+    if rank != first:
+        store.wait([key])
+    yield
+    if rank == first:
+        store.set(key, "")
 
 
 def many_collectives(begin, rank):
@@ -308,9 +321,8 @@ def stale(begin, rank):
                 buffer.copy_(now)
             optimizer.step()
             optimizer.zero_grad()
-            if rank:
-                time.sleep(0.02)  # the other rank is at the end of its step by now
-            works += [dist.all_reduce(buffer, async_op=True) for buffer in sent]
+            with after(0, rank):  # which is at the end of its step by now
+                works += [dist.all_reduce(buffer, async_op=True) for buffer in sent]
             recording.log(loss=loss)
         while works:
             works.pop().wait()

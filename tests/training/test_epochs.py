@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tests.descent import descend
+from tests.descent import descend, looped
 from tests.snapshots import take_snapshots_every
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, TensorDataset
@@ -462,6 +462,21 @@ def test_a_loop_continues_between_epochs_as_the_code_before_them_left_it(of, tmp
         trained(tmp_path / "run", 2)
     # By force, nothing is repeated and compared: it continues with the state between two epochs.
     assert trained(tmp_path / "run", 3, force=True).equals(whole)
+
+
+def test_a_loop_that_ends_at_once_by_force_says_so(capsys):
+    """A generator that has ended is not begun again: its end may have drawn random numbers."""
+
+    def looped_over(count, **options):
+        batches = (torch.ones(2, 3) for _ in range(count))
+        return looped(nn.Linear(3, 1), batches, lambda m, x: m(x).sum(), run="./run", **options)
+
+    looped_over(3)
+    assert len(looped_over(5, resume=True, force=True)) == 3
+    assert (
+        "no step was added: the recorded loop took its last batch at step 3" in capsys.readouterr().err
+    )
+    assert len(looped_over(5, resume=True)) == 5
 
 
 class Chunked(Sampler):

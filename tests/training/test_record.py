@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.descent import as_alone, descend, looped
-from tests.sealing import sql
+from tests.sealing import seal_repeats, sql
 from tests.snapshots import take_snapshots_every
 from tests.training.by_hand import bits
 from tests.training.loops import LOOPS
@@ -717,9 +717,27 @@ def three_steps(tmp_path_factory):
 def test_a_database_that_was_changed_is_refused(three_steps, tmp_path, column, value):
     run = everystep.open(shutil.copytree(three_steps, tmp_path / "run"))
     sql(run.directory, (f"UPDATE repeats SET {column} = ? WHERE step = 2", (value,)))
+    seal_repeats(run.directory)
     with pytest.raises(everystep.EverystepError):
         run[2]
     assert not run.verify(processes=1, progress=False).is_exact
+
+
+def test_a_step_with_the_numbers_of_another_one_is_refused():
+    """Without losses, no replay of a step would show it."""
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with everystep.record(model=model, optimizer=optimizer, run="./run") as recording:
+        for x in recording.steps([torch.ones(3, 4)] * 3):
+            descend(optimizer, model(x).mean())
+            optimizer.param_groups[0]["lr"] /= 2
+    of_another = "(SELECT numbers FROM repeats WHERE step = 2)"
+    sql("run", f"UPDATE repeats SET numbers = {of_another} WHERE step = 3")
+    run = everystep.open("run")
+    with pytest.raises(everystep.RunError, match="what repeats step 3 does not match its digest"):
+        run[3]
+    (found,) = run.doctor().findings
+    assert "what repeats step 3" in found.problem
 
 
 def _after_it(optimizer, scheduler, turn):

@@ -302,7 +302,7 @@ def test_settings_of_an_optimizer_that_are_no_numbers(small):
         "optimizer.count[1]": 0,
     }
     assert optimizers_text({"optimizer": optimizer_facts(optimizer)}) == (
-        "Descent(table=Tensor of shape (3,), levels=ndarray of shape (2, 2), name=mine)"
+        "Descent(table=Tensor of shape (3,), levels=ndarray of shape (2, 2), name=mine, lr[1]=0.5)"
     )
     other = Descent(parameters, lr=None, betas=0.9, momentum=torch.tensor(0.5))
     assert hyperparameters(other.param_groups) == {"optimizer.betas": 0.9, "momentum": 0.5}

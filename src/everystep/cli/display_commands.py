@@ -235,7 +235,7 @@ def step(
     everystep replays the step from the nearest snapshot, and compares its loss with the recorded one.
 
     Args:
-        phase: Show only this phase: batch, forward, loss, zero_grad, backward, update.
+        phase: Show only this phase: batch, forward, loss, zero_grad, backward, update, other.
         operation: Show only this operation, in full.
         lines: Print the line of your code that called each operation.
         values: Print the values of tensors.

@@ -181,6 +181,7 @@ def measure(
     every: shared.CountOption = 1,
     overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
     processes: shared.ProcessesOption = None,
+    json: shared.JsonOption = False,
     rank: shared.RankOption = None,
 ) -> None:
     """Add a measurement to a finished run.
@@ -199,7 +200,7 @@ def measure(
     run = shared.of_rank(run, rank)
     opened = everystep.open(run)
     found = opened.measure(expression, name=name, every=every, overwrite=overwrite, processes=processes)
-    answer(found)
+    answer(found, json)
     hint(f"next: everystep plot {quoted(run)} -m {quoted(found.name)}")
     # Values are missing: a script must not take them for all.
     if found.left_out:
@@ -220,7 +221,7 @@ def when(
     Prints the step and its loss. Exits with 1 if no step matches.
 
     Args:
-        condition: isnan(loss), for example.
+        condition: isnan(loss), for example; ranks differ, of several processes that trained together.
         last: Find the last step instead of the first.
         all: Find all steps instead of the first.
     """

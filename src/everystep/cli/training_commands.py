@@ -60,6 +60,7 @@ def train(
         engine: eager: Python runs every step; auto: programs run the steps if all code is torch's;
             program: the same, and you vouch for your own code.
         run: The new run: a name in runs/, or a path. It must not exist, except with --resume.
+            Default: EXPERIMENT-1, EXPERIMENT-2, ...
         resume_run: Resume the run that --run names if it exists.
         tag: A word by which everystep runs --tag finds the run. Repeatable.
     """
@@ -199,7 +200,7 @@ def fork(
         without_rows: Rows (samples) to leave out of their batches: 8123,8124.
         relabel: A new target for a row of the data; in your own loop, for a row of the batch of the
             step after --at, and wherever that row appears again. Repeatable.
-        directory: The fork: a name in runs/, or a path. It must not exist.
+        directory: The fork: a name in runs/, or a path. It must not exist. Default: RUN-fork-1, ...
     """
     from everystep import numerics
     from everystep.experiment.specification import parse_setting

@@ -17,7 +17,7 @@ from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, ValidationEr
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from everystep.bounded import MOST_STEPS, StrictModel, read_regular
-from everystep.errors import ExperimentError, Fault, did_you_mean, rephrased, value_text
+from everystep.errors import ExperimentError, Fault, did_you_mean, rephrased, short_text
 
 __all__ = [
     "ArrayData",
@@ -401,7 +401,9 @@ def _fault(detail: ErrorDetails, raw: Mapping[str, Any]) -> Fault:
         case "model_type" | "model_attributes_type" | "dict_type":
             problem = f"must be a section [{path}], not {detail['input']!r}"
         case _:
-            problem = f"{rephrased(detail['msg'])}, not {value_text(detail['input'])}"
+            # Of the whole experiment, all values would follow.
+            given = f", not {short_text(detail['input'])}" if location else ""
+            problem = f"{rephrased(detail['msg'])}{given}"
     return Fault(path, problem)
 
 

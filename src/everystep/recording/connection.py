@@ -35,7 +35,7 @@ LOCK_NAME = "run.lock"
 # Takes space while the run is written, so that its last facts fit on a full disk.
 SPARE_NAME = "run.spare"
 APPLICATION_ID = 0x65767374  # "evst"
-SCHEMA_VERSION = 14
+SCHEMA_VERSION = 15
 
 SCHEMA = """
 -- One row a step that was taken. SQLite turns NaN into NULL, so NULL means NaN; infinities are kept.
@@ -60,7 +60,8 @@ CREATE TABLE repeats (
                                            -- sizes, too; NULL: nothing repeats the steps
     numbers BLOB,                          -- of its operators and those that Python read: JSON, zlib
     inputs BLOB,                           -- what each step was given, by content: JSON, zlib
-    count INTEGER NOT NULL                 -- from 1
+    count INTEGER NOT NULL,                -- from 1
+    digest INTEGER NOT NULL                -- XXH3, 64 bits, of the other columns
 );
 
 -- Tensors that steps were given, or rows of them: pieces with consecutive numbers, one after the other.

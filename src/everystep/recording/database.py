@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,6 +11,8 @@ from itertools import chain, pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+import xxhash
 
 from everystep.bounded import MOST_STEPS
 from everystep.errors import RecordingError, RunError
@@ -71,6 +74,12 @@ class Repeat(NamedTuple):
         """The last of the steps."""
         return self.step + self.count - 1
 
+    @property
+    def digest(self) -> int:
+        """XXH3, 64 bits, of the row: a step is repeated by what was recorded of it, or not at all."""
+        digest = xxhash.xxh3_64_digest(json.dumps(self, default=bytes.hex).encode())
+        return int.from_bytes(digest, "big", signed=True)
+
 
 class Pieces(NamedTuple):
     """Pieces of inputs, such as rows of one, that lie one after the other in a file of batches.
@@ -123,6 +132,8 @@ class PieceIndex(Generic[_Row]):
 _AT_ONCE = 128
 #: The tables of rows.
 _TABLES: dict[type[Any], str] = {FileRow: "files", Repeat: "repeats", Pieces: "contents"}
+#: The columns of what repeats steps, without its digest.
+_REPEAT = ", ".join(Repeat._fields)
 
 
 def cut(rows: Sequence[Repeat], first: int, last: int) -> list[Repeat]:
@@ -216,9 +227,10 @@ class Database(Blocks):
         """Enter rows in their table; of a file, once it is complete."""
         for begin in range(0, len(rows), _AT_ONCE):  # one call for many: another thread waits for each
             some = rows[begin : begin + _AT_ONCE]
-            places = ", ".join([f"({', '.join('?' * len(some[0]))})"] * len(some))
+            values = [(*row, row.digest) if isinstance(row, Repeat) else row for row in some]
+            places = ", ".join([f"({', '.join('?' * len(values[0]))})"] * len(values))
             query = f"INSERT OR REPLACE INTO {_TABLES[type(some[0])]} VALUES {places}"
-            self.connection.execute(query, [*chain.from_iterable(some)])
+            self.connection.execute(query, [*chain.from_iterable(values)])
 
     @contextmanager
     def removing(self, names: Iterable[str]) -> Iterator[None]:
@@ -252,7 +264,7 @@ class Database(Blocks):
         Rows without one stay from step `since` on, and that of step 1.
         """
         of_steps = "FROM repeats WHERE step >= ? AND step + count - 1 <= ? AND "
-        found = self.rows(Repeat, f"SELECT * {of_steps} program IS NOT NULL", first, last)
+        found = self.rows(Repeat, f"SELECT {_REPEAT} {of_steps} program IS NOT NULL", first, last)
         self.connection.execute(
             f"DELETE {of_steps} (program IS NOT NULL OR step BETWEEN 2 AND ?)", (first, last, since - 1)
         )
@@ -265,8 +277,7 @@ class Database(Blocks):
         self.forget_numbers_after(step)
         self.connection.execute("DELETE FROM repeats WHERE step > ?", (step,))
         # Only the last of the rows that are left can reach beyond the step.
-        shorten = "UPDATE repeats SET count = min(count, ? - step + 1)"
-        self.connection.execute(f"{shorten} WHERE step = (SELECT max(step) FROM repeats)", (step,))
+        self.enter(cut(self.repeats(step), 1, step))
 
     def changes(self) -> dict[int, str]:
         """Return the files of what code between two steps changed, by the step before."""
@@ -319,13 +330,20 @@ class Database(Blocks):
         """
         # The newest row that begins at `first` or before may end before it, too.
         begin = "(SELECT coalesce(max(step), 1) FROM repeats WHERE step <= ?)"
-        query = f"SELECT * FROM repeats WHERE step BETWEEN {begin} AND ? ORDER BY step LIMIT ?"
-        rows = self.rows(Repeat, query, first, last, most)
+        which = f"FROM repeats WHERE step BETWEEN {begin} AND ? ORDER BY step LIMIT ?"
+        rows = self.rows(Repeat, f"SELECT {_REPEAT} {which}", first, last, most)
+        digests = self.numbers(f"SELECT digest {which}", first, last, most)
         are_apart = all(row.last < later.step for row, later in pairwise(rows))
         if not are_apart or any(not 1 <= row.step <= row.last <= MOST_STEPS for row in rows):
             raise RunError(
                 f"{self.path} has rows that repeat no steps, or the same ones: the database was changed"
             )
+        for row, digest in zip(rows, digests, strict=True):
+            if row.digest != digest:
+                raise RunError(
+                    f"{self.path}: what repeats step {row.step} does not match its digest: the database "
+                    "was changed"
+                )
         return rows[1:] if rows and rows[0].last < first else rows
 
     def all_contents(self) -> list[Pieces]:

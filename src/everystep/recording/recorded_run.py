@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
-from everystep.errors import DamageWarning, ExperimentError, RunError
+from everystep.errors import DamageWarning, ExperimentError, RunError, UsageError, did_you_mean
 from everystep.recording.blocks import LOSS, block_of, series_of
 from everystep.recording.connection import fingerprint, last_written
 from everystep.recording.contents import Given, StoredPiece, as_tensor, joined, read_pieces
@@ -266,8 +266,14 @@ class RecordedRun:
             return {name: value for name, value in latest if value is not None}
 
     def measured(self, name: str) -> dict[int, float]:
-        """Return the values of one measurement by step, in order."""
+        """Return the values of one measurement by step, in order.
+
+        Raises:
+            UsageError: there is no such measurement.
+        """
         steps, values = self._checked_series(series_of(name))
+        if not len(steps) and name not in (known := self.measurement_names):
+            raise UsageError(f"{self.name} has no measurement {name!r:.80}; {did_you_mean(name, known)}")
         return dict(zip(steps.tolist(), values.tolist(), strict=True))
 
     def _checked_series(self, name: str) -> Series:

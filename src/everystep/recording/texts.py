@@ -22,6 +22,8 @@ __all__ = [
 ]
 
 
+#: Param groups of an optimizer with settings that are named.
+_MOST_GROUPS = 4
 #: A line of text, and its depth.
 _Line = tuple[int, str]
 
@@ -90,19 +92,22 @@ def optimizers_text(optimizers: Mapping[str, OptimizerFacts]) -> str:
 
 
 def optimizer_parts(
-    optimizers: Mapping[str, OptimizerFacts], numbers: Mapping[str, float]
+    optimizers: Mapping[str, OptimizerFacts], numbers: Mapping[str, float], *, is_known: bool
 ) -> tuple[str, dict[str, str]]:
-    """Return the class of the only optimizer, and its settings as text; of several, all in one text.
+    """Return the class of the only optimizer, and its settings as text; of several, their classes.
 
-    numbers: by their names in `hyperparameters`, those that a step used instead.
+    numbers: by their names in `hyperparameters`, those that a step used instead; is_known: whether the
+    step used all others as they were when the run began.
     """
     if len(optimizers) != 1:
-        return optimizers_text(optimizers), {}
+        return "\n".join(f"{n}: {each.class_name}" for n, each in optimizers.items()) or "none", {}
     (optimizer,) = optimizers.values()
     groups = tuple(dict(group) for group in optimizer.groups)
     for name, value in numbers.items():
         set_hyperparameter(groups, name, value)
-    return optimizer.class_name, _settings_of(optimizer.model_copy(update={"groups": groups}))
+    found = _settings_of(optimizer.model_copy(update={"groups": groups}))
+    begun = "" if is_known or optimizer.is_torchs else " (as the run began)"
+    return optimizer.class_name, {k if k in numbers else f"{k}{begun}": v for k, v in found.items()}
 
 
 def _optimizer_text(optimizer: OptimizerFacts) -> str:
@@ -118,15 +123,21 @@ def _call_text(optimizer: OptimizerFacts) -> str:
 
 
 def _settings_of(optimizer: OptimizerFacts) -> dict[str, str]:
-    """Return the settings of the first param group, except those that are off (None, False or 0)."""
-    group = optimizer.groups[0] if optimizer.groups else {}
+    """Return the settings of the first param group, but those that are off (None, False or 0).
+
+    Those of other groups that differ are `lr[1]`, ...; of many groups, their number.
+    """
     # torch's AdamW is an Adam with this setting.
     implied = {"decoupled_weight_decay"} if optimizer.class_name == "AdamW" else set()
-    return {
-        key: str(tuple(value) if isinstance(value, list) else value)
-        for key, value in group.items()
-        if value not in (None, False, 0) and key not in implied
-    }
+    found = {}
+    for place, group in enumerate(optimizer.groups[:_MOST_GROUPS]):
+        for key, value in group.items():
+            is_off = value in (None, False, 0) or key in implied
+            if not is_off if place == 0 else value != optimizer.groups[0].get(key):
+                text = str(tuple(value) if isinstance(value, list) else value)
+                found[f"{key}[{place}]" if place else key] = text
+    more = {"param groups": str(len(optimizer.groups))}
+    return found | (more if len(optimizer.groups) > _MOST_GROUPS else {})
 
 
 def shortest(number: float) -> str:

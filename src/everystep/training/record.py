@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from everystep.errors import RecordingError, RunError, UsageError, kind_text, say, value_text
+from everystep.errors import RecordingError, RunError, UsageError, kind_text, say, short_text
 from everystep.program.operation import path_faults
 from everystep.recording.facts import check_measurement_names
 from everystep.recording.recorded_run import RecordedRun
@@ -191,6 +191,12 @@ class Recording(Generic[R]):
             )
         elif not writer.has_loss and error is None and writer.function is None:
             say("no loss was recorded; record it in each step: recording.log(loss=loss)")
+        if error is None and self._start.is_accepted and writer.step == writer.recorder.recorded:
+            say(
+                f"no step was added: the recorded loop took its last batch at step {writer.step:,}, "
+                "and batches without a length, such as those of a generator, end there again with "
+                "force; resume without force, or pass a list or a DataLoader"
+            )
         if error is None and (names := self._conditions.never_logged):
             say(f"a condition reads {', '.join(names)}, but the loop never logged it")
         reason = self._interrupt.reason or self._stopped
@@ -396,7 +402,7 @@ class Recording(Generic[R]):
                 one of too many.
         """
         if values is not None and not isinstance(values, Mapping):
-            raise UsageError(f"log takes numbers by name, log(loss=loss), not {value_text(values)}")
+            raise UsageError(f"log takes numbers by name, log(loss=loss), not {short_text(values)}")
         step, values = self._under_way, dict(values or {}) | named
         if step is None:
             self._check_after(values)
@@ -553,7 +559,10 @@ class Recording(Generic[R]):
         step = self.writer.step
         # The run has the marks of a step that a resumed loop repeats.
         earlier = self._start.earlier if step <= self.writer.recorder.recorded else None
-        if earlier is not None and all(step in earlier.measured(name) for name in names):
+        known = () if earlier is None else earlier.measurement_names
+        if earlier is not None and all(
+            name in known and step in earlier.measured(name) for name in names
+        ):
             return
         ends, marks = self._conditions.holding(names)
         for text in marks:

@@ -51,16 +51,17 @@ def summary_data(summary: Summary) -> dict[str, Any]:
 
 
 def losses_text(table: Mapping[str, Any], style: Literal["plain", "json"]) -> str:
-    """Return a table of losses and measurements as text, every number in full precision.
+    """Return a table of losses and measurements as text, every number in its own precision.
 
     table: `RecordedRun.table_columns`.
     """
-
-    def text(value: float | None) -> str:
-        return "-" if value is None else shortest(value) if isinstance(value, float) else str(value)
-
-    shown = plain_data if style == "json" else text
-    columns = ([shown(value) for value in column.tolist()] for column in table.values())
+    columns = []
+    for column in table.values():
+        # Numbers of float32 get its digits; those of float64, which would read back as others, do not.
+        text = shortest if column.dtype.itemsize == 4 else repr
+        values = column.tolist()
+        is_json = style == "json"
+        columns.append([plain_data(v) if is_json else "-" if v is None else text(v) for v in values])
     rows = [dict(zip(table, row, strict=True)) for row in zip(*columns, strict=True)]
     if style == "json":
         return as_json(rows) + "\n"

@@ -84,7 +84,8 @@ def as_it_happened(step: Step, training: TrainingFacts) -> tuple[list[SegmentSee
         given = step.hyperparameters.items()
         settings = {key.removeprefix(prefix): value for key, value in given if key.startswith(prefix)}
         its = {name: formulas[name] for name in own if name in formulas}
-        made = None if optimizer is None else optimizer_parts({"": optimizers[optimizer]}, settings)
+        its_own = {} if optimizer is None else {"": optimizers[optimizer]}
+        made = optimizer_parts(its_own, settings, is_known=is_own) if its_own else None
         found.append(SegmentSeen(segment, optimizer, settings, own, its, made))
     return found[::-1], [] if is_own else left
 
@@ -104,10 +105,10 @@ def step_data(step: Step, run: RecordedRun, *, values: bool = False) -> dict[str
     facts = run.facts
     training = facts.training_of(step.number)
     tensors = _Tensors(step, classes_of_tensors(step, class_names(facts), training.modules), values)
-    optimizer, settings = optimizer_parts(training.optimizers, step.hyperparameters)
-    loss = loss_text(training.loss)
-    loop = training.loop
-    segments, changed_otherwise = as_it_happened(step, training)
+    loss, loop = loss_text(training.loss), training.loop
+    used = training.optimizers, step.hyperparameters
+    optimizer, settings = optimizer_parts(*used, is_known=loop is None)
+    segments, changed_outside = as_it_happened(step, training)
     formulas = {name: each for seen in segments for name, each in seen.formulas.items()}
     layers = network(step, training.modules)
     for layer in layers:
@@ -136,7 +137,7 @@ def step_data(step: Step, run: RecordedRun, *, values: bool = False) -> dict[str
         "network": layers,
         "operations": _operations(step, tensors),
         "segments": None if loop is None else [_segment(seen) for seen in segments],
-        "changed_otherwise": changed_otherwise,
+        "changed_outside": changed_outside,
         "dropped": tensors.of("dropped", step.dropped),
         "gradients": tensors.of("gradients", _as_made(step)),
         "updates": _updates(step, formulas, tensors),

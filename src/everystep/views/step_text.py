@@ -137,7 +137,7 @@ class _Opened:
         in_full = phase is not None or self.values
         if phase in (None, "batch"):
             self._batch()
-        segments, changed_otherwise = as_it_happened(self.step, self.training)
+        segments, changed_outside = as_it_happened(self.step, self.training)
         shown = [each for each in segments if phase in (None, each.segment.phase)]
         # A phase that is asked for and has no operations gets its heading, and a line that reports this.
         if not shown and phase in get_args(Phase):
@@ -150,9 +150,9 @@ class _Opened:
                 self._gradients()
         if phase is None and "backward" not in phases:
             self._gradients()
-        if phase is None and changed_otherwise:
+        if phase is None and changed_outside:
             self.page.heading("changed", "outside the updates")
-            self.page.table(UPDATES, [self._update_row(name, None) for name in changed_otherwise])
+            self.page.table(UPDATES, [self._update_row(name, None) for name in changed_outside])
         # A footnote, only on pages with a complex tensor.
         if f", {ABSOLUTE}" in self.page.text.plain:
             self.page.blank()

@@ -36,7 +36,7 @@ function ofChapter({ operations }) {
   return phases.map((phase) => ({ key: phase, phase, title: TITLES[phase] }));
 }
 
-function ofLoop({ segments, changed_otherwise, gradients }) {
+function ofLoop({ segments, changed_outside, gradients }) {
   const seen = new Map();
   const countOf = (name) => seen.set(name, (seen.get(name) ?? 0) + 1).get(name);
   const entries = segments.map(({ phase, part, parameters }, place) => {
@@ -49,7 +49,7 @@ function ofLoop({ segments, changed_otherwise, gradients }) {
   const pending = gradients.map(({ parameter }) => parameter).filter((parameter) => !used.has(parameter));
   const rest = [
     ...(pending.length ? [{ key: "gradients", title: "Gradients", pending }] : []),
-    ...(changed_otherwise.length ? [{ key: "changed", title: "Changed outside the updates", changed: changed_otherwise }] : []),
+    ...(changed_outside.length ? [{ key: "changed", title: "Changed outside the updates", changed: changed_outside }] : []),
   ];
   return [...together(entries), ...rest];
 }
