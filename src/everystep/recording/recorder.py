@@ -487,10 +487,15 @@ class Recorder:
 
     def _follow(self) -> bool:
         """Continue in the run's directory after a move; return whether it has moved."""
-        if not self._home.follow():
-            return False
-        self._database.move(self._home.here / FILE_NAME)
-        return True
+        is_moved, path = self._home.follow(), self._home.here / FILE_NAME
+        if not path.exists():  # SQLite would write into a file without a name
+            raise GoneError(
+                f"{path} was removed while it was being written, so the training stops; restore it from "
+                "a copy of the run and resume, or train again"
+            )
+        if is_moved:
+            self._database.move(path)
+        return is_moved
 
     def _write_numbers(
         self,
