@@ -166,7 +166,7 @@ class Recorder:
                 self.plan.lost_to = self._repeats.lost_to
                 closing.callback(self._repeats.close)
             except OSError as error:
-                raise self._translated(error, at if is_resumed else 0) from error
+                raise self._translated(error, self.recorded, is_resumed) from error
             #: Ends the writing of the run, in any case.
             self._closing = closing.pop_all()
         self._thread = threading.Thread(target=self._work, name="everystep recorder", daemon=True)
@@ -608,9 +608,11 @@ class Recorder:
         taken = (state.settings.get("place") or {}).get("taken", 0)
         self._call_begins[state.step] = state.step - taken + 1
 
-    def _translated(self, error: BaseException, last_step: int) -> RecordingError:
-        if last_step:
-            kept = f"steps 1 to {last_step} are saved"
+    def _translated(
+        self, error: BaseException, last_step: int, is_resumed: bool = False
+    ) -> RecordingError:
+        if last_step or is_resumed:
+            kept = f"steps 1 to {last_step} are saved" if last_step else "what it had is saved"
             cure = "Free some space, or copy the run to another place, and resume it"
         else:
             kept, cure = "no step is saved", "Free some space or choose another place, and train again"
