@@ -213,7 +213,9 @@ def test_a_resume_on_a_full_disk_does_not_deny_what_the_run_has(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(recorder.os, "urandom", full)
-        with pytest.raises(RecordingError, match=r"what it had is saved\. Free some space, .* resume it"):
+        with pytest.raises(
+            RecordingError, match=r"what it had is saved\. Free some space, .* resume it"
+        ):
             run.resume(5, progress=False)
     assert len(run.resume(5, progress=False)) == 5
 

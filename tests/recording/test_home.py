@@ -102,7 +102,7 @@ def test_states_without_the_steps_before_them_are_not_removed(has_database):
     if has_database:
         Database.create(run.directory / "run.sqlite").close()
     kept = sorted(run.directory.rglob("*"))
-    with pytest.raises(RunError, match="has a state after step 40, but no run.sqlite with the steps"):
+    with pytest.raises(RunError, match=r"a state after step 40, but no run\.sqlite with the steps"):
         everystep.record(run=run.directory, resume=True)
     assert sorted(run.directory.rglob("*")) == kept
 
