@@ -15,8 +15,7 @@ const LONGEST_TITLE = 26;
 /** Steps between two grid lines: integers. */
 const STRIDES = [...Array(12).keys()].flatMap((power) => [1, 2, 5].map((leading) => leading * 10 ** power));
 
-let loading = null;
-let ruler = null;
+let [loading, ruler] = [null, null];
 
 /** Load uPlot, a classic script that makes `window.uPlot`, once. */
 export function loadUPlot() {
@@ -53,16 +52,14 @@ export function colour(name) {
  * its average), "average", "measured" or "rate". `has`: {isLog, isLine, isDense, last, width, height, hooks}.
  */
 export function chartOptions(lines, has) {
-  const right = lines.filter(({ scale }) => scale !== "loss");
-  const left = lines.filter(({ scale }) => scale === "loss");
+  const [left, right] = [true, false].map((isLoss) => lines.filter(({ scale }) => (scale === "loss") === isLoss));
   const [hasLeft, hasRight] = [left, right].map((side) => side.some(({ curve }) => curve.points()[1].some(Number.isFinite)));
   return {
     width: has.width,
     height: has.height,
     scales: {
       x: { time: false, range: (_, low, high) => (low === null ? [1, 2] : low === high ? [low - 1, high + 1] : [low, high]) },
-      ...Object.fromEntries(lines.map(({ scale }) => [scale, { range: rangeOf }])),
-      ...(has.isLog && { loss: { distr: 3 } }),
+      ...Object.fromEntries(lines.map(({ scale }) => [scale, scale === "loss" && has.isLog ? { distr: 3 } : { range: rangeOf }])),
     },
     series: [{}, ...lines.map((line) => seriesOptions(line, has))],
     axes: [stepAxis(), axis("loss", "loss", 3, has.isLog), ...right.map((line) => axis(line.scale, line.title, 1, false, line.colour))],
