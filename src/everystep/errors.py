@@ -21,6 +21,7 @@ reports all of them, in `faults` and in its message.
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -45,6 +46,7 @@ __all__ = [
     "TrainingError",
     "UsageError",
     "did_you_mean",
+    "exit_code_of",
     "kind_text",
     "named",
     "rephrased",
@@ -58,6 +60,16 @@ __all__ = [
 MOST_SHOWN = 20
 #: States, tensors, names and rows that are named before the rest is counted.
 NAMED = 6
+
+_OF_NAMES = {
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP),
+    *(errno.ENAMETOOLONG, errno.EINVAL),
+}
+
+
+def exit_code_of(error: OSError) -> int:
+    """Return 2 if a typed name cannot be opened, 1 if the machine failed, such as a full disk."""
+    return 2 if error.errno in _OF_NAMES else 1
 
 
 class Fault(NamedTuple):

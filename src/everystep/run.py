@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from everystep.bounded import check_steps
-from everystep.errors import StepError, UsageError
+from everystep.errors import EverystepError, StepError, UsageError
 from everystep.recording.directories import AWAITED, place_of
 from everystep.recording.recorded_run import RecordedRun, stretch_at
 from everystep.recording.snapshots import DEFAULT_BUDGET
@@ -87,7 +87,10 @@ class Run(RecordedRun):
         return _PUBLIC
 
     def __repr__(self) -> str:
-        summary = self.summary()
+        try:
+            summary = self.summary()
+        except EverystepError as error:  # it was removed: a list of runs still shows the others
+            return f"<everystep run {str(self.directory)!r}: {error}>"
         losses = ""
         if summary.first_loss is not None and summary.last_loss is not None:
             losses = f", loss {summary.first_loss:.4g} to {summary.last_loss:.4g}"

@@ -205,6 +205,21 @@ def test_a_run_on_a_full_disk_is_failed_though_nothing_fits_any_more(monkeypatch
     assert everystep_command("verify", "run")[0] == 0
 
 
+def test_a_resume_on_a_full_disk_does_not_deny_what_the_run_has(monkeypatch):
+    run = everystep.train_experiment("two-layer", {"steps": 3}, run="./run", progress=False)
+
+    def full(size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recorder.os, "urandom", full)
+        with pytest.raises(
+            RecordingError, match=r"what it had is saved\. Free some space, .* resume it"
+        ):
+            run.resume(5, progress=False)
+    assert len(run.resume(5, progress=False)) == 5
+
+
 def test_a_measurement_on_a_full_disk_leaves_the_run_whole(everystep_command):
     settings = {"steps": 3000, "data.N": 4, "data.D_in": 2, "data.D_out": 1}
     settings |= {"model.layers": ["Linear(2, 1)"]}

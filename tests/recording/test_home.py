@@ -10,8 +10,9 @@ from tests.recording.test_disk import loop
 from tests.snapshots import take_snapshots_every
 
 import everystep
-from everystep.errors import RecordingError
+from everystep.errors import RecordingError, RunError
 from everystep.recording import recorder
+from everystep.recording.database import Database
 from everystep.views.progress import Silent
 
 STEPS = 600
@@ -83,6 +84,27 @@ def test_a_training_stops_when_its_directory_is_gone():
     with pytest.raises(RecordingError, match=r"runs/a was removed, or moved out of reach"):
         trained(remove)
     assert not Path("runs/a").exists()
+
+
+def test_a_training_stops_when_its_database_is_gone():
+    database = Path("runs/a/run.sqlite")
+    with pytest.raises(RecordingError, match=r"run\.sqlite was removed while it was being written"):
+        loop(database.parent, {20: database.unlink})
+    assert not database.exists()
+
+
+@pytest.mark.parametrize("has_database", [True, False])
+def test_states_without_the_steps_before_them_are_not_removed(has_database):
+    # As in a copy of a run that is being written, without the log of its database.
+    run = loop("runs/a")
+    for path in run.directory.glob("run.sqlite*"):
+        path.unlink()
+    if has_database:
+        Database.create(run.directory / "run.sqlite").close()
+    kept = sorted(run.directory.rglob("*"))
+    with pytest.raises(RunError, match=r"a state after step 40, but no run\.sqlite with the steps"):
+        everystep.record(run=run.directory, resume=True)
+    assert sorted(run.directory.rglob("*")) == kept
 
 
 def test_a_loop_follows_its_directory_too(tmp_path):

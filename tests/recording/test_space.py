@@ -166,4 +166,6 @@ def test_pruning_asks_for_what_and_whether(runs, everystep_command):
     everystep.train_experiment("two-layer", {"steps": 60}, run="runs/long")
     code, _, err = everystep_command("prune", "long", "--snapshots", 1)
     assert code == 2 and "pass --force" in err
+    with FileLock("runs/long/run.lock"):
+        assert everystep_command("prune", "long", "--snapshots", 1, "--force")[:2] == (2, "")
     assert everystep.open("runs/long").verify().is_exact

@@ -1,5 +1,6 @@
 """A run that is removed, or replaced, while it is being read."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -72,6 +73,12 @@ def test_a_file_that_another_rank_removes_meanwhile_does_not_end_a_training(reco
     monkeypatch.setattr(Path, "lstat", removed_before)
     assert len(everystep.open(recorded).resume(5, progress=False)) == 5
     assert seen == [passing]
+
+
+def test_a_list_with_a_run_that_was_removed_can_be_printed(recorded):
+    runs = everystep.runs(recorded.parent)
+    shutil.rmtree(recorded)
+    assert re.fullmatch(r"\[<everystep run '.*': .*two-layer is not a run: .*>\]", repr(runs))
 
 
 def test_a_run_removed_before_its_newest_losses_are_read_is_refused(recorded, monkeypatch):

@@ -126,6 +126,7 @@ def losses_of(rows):
 @pytest.mark.parametrize(
     ("statements", "problem"),
     [
+        (["DELETE FROM steps WHERE step = 10"], "  step 10 is missing, and later ones are there"),
         (["DELETE FROM steps WHERE step BETWEEN 10 AND 20"], "steps 10 to 20 are missing"),
         (["DELETE FROM steps WHERE step > 30"], "its database ends at step 30"),
         (["UPDATE steps SET loss = 1 WHERE step = 17"], "losses of steps 1 to 40 do not match"),

@@ -290,8 +290,9 @@ def test_calls_at_the_wrong_time_say_what_to_do(made):
                 next(recording.steps([batch]))
     with pytest.raises(everystep.UsageError, match="already started"):
         recording.__enter__()
-    with pytest.raises(everystep.UsageError, match="the recording has ended"):
-        recording.begin_step(batch)
+    for late in (lambda: recording.begin_step(batch), lambda: recording.stop("no progress")):
+        with pytest.raises(everystep.UsageError, match="the recording has ended"):
+            late()
     with pytest.raises(everystep.RunError, match="your own code"):
         recording.run.fork(1)
 

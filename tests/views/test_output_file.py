@@ -35,7 +35,7 @@ def test_what_was_there_stays_on_a_full_disk(command, run, everystep_command, mo
 
     monkeypatch.setattr(Path, "write_bytes", full)
     code, _, err = everystep_command(*words[:-1], output)
-    assert (code, "cannot be written: No space left on device" in err) == (2, True)
+    assert (code, "cannot be written: No space left on device" in err) == (1, True)
     assert output.read_bytes() == before
     assert not list(tmp_path.glob(".everystep.*"))
 

@@ -1,6 +1,7 @@
 """A run as HTML: the table of its losses, its report, and its summary in a notebook."""
 
 import json
+import pickle
 import re
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -9,6 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+import everystep
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.texts import model_text, optimizers_text, shortest
 from everystep.views.loss_table import loss_table, shortest_texts
@@ -222,6 +224,12 @@ def test_a_report_says_what_the_run_is_in_the_order_of_the_chapter(trained):
     assert page.texts["h1"] == ["run"]
     assert model_text(run.facts.training.modules) in page.all_text
     assert "50, each with all 64 rows" in page.all_text and "finished" in page.all_text
+
+
+def test_a_report_can_be_pickled(trained):
+    report = everystep.open(trained).report()
+    copy = pickle.loads(pickle.dumps(report))
+    assert copy == report and repr(copy) == repr(report)
 
 
 def test_a_report_says_why_a_run_failed(changed):

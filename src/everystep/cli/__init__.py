@@ -6,7 +6,6 @@ failed, or the run is damaged; 2: invalid use; 130: Ctrl-C; 141: the reader of s
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from typing import Annotated
@@ -26,7 +25,7 @@ from everystep.cli.output import (
     prepare_streams,
     shortened,
 )
-from everystep.errors import EverystepError
+from everystep.errors import EverystepError, exit_code_of
 
 __all__ = ["app", "main"]
 
@@ -60,13 +59,6 @@ def version(
 
         typer.echo(f"everystep {version_of('everystep')}")
         raise typer.Exit
-
-
-#: System errors for a typed name that cannot be opened: wrong use, not a failure of the machine.
-_OF_NAMES = {
-    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP),
-    *(errno.ENAMETOOLONG, errno.EINVAL),
-}
 
 
 #: Set in a process that runs the same command in place of another one, in an environment that it needs.
@@ -103,6 +95,6 @@ def main() -> None:
     except OSError as error:
         where = "" if error.filename is None else f"{error.filename}: "
         hint(f"everystep: {shortened(where)}{error.strerror or error}")
-        sys.exit(2 if error.errno in _OF_NAMES else 1)
+        sys.exit(exit_code_of(error))
     except KeyboardInterrupt:
         sys.exit(130)

@@ -58,6 +58,7 @@ def prune(
         force: Do not ask.
     """
     from everystep.recording.directories import find_run
+    from everystep.recording.lock import locked
     from everystep.recording.prune import prune, pruning_of
     from everystep.recording.recorded_run import RecordedRun
     from everystep.views.lists import pruning_text
@@ -67,7 +68,8 @@ def prune(
     directory = find_run(run)
     RecordedRun(directory).check_alone("make such a run smaller")
     sizes = (None if each is None else 1_000_000 * each for each in (snapshots, batches))
-    found = pruning_of(directory, *sizes)
+    with locked(directory):  # a run that is being written is refused before anything is reported
+        found = pruning_of(directory, *sizes)
     if not (found.states or found.files):
         hint(f"{directory} is within these sizes, or has nothing more to remove")
         return

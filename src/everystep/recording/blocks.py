@@ -213,9 +213,10 @@ class Blocks:
         import numpy as np
 
         for place in np.flatnonzero(steps != np.arange(first, first + len(steps)))[:1]:
+            name = self.directory.name
             raise RunError(
-                f"{self.directory.name} has no loss for step {first + place}, but one for step "
-                f"{steps[place]}: the database was changed"
+                f"{name} has no loss for step {first + place}, but one for step {steps[place]}: the "
+                f"database was changed; everystep doctor {name} shows what can still be read"
             )
 
     def gaps(self, most: int) -> list[tuple[int, int]]:

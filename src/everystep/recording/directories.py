@@ -320,7 +320,8 @@ def remove_unbegun(directory: Path) -> bool:
     Such a directory is removed if everystep created everything in it.
 
     Raises:
-        RunError: another process is writing the run, or its database cannot be read.
+        RunError: another process is writing the run, its database cannot be read, or has no step of
+            those that left states on disk.
         RecordingError: it cannot be removed.
     """
     if not directory.is_dir():
@@ -336,6 +337,14 @@ def remove_unbegun(directory: Path) -> bool:
         return True  # creating the run there reports that the directory exists
     try:
         with locked(directory):
+            # A copy without its database, or without the log of it, began and must not be removed.
+            states = [path.name for path in directory.glob(f"**/{SNAPSHOTS}/[0-9]*")]
+            if step := max((int(name) for name in states if name.isdecimal()), default=0):
+                raise RunError(
+                    f"{directory} has a state after step {step:,}, but no {FILE_NAME} with the steps "
+                    f"before it; copy {FILE_NAME} and {FILE_NAME}-wal there from where the run was "
+                    "written, or remove the directory to begin again"
+                )
             shutil.rmtree(directory)
     except OSError as error:
         raise RecordingError(f"{directory} cannot be written to: {error.strerror}") from None

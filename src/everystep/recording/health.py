@@ -83,7 +83,7 @@ def structure_findings(database: Database, facts: Facts) -> Iterator[Finding]:
         yield short
     elif later > newest and not _is_ahead(database, facts, newest):
         ends = f"the database ends at step {newest:,}, but the state after step {later:,} is on disk"
-        yield _in_table("steps", f"steps {newest + 1:,} to {later:,} are missing: {ends}")
+        yield _in_table("steps", f"{_missing(newest + 1, later)}: {ends}")
     begins = [block.first for block in database.blocks(LOSS)]
     # Steps have no gaps, so neither have their blocks, up to that of the newest step.
     is_closed = facts.status in _CLOSED and newest > 0
@@ -141,8 +141,7 @@ def number_findings(
     found: list[Finding] = []
     if only is None:
         for first, last in database.gaps(_MOST_NAMED):
-            which = f"steps {_span(first, last)} are missing, and later ones are there"
-            found.append(_in_table("steps", which))
+            found.append(_in_table("steps", f"{_missing(first, last)}, and later ones are there"))
         try:
             for name in database.measurement_names():
                 recorded.setdefault(series_of(name), {})
@@ -170,7 +169,7 @@ def number_findings(
         table, what = "steps", "losses"
         if name != LOSS:
             table, what = "measurements", f"values of {name.partition('/')[2]}"
-        found.append(_in_table(table, f"{what} of steps {which} do not match their digest"))
+        found.append(_in_table(table, f"{what} of {which} do not match their digest"))
     if more := len(altered[_MOST_NAMED:]):
         found.append(Finding(FILE_NAME, f"{more:,} more blocks of numbers do not match their digest"))
     return found
@@ -192,7 +191,11 @@ def damage_text(name: str, findings: Sequence[Finding]) -> str:
 
 
 def _span(first: int, last: int) -> str:
-    return f"{first:,}" if first >= last else f"{first:,} to {last:,}"
+    return f"step {first:,}" if first >= last else f"steps {first:,} to {last:,}"
+
+
+def _missing(first: int, last: int) -> str:
+    return f"{_span(first, last)} {'is' if first >= last else 'are'} missing"
 
 
 def readable_numbers(path: Path) -> str:

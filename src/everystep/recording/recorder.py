@@ -166,7 +166,7 @@ class Recorder:
                 self.plan.lost_to = self._repeats.lost_to
                 closing.callback(self._repeats.close)
             except OSError as error:
-                raise self._translated(error, at if is_resumed else 0) from error
+                raise self._translated(error, self.recorded, is_resumed) from error
             #: Ends the writing of the run, in any case.
             self._closing = closing.pop_all()
         self._thread = threading.Thread(target=self._work, name="everystep recorder", daemon=True)
@@ -487,10 +487,15 @@ class Recorder:
 
     def _follow(self) -> bool:
         """Continue in the run's directory after a move; return whether it has moved."""
-        if not self._home.follow():
-            return False
-        self._database.move(self._home.here / FILE_NAME)
-        return True
+        is_moved, path = self._home.follow(), self._home.here / FILE_NAME
+        if not path.exists():  # SQLite would write into a file without a name
+            raise GoneError(
+                f"{path} was removed while it was being written, so the training stops; restore it from "
+                "a copy of the run and resume, or train again"
+            )
+        if is_moved:
+            self._database.move(path)
+        return is_moved
 
     def _write_numbers(
         self,
@@ -603,9 +608,11 @@ class Recorder:
         taken = (state.settings.get("place") or {}).get("taken", 0)
         self._call_begins[state.step] = state.step - taken + 1
 
-    def _translated(self, error: BaseException, last_step: int) -> RecordingError:
-        if last_step:
-            kept = f"steps 1 to {last_step} are saved"
+    def _translated(
+        self, error: BaseException, last_step: int, is_resumed: bool = False
+    ) -> RecordingError:
+        if last_step or is_resumed:
+            kept = f"steps 1 to {last_step} are saved" if last_step else "what it had is saved"
             cure = "Free some space, or copy the run to another place, and resume it"
         else:
             kept, cure = "no step is saved", "Free some space or choose another place, and train again"

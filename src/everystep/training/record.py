@@ -47,6 +47,9 @@ _PUBLIC = [
     *("log", "paused", "flush", "stop", "begin_step", "add_batch", "end_step"),
 ]
 
+#: What a call after the end raises.
+_OVER = "the recording has ended; create another with everystep.record(...)"
+
 
 class Recording(Generic[R]):
     """A recording in progress: `steps` or `step` mark the steps, `log` records their losses.
@@ -115,7 +118,7 @@ class Recording(Generic[R]):
             writer = self._begun()
             if self.is_open:
                 return writer
-        raise UsageError("the recording has ended; create another with everystep.record(...)")
+        raise UsageError(_OVER)
 
     def _begun(self) -> LoopWriter:
         if self._writer is None:
@@ -575,7 +578,13 @@ class Recording(Generic[R]):
 
     @checked
     def stop(self, reason: str) -> None:
-        """Set the reason why the loop ends before its last step; the run gets the status `stopped`."""
+        """Set the reason why the loop ends before its last step; the run gets the status `stopped`.
+
+        Raises:
+            UsageError: the recording has ended.
+        """
+        if self._directory is not None:
+            raise UsageError(_OVER)
         self._stopped = reason
 
     def flush(self) -> None:

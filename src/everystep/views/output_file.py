@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from everystep.errors import UsageError
+from everystep.errors import UsageError, exit_code_of
 from everystep.recording.files import completed
 
 __all__ = ["default_output", "write_file"]
@@ -63,4 +63,6 @@ def write_file(path: str | Path, content: bytes | str) -> None:
     except OSError as error:
         is_nowhere = isinstance(error, FileNotFoundError) and not place.absolute().parent.is_dir()
         reason = f"the directory {place.parent} does not exist" if is_nowhere else error.strerror
-        raise UsageError(f"{path} cannot be written: {reason or error}") from None
+        failed = UsageError(f"{path} cannot be written: {reason or error}")
+        failed.exit_code = exit_code_of(error)
+        raise failed from None

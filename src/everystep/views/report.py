@@ -43,6 +43,9 @@ class Report(str):
         report._name = name
         return report
 
+    def __reduce__(self) -> tuple[type[Report], tuple[str, str]]:
+        return Report, (str(self), self._name)
+
     def __repr__(self) -> str:
         return f"<report of {self._name}: {size_text(len(self))} of HTML; save(path) writes it>"
 

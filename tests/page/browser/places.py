@@ -106,7 +106,7 @@ def expect_no_sideways_scrolling(page):
 def expect_everybody_can_read_it(page, wait=lambda: None):
     """On a phone, on a wide screen, in light and in dark. wait: until it is drawn again."""
     usual = page.viewport_size
-    for width in (360, 2560):
+    for width in (360, 720, 1060, 2560):
         page.set_viewport_size({"width": width, "height": 740})
         wait()
         expect_no_sideways_scrolling(page)

@@ -167,6 +167,24 @@ def test_losses_that_are_close_have_different_numbers_at_the_axis(copied, visit)
     assert len({text for text, _ in written}) == len({height for _, height in written}) > 2
 
 
+@pytest.mark.parametrize("losses", [[1e-30, 1e-30], [-1e30, math.nan]])
+def test_the_numbers_at_the_axis_are_near_the_losses(copied, visit, losses):
+    run = copied("chapter")
+    with changed(run) as database:
+        database.forget_after(0)
+        database.write_losses(1, losses)
+        database.write_facts({"steps": 2, "loss_dtype": "float64"})
+    page = visit(f"/runs/{run.name}?log=0")
+    plot(page)
+    page.evaluate(WRITTEN)
+    toggle(page, "line").click()
+    page.wait_for_function("window.written.length > 0")
+    written = [float(text) for text, _ in page.evaluate("window.written")]
+    page.evaluate("window.writeAsBefore() && null")
+    assert 0 in written and all(abs(losses[0]) / 10 < abs(number) < 3e30 for number in written if number)
+    assert max(written) <= 3 * abs(losses[0])
+
+
 def test_losses_that_a_log_axis_cannot_show_are_said_but_not_counted(copied, visit):
     run = copied("chapter")
     with changed(run) as database:

@@ -15,8 +15,7 @@ const LONGEST_TITLE = 26;
 /** Steps between two grid lines: integers. */
 const STRIDES = [...Array(12).keys()].flatMap((power) => [1, 2, 5].map((leading) => leading * 10 ** power));
 
-let loading = null;
-let ruler = null;
+let [loading, ruler] = [null, null];
 
 /** Load uPlot, a classic script that makes `window.uPlot`, once. */
 export function loadUPlot() {
@@ -50,23 +49,23 @@ export function colour(name) {
  * Return the options of uPlot.
  *
  * `lines`: what is drawn, each {title, colour, scale, kind}; kind: "raw" (a loss), "faint" (one under
- * its average), "average", "measured" or "rate". `has`: {hasLoss, isLog, isLine, isDense, last, width, height, hooks}.
+ * its average), "average", "measured" or "rate". `has`: {isLog, isLine, isDense, last, width, height, hooks}.
  */
 export function chartOptions(lines, has) {
-  const right = lines.filter(({ scale }) => scale !== "loss");
-  const hasRight = right.some(({ curve }) => curve.points()[1].some(Number.isFinite));
+  const [left, right] = [true, false].map((isLoss) => lines.filter(({ scale }) => (scale === "loss") === isLoss));
+  const [hasLeft, hasRight] = [left, right].map((side) => side.some(({ curve }) => curve.points()[1].some(Number.isFinite)));
   return {
     width: has.width,
     height: has.height,
     scales: {
       x: { time: false, range: (_, low, high) => (low === null ? [1, 2] : low === high ? [low - 1, high + 1] : [low, high]) },
-      loss: { distr: has.isLog ? 3 : 1 },
+      ...Object.fromEntries(lines.map(({ scale }) => [scale, scale === "loss" && has.isLog ? { distr: 3 } : { range: rangeOf }])),
     },
     series: [{}, ...lines.map((line) => seriesOptions(line, has))],
     axes: [stepAxis(), axis("loss", "loss", 3, has.isLog), ...right.map((line) => axis(line.scale, line.title, 1, false, line.colour))],
     legend: { show: false },
     // An axis without numbers takes no place: the labels of the steps need it.
-    padding: [18, hasRight ? 4 : 8 + 3.5 * whole(has.last).length, 0, has.hasLoss && has.last ? 0 : 12],
+    padding: [18, hasRight ? 4 : 8 + 3.5 * whole(has.last).length, 0, hasLeft ? 0 : 12],
     cursor: { y: false, points: { size: 8 }, drag: { x: true, y: false, uni: 10, dist: 4 } },
     hooks: has.hooks,
   };
@@ -106,10 +105,17 @@ function axis(scale, title, side, isLog, token = "--muted") {
     ...plainAxis(scale, title.length > LONGEST_TITLE ? `${title.slice(0, LONGEST_TITLE - 1)}…` : title, side),
     stroke: colour(token),
     grid: { show: side === 3, stroke: colour("--line"), width: 1, filter: (chart, splits) => gridLines(chart, splits, isLog) },
-    values: (_, splits) => distinct(splits, 6),
+    // uPlot adds up the distance of two lines: what remains of it at zero is rounding.
+    values: (_, splits) => distinct(splits.map((split) => (split && Math.abs(split) < 1e-9 * (splits[1] - splits[0]) ? 0 : split)), 6),
     size: (_, values) => 14 + Math.max(14, ...(values ?? []).map((value) => widthOf(value))),
     filter: (chart, splits) => gridLines(chart, splits, isLog),
   };
+}
+
+// Numbers below 1e-24 are zero to uPlot.
+function rangeOf(chart, low, high) {
+  const unit = Math.max(Math.abs(low), Math.abs(high)) < 1e-9 ? 2 ** -100 : 1;
+  return low === null ? [low, high] : window.uPlot.rangeNum(low / unit, high / unit, 0.1, true).map((end) => end * unit);
 }
 
 function widthOf(text) {
@@ -130,13 +136,11 @@ function gridLines(chart, splits, isLog) {
   const height = (chart.bbox.height / window.devicePixelRatio || chart.height) / decades; // pixels per decade
   const leading = decades > 3 ? [1] : (LEADING.find((each) => nearest(each) * height >= APART) ?? [1]);
   const every = Math.ceil(Math.max(decades / MOST_DECADES, APART / height));
-  return splits.map((split) => (split !== null && isShown(split, leading, every) ? split : null));
-}
-
-function isShown(split, leading, every) {
-  const power = Math.floor(Math.log10(split) + 1e-9);
-  const isLeading = leading.includes(Math.round(split / 10 ** power));
-  return isLeading && (leading.length > 1 || power % every === 0);
+  return splits.map((split) => {
+    const power = Math.floor(Math.log10(split) + 1e-9);
+    const isLeading = leading.includes(Math.round(split / 10 ** power));
+    return isLeading && (leading.length > 1 || power % every === 0) ? split : null;
+  });
 }
 
 // The distance of the nearest two numbers of a decade, in decades.

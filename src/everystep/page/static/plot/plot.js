@@ -138,7 +138,9 @@ export class LossPlot {
     const { signal } = this.#ended;
     const [first, ...others] = this.#lines.filter(({ curve }) => curve.measurement === null);
     try {
-      await Promise.all([loadUPlot(), first.curve.load(signal), ...others.map((line) => loadOther(line, signal))]);
+      // The first run is drawn even if others fail.
+      const hide = (line) => (error) => Object.assign(line, { isShown: false, problem: error.message });
+      await Promise.all([loadUPlot(), first.curve.load(signal), ...others.map((line) => line.curve.load(signal).catch(hide(line)))]);
       if (signal.aborted) return;
       this.#isLine = Boolean(this.look.line ?? this.names.length > 1); // points of several runs would hide each other
       this.#isLog = this.#axis();
@@ -207,7 +209,6 @@ export class LossPlot {
       isLog: this.#isLog,
       isLine: this.#isLine,
       isDense: data[0].length > DENSE,
-      hasLoss: this.hasLoss || this.names.length > 1,
       last: data[0].at(-1) ?? 0,
       ...sizeOf(this.plot),
       hooks: {
@@ -314,9 +315,4 @@ export class LossPlot {
     if (this.chart) this.#mark.place(this.chart);
     this.#tell();
   }
-}
-
-// The first run is drawn even if others fail.
-async function loadOther(line, signal) {
-  await line.curve.load(signal).catch((error) => Object.assign(line, { isShown: false, problem: error.message }));
 }
