@@ -1354,6 +1354,28 @@ def test_a_loop_that_marks_its_steps_goes_on_by_their_count(record):
     return model.state_dict()["0.weight"]
 
 
+def test_a_loop_over_numbers_that_skips_those_that_are_past_itself_is_refused(tmp_path, monkeypatch):
+    take_snapshots_every(monkeypatch, 3)
+
+    def trained(last):
+        model = nn.Linear(3, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with everystep.record(
+            run=tmp_path / "run", resume=True, model=model, optimizer=optimizer
+        ) as recording:
+            for number in recording.steps(range(recording.step_count, 12)):
+                recording.log(loss=descend(optimizer, model(torch.ones(2, 3)).square().sum()))
+                if number + 1 == last:
+                    break
+
+    trained(8)
+    with pytest.raises(
+        RunError, match=r"step 1 is not the recorded one.*steps skips those that are past"
+    ):
+        trained(12)
+    assert len(everystep.open(tmp_path / "run")) == 8
+
+
 def test_other_parts_are_named():
     model = nn.Linear(6, 1)
     with everystep.record(run="runs/a", model=model) as recording:

@@ -131,6 +131,25 @@ def test_a_body_may_change_its_batch_and_loaders_may_use_their_memory_again(made
     assert run[3].batch.x.equal(x * 3)
 
 
+@pytest.mark.parametrize("way", ["numpy", "sobol"])
+def test_memory_that_other_code_fills_may_be_changed_in_place(way, made, capfd):
+    model, _, (_, y) = made
+    rows = np.random.default_rng(0).random((5, *y.shape[:1], 4), np.float32)
+
+    def loss_of(model, number):
+        if way == "sobol":  # its kernel fills memory, and what follows scales it in place
+            x = torch.quasirandom.SobolEngine(4, scramble=True, seed=int(number)).draw(len(y))
+        else:
+            x = torch.empty(len(y), 4)
+            x.numpy()[:] = rows[int(number)]
+            x.mul_(2.0)
+        return mean_square(model, (x, y))
+
+    run = looped(model, [*torch.arange(5)], loss_of)
+    assert run.verify(processes=1, progress=False).is_exact
+    assert "not among the tensors of the parts" not in capfd.readouterr().err
+
+
 def test_rows_are_kept_once_however_they_are_shuffled():
     x, y = torch.randn(64, 400) / 10, torch.randn(64, 2)
     batches = (x[torch.randperm(64)] for _ in range(20))

@@ -120,7 +120,8 @@ class Continuation:
             return
         both = now.given.keys() & known.given.keys()
         others = [name for name in both if now.given[name].content != known.given[name].content]
-        if any(name.startswith("batch/") for name in others):
+        plain = {each.plain_batch for each in (now, known)} - {None}
+        if any(name.startswith("batch/") for name in others) or len(plain) > 1:
             raise self.differs(row.step, "the batch is not the recorded one")
         if any(name.startswith("input/") for name in others):
             raise self.differs(
