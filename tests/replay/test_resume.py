@@ -1354,6 +1354,25 @@ def test_a_loop_that_marks_its_steps_goes_on_by_their_count(record):
     return model.state_dict()["0.weight"]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_a_resume_that_differs_names_functions_of_torchscript(tmp_path):
+    scripted = torch.jit.script(of_scripted)
+
+    def trained(last, scale):
+        model = nn.Linear(3, 1)
+        with everystep.record(run=tmp_path / "run", resume=True, model=model) as recording:
+            for x in recording.steps(torch.ones(last, 2, 3)):
+                recording.log(loss=scripted(model(x), scale).sum())
+
+    trained(4, 1.0)
+    with pytest.raises(RunError, match=r"functions of torch\.jit\.script compute .*: set PYTORCH_JIT=0"):
+        trained(6, 2.0)
+
+
+def of_scripted(x: torch.Tensor, scale: float) -> torch.Tensor:
+    return x * scale
+
+
 def test_a_loop_over_numbers_that_skips_those_that_are_past_itself_is_refused(tmp_path, monkeypatch):
     take_snapshots_every(monkeypatch, 3)
 

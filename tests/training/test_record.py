@@ -469,6 +469,17 @@ def only_read(model, number):
     assert model[0].bias.detach().numpy().shape == (len(model[0].bias.tolist()),)
 
 
+def test_a_gradient_that_code_between_two_steps_makes_is_not_called_its_parameter(made, capfd):
+    model, optimizer, batch = made
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        for _ in recording.epochs(2):
+            for each in recording.steps([batch] * 2):
+                recording.log(loss=take(model, optimizer, each))
+            mean_square(model, batch).backward()  # such as for the importance of each parameter
+    assert "the loop changes the gradient of 0.weight outside of a step" in capfd.readouterr().err
+    assert recording.run.verify(processes=1, progress=False).is_exact
+
+
 @pytest.mark.parametrize(
     ("between", "is_told"),
     [

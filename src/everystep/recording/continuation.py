@@ -148,6 +148,13 @@ class Continuation:
                 "; pass what the loop carries from step to step (counters, lists, its own generators) "
                 "as parts, or count from recording.step_count"
             )
+            import torch
+
+            if torch.jit._state._python_cu.get_functions():
+                cure += (
+                    "; functions of torch.jit.script compute with different results after their first "
+                    "calls in a process: set PYTORCH_JIT=0 from the start of a training"
+                )
         return RunError(
             f"{self._name} cannot be resumed exactly: when step {step} is repeated, {problem}. The "
             f"run is unchanged. {cure}. Or resume with --force (force=True), which discards the "
