@@ -1141,18 +1141,20 @@ class WithBuffers(nn.Module):
         self.layer = nn.Linear(6, 1)
         self.register_buffer("bank", torch.zeros(0, 6))
         self.register_buffer("count", None, persistent=False)
-        self.begun, self.orders = torch.zeros(()), [Order((1, 2))]
+        self.begun, self.orders, self.scale = torch.zeros(()), [Order((1, 2))], 0.5
         self.register_buffer("latest", self.begun)  # until it is another tensor
 
     def forward(self, x):
         if not hasattr(self, "first"):
             self.register_buffer("first", x.double())
+            scale = vars(self).pop("scale")
+            self.register_buffer("scale", torch.tensor(scale))
         self.bank = torch.cat((self.bank, x))[-15:]
         self.count = torch.tensor(1) if self.count is None else self.count + 1
         self.latest = x.mean()
         self.orders = [Order((1, 3)), *self.orders[:2]]
         late = self.bank.mean(0) + self.first.float() if self.count > 18 else self.begun
-        return self.layer(x + late)
+        return self.layer(self.scale * x + late)
 
 
 @resumes(17)
@@ -1162,7 +1164,9 @@ def test_buffers_that_a_loop_makes_are_as_in_an_uninterrupted_loop(record):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     parts = {"inner": nn.ModuleList([model]), "optimizer": optimizer}
     descending(record, optimizer, lambda x, y: functional.mse_loss(model(x), y), **parts)
-    assert {*model.state_dict()} == {"layer.weight", "layer.bias", "bank", "latest", "first"}
+    assert {*model.state_dict()} == {
+        *("layer.weight", "layer.bias", "bank", "latest", "first", "scale"),
+    }
     return [value.detach() for _, value in sorted(model.state_dict().items())]
 
 
