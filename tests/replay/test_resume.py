@@ -1358,6 +1358,32 @@ def test_a_loop_that_marks_its_steps_goes_on_by_their_count(record):
     return model.state_dict()["0.weight"]
 
 
+def test_what_the_first_step_makes_for_all_later_ones_is_made_again(tmp_path, monkeypatch):
+    take_snapshots_every(monkeypatch, 3)
+
+    def trained(last, scale=1.0):
+        seeded()
+        model = nn.Linear(4, 4)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        masks = {}  # as `functools.cache` has them
+        with everystep.record(
+            run=tmp_path / "run", resume=True, model=model, optimizer=optimizer
+        ) as recording:
+            for x in recording.steps(torch.arange(last * 8.0).view(last, 2, 4) / 50):
+                if "mask" not in masks:
+                    masks["mask"] = torch.ones(4, 4).tril()
+                noise = torch.from_numpy(np.full(4, scale + float(x[0, 0]), np.float32))
+                loss = ((model(x) @ masks["mask"] + noise) ** 2).mean()
+                recording.log(loss=descend(optimizer, loss))
+        return recording.run
+
+    trained(8)
+    with pytest.raises(RunError, match="step 7 is repeated, it reads different numbers from a tensor"):
+        trained(11, scale=2.0)
+    run = trained(11)
+    assert len(run) == 11 and run.verify(processes=1, progress=False).is_exact
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 def test_a_resume_that_differs_names_functions_of_torchscript(tmp_path):
     scripted = torch.jit.script(of_scripted)
