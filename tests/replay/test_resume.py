@@ -1358,6 +1358,39 @@ def test_a_loop_that_marks_its_steps_goes_on_by_their_count(record):
     return model.state_dict()["0.weight"]
 
 
+class Remembering(nn.Linear):
+    """Keeps what it was last asked to do, as some libraries do: a name, and objects that no run keeps."""
+
+    last = None
+
+    def forward(self, x):
+        self.last = "forward", (nn.Identity(), {"into": self})
+        return super().forward(x)
+
+
+def test_objects_that_a_forward_pass_makes_may_be_made_before_the_loop(tmp_path, monkeypatch):
+    take_snapshots_every(monkeypatch, 3)
+
+    def trained(last, *, is_asked_before):
+        seeded()
+        model = Remembering(4, 2)
+        model.last = None
+        if is_asked_before:
+            model(torch.zeros(1, 4))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with everystep.record(
+            run=tmp_path / "run", resume=True, model=model, optimizer=optimizer
+        ) as recording:
+            for x in recording.steps(torch.arange(last * 8.0).view(last, 2, 4) / 50):
+                recording.log(loss=descend(optimizer, model(x).square().mean()))
+
+    trained(8, is_asked_before=False)
+    with pytest.raises(RunError, match=r"before everystep\.record, such as by a forward pass"):
+        trained(9, is_asked_before=False)
+    trained(9, is_asked_before=True)
+    assert everystep.open(tmp_path / "run").verify(processes=1, progress=False).is_exact
+
+
 def test_what_the_first_step_makes_for_all_later_ones_is_made_again(tmp_path, monkeypatch):
     take_snapshots_every(monkeypatch, 3)
 

@@ -361,7 +361,8 @@ class PartsState:
             raise RunError(
                 f"{', '.join(sorted(faults)[:MOST_NAMED])}: cannot be made again as after step "
                 f"{state.step:,}; keep numbers, texts, tensors and arrays, in dicts and lists that "
-                "share nothing, and pass modules and optimizers as parts of their own"
+                "share nothing, and pass modules and optimizers as parts of their own; or let your code "
+                "make it before everystep.record, such as by a forward pass"
             )
 
 
