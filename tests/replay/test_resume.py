@@ -1359,7 +1359,7 @@ def test_a_loop_that_marks_its_steps_goes_on_by_their_count(record):
 
 
 class Remembering(nn.Linear):
-    """Keeps what it was last asked to do, as some libraries do: a name, and objects that no run keeps."""
+    """Keeps what it was last asked to do, as some libraries do: a name, and objects."""
 
     last = None
 

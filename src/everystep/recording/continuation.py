@@ -158,7 +158,8 @@ class Continuation:
             )
             import torch
 
-            if torch.jit._state._python_cu.get_functions():
+            scripted: Any = torch.jit._state._python_cu  # torch declares no results of its methods
+            if scripted.get_functions():
                 cure += (
                     "; functions of torch.jit.script compute with different results after their first "
                     "calls in a process: set PYTORCH_JIT=0 from the start of a training"
