@@ -6,6 +6,7 @@ recording. The run does not change before the first new step.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -114,10 +115,10 @@ class Continuation:
         return cut(rows, self.recorded + 1, MOST_STEPS)
 
     def _compare(self, row: Repeat, before: Repeat) -> None:
-        """Compare the batch; of other inputs, those of one size, whatever the programs call them.
+        """Compare the batch; and other inputs, if the step has as many, of the same sizes.
 
-        A resumed loop may have fewer, or more: what its first step makes for all later ones, such as a
-        mask, is no input of that step.
+        The first step of a resumed loop may make what later ones only read, such as a mask: others then
+        have its name.
         """
         now, known = (inputs_of(each.inputs, f"step {row.step}") for each in (row, before))
         if before.program is None and known == known.draws():  # the step was not kept
@@ -128,10 +129,11 @@ class Continuation:
         if any(name.startswith("batch/") for name in others) or len(plain) > 1:
             raise self.differs(row.step, "the batch is not the recorded one")
         here, there = (
-            {each.content for name, each in side.given.items() if name.startswith("input/")}
+            {name: each.content for name, each in side.given.items() if name.startswith("input/")}
             for side in (now, known)
         )
-        if {content[:2] for content in here - there} & {content[:2] for content in there - here}:
+        sizes = ({name: content[:2] for name, content in side.items()} for side in (here, there))
+        if operator.eq(*sizes) and here != there:
             raise self.differs(
                 row.step,
                 "it reads different numbers from a tensor that is neither of its batch nor of a part",
