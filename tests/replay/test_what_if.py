@@ -689,7 +689,7 @@ def test_a_loss_that_python_computes_is_not_known_after_a_change(tmp_path):
         recording.run.what_if(2, lr=0.2, progress=False)
     by = "norm(gradients['weight'])"
     (case,) = recording.run.what_if(2, lr=0.2, by=by, progress=False).cases
-    assert case.value > 0 and case.differs_from == 4
+    assert case.value > 0 and case.differs_from == 3  # of two updates, the first changes the second loss
 
 
 def test_a_step_that_reads_targets_outside_torch_may_differ_with_others(tmp_path):
