@@ -1141,18 +1141,20 @@ class WithBuffers(nn.Module):
         self.layer = nn.Linear(6, 1)
         self.register_buffer("bank", torch.zeros(0, 6))
         self.register_buffer("count", None, persistent=False)
-        self.begun, self.orders = torch.zeros(()), [Order((1, 2))]
+        self.begun, self.orders, self.scale = torch.zeros(()), [Order((1, 2))], 0.5
         self.register_buffer("latest", self.begun)  # until it is another tensor
 
     def forward(self, x):
         if not hasattr(self, "first"):
             self.register_buffer("first", x.double())
+            scale = vars(self).pop("scale")
+            self.register_buffer("scale", torch.tensor(scale))
         self.bank = torch.cat((self.bank, x))[-15:]
         self.count = torch.tensor(1) if self.count is None else self.count + 1
         self.latest = x.mean()
         self.orders = [Order((1, 3)), *self.orders[:2]]
         late = self.bank.mean(0) + self.first.float() if self.count > 18 else self.begun
-        return self.layer(x + late)
+        return self.layer(self.scale * x + late)
 
 
 @resumes(17)
@@ -1162,7 +1164,9 @@ def test_buffers_that_a_loop_makes_are_as_in_an_uninterrupted_loop(record):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     parts = {"inner": nn.ModuleList([model]), "optimizer": optimizer}
     descending(record, optimizer, lambda x, y: functional.mse_loss(model(x), y), **parts)
-    assert {*model.state_dict()} == {"layer.weight", "layer.bias", "bank", "latest", "first"}
+    assert {*model.state_dict()} == {
+        *("layer.weight", "layer.bias", "bank", "latest", "first", "scale"),
+    }
     return [value.detach() for _, value in sorted(model.state_dict().items())]
 
 
@@ -1352,6 +1356,106 @@ def test_a_loop_that_marks_its_steps_goes_on_by_their_count(record):
 
                 recording.log(loss=optimizer.step(closure))
     return model.state_dict()["0.weight"]
+
+
+class Remembering(nn.Linear):
+    """Keeps what it was last asked to do, as some libraries do: a name, and objects."""
+
+    last = None
+
+    def forward(self, x):
+        self.last = "forward", (nn.Identity(), {"into": self})
+        return super().forward(x)
+
+
+def test_objects_that_a_forward_pass_makes_may_be_made_before_the_loop(tmp_path, monkeypatch):
+    take_snapshots_every(monkeypatch, 3)
+
+    def trained(last, *, is_asked_before):
+        seeded()
+        model = Remembering(4, 2)
+        model.last = None
+        if is_asked_before:
+            model(torch.zeros(1, 4))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with everystep.record(
+            run=tmp_path / "run", resume=True, model=model, optimizer=optimizer
+        ) as recording:
+            for x in recording.steps(torch.arange(last * 8.0).view(last, 2, 4) / 50):
+                recording.log(loss=descend(optimizer, model(x).square().mean()))
+
+    trained(8, is_asked_before=False)
+    with pytest.raises(RunError, match=r"before everystep\.record, such as by a forward pass"):
+        trained(9, is_asked_before=False)
+    trained(9, is_asked_before=True)
+    assert everystep.open(tmp_path / "run").verify(processes=1, progress=False).is_exact
+
+
+def test_what_the_first_step_makes_for_all_later_ones_is_made_again(tmp_path, monkeypatch):
+    take_snapshots_every(monkeypatch, 3)
+
+    def trained(last, scale=1.0):
+        seeded()
+        model = nn.Linear(4, 4)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        masks = {}  # as `functools.cache` has them
+        with everystep.record(
+            run=tmp_path / "run", resume=True, model=model, optimizer=optimizer
+        ) as recording:
+            for x in recording.steps(torch.arange(last * 8.0).view(last, 2, 4) / 50):
+                if "mask" not in masks:
+                    masks["mask"] = torch.ones(4, 4).tril()
+                noise = torch.from_numpy(np.full(4, scale + float(x[0, 0]), np.float32))
+                loss = ((model(x) @ masks["mask"] + noise) ** 2).mean()
+                recording.log(loss=descend(optimizer, loss))
+        return recording.run
+
+    trained(8)
+    with pytest.raises(RunError, match="step 7 is repeated, the loss is"):
+        trained(11, scale=2.0)
+    run = trained(11)
+    assert len(run) == 11 and run.verify(processes=1, progress=False).is_exact
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_a_resume_that_differs_names_functions_of_torchscript(tmp_path):
+    scripted = torch.jit.script(of_scripted)
+
+    def trained(last, scale):
+        model = nn.Linear(3, 1)
+        with everystep.record(run=tmp_path / "run", resume=True, model=model) as recording:
+            for x in recording.steps(torch.ones(last, 2, 3)):
+                recording.log(loss=scripted(model(x), scale).sum())
+
+    trained(4, 1.0)
+    with pytest.raises(RunError, match=r"functions of torch\.jit\.script compute .*: set PYTORCH_JIT=0"):
+        trained(6, 2.0)
+
+
+def of_scripted(x: torch.Tensor, scale: float) -> torch.Tensor:
+    return x * scale
+
+
+def test_a_loop_over_numbers_that_skips_those_that_are_past_itself_is_refused(tmp_path, monkeypatch):
+    take_snapshots_every(monkeypatch, 3)
+
+    def trained(last):
+        model = nn.Linear(3, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with everystep.record(
+            run=tmp_path / "run", resume=True, model=model, optimizer=optimizer
+        ) as recording:
+            for number in recording.steps(range(recording.step_count, 12)):
+                recording.log(loss=descend(optimizer, model(torch.ones(2, 3)).square().sum()))
+                if number + 1 == last:
+                    break
+
+    trained(8)
+    with pytest.raises(
+        RunError, match=r"step 1 is not the recorded one.*steps skips those that are past"
+    ):
+        trained(12)
+    assert len(everystep.open(tmp_path / "run")) == 8
 
 
 def test_other_parts_are_named():

@@ -678,6 +678,20 @@ def test_a_fork_ends_before_python_would_read_another_number(tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+def test_a_loss_that_python_computes_is_not_known_after_a_change(tmp_path):
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
+        for x in recording.steps(torch.ones(2, 3).split(1) * 3):
+            losses = [descend(optimizer, model(each).square().sum()) for each in (x, 2 * x)]
+            recording.log(loss=sum(loss.item() for loss in losses))
+    with pytest.raises(RunError, match=r"your code computes the loss of step 6 of run.*\(by, --by\)"):
+        recording.run.what_if(2, lr=0.2, progress=False)
+    by = "norm(gradients['weight'])"
+    (case,) = recording.run.what_if(2, lr=0.2, by=by, progress=False).cases
+    assert case.value > 0 and case.differs_from == 3  # of two updates, the first changes the second loss
+
+
 def test_a_step_that_reads_targets_outside_torch_may_differ_with_others(tmp_path):
     torch.manual_seed(0)
     model = nn.Linear(4, 3)

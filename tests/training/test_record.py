@@ -131,6 +131,25 @@ def test_a_body_may_change_its_batch_and_loaders_may_use_their_memory_again(made
     assert run[3].batch.x.equal(x * 3)
 
 
+@pytest.mark.parametrize("way", ["numpy", "sobol"])
+def test_memory_that_other_code_fills_may_be_changed_in_place(way, made, capfd):
+    model, _, (_, y) = made
+    rows = np.random.default_rng(0).random((5, *y.shape[:1], 4), np.float32)
+
+    def loss_of(model, number):
+        if way == "sobol":  # its kernel fills memory, and what follows scales it in place
+            x = torch.quasirandom.SobolEngine(4, scramble=True, seed=int(number)).draw(len(y))
+        else:
+            x = torch.empty(len(y), 4)
+            x.numpy()[:] = rows[int(number)]
+            x.mul_(2.0)
+        return mean_square(model, (x, y))
+
+    run = looped(model, [*torch.arange(5)], loss_of)
+    assert run.verify(processes=1, progress=False).is_exact
+    assert "not among the tensors of the parts" not in capfd.readouterr().err
+
+
 def test_rows_are_kept_once_however_they_are_shuffled():
     x, y = torch.randn(64, 400) / 10, torch.randn(64, 2)
     batches = (x[torch.randperm(64)] for _ in range(20))
@@ -449,6 +468,17 @@ def written_by_numpy(model, number):
 def only_read(model, number):
     assert model[0].weight.data.norm() > 0
     assert model[0].bias.detach().numpy().shape == (len(model[0].bias.tolist()),)
+
+
+def test_a_gradient_that_code_between_two_steps_makes_is_not_called_its_parameter(made, capfd):
+    model, optimizer, batch = made
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        for _ in recording.epochs(2):
+            for each in recording.steps([batch] * 2):
+                recording.log(loss=take(model, optimizer, each))
+            mean_square(model, batch).backward()  # such as for the importance of each parameter
+    assert "the loop changes the gradient of 0.weight outside of a step" in capfd.readouterr().err
+    assert recording.run.verify(processes=1, progress=False).is_exact
 
 
 @pytest.mark.parametrize(

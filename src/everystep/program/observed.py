@@ -15,7 +15,7 @@ from everystep.program.arguments import references
 from everystep.program.operation import CodeLine, Operation
 from everystep.program.operators import ALLOCATING
 
-__all__ = ["OVERWRITING", "Observed", "unread_inputs", "unset_results", "uses_only_shape"]
+__all__ = ["FILLING", "OVERWRITING", "Observed", "unread_inputs", "unset_results", "uses_only_shape"]
 
 #: The first result of a kernel that is its own memory, as all later ones are; it writes only parts:
 #: workspaces, reserves, the state of a generator that only dropout sets, and log-sum-exps that are
@@ -37,6 +37,11 @@ _MEMORY_ARGUMENTS = {
 OVERWRITING = {
     *("bernoulli_", "cauchy_", "copy_", "exponential_", "fill_", "geometric_", "log_normal_"),
     *("normal_", "random_", "uniform_", "zero_"),
+}
+#: Those, and others that write to some places of it, which may be the first to write to new memory.
+FILLING = OVERWRITING | {
+    *("_foreach_copy_", "_foreach_zero_", "_index_put_impl_", "fill_diagonal_", "index_copy_"),
+    *("index_fill_", "index_put_", "masked_fill_", "masked_scatter_", "put_", "scatter_"),
 }
 #: They use only the shape of their first argument, as `ones_like` and `new_zeros` do.
 _ONLY_SHAPES = {"bernoulli.p", "nll_loss_backward.default", "nll_loss2d_backward.default"}

@@ -136,6 +136,11 @@ class Inputs(NamedTuple):
         """Those that opening the step needs."""
         return {name: each for name, each in self.given.items() if not name.startswith(DRAW)}
 
+    @property
+    def plain_batch(self) -> str | None:
+        """A batch that is one number or text, as text: no tensor shows which batch it is."""
+        return repr(self.nesting) if isinstance(self.nesting, int | float | str) else None
+
     def draws(self) -> Inputs:
         """Return those alone that only a resume needs."""
         return Inputs({n: each for n, each in self.given.items() if n.startswith(DRAW)}, None, {})

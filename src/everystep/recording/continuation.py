@@ -6,6 +6,7 @@ recording. The run does not change before the first new step.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -114,15 +115,25 @@ class Continuation:
         return cut(rows, self.recorded + 1, MOST_STEPS)
 
     def _compare(self, row: Repeat, before: Repeat) -> None:
-        """Compare the batch; of other inputs, those that both have: a watch in full has fewer."""
+        """Compare the batch; and other inputs, if the step has as many, of the same sizes.
+
+        The first step of a resumed loop may make what later ones only read, such as a mask: others then
+        have its name.
+        """
         now, known = (inputs_of(each.inputs, f"step {row.step}") for each in (row, before))
         if before.program is None and known == known.draws():  # the step was not kept
             return
         both = now.given.keys() & known.given.keys()
         others = [name for name in both if now.given[name].content != known.given[name].content]
-        if any(name.startswith("batch/") for name in others):
+        plain = {each.plain_batch for each in (now, known)} - {None}
+        if any(name.startswith("batch/") for name in others) or len(plain) > 1:
             raise self.differs(row.step, "the batch is not the recorded one")
-        if any(name.startswith("input/") for name in others):
+        here, there = (
+            {name: each.content for name, each in side.given.items() if name.startswith("input/")}
+            for side in (now, known)
+        )
+        sizes = ({name: content[:2] for name, content in side.items()} for side in (here, there))
+        if operator.eq(*sizes) and here != there:
             raise self.differs(
                 row.step,
                 "it reads different numbers from a tensor that is neither of its batch nor of a part",
@@ -147,6 +158,14 @@ class Continuation:
                 "; pass what the loop carries from step to step (counters, lists, its own generators) "
                 "as parts, or count from recording.step_count"
             )
+            import torch
+
+            scripted: Any = torch.jit._state._python_cu  # torch declares no results of its methods
+            if scripted.get_functions():
+                cure += (
+                    "; functions of torch.jit.script compute with different results after their first "
+                    "calls in a process: set PYTORCH_JIT=0 from the start of a training"
+                )
         return RunError(
             f"{self._name} cannot be resumed exactly: when step {step} is repeated, {problem}. The "
             f"run is unchanged. {cure}. Or resume with --force (force=True), which discards the "

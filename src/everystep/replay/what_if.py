@@ -7,6 +7,7 @@ programs of the recorded steps run again, of any run; what your code decided sta
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -198,8 +199,11 @@ def _train_alone(
                 steps_of = partial(ChangedSteps, steps=taken, lr=lr, relabelled=targets)
             stepper = replay.stepper_for(place, steps_of, differing.setdefault)
             stepper.load(*states)
+            steps = stepper.steps
+            if change is not None:
+                _check_loss(run, steps, until, question)
             try:
-                steps, outcome = stepper.steps, _outcome(run, question, (at, until), stepper)
+                outcome = _outcome(run, question, (at, until), stepper)
             except NotReplayedError as error:
                 if change is None:
                     raise
@@ -210,6 +214,20 @@ def _train_alone(
                 case = replace(case, targets=steps.targets, found_in=steps.steps_with(taken))
             found.append(case)
     return found
+
+
+def _check_loss(run: RecordedRun, steps: RecordedSteps, until: int, question: Expression) -> None:
+    """Check that a question about the loss has an answer: NaN would say that the training diverges."""
+    is_asked = any(each.kind == "loss" for each in question.references)
+    if not is_asked or steps.program_of(steps.row(until)).program.loss is not None:
+        return
+    if math.isnan(RecordedSteps.loss(steps, until)):  # as in the recording
+        return
+    raise RunError(
+        f"your code computes the loss of step {until} of {run.name}, not an operation of torch, so no "
+        "program can compute it after a change; compare another number (by, --by), such as "
+        "\"norm(gradients['0.weight'])\", or log the loss as the tensor that the step computes"
+    )
 
 
 def _outcome(

@@ -337,7 +337,9 @@ class Cursor(UnderWay):
         if known.resizes:
             self.leave()
         # Before the call, which may overwrite what it reads.
-        unread = [met[0], *written] if met and known.reads_only_shape else written
+        # What computes in place, as `mul_`, reads what code that torch does not show has put there.
+        unread = [] if known.computes_in_place else written
+        unread = [met[0], *unread] if met and known.reads_only_shape else unread
         contents = self._bring(given, unread) if is_seen else ()
         if known.draws:
             self.note_generator(at.draws)
@@ -503,7 +505,7 @@ class Cursor(UnderWay):
 
         Returns the places of the arguments that bring it, and the numbers of the first tensors there.
 
-        given: the tokens of all arguments, those in lists one by one; unread: tensors that the call
+        given: the tokens of all arguments, those in lists one by one; unread: tensors that the call only
         writes into, or of which it uses only the shape.
         """
         found, origins = [], self.tensors.origins_of(unread)
@@ -522,10 +524,10 @@ class Cursor(UnderWay):
             tensor = self.tensors.met[number]()
             if tensor is None:
                 continue
-            if self.tensors.known[origin].kind == "scratch":
+            if (kind := self.tensors.known[origin].kind) == "scratch" or origin in self.brought:
                 self.outside.forget(tensor.untyped_storage()._cdata)
-            elif origin in self.brought:
-                self.outside.forget(tensor.untyped_storage()._cdata)
+            # What the step has made itself is no state that a resumed loop could lack.
+            if kind not in ("scratch", "allocated") and origin in self.brought:
                 if tensor.numel() == 1:  # such as a sum of losses, which takes no room
                     continue
                 where = named_here()

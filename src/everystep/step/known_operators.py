@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from everystep.program.number_slots import READ, slot_names
-from everystep.program.observed import uses_only_shape
+from everystep.program.observed import FILLING, uses_only_shape
 from everystep.program.operators import (
     NotAllowedError,
     computes,
@@ -51,7 +51,8 @@ class KnownOperator(NamedTuple):
     component operations are seen), or why it is not seen; places: its parameters, and whether each is a
     slot for numbers; resizes: whether it gives its `out` a shape that depends on numbers; may_gather:
     whether it may cut numbers out of data; may_be_shaped: whether numbers may determine the shapes of
-    its results; reads_only_shape: of its first argument.
+    its results; reads_only_shape: of its first argument; computes_in_place: whether it reads all that it
+    writes into.
     """
 
     how: str
@@ -68,6 +69,7 @@ class KnownOperator(NamedTuple):
     may_gather: bool
     may_be_shaped: bool
     reads_only_shape: bool
+    computes_in_place: bool
 
 
 @cache
@@ -110,6 +112,7 @@ def known_operator(func: Any) -> KnownOperator:
         # An index may be a mask: the number of its ones determines the shape.
         may_be_shaped=has_shape_of_values(func, [torch.bool]),
         reads_only_shape=uses_only_shape(text),
+        computes_in_place=writes(func) == ("self",) and not has_out and name not in FILLING,
     )
 
 

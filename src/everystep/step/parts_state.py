@@ -254,7 +254,9 @@ class PartsState:
                 live[name].data = saved[name].to(live[name].device, copy=True)
             elif place in modules:
                 value, is_in = saved[name].to(parts.device, copy=True), path in state.parameters
-                with suppress(KeyError):  # it has another attribute of that name
+                # Such as a number that the first step makes a buffer of.
+                vars(modules[place]).pop(own, None)
+                with suppress(KeyError):  # its class has an attribute of that name
                     nn.Module.register_buffer(modules[place], own, value, persistent=is_in)
 
     def _restore_part(
@@ -300,6 +302,9 @@ class PartsState:
         wanted = {(path, n): Encoded(data) for path in later for n, data in later[path].items()}
         for (path, attribute), each in (first | wanted).items():
             known = now.get((path, attribute))
+            # What was an attribute at first may be a buffer by now, which hides behind one.
+            if (path, attribute) not in wanted and attribute in modules[path]._buffers:
+                continue
             if each.objects and (known is None or known.objects != each.objects):
                 continue
             if (path, attribute) in wanted or known is None or not known.is_same(each):
@@ -356,7 +361,8 @@ class PartsState:
             raise RunError(
                 f"{', '.join(sorted(faults)[:MOST_NAMED])}: cannot be made again as after step "
                 f"{state.step:,}; keep numbers, texts, tensors and arrays, in dicts and lists that "
-                "share nothing, and pass modules and optimizers as parts of their own"
+                "share nothing, and pass modules and optimizers as parts of their own; or let your code "
+                "make it before everystep.record, such as by a forward pass"
             )
 
 

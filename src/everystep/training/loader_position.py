@@ -374,7 +374,8 @@ class LoaderPosition:
             if not by_sampler and goal.size is None and not draw.matches(batch):
                 raise RunError(
                     f"the batch of step {first + place:,} is not the recorded one, so the place "
-                    "of the training cannot be found; pass the same data in the same order (a loader "
+                    "of the training cannot be found; pass the same data in the same order, from the "
+                    "first batch of the epoch on: recording.steps skips those that are past (a loader "
                     "with a state_dict, such as torchdata's StatefulDataLoader, finds it by itself)"
                 )
         return cast("Iterator[Any]", iterator)

@@ -22,7 +22,7 @@ from everystep.step.parts import Parts
 from everystep.step.parts_state import PartsState
 from everystep.step.state import State
 from everystep.training.agreement import Agreement, run_to_continue, run_to_fork
-from everystep.training.batch import tensors_of
+from everystep.training.batch import unnested
 from everystep.training.description import facts_of_loop
 from everystep.training.loader_position import Drawn, LoaderPosition, Recorded
 from everystep.training.loop_writer import LoopWriter
@@ -273,7 +273,10 @@ def _drawn(run: RecordedRun, step: int) -> Drawn:
     known = {name: each.content for name, each in inputs.given.items() if name.startswith("batch/")}
 
     def matches(batch: Any) -> bool:
-        found = {f"batch/{n}": given_of(t.detach().cpu()).content for n, t in tensors_of(batch).items()}
+        tensors, nesting = unnested(batch)
+        if inputs.plain_batch is not None:
+            return inputs.plain_batch == repr(nesting)
+        found = {f"batch/{n}": given_of(t.detach().cpu()).content for n, t in tensors.items()}
         # Without what the recorded loop had put into a batch that came again.
         both = known.keys() & found.keys()
         return bool(both or not known) and all(known[name] == found[name] for name in both)

@@ -88,7 +88,9 @@ class LoopWriter(RunWriter):
     def note_changes(self, state: dict[str, Tensor]) -> None:
         """Store changes of the loop since the last step, outside of any. state: the current one."""
         if (changed := self.watched.note_changes(self.step, state)) is not None:
-            self.watched.notices.changed_between(self.step, changed.partition("/")[2])
+            kind, _, name = changed.partition("/")
+            what = f"the gradient of {name}" if kind == "gradient" else name
+            self.watched.notices.changed_between(self.step, what)
 
     def add(self, step: StepUnderWay[AnyWatch], after: dict[str, Tensor]) -> None:
         """Add a step that is over. after: the live tensors of the parts."""
