@@ -360,8 +360,11 @@ def lists(begin, rank):
     return model
 
 
-def stale(begin, rank):
-    """Each step exchanges its gradients while the next one is drawn, which then uses them."""
+def stale(begin, rank, kill=None):
+    """Each step exchanges its gradients while the next one is drawn, which then uses them.
+
+    kill: ends a rank in a step; the other has begun to exchange, and waits at the end of the step.
+    """
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for number, parameter in enumerate(model.parameters()):
@@ -373,6 +376,8 @@ def stale(begin, rank):
                 works.pop().wait()
             loss = nn.functional.mse_loss(model(x), y)
             loss.backward()
+            if kill == (rank, recording.step_count):
+                os.kill(os.getpid(), signal.SIGKILL)
             for parameter, buffer in zip(model.parameters(), sent, strict=True):
                 now, parameter.grad = parameter.grad, buffer.clone()
                 buffer.copy_(now)

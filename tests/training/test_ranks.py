@@ -309,6 +309,7 @@ def test_more_ranks_replay_bit_for_bit(tmp_path, processes):
         ("forked", "1,13"),
         *[("epochs", kill) for kill in ("1,17", "0,5", "0,17", "1,2")],
         ("unused_parameters", "1,5"),
+        ("stale", "1,4"),
         *[("shuffled_mean", kill) for kill in ("1,7", "0,13")],
     ],
 )
@@ -387,6 +388,17 @@ def test_another_number_of_processes_continues_a_run(tmp_path, name, stages):
         assert len(run) == 15 + 3 + 3
 
 
+def test_three_ranks_report_a_resume_that_adds_in_another_order(tmp_path):
+    found, errors = launched(tmp_path, ["epochs"], 3, RECORDED="1", LEAVE="11", SNAPSHOTS="1")
+    assert None not in found, errors
+    found, errors = launched(tmp_path, ["epochs"], 3, RECORDED="1", RESUME="1")
+    assert None not in found and found[0] == found[1] == found[2], errors
+    assert "adds the gradients of 3 processes in another order" in errors
+    run = everystep.open(tmp_path / "runs/epochs")
+    assert (len(run), run.verify().is_exact) == (12, True)
+    assert "another order" in run.facts.resumed[-1].changed[0]
+
+
 def test_one_rank_removes_what_was_not_begun(tmp_path):
     (tmp_path / "runs/unbegun/ranks/1").mkdir(parents=True)
     found, errors = launched(tmp_path, ["unbegun"], RESUME="1", RECORDED="1")
@@ -400,10 +412,12 @@ def test_a_rank_that_cannot_continue_a_run_ends_all(tmp_path):
             recording.log(loss=model(x).sum())
             if recording.step_count == 3:
                 break
-    found, errors = launched(tmp_path, ["full"], RESUME="1", RECORDED="1")
+    shutil.copytree(tmp_path / "runs/full", tmp_path / "runs/unshared")
+    found, errors = launched(tmp_path, ["full", "unshared"], RESUME="1", RECORDED="1")
     assert None not in found, errors
     assert found[0]["full"] == "rank 1 cannot begin the run: there is no room"
     assert found[1]["full"] == "there is no room"
+    assert "in which rank 0 writes; use a directory that all machines share" in found[1]["unshared"]
     assert len(everystep.open(tmp_path / "runs/full")) == 4
 
 

@@ -110,8 +110,11 @@ class NotedCalls:
 
 def finish_calls() -> None:
     """Wait for the end of collectives, which write into their tensors until then."""
-    while _under_way:
-        _under_way.pop().work.wait()
+    # Once: if a rank has died, the first raises, and so would the others as the recording is closed.
+    works = [each.work for each in _under_way]
+    _under_way.clear()
+    for work in works:
+        work.wait()
 
 
 def receiving() -> set[int]:
