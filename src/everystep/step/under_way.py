@@ -549,6 +549,8 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         path = writer.path(at, after, logged)
         # What has become state is in snapshots, so it needs no notice.
         written = self.written_outside.keys() - self.tensors.origins_of(after.values())
+        # What is gone by now was of this step alone, such as torch's own list of buckets of gradients.
+        written &= {number for _, number in self.tensors.alive_memory()} if written else set()
         texts = [text for origin, text in self.written_outside.items() if origin in written]
         self.changed_outside = texts[0] if texts else None
         ending = Ending(path, tuple(writer.origins))

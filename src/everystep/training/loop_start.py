@@ -175,7 +175,8 @@ class LoopStart:
                     f"{run.name} has no readable snapshot to continue from: {reason}; record it again"
                 )
             check_rules(run, state.step)
-            if state.step and not is_new and (order := _other_order(parts, trained)):
+            is_alike = is_new or run.others is not None
+            if state.step and not is_alike and (order := _other_order(parts, trained)):
                 is_accepted, changed = True, (*changed, order)
                 if trained.ranks is None or not trained.ranks.rank:
                     say(
