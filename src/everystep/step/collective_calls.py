@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -35,9 +34,11 @@ _receives: list[_Noted] = []
 
 def has_ranks() -> bool:
     """Return whether torch.distributed runs several processes."""
-    distributed = torch.distributed
-    is_running = distributed.is_available() and distributed.is_initialized()
-    return bool(is_running and distributed.get_world_size() > 1)
+    return _is_running() and torch.distributed.get_world_size() > 1
+
+
+def _is_running() -> bool:
+    return bool(torch.distributed.is_available() and torch.distributed.is_initialized())
 
 
 def how_collective(func: Any, is_ready: bool) -> str:
@@ -95,12 +96,11 @@ class NotedCalls:
                 of_kind += [_Noted(work, tensors) for work in _works_of(result)]
             return result
 
-        names = torch._C._dispatch_get_all_op_names() if has_ranks() else []
+        # Also of a group of one process, whose calls write into tensors, too.
+        names = (*_TRANSLATED, *_UNTRANSLATED, *_BETWEEN_TWO) if _is_running() else ()
         for name in names:
-            space, _, own_name = name.partition("::")
-            if space == "c10d" and _EXCHANGING.search(own_name):
-                operator = getattr(torch.ops.c10d, own_name).default
-                library.impl(own_name, partial(noted, operator), "BackendSelect", with_keyset=True)
+            operator = getattr(torch.ops.c10d, name).default
+            library.impl(name, partial(noted, operator), "BackendSelect", with_keyset=True)
         self._library = library
 
     def remove(self) -> None:
@@ -198,7 +198,11 @@ _TRANSLATED: dict[str, tuple[str, Callable[[dict[str, Any]], tuple[Any, ...]]]] 
         ),
     ),
 }
-_EXCHANGING = re.compile("broadcast|gather|reduce|scatter|alltoall|recv|send")
+#: Collectives that no program has.
+_UNTRANSLATED = (
+    *("gather_", "scatter_", "reduce_scatter_", "reduce_scatter_tensor_coalesced_"),
+    *("alltoall_", "allgather_coalesced_", "allgather_into_tensor_coalesced_"),
+)
 #: They pass tensors between two ranks, which need not do so in the same order; why steps have none.
 _BETWEEN_TWO = dict.fromkeys(
     ("send", "recv_", "recv_any_source_"),
