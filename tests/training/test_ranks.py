@@ -333,6 +333,28 @@ def test_a_killed_rank_ends_the_run_and_all_resume_to_the_same_bits(tmp_path, tr
         assert all(torch.equal(tensor, last[name]) for name, tensor in rank.parameters(-1).items())
 
 
+def test_what_a_group_of_one_process_writes_outside_of_steps_is_kept(tmp_path):
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = nn.Linear(4, 1)
+        model.register_buffer("taken", torch.zeros(4))
+        with everystep.record(model=model, run=tmp_path / "one") as recording:
+            for number in range(3):
+                with recording.step():
+                    loss = model(model.taken)
+                    with recording.paused():
+                        torch.distributed.all_gather([model.taken], torch.full((4,), number + 1.0))
+                    recording.log(loss=loss + model.taken.sum())
+                torch.distributed.all_gather([model.bias.detach()], torch.full((1,), number + 1.0))
+    finally:
+        torch.distributed.destroy_process_group()
+    run = everystep.open(tmp_path / "one")
+    assert run.verify().is_exact and [
+        run[3].state[n].sum() for n in ("buffer/taken", "parameter/bias")
+    ] == [8, 2]
+
+
 def test_a_state_that_one_rank_cannot_read_is_none_of_any(tmp_path, trained):
     launched(tmp_path, ["epochs"], RECORDED="1", LEAVE="15", SNAPSHOTS="1")
     place = tmp_path / "runs/epochs"
