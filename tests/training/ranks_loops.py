@@ -21,6 +21,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional_collectives
 from tests.descent import unrecorded
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -242,6 +243,75 @@ def after(first, rank):
         store.set(key, "")
 
 
+def functional(begin, rank):
+    """Functional collectives, in steps, in pauses and between steps, which no group in Python shows."""
+    torch.manual_seed(rank)
+    model, name, functions = mlp(), dist.group.WORLD.group_name, torch.ops._c10d_functional
+    model.register_buffer("count", torch.zeros(2))
+    outside = torch.zeros(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    one, two, three, _ = model.parameters()
+    with begin(model=model, optimizer=optimizer) as recording:
+        for x, y in batches(rank):
+            with recording.step((x, y)):
+                loss = nn.functional.mse_loss(model(x), y) + model.count.mean() + outside[1].mean()
+                optimizer.zero_grad()
+                loss.backward()
+                grown = functional_collectives.all_reduce(one.grad, "sum", dist.group.WORLD)
+                one.grad.copy_(grown)
+                optimizer.step()
+                row = outside[1]
+                with recording.paused():
+                    model.count.add_(rank)
+                    row.add_(1)
+                    works = [functions.all_reduce_(each, "sum", name) for each in (model.count, row)]
+                    for each in works:
+                        functions.wait_tensor(each)
+                loss = loss + row.sum() + model.count.sum()
+                recording.log(loss=loss)
+            functions.wait_tensor(functions.all_reduce_(two.detach(), "avg", name))
+            [each] = functions.all_reduce_coalesced_([three.detach()], "avg", name)
+            functions.wait_tensor(each)
+    return model
+
+
+def received(begin, rank, into_part=False):
+    """Each step receives for the next one; a pause swaps a buffer, and code between steps the weights.
+
+    into_part: the next step's message comes into a part, which the end of the step would have to hold.
+    """
+    torch.manual_seed(rank)
+    model, other = mlp(), 1 - rank
+    model.register_buffer("taken", torch.zeros(20))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    coming, weight = torch.zeros(2, 20), model[0].weight.detach()
+    places = [model.taken] * 2 if into_part else [coming[0], coming[1]]
+    with begin(model=model, optimizer=optimizer) as recording:
+        waiting = dist.irecv(places[0], other, tag=1)
+        for number, (x, y) in enumerate(batches(rank)):
+            with recording.step((x, y)):
+                with recording.paused():
+                    sent = dist.isend(x[0].clone(), other, tag=1)
+                waiting.wait()
+                loss = nn.functional.mse_loss(model(x + coming[number % 2]), y) + model.taken.mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                with recording.paused():
+                    sent.wait()
+                    if number + 1 < STEPS:
+                        waiting = dist.irecv(places[(number + 1) % 2], other, tag=1)
+                    came, gone = dist.irecv(model.taken, other), dist.isend(weight[0].clone(), other)
+                    came.wait()
+                    gone.wait()
+                recording.log(loss=loss + model.taken.sum())
+            own = weight[1].clone()
+            came, gone = dist.irecv(weight[1], other), dist.isend(own, other)
+            came.wait()
+            gone.wait()
+    return model
+
+
 def many_collectives(begin, rank):
     world = dist.get_world_size()
     model = nn.Linear(20, 4)
@@ -303,8 +373,11 @@ def lists(begin, rank):
     return model
 
 
-def stale(begin, rank):
-    """Each step exchanges its gradients while the next one is drawn, which then uses them."""
+def stale(begin, rank, kill=None):
+    """Each step exchanges its gradients while the next one is drawn, which then uses them.
+
+    kill: ends a rank in a step; the other has begun to exchange, and waits at the end of the step.
+    """
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for number, parameter in enumerate(model.parameters()):
@@ -316,6 +389,8 @@ def stale(begin, rank):
                 works.pop().wait()
             loss = nn.functional.mse_loss(model(x), y)
             loss.backward()
+            if kill == (rank, recording.step_count):
+                os.kill(os.getpid(), signal.SIGKILL)
             for parameter, buffer in zip(model.parameters(), sent, strict=True):
                 now, parameter.grad = parameter.grad, buffer.clone()
                 buffer.copy_(now)
@@ -515,6 +590,7 @@ def command_again(begin, rank):
     app(["resume", "runs/command", "--steps", "11", "-q"], standalone_mode=False)
 
 
+received_part = partial(received, into_part=True)
 other_row = partial(planted, row=True)
 nan = partial(planted, nan=True)
 other_weight = partial(planted, weight=True)
@@ -606,11 +682,13 @@ def condition(begin, rank):
 
 def unshared(begin, rank):
     """The last rank is on a machine that does not see what rank 0 has begun."""
-    agreement.RANKS, agreement.NOTICE_SECONDS = ("elsewhere" if rank else "ranks"), 0.1
+    agreement.NOTICE_SECONDS = 0.1
+    if rank:
+        agreement.Path = lambda *names: Path(*names, "nothing here") if names else Path()
     try:
         begin(model=mlp()).__enter__()
     finally:
-        agreement.RANKS, agreement.NOTICE_SECONDS = "ranks", 10
+        agreement.NOTICE_SECONDS, agreement.Path = 10, Path
 
 
 def unbegun(begin, rank):

@@ -39,19 +39,29 @@ ROOT = Path(__file__).parents[2]
 TRAINED = [
     *("plain", "dropout", "batch_norm", "buckets", "views_of_buckets", "unused_parameters", "product"),
     *("accumulated", "by_hand", "read", "local_steps", "many_collectives", "lists", "uneven", "epochs"),
-    *("forked", "trained_model", "trained_step", "stale", "sparse", "federated"),
+    *(
+        "forked",
+        "trained_model",
+        "trained_step",
+        "stale",
+        "sparse",
+        "federated",
+        "functional",
+        "received",
+    ),
 ]
 REFUSED = {
     "other_parts": r"parts is \['network'\] on rank 0, and \['model'\] on rank 1",
     "hook": "has a hook that exchanges gradients",
     "sharded": "0.weight: is a part of a tensor that several processes share",
-    "sent": "passes tensors between two processes",
+    "sent": "send and recv pass tensors between two processes",
+    "received_part": "a receive (irecv) into buffer taken is still under way between two steps",
     "programs": 'cannot run your step by programs (engine="program") with several processes yet',
     "joined": "is trained within join()",
     "kept": "the ranks do not begin the same recording: keep is",
     "condition": "stop_when: a condition may hold on one process alone",
     "taken": "runs/taken already exists",
-    "unshared": "where rank 0 has begun it; begin it in a directory that all machines share",
+    "unshared": "in which rank 0 writes; use a directory that all machines share",
     "indivisible": "batch_size: 5 rows cannot be split equally among 2 processes",
     "last_batch": "drop_last: a batch of 1 rows cannot be split among 2 processes",
     "own_loss": "loss: must be one of torch's, with a reduction",
@@ -299,6 +309,7 @@ def test_more_ranks_replay_bit_for_bit(tmp_path, processes):
         ("forked", "1,13"),
         *[("epochs", kill) for kill in ("1,17", "0,5", "0,17", "1,2")],
         ("unused_parameters", "1,5"),
+        ("stale", "1,4"),
         *[("shuffled_mean", kill) for kill in ("1,7", "0,13")],
     ],
 )
@@ -320,6 +331,28 @@ def test_a_killed_rank_ends_the_run_and_all_resume_to_the_same_bits(tmp_path, tr
         assert rank.losses.equals(whole.losses)
         last = whole.parameters(-1)
         assert all(torch.equal(tensor, last[name]) for name, tensor in rank.parameters(-1).items())
+
+
+def test_what_a_group_of_one_process_writes_outside_of_steps_is_kept(tmp_path):
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = nn.Linear(4, 1)
+        model.register_buffer("taken", torch.zeros(4))
+        with everystep.record(model=model, run=tmp_path / "one") as recording:
+            for number in range(3):
+                with recording.step():
+                    loss = model(model.taken)
+                    with recording.paused():
+                        torch.distributed.all_gather([model.taken], torch.full((4,), number + 1.0))
+                    recording.log(loss=loss + model.taken.sum())
+                torch.distributed.all_gather([model.bias.detach()], torch.full((1,), number + 1.0))
+    finally:
+        torch.distributed.destroy_process_group()
+    run = everystep.open(tmp_path / "one")
+    assert run.verify().is_exact and [
+        run[3].state[n].sum() for n in ("buffer/taken", "parameter/bias")
+    ] == [8, 2]
 
 
 def test_a_state_that_one_rank_cannot_read_is_none_of_any(tmp_path, trained):
@@ -377,6 +410,18 @@ def test_another_number_of_processes_continues_a_run(tmp_path, name, stages):
         assert len(run) == 15 + 3 + 3
 
 
+def test_three_ranks_report_a_resume_that_adds_in_another_order(tmp_path):
+    found, errors = launched(tmp_path, ["epochs"], 3, RECORDED="1", LEAVE="11", SNAPSHOTS="1")
+    assert None not in found, errors
+    assert "cannot keep" not in errors and "not among the tensors" not in errors
+    found, errors = launched(tmp_path, ["epochs"], 3, RECORDED="1", RESUME="1")
+    assert None not in found and found[0] == found[1] == found[2], errors
+    assert "adds the gradients of 3 processes in another order" in errors
+    run = everystep.open(tmp_path / "runs/epochs")
+    assert (len(run), run.verify().is_exact) == (12, True)
+    assert "another order" in run.facts.resumed[-1].changed[0]
+
+
 def test_one_rank_removes_what_was_not_begun(tmp_path):
     (tmp_path / "runs/unbegun/ranks/1").mkdir(parents=True)
     found, errors = launched(tmp_path, ["unbegun"], RESUME="1", RECORDED="1")
@@ -390,10 +435,12 @@ def test_a_rank_that_cannot_continue_a_run_ends_all(tmp_path):
             recording.log(loss=model(x).sum())
             if recording.step_count == 3:
                 break
-    found, errors = launched(tmp_path, ["full"], RESUME="1", RECORDED="1")
+    shutil.copytree(tmp_path / "runs/full", tmp_path / "runs/unshared")
+    found, errors = launched(tmp_path, ["full", "unshared"], RESUME="1", RECORDED="1")
     assert None not in found, errors
     assert found[0]["full"] == "rank 1 cannot begin the run: there is no room"
     assert found[1]["full"] == "there is no room"
+    assert "in which rank 0 writes; use a directory that all machines share" in found[1]["unshared"]
     assert len(everystep.open(tmp_path / "runs/full")) == 4
 
 

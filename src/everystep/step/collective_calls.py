@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from everystep.errors import UsageError
 from everystep.program.collectives import COLLECTIVES
+from everystep.program.operators import leaves
 
 __all__ = [
-    *("CollectiveCall", "exchanging_methods", "finish_calls", "has_ranks", "how_collective"),
-    *("note_works", "shows_reductions", "works_of"),
+    *("CollectiveCall", "NotedCalls", "finish_calls", "has_ranks", "how_collective"),
+    *("receiving", "shows_reductions"),
 ]
 
-#: The work of calls that the loop may wait for later, even in another step.
-_under_way: list[Any] = []
+
+class _Noted(NamedTuple):
+    """A call whose end the loop may wait for later, even in another step."""
+
+    work: Any
+    tensors: Sequence[Tensor]
+
+
+#: Collectives, which all ranks begin, and receives, whose messages the other rank may send much later.
+_under_way: list[_Noted] = []
+_receives: list[_Noted] = []
 
 
 def has_ranks() -> bool:
     """Return whether torch.distributed runs several processes."""
-    distributed = torch.distributed
-    is_running = distributed.is_available() and distributed.is_initialized()
-    return bool(is_running and distributed.get_world_size() > 1)
+    return _is_running() and torch.distributed.get_world_size() > 1
+
+
+def _is_running() -> bool:
+    return bool(torch.distributed.is_available() and torch.distributed.is_initialized())
 
 
 def how_collective(func: Any, is_ready: bool) -> str:
@@ -38,7 +50,7 @@ def how_collective(func: Any, is_ready: bool) -> str:
     is_ready: whether there were several processes when the recording began.
 
     Raises:
-        UsageError: it passes tensors between two ranks, or they came after the recording began.
+        UsageError: the processes began to communicate after the recording.
     """
     name = func.overloadpacket.__name__
     if not is_ready:
@@ -48,36 +60,71 @@ def how_collective(func: Any, is_ready: bool) -> str:
                 "torch.distributed.init_process_group before everystep.record"
             )
         return "unseen"
-    if name in _BETWEEN_TWO:
-        raise UsageError(
-            f"{name.rstrip('_')} passes tensors between two processes, which everystep cannot record "
-            "yet; use collectives of all (all_reduce, broadcast, all_gather), or do it between two steps"
-        )
-    return "known" if name in _TRANSLATED else "pass" if name in _BARRIERS else "unseen"
+    is_passed = name in _BARRIERS or name in _BETWEEN_TWO  # the latter are refused as they begin
+    return "known" if name in _TRANSLATED else "pass" if is_passed else "unseen"
 
 
-def works_of(result: Any) -> list[Any]:
+def _works_of(result: Any) -> list[Any]:
     """Return the handles of the work of a call, which returns one, or tensors and one."""
     # Boxed, as torch's dispatcher has it.
     boxed = [each for each in pytree.tree_leaves(result) if isinstance(each, torch.ScriptObject)]
     return [torch.distributed.Work.unbox(each) for each in boxed if "Work" in str(each._type())]
 
 
-def exchanging_methods() -> dict[str, Any]:
-    """Return the methods by which groups of processes write into tensors, which torch does not count."""
-    methods = vars(torch.distributed.ProcessGroup) if has_ranks() else {}
-    return {name: method for name, method in methods.items() if _EXCHANGING.search(name)}
+class NotedCalls:
+    """Notes all calls by which processes exchange tensors, until it is removed.
+
+    It lies below all modes, where torch's functions, its functional collectives, which call no method of
+    a group in Python, and its reducers of gradients come together.
+
+    before: is called with the tensors that a call may write into, which torch does not count, and with
+    what refuses the call within a step; it returns whether the work of the call must be noted.
+    """
+
+    def __init__(self, before: Callable[[Sequence[Tensor], str | None], bool]) -> None:
+        library: Any = torch.library.Library("c10d", "IMPL")  # type: ignore[no-untyped-call]
+        own = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
+
+        def noted(operator: Any, keys: Any, *args: Any, **kwargs: Any) -> Any:
+            name = operator.overloadpacket.__name__
+            tensors = [] if name == "send" else leaves([*args, *kwargs.values()])
+            is_noted = before(tensors, _BETWEEN_TWO.get(name))
+            result = operator.redispatch(keys - own, *args, **kwargs)
+            if is_noted:
+                of_kind = _receives if name in _BETWEEN_TWO else _under_way
+                of_kind[:] = [each for each in of_kind if not each.work.is_completed()]
+                of_kind += [_Noted(work, tensors) for work in _works_of(result)]
+            return result
+
+        # Also of a group of one process, whose calls write into tensors, too.
+        names = (*_TRANSLATED, *_UNTRANSLATED, *_BETWEEN_TWO) if _is_running() else ()
+        for name in names:
+            operator = getattr(torch.ops.c10d, name).default
+            library.impl(name, partial(noted, operator), "BackendSelect", with_keyset=True)
+        self._library = library
+
+    def remove(self) -> None:
+        """Note no further calls."""
+        self._library = None
 
 
-def note_works(works: Sequence[Any]) -> None:
-    """Note works that have begun. Ranks may begin those of several groups in different orders."""
-    _under_way[:] = [work for work in _under_way if not work.is_completed()] + [*works]
+def finish_calls() -> None:
+    """Wait for the end of collectives, which write into their tensors until then."""
+    # Once: if a rank has died, the first raises, and so would the others as the recording is closed.
+    works = [each.work for each in _under_way]
+    _under_way.clear()
+    for work in works:
+        work.wait()
 
 
-def finish_calls(works: list[Any] = _under_way) -> None:
-    """Wait for the end of calls to other ranks, which write into their tensors until then."""
-    while works:
-        works.pop().wait()
+def receiving() -> set[int]:
+    """Return the memory into which receives are under way, by its `_cdata`.
+
+    To wait for one would be to wait for a message that the other rank may send only once this one has
+    continued. A receive of gloo is completed once the loop has waited for it, not when it arrives.
+    """
+    _receives[:] = [each for each in _receives if not each.work.is_completed()]
+    return {tensor.untyped_storage()._cdata for each in _receives for tensor in each.tensors}
 
 
 def shows_reductions() -> bool:
@@ -104,7 +151,6 @@ class CollectiveCall:
     def __call__(self, name: str, arguments: tuple[Any, ...]) -> None:
         """Make the call, in place of the operator."""
         self.result = self._call()
-        note_works(works_of(self.result))
 
 
 def _ranks(group: Any) -> list[int]:
@@ -152,7 +198,15 @@ _TRANSLATED: dict[str, tuple[str, Callable[[dict[str, Any]], tuple[Any, ...]]]] 
         ),
     ),
 }
-_EXCHANGING = re.compile("broadcast|gather|reduce|scatter|all_?to_?all|recv")
-#: They pass tensors between two ranks, which need not do so in the same order.
-_BETWEEN_TWO = {"send", "recv_", "recv_any_source_"}
+#: Collectives that no program has.
+_UNTRANSLATED = (
+    *("gather_", "scatter_", "reduce_scatter_", "reduce_scatter_tensor_coalesced_"),
+    *("alltoall_", "allgather_coalesced_", "allgather_into_tensor_coalesced_"),
+)
+#: They pass tensors between two ranks, which need not do so in the same order; why steps have none.
+_BETWEEN_TWO = dict.fromkeys(
+    ("send", "recv_", "recv_any_source_"),
+    "send and recv pass tensors between two processes, which everystep cannot record yet; use "
+    "collectives of all (all_reduce, broadcast, all_gather), or do it between two steps",
+)
 _BARRIERS = {"barrier", "monitored_barrier_"}

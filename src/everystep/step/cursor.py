@@ -33,7 +33,7 @@ from everystep.program.operators import (
 from everystep.step.backward import BackwardPasses
 from everystep.step.call_checks import MISS, check_of, check_of_views, loose_tokens
 from everystep.step.calling_code import named_here
-from everystep.step.collective_calls import CollectiveCall, finish_calls, how_collective, works_of
+from everystep.step.collective_calls import CollectiveCall, finish_calls, how_collective, receiving
 from everystep.step.follow import Follower
 from everystep.step.known_operators import (
     JOINING,
@@ -96,13 +96,10 @@ class Cursor(UnderWay):
         is_new = expected is None or expected.func is not func
         if self.is_paused or (is_new and func.namespace in _NO_OPERATIONS):
             try:
-                result = func._op(*args, **(kwargs or {}))  # without a call of Python's between
-                if is_new and func.namespace == "c10d":
-                    finish_calls(works_of(result))
-                return result
+                return func._op(*args, **(kwargs or {}))  # without a call of Python's between
             finally:
                 # A replay does not repeat a pause, so what it changes is kept by content.
-                if self.is_paused and writes(func):
+                if self.is_paused and writes(func) and "c10d" not in func.namespace:
                     self._note_aside(func, args, kwargs or {})
         # Such hooks may be in force for a few calls only, but a later backward pass runs their Python.
         if _saved_hooks(True) is not None:
@@ -548,8 +545,7 @@ class Cursor(UnderWay):
         before = [tensor for tensor in leaves([*args, *keywords.values()]) if is_plain(tensor)]
         versions = [(tensor, version_of(tensor)) for tensor in before]
         result = func(*args, **keywords)
-        if func.namespace == "c10d":  # its tensors are read next
-            finish_calls(works_of(result))
+        finish_calls()  # its tensors are read next
         changed = _written(func, known.writes or writes(func), args, keywords)
         changed += [tensor for tensor, version in versions if version_of(tensor) != version]
         if changed or func._schema.returns:  # an assertion leaves nothing to keep
@@ -565,13 +561,27 @@ class Cursor(UnderWay):
 
     def _note_aside(self, func: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
         """Note what a call has written unseen into memory that the step knows; return whether it has."""
+        return self._written_aside(_written(func, writes(func), args, keywords))
+
+    def _written_aside(self, tensors: Iterable[Tensor], later: Collection[int] = ()) -> bool:
+        """Note what was written unseen. later: memory that may be, until a receive was waited for."""
         with torch._C._DisableTorchDispatch():
             self.tensors.catch_up(self.at)
-            plain = filter(is_plain, _written(func, writes(func), args, keywords))
-            known = [t for t in plain if self.tensors.place(t.untyped_storage()) is not None]
+            plain = [(tensor, tensor.untyped_storage()) for tensor in tensors if is_plain(tensor)]
+            parts, place = self.tensors.parts, self.tensors.place
+            known = [(t, m._cdata) for t, m in plain if m._cdata in parts or place(m) is not None]
             if known:
-                self.note_unseen(known, ())
+                now = [tensor for tensor, memory in known if memory not in later]
+                self.note_unseen(now, (), [memory for _, memory in known])
         return bool(known)
+
+    def resume(self) -> None:
+        """End a pause; read what ranks have exchanged in it, which all have begun by now."""
+        self.is_paused = False
+        exchanged, self.exchanged = self.exchanged, []
+        if exchanged:
+            finish_calls()
+            self._written_aside(exchanged, receiving())
 
     # In force.
 

@@ -16,7 +16,7 @@ import inspect
 import sys
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from operator import itemgetter
@@ -35,7 +35,7 @@ from everystep.errors import Fault, UsageError
 from everystep.program.operation import Phase
 from everystep.program.operators import leaves
 from everystep.step.calling_code import is_called_in
-from everystep.step.collective_calls import exchanging_methods, note_works
+from everystep.step.collective_calls import NotedCalls
 from everystep.step.mode_formulas import ModeFormulas
 
 __all__ = [
@@ -349,9 +349,7 @@ class _Replacement:
         self._own = {name: vars(torch.Tensor).get(name) for name in _READING}
         for name in _READING:
             setattr(torch.Tensor, name, _noted(getattr(torch.Tensor, name)))
-        self._exchanging = exchanging_methods()
-        for name, method in self._exchanging.items():
-            setattr(torch.distributed.ProcessGroup, name, _exchanging(method))
+        self._calls = NotedCalls(_exchanges)
 
     def remove(self) -> None:
         """Restore torch's functions."""
@@ -361,8 +359,7 @@ class _Replacement:
                 delattr(torch.Tensor, name)
             else:
                 setattr(torch.Tensor, name, function)
-        for name, method in self._exchanging.items():
-            setattr(torch.distributed.ProcessGroup, name, method)
+        self._calls.remove()
         torch.autograd._engine_run_backward = _engine  # type: ignore[attr-defined]
         del torch.Tensor.data
 
@@ -405,19 +402,24 @@ def _noted(read: Callable[..., Any]) -> Callable[..., Any]:
     return noted
 
 
-def _exchanging(exchange: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a method of groups of processes that reports the tensors that it may write into."""
+def _exchanges(tensors: Sequence[Tensor], refusal: str | None) -> bool:
+    """Report tensors that a call to other ranks may write into; return whether it is of this thread.
 
-    def noted(group: Any, *args: Any, **kwargs: Any) -> Any:
-        if _watch() is not None:
-            return exchange(group, *args, **kwargs)
-        for tensor in leaves([*args, *kwargs.values()]):
+    refusal: why the call must not be in a step.
+
+    Raises:
+        UsageError: it is.
+    """
+    if get_ident() not in _followers:
+        return False
+    if (watch := _watch()) is not None and not watch.is_paused and refusal is not None:
+        raise UsageError(refusal)
+    if watch is None:
+        for tensor in tensors:
             _expose(tensor)
-        work = exchange(group, *args, **kwargs)
-        note_works([work])
-        return work
-
-    return noted
+    elif watch.is_paused:
+        watch.exchanged += tensors
+    return True
 
 
 def _set_data(tensor: Tensor, value: Tensor) -> None:

@@ -109,7 +109,8 @@ _MOST_SMALL, _MOST_SMALL_BYTES = 100_000, 1_000_000
 _DEEPEST = 100
 #: Where the classes of locks, files, references, loggers, annotations and tokenizers are defined.
 _WITHOUT_NUMBERS = {"_thread", "_io", "_csv", "weakref", "logging", "typing", "inspect", "tokenizers"}
-_WITHOUT_NUMBERS |= {"torch.torch_version"}
+_WITHOUT_NUMBERS |= {"torch.torch_version", "torch.distributed.distributed_c10d"}
+_WITHOUT_NUMBERS |= {"torch._C._distributed_c10d"}  # the reducer of gradients: see `loop_start`
 #: What shows or records a training.
 _SHOWING = ("everystep", "logging", "rich", "tensorboard", "tqdm")
 #: Where the classes of functions, methods and operators are defined.

@@ -235,11 +235,14 @@ class MetTensors:
             if tensor.untyped_storage()._cdata in left:
                 self.met[number] = _gone
 
+    def alive_memory(self) -> list[tuple[int, int]]:
+        """Return the `_cdata` of memory that still exists, and the number of the first tensor there."""
+        known = self._places.items()
+        return [(s, place) for s, (of, place) in known if of is not None and not of.expired()]
+
     def all_but_state(self) -> list[int]:
         """Return the `_cdata` of all memory but that of the state."""
-        known = self._places.items()
-        alive = [(s, place) for s, (of, place) in known if of is not None and not of.expired()]
-        return [s for s, place in alive if self.known[place].kind != "state"]
+        return [s for s, place in self.alive_memory() if self.known[place].kind != "state"]
 
     def drop_between(self, begin: int, end: int) -> None:
         """Forget tensors that steps before this one have met."""

@@ -68,7 +68,8 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
     often; changed_outside: a tensor that the step has changed and that is in no part, in words, or
     None; changed_unseen: names of the state that something has changed which the dispatcher did not
     show; has_saved_hooks: whether a hook of the user's packs what autograd saves; is_compiled: whether
-    it calls a function of torch.compile.
+    it calls a function of torch.compile; exchanged: what a pause under way may have received from other
+    ranks.
 
     at: the point of the path at which the step is; loss_at: where its loss was logged; is_remembered:
     whether later steps may follow it;
@@ -90,6 +91,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         self.changed_unseen: list[str] = []
         self.is_paused = self.is_remembered = self.is_followed = self.has_saved_hooks = False
         self.is_compiled = False
+        self.exchanged: list[Tensor] = []
         self._remembers_new = True
         self.at: Entry
         self.loss_at: Entry | None = None
@@ -548,6 +550,8 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         path = writer.path(at, after, logged)
         # What has become state is in snapshots, so it needs no notice.
         written = self.written_outside.keys() - self.tensors.origins_of(after.values())
+        # What is gone by now was of this step alone, such as torch's own list of buckets of gradients.
+        written &= {number for _, number in self.tensors.alive_memory()} if written else set()
         texts = [text for origin, text in self.written_outside.items() if origin in written]
         self.changed_outside = texts[0] if texts else None
         ending = Ending(path, tuple(writer.origins))

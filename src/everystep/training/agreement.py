@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any, TypeVar
 
 import torch
@@ -111,23 +112,21 @@ class Agreement:
         if self.ranks is None:
             return create_directory(wanted, name)
         # Rank 0 makes `runs/a`, the others `runs/a/ranks/1`, ...: they need the name that it has found.
-        place, top = Path(), ""
+        place = Path()
         try:
             with self.together():
                 if not self.rank:
+                    top = None
                     try:
-                        place = create_directory(wanted, name)
-                        # The other ranks wait for this directory to appear.
-                        (place / RANKS).mkdir()
-                        top = str(place.resolve())
+                        top = place = create_directory(wanted, name)
                     finally:
-                        # The others wait for an answer, also if there is no directory.
-                        self._shared(top)
-                elif top := self._shared("")[0]:
-                    place = create_directory(self._place_in(Path(top), parent), name)
+                        self.seen(top)
+                elif (top := self.seen(None)) is not None:
+                    within = rank_directory(top, self.rank) if parent is None else top / parent.within
+                    place = create_directory(within, name)
         except RunError:
             # It holds those of the other ranks.
-            if not self.rank and top:
+            if not self.rank and place.name:
                 shutil.rmtree(place)
             raise
         return place
@@ -162,17 +161,31 @@ class Agreement:
             found = not self.rank and ask()
         return bool(self._shared(found)[0])
 
-    def _place_in(self, top: Path, parent: RecordedRun | None) -> Path:
-        """Return the directory of this rank within that of rank 0, which this machine must see."""
-        begun = clock.now()
-        while not (top / RANKS).is_dir():  # a network may show it late
-            if clock.now() - begun > NOTICE_SECONDS / 2:
-                raise RunError(
-                    f"{platform.node()} does not see {top}, where rank 0 has begun it; begin it in a "
-                    "directory that all machines share, under the same path"
-                )
-            time.sleep(0.1)
-        return rank_directory(top, self.rank) if parent is None else top / parent.within
+    def seen(self, top: Path | None) -> Path | None:
+        """Check that all ranks see the directory of rank 0's run, and return it. None: it has none.
+
+        Raises:
+            RunError: this machine does not see it, or has another one under the same path.
+        """
+        if self.ranks is None:
+            return top
+        mark = None
+        if not self.rank and top is not None:
+            (ranks := top.resolve() / RANKS).mkdir(exist_ok=True)
+            mark = mkdtemp(dir=ranks)
+        given, begun = self._shared(mark)[0], clock.now()
+        place = Path(given or "")
+        while not (is_seen := place.is_dir()) and clock.now() - begun < NOTICE_SECONDS / 2:
+            time.sleep(0.1)  # a network may show it late
+        self._shared(None)  # all have looked
+        if mark is not None:
+            Path(mark).rmdir()
+        if not is_seen:
+            raise RunError(
+                f"{platform.node()} does not see {place.parents[1]}, in which rank 0 writes; use a "
+                "directory that all machines share, under the same path"
+            )
+        return None if given is None else place.parents[1]
 
     def continued(self, own: R) -> R:
         """Return the run of this rank, which continues from a state that all ranks have, and can read.
@@ -280,6 +293,8 @@ def run_to_continue(run: R, agreement: Agreement) -> R:
     Raises:
         RunError: another number recorded it, and the ranks had different parameters, or no step yet.
     """
+    with agreement.together():  # a machine may have a copy of the run
+        agreement.seen(run.ranks[0].directory)
     if run.facts.training.processes == agreement.count:
         return agreement.continued(run.ranks[agreement.rank])
     with agreement.together():  # rank 0 then changes what others have read

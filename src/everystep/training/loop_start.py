@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from everystep.errors import RunError, say
 from everystep.recording.contents import given_of, inputs_of
-from everystep.recording.facts import Facts, ForkFacts
+from everystep.recording.facts import Facts, ForkFacts, TrainingFacts
 from everystep.recording.keep import Keep
 from everystep.recording.recorded_run import RecordedRun, stretch_at
 from everystep.recording.recorder import Recorder
@@ -173,6 +175,15 @@ class LoopStart:
                     f"{run.name} has no readable snapshot to continue from: {reason}; record it again"
                 )
             check_rules(run, state.step)
+            is_alike = is_new or run.others is not None
+            if state.step and not is_alike and (order := _other_order(parts, trained)):
+                is_accepted, changed = True, (*changed, order)
+                if trained.ranks is None or not trained.ranks.rank:
+                    say(
+                        f"{run.name} continues after step {state.step:,}, and results may differ from "
+                        f"those of an uninterrupted training by rounding: {order}; later steps that "
+                        "were recorded are discarded"
+                    )
             begun = 0 if before.fork is None else before.fork.at
             if is_accepted and state.step < begun:
                 raise RunError(
@@ -282,3 +293,19 @@ def _drawn(run: RecordedRun, step: int) -> Drawn:
         return bool(both or not known) and all(known[name] == found[name] for name in both)
 
     return Drawn({n: t for n, t in generators.items() if t is not None}, matches)
+
+
+def _other_order(parts: Parts, trained: TrainingFacts) -> str | None:
+    """Return why a resumed loop adds gradients in another order in its first step, or None.
+
+    After the first step of a process, torch lays the gradients out again, in the order in which they
+    were ready. Of three numbers or more, gloo then adds other ones first.
+    """
+    models = [part for part in parts.named.values() if isinstance(part, nn.Module)]
+    found = [m for model in models for m in model.modules() if isinstance(m, DistributedDataParallel)]
+    if trained.processes < 3 or all(m.find_unused_parameters and not m.static_graph for m in found):
+        return None
+    return (
+        f"DistributedDataParallel adds the gradients of {trained.processes} processes in another order "
+        "in the first step after it was made"
+    )

@@ -23,7 +23,6 @@ from everystep.recording.facts import check_measurement_names
 from everystep.recording.recorded_run import RecordedRun
 from everystep.signature import checked
 from everystep.step.calling_code import users_frame
-from everystep.step.collective_calls import finish_calls
 from everystep.step.cursor import Cursor
 from everystep.step.parts import Parts, check_parts, with_inner
 from everystep.training.batch import PutTensors, unnested
@@ -534,7 +533,7 @@ class Recording(Generic[R]):
     def end_step(self) -> None:
         """End the step that `begin_step` began, and record it."""
         writer = self.writer
-        finish_calls()  # they write into the state after this step
+        writer.watched.finish_calls(self._parts.state)
         step = writer.watched.close()
         if step is not None:
             for batch in step.batches:

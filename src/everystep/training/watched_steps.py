@@ -7,7 +7,7 @@ takes, torch's hooks tell which module and optimizer runs, and each step becomes
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from everystep import clock
 from everystep.device import drawing_state
-from everystep.errors import say
+from everystep.errors import UsageError, say
 from everystep.program.operators import NotAllowedError
 from everystep.program.sizes import packed_sizes, sizes_of
 from everystep.program.soundness import note_sound
@@ -25,7 +25,7 @@ from everystep.recording.contents import PROGRAM, SIZES, digest_of, packed_progr
 from everystep.recording.input_writer import Taken
 from everystep.recording.recorder import Recorder
 from everystep.step.build import BuiltPath, NotCapturableError, Origins, build_path
-from everystep.step.collective_calls import finish_calls
+from everystep.step.collective_calls import finish_calls, receiving
 from everystep.step.cursor import Cursor
 from everystep.step.follow import Follower
 from everystep.step.gradient_copies import GradientCopies
@@ -414,6 +414,21 @@ class WatchedSteps:
                 if name not in self._exposed:
                     self._exposed[name] = digest_of(each)
 
+    def finish_calls(self, state: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Wait for the end of collectives, which write into the state after a step.
+
+        Raises:
+            UsageError: a receive is under way into a tensor of the state.
+        """
+        finish_calls()
+        memory = receiving()
+        for name, tensor in state().items() if memory else ():
+            if tensor.untyped_storage()._cdata in memory:
+                raise UsageError(
+                    f"a receive (irecv) into {name.replace('/', ' ', 1)} is still under way between two "
+                    "steps; wait for it first, or receive into another tensor, and copy that in a step"
+                )
+
     def _uncounted(self, state: Mapping[str, Tensor]) -> dict[str, str]:
         """Return digests of the tensors of the state with changes that torch may not count, by name.
 
@@ -425,7 +440,7 @@ class WatchedSteps:
 
     def _written_unseen(self, state: Mapping[str, Tensor]) -> list[str]:
         """Return the names of tensors that code between two steps has written into without a count."""
-        finish_calls()
+        self.finish_calls(lambda: state)
         exposed = [(name, digest) for name, digest in self._exposed.items() if name in state]
         return [name for name, digest in exposed if digest_of(state[name]) != digest]
 
@@ -461,7 +476,7 @@ class WatchedSteps:
         try:
             yield
         finally:
-            watch.is_paused = False
+            watch.resume()
 
     def _watch(self) -> Cursor | None:
         """Return what watches the step in progress, None if nothing does."""
