@@ -104,8 +104,10 @@ class NotedCalls:
         self._library = library
 
     def remove(self) -> None:
-        """Note no further calls."""
+        """Note no further calls, and forget those so far, which a forked process would wait for."""
         self._library = None
+        _under_way.clear()
+        _receives.clear()
 
 
 def finish_calls() -> None:
