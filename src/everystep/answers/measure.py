@@ -190,7 +190,7 @@ def measure(
     left_out: list[int] = []
     with adding(run.directory) as database:
         is_new = _check_name(run, name, meaning, overwrite)
-        values = {} if is_new else {**run.measured(name)}
+        values = {} if is_new else {**run.values_of(name)}
 
         def keep(answers: Answers) -> None:
             nonlocal is_new

@@ -163,10 +163,8 @@ def sweep_of(directory: Path, cases: Iterable[SweepRun]) -> Sweep:
     sign = -1 if about is not None and about.better == "up" else 1
 
     def best(case: SweepRun) -> float | None:
-        if metric is None or case.run is None or metric not in case.run.measurement_names:
-            return None
-        values = case.run.measured(metric).values()
-        return min(filter(math.isfinite, values), key=lambda each: sign * each, default=None)
+        values = {} if case.run is None or metric is None else case.run.values_of(metric)
+        return min(filter(math.isfinite, values.values()), key=lambda each: sign * each, default=None)
 
     def order(case: SweepRun) -> tuple[float, float]:
         numbers = case.best and sign * case.best, case.summary and case.summary.last_loss

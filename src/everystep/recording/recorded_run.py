@@ -271,9 +271,14 @@ class RecordedRun:
         Raises:
             UsageError: there is no such measurement.
         """
-        steps, values = self._checked_series(series_of(name))
-        if not len(steps) and name not in (known := self.measurement_names):
+        values = self.values_of(name)
+        if not values and name not in (known := self.measurement_names):
             raise UsageError(f"{self.name} has no measurement {name!r:.80}; {did_you_mean(name, known)}")
+        return values
+
+    def values_of(self, name: str) -> dict[int, float]:
+        """Return the values of one measurement by step, in order; empty if there is none of the name."""
+        steps, values = self._checked_series(series_of(name))
         return dict(zip(steps.tolist(), values.tolist(), strict=True))
 
     def _checked_series(self, name: str) -> Series:

@@ -197,7 +197,7 @@ class Fork:
         batches = self.stretch.facts.batches
         # Epochs are the parent's up to here.
         continued = replace(training, steps_per_epoch=batches.steps_per_epoch)
-        followed = self.run.measured("validation_loss")
+        followed = self.run.values_of("validation_loss")
         with warnings.catch_warnings():
             # torch warns that the optimizer has not stepped, which is correct here.
             warnings.simplefilter("ignore", UserWarning)

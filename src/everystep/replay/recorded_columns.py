@@ -98,7 +98,7 @@ def changed_settings(
     found = {}
     for name in run.measurement_names:
         if facts.is_setting(name):
-            changes = run.measured(name).items()
+            changes = run.values_of(name).items()
             found[name] = _held({step: value for step, value in changes if first <= step <= last})
 
     def at(step: int) -> dict[str, float]:
@@ -110,7 +110,7 @@ def changed_settings(
 
 def recorded_at(run: RecordedRun, name: str) -> Callable[[int], float | None]:
     """Return a function that looks up a measurement by step (None if it has none)."""
-    values = run.measured(name)
+    values = run.values_of(name)
     return _held(values) if run.facts.training.is_setting(name) else values.get
 
 

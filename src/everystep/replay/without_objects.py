@@ -132,7 +132,7 @@ def check_determined(run: RecordedRun, at: int, until: int, change: str, *, is_o
                 f"{cure}"
             )
     if is_of_rates and facts.loop:
-        rates = (run.measured(each) for each in run.measurement_names if facts.is_setting(each))
+        rates = (run.values_of(each) for each in run.measurement_names if facts.is_setting(each))
         changed = sorted(step for rate in rates for step in rate if at + 1 < step <= until)
         if changed:
             raise RunError(f"your code changes the learning rate of {name} at step {changed[0]}; {cure}")
@@ -293,7 +293,7 @@ class _RankAlone:
         """Note the learning rates of the steps after `at`: one for all, or the recorded ones."""
         last, lr = self.facts.steps or 0, self.steps.lr
         for name in names:
-            known = self.steps.run.measured(name) if lr is None else {at + 1: lr}
+            known = self.steps.run.values_of(name) if lr is None else {at + 1: lr}
             # Recorded rates end with the recorded steps; one for all steps holds until the last.
             end = min(last, self.steps.last) if lr is None else last
             for step, rate in known.items():

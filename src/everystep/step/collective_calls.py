@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 
-class _Noted(NamedTuple):
+class _NotedCall(NamedTuple):
     """A call whose end the loop may wait for later, even in another step."""
 
     work: Any
@@ -28,8 +28,8 @@ class _Noted(NamedTuple):
 
 
 #: Collectives, which all ranks begin, and receives, whose messages the other rank may send much later.
-_under_way: list[_Noted] = []
-_receives: list[_Noted] = []
+_under_way: list[_NotedCall] = []
+_receives: list[_NotedCall] = []
 
 
 def has_ranks() -> bool:
@@ -93,7 +93,7 @@ class NotedCalls:
             if is_noted:
                 of_kind = _receives if name in _BETWEEN_TWO else _under_way
                 of_kind[:] = [each for each in of_kind if not each.work.is_completed()]
-                of_kind += [_Noted(work, tensors) for work in _works_of(result)]
+                of_kind += [_NotedCall(work, tensors) for work in _works_of(result)]
             return result
 
         # Also of a group of one process, whose calls write into tensors, too.

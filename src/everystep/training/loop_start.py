@@ -216,7 +216,7 @@ class LoopStart:
             whole.restore(state)
         # With those of groups that came or went on the way; each as of the last step with a change.
         names = filter(run.facts.training.is_setting, run.measurement_names)
-        noted = ((name, *each) for name in names for each in run.measured(name).items())
+        noted = ((name, *each) for name in names for each in run.values_of(name).items())
         rates = {name: rate for name, step, rate in noted if step <= state.step}
         if trained.ranks is None or not trained.ranks.rank:
             _say_where(run, state.step, recorded, goal, is_new=is_new)

@@ -561,10 +561,7 @@ class Recording(Generic[R]):
         step = self.writer.step
         # The run has the marks of a step that a resumed loop repeats.
         earlier = self._start.earlier if step <= self.writer.recorder.recorded else None
-        known = () if earlier is None else earlier.measurement_names
-        if earlier is not None and all(
-            name in known and step in earlier.measured(name) for name in names
-        ):
+        if earlier is not None and all(step in earlier.values_of(name) for name in names):
             return
         ends, marks = self._conditions.holding(names)
         for text in marks:
