@@ -285,7 +285,7 @@ def _measured(one: RecordedRun, other: RecordedRun) -> Iterator[tuple[str, LossD
     """Yield the measurements that differ at steps that both runs have, and where they begin to."""
     last = min(one.newest_step(), other.newest_step())
     for name in sorted({*one.measurement_names} & {*other.measurement_names}):
-        steps = sorted(step for step in {*one.values_of(name), *other.measured(name)} if step <= last)
+        steps = sorted(step for step in {*one.values_of(name), *other.values_of(name)} if step <= last)
         # A setting is recorded where it changes: at other steps, it has the number of before.
         at = recorded_at(one, name), recorded_at(other, name)
         difference = _first_number((step, (at[0](step), at[1](step))) for step in steps)
