@@ -2,7 +2,8 @@
 
 `python -m benchmarks.record [--rounds N] [--device cuda]`. A step is what one waits for, from one batch
 to the next, the first ten left out; recorded steps are written to disk, snapshots among them. Medians
-over the rounds.
+over the rounds. An empty mode is torch's price for a look at each call of the forward pass and of the
+loss: a dispatch mode that passes them on.
 
 The second table is of whole trainings, from the call to the closed run: the loop as it is, and
 `everystep.train(model, (x, y), ...)`.
@@ -16,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +29,7 @@ import torch  # noqa: E402
 from tests.descent import descend, trained  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset  # noqa: E402
 
 import everystep  # noqa: E402
@@ -240,8 +243,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     asked = parser.parse_args()
     rounds = asked.rounds
-    print("| | steps | plain, ms a step | recorded | ratio |")
-    print("| --- | --: | --: | --: | --: |")
+    print("| | steps | plain, ms a step | under an empty mode | recorded | ratio |")
+    print("| --- | --: | --: | --: | --: | --: |")
     for make in (chapter, shuffled, digits, text, lengths, graphs, packed, transformer, resnet):
         _print_row(make, asked.device, rounds)
     print("\n| | steps | plain, s | model and loss, s | ratio |")
@@ -283,31 +286,44 @@ def _as_model(loop: Loop, run: Path) -> None:
     trained(loop.model, loop.batch, loss=loop.loss, **settings)
 
 
-def _step(loop: Loop, x: Any, y: Tensor) -> Tensor:
-    loss = loop.loss(loop.model(*x) if isinstance(x, tuple) else loop.model(x), y)
+class _EmptyMode(TorchDispatchMode):
+    """Passes each call on."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func._op(*args, **(kwargs or {}))
+
+
+def _step(loop: Loop, x: Any, y: Tensor, mode: AbstractContextManager[Any] | None = None) -> Tensor:
+    with mode or nullcontext():
+        loss = loop.loss(loop.model(*x) if isinstance(x, tuple) else loop.model(x), y)
     return descend(loop.optimizer, loss)  # type: ignore[no-any-return]
 
 
 def _print_row(make: Callable[[], Loop], device: str, rounds: int) -> None:
-    plain, recorded = [], []
+    plain, passed, recorded = [], [], []
     with tempfile.TemporaryDirectory() as place:
         for _ in range(rounds):
             loop = _made(make, device)
             plain.append(_seconds(loop, loop.batches()))
+            loop = _made(make, device)
+            passed.append(_seconds(loop, loop.batches(), mode=_EmptyMode()))
             loop = _made(make, device)
             run = Path(place) / "run"
             with everystep.record(run=run, model=loop.model, optimizer=loop.optimizer) as recording:
                 batches = recording.steps(loop.batches())
                 recorded.append(_seconds(loop, batches, lambda loss: recording.log(loss=loss)))
             shutil.rmtree(run)
-    ratios = [one / two for one, two in zip(recorded, plain, strict=True)]
-    one, two, ratio = map(statistics.median, (plain, recorded, ratios))
+    ratio = statistics.median(one / two for one, two in zip(recorded, plain, strict=True))
+    times = " | ".join(f"{1e3 * statistics.median(each):.3g}" for each in (plain, passed, recorded))
     name = (make.__doc__ or "").rstrip(".")
-    print(f"| {name} | {loop.steps:,} | {1e3 * one:.3g} | {1e3 * two:.3g} | {ratio:.2f} |")
+    print(f"| {name} | {loop.steps:,} | {times} | {ratio:.2f} |", flush=True)
 
 
 def _seconds(
-    loop: Loop, batches: Iterable[Any], log: Callable[[Tensor], None] = lambda loss: None
+    loop: Loop,
+    batches: Iterable[Any],
+    log: Callable[[Tensor], None] = lambda loss: None,
+    mode: AbstractContextManager[Any] | None = None,
 ) -> float:
     """Run a loop; return the seconds of a step."""
     started, count = 0.0, 0
@@ -318,7 +334,7 @@ def _seconds(
         count += 1
         if loop.draws is not None:
             x, y = loop.draws()
-        log(_step(loop, x, y))
+        log(_step(loop, x, y, mode))
     _wait(loop.batch[1].device)
     return (time.perf_counter() - started) / (count - WARM_UP)
 
