@@ -29,10 +29,10 @@ import torch  # noqa: E402
 from tests.descent import descend, trained  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset  # noqa: E402
 
 import everystep  # noqa: E402
+from everystep.program.operators import OperatorMode  # noqa: E402
 
 __all__ = ["main"]
 
@@ -286,7 +286,7 @@ def _as_model(loop: Loop, run: Path) -> None:
     trained(loop.model, loop.batch, loss=loop.loss, **settings)
 
 
-class _EmptyMode(TorchDispatchMode):
+class _EmptyMode(OperatorMode):
     """Passes each call on."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""Names that everystep would not read again are refused before a run is written with them."""
+"""Names that everystep would not read again are refused, and those that it gives itself may be used."""
 
 from pathlib import Path
 
@@ -87,3 +87,28 @@ def test_the_longest_names_are_read_again(record):
     if record is loop:
         run.measure("loss", name="n" * 10_000, progress=False)
     assert run[2].is_exact and run.verify(progress=False).is_exact and run.damage is None
+
+
+@pytest.mark.parametrize(
+    "keys", [("mul", "mul_2", "mul_3"), ("x", "loss", "y"), ("x~1", "x", "x~2"), ("t", "input", "t~1")]
+)
+def test_a_batch_may_have_names_that_operations_give(keys):
+    batches = [{key: torch.randn(4, 3) for key in keys} for _ in range(3)]
+    model, losses = nn.Linear(3, 3), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with everystep.record(run="./run", model=model, optimizer=optimizer) as recording:
+        for batch in recording.steps(batches):
+            one, two, three = batch.values()
+            output = model(one * 2 * two).t() * three.t() * two.t() + one[1:].mean()
+            loss = descend(optimizer, output.square().mean())
+            recording.log(loss=loss)
+            losses.append(loss.item())
+    run = everystep.open("run")
+    assert run.verify(progress=False).is_exact
+    assert [float(run[step].loss) for step in (1, 2, 3)] == losses
+    assert all(torch.equal(run[2].batch[key], batches[1][key]) for key in keys)
+
+
+def test_a_batch_with_the_name_of_a_parameter_is_refused():
+    with pytest.raises(everystep.UsageError, match=r"the batch has parameter/weight, .* rename it"):
+        loop(nn.Linear(3, 2), key="parameter/weight")

@@ -97,6 +97,24 @@ def test_a_step_with_a_closure_or_none_of_a_wrapper_is_one_operation(closure, tm
     assert programs and all('"optim.Adam.step"' in each for each in programs)
 
 
+def test_parameters_with_data_that_the_step_has_computed(tmp_path):
+    # The data is the result of an operation that the optimizer calls, too.
+    x, model = torch.randn(8, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    optimizer, states = everystep.GradientDescent(model.parameters(), lr=0.1), []
+    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
+        for _ in recording.steps(range(3)):
+            loss = model(x).square().mean() * 2
+            loss.backward()
+            model[0].weight.data = model[0].weight.data * 0.5 * 1.5
+            optimizer.step()
+            optimizer.zero_grad()
+            recording.log(loss=loss)
+            states.append({name: each.clone() for name, each in model.state_dict().items()})
+    run = everystep.open(tmp_path / "run")
+    assert run[2].is_exact and run[3].is_exact
+    assert torch.equal(run[2].updates["1.weight"].after, states[1]["1.weight"])
+
+
 @pytest.mark.sweep(every=4)
 @pytest.mark.parametrize(("name", "setting"), [("adagrad", 0.2), *((name, None) for name in OPTIMIZERS)])
 def test_an_optimizer_that_forgets_what_it_keeps_comes_back(name, setting, tmp_path):

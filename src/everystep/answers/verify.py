@@ -48,7 +48,8 @@ class Verification(Shown):
     def __repr__(self) -> str:
         if self.is_exact:
             of = f" of {self.all_steps:,}" if self.steps < self.all_steps else ""
-            found = f"{self.steps:,}{of} steps and {self.snapshots:,} snapshots replay bit-identical"
+            states = f"{self.snapshots:,} snapshot{'s' * (self.snapshots != 1)}"
+            found = f"{self.steps:,}{of} steps and {states} replay bit-identical"
         elif self.first_loss is not None:
             step = self.first_loss.step
             found = f"{self.different_steps:,} of {self.steps:,} losses differ, first at step {step:,}"

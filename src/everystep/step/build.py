@@ -102,7 +102,7 @@ class _Builder:
         unused = path.unused_gradients()
         self._state = {name: number for name, number in path.named if name not in unused}
         self._names: dict[int, str] = {}
-        self._taken = Counter([*self._state])  # a part of the batch may have the name of an operator
+        self._count = Counter[str]()
         self._views: dict[str, int] = {}
         self._storages: dict[str, Storage] = {}
         self._tensors: dict[str, TensorSpec] = {}
@@ -195,10 +195,12 @@ class _Builder:
         """
         path, storage_of = self._path, [tensor.storage for tensor in self._path.tensors]
         made = {n: k for n, k in path.ends if n not in self._state and not n.startswith("gradient/")}
-        made |= {} if path.loss is None else {"loss": path.loss}
+        made |= {} if path.loss is None or "loss" in self._state else {"loss": path.loss}
         # A new name of memory that the state has already is a view of it.
         made = {n: k for n, k in made.items() if path.storages[storage_of[k]].kind != "state"}
         gradients = {f"gradient/{n}": k for n, k in path.gradients if f"gradient/{n}" not in self._state}
+        # A part of the batch may have the name of an operator, with a number or without one.
+        self._taken = {*made, *self._state, *gradients}
         for known in (made, self._state, gradients):
             for name, number in known.items():
                 self._names.setdefault(storage_of[number], name)
@@ -212,9 +214,12 @@ class _Builder:
                 self._names[place] = self._free(known_as.kind)
 
     def _free(self, base: str) -> str:
-        self._taken[base] += 1
-        count = self._taken[base]
-        return base if count == 1 else f"{base}_{count}"
+        name = ""
+        while not name or name in self._taken:
+            self._count[base] += 1
+            count = self._count[base]
+            name = base if count == 1 else f"{base}_{count}"
+        return name
 
     # A gradient that was pending before the step has this name already.
     def _unused(self, name: str) -> str:
@@ -232,9 +237,11 @@ class _Builder:
         if number not in self._tensor_names:
             seen = self._path.tensors[number]
             base = self._names[seen.storage]
-            whole = base not in self._tensors and seen.offset == 0 and seen.moves is None
-            self._views[base] = self._views.get(base, 0) + (not whole)
-            self._add_tensor(base if whole else f"{base}~{self._views[base]}", number)
+            name, is_named = base, seen.offset == 0 and seen.moves is None
+            while name in self._tensors or not is_named:
+                self._views[base] = self._views.get(base, 0) + 1
+                name, is_named = f"{base}~{self._views[base]}", True
+            self._add_tensor(name, number)
         return self._tensor_names[number]
 
     def _add_tensor(self, name: str, number: int) -> None:

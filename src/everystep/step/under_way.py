@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from everystep.device import drawing_state
+from everystep.errors import UsageError
 from everystep.program.number_slots import READ
 from everystep.program.operators import OperatorMode
 from everystep.step.calling_code import Calls, calls_here, is_in_backward
@@ -163,6 +164,10 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
             self.tensors.catch_up(self.at)
             key, numbers, new = self.tensors.batch(plain)
             if not self.goes_on(key, new):
+                known = {mark.name for mark in self.at.from_root()[0].marks}
+                if taken := sorted(plain.keys() & known):
+                    problem = f"the batch has {taken[0]}, and so have the parts; rename it in the batch"
+                    raise UsageError(problem)
                 for tensor in new:
                     self.tensors.meet(tensor, "batch", is_named=True)
                 names = zip(plain, numbers, strict=True)
