@@ -286,7 +286,7 @@ def _as_model(loop: Loop, run: Path) -> None:
     trained(loop.model, loop.batch, loss=loop.loss, **settings)
 
 
-class _EmptyMode(OperatorMode):
+class _EmptyMode(OperatorMode):  # type: ignore[no-untyped-call]
     """Passes each call on."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
