@@ -113,6 +113,11 @@ class RecordFit(pl.Callback):  # type: ignore[misc]  # no types come with it
         self._recording.end_step()
         trainer.should_stop |= self._recording.is_stopping
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Drop the step of a batch that the module refused, which ends the epoch."""
+        if self._recording is not None:
+            self._recording.drop_step()
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the run."""
         if self._recording is not None:

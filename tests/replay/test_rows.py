@@ -689,6 +689,38 @@ def test_a_row_with_nan_is_the_first(tmp_path):
     assert rows.gradient.isnan().tolist() == [row == 11 for row in range(N)]
 
 
+def test_batches_that_are_accumulated_have_no_rows_in_common():
+    batches = [[(torch.randn(4, 6), torch.randn(4, 3)) for _ in range(2)]] * 2
+    run = looped(
+        nn.Linear(6, 3), batches, lambda model, pairs: sum(((model(x) - y) ** 2).sum() for x, y in pairs)
+    )
+    rows = run.rows(2)
+    assert rows.numbers == () and "no operation joins 0.0 and 1.0 of the batch" in str(rows.loss_share)
+    assert rows.loss_share == rows.gradients["weight"]
+
+
+def test_tensors_of_a_pair_have_rows_in_common():
+    model, pairs = nn.Linear(6, 3), [((torch.randn(4, 6),), (torch.randn(4, 6),))] * 2
+    ((one,), (other,)), far = pairs[0], lambda model, a, b: (model(a) - model(b)).square()
+    expected = far(model, one, other).sum(1).detach()
+    run = looped(model, pairs, lambda model, pair: far(model, pair[0][0], pair[1][0]).sum())
+    _agree(run.rows(1).loss, expected)
+
+
+def test_the_rows_of_a_loss_that_is_computed_outside_of_the_step_are_unknown(loop):
+    record, one, two, optimizer = loop
+
+    def body(x, y):
+        optimizer.zero_grad()
+        loss = ((two(one(x)) - y) ** 2).sum()
+        loss.backward()
+        optimizer.step()
+        return torch.tensor(loss.item())
+
+    with pytest.raises(RunError, match="has no loss that an operation returned"):
+        _ = record(body).rows.loss
+
+
 def test_batches_without_rows_in_common():
     batches = [(torch.randn(4, 6), torch.randn(3))] * 2
     run = looped(

@@ -89,6 +89,22 @@ def test_lightning(tmp_path, options):
     assert (len(callback.run), callback.run.status) == (3, "stopped")
 
 
+def test_a_batch_that_the_module_refuses_is_no_step(capfd):
+    class Refusing(Classifier):
+        def on_train_batch_start(self, batch, batch_idx):
+            return -1 if batch_idx == 2 else None  # the rest of the epoch is skipped
+
+        def training_step(self, batch, batch_idx):
+            super().training_step(batch, batch_idx)  # returns no loss
+
+    callback = everystep.lightning.RecordFit()
+    model = Refusing()
+    fit(model, [callback], -1, max_epochs=2)
+    assert (len(callback.run), callback.run.status, len(model.losses)) == (4, "finished", 4)
+    assert "in Lightning, return it from training_step" in capfd.readouterr().err
+    assert_replays(callback.run)
+
+
 def test_lightning_by_its_former_name_alone(monkeypatch):
     """Packages for forecasting install pytorch_lightning, without lightning."""
     monkeypatch.setitem(sys.modules, "pytorch_lightning", pl)

@@ -95,6 +95,7 @@ def test_a_resumed_loop_enters_no_epoch_that_is_past(stop, whole, tmp_path, capf
     run = everystep.open(tmp_path / "run")
     assert run.table_frame().equals(table)
     assert run.verify(progress=False).is_exact
+    assert run[STEPS + 1].epoch is None
     assert "everystep: run continues after step " in capfd.readouterr().err
 
 

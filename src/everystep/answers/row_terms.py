@@ -97,12 +97,46 @@ class RowsFollower:
             if index < len(step.operations):
                 self._take(index, step.operations[index])
         penalized = _NONE.union(*(self._ways.get(end, _NONE) for end in self._ends))
-        if places.loss is None:
+        # A tensor that no operation wrote was logged as a number, or computed outside of the step.
+        if places.loss is None or not self._trace.writers(places.loss):
             return Followed(found, None, penalized)
         spec = places.tensors[places.loss]
         loss = torch.as_tensor(step.loss, dtype=spec.torch_dtype).reshape(spec.shape)
         penalized |= self._ways.get(spec.storage, _NONE)
         return Followed(found, memory.read(places.loss, loss), penalized)
+
+    def apart(self) -> Reason | None:
+        """Return why tensors of the batch may have different rows, as those of micro-batches do.
+
+        Those of one batch meet: of inputs and targets, or of a pair, a result is made before the sum.
+        """
+        trace = self._trace
+        batch = [name for name, each in self._step.batch.tensors.items() if each.dim()]
+        #: The tensors of the batch that a storage was computed from; those that met, by each of them.
+        sources = {trace.storage(n): {n} for n in batch if n in self._places.tensors}
+        met = {name: {name} for name in batch}
+        learned: set[str] = set()
+        for seen in self._step.operations:
+            given = [(n, sources[s]) for n in seen.inputs if (s := trace.storage(n)) in sources]
+            here = set[str]().union(*(each for _, each in given))
+            if seen.operation.phase == "backward":
+                learned |= here
+                continue
+            # The losses of micro-batches are added up, or stacked for their mean.
+            is_sum = seen.operation.name.rstrip("_") in _ADDS | {"stack", "cat"}
+            if len(given) > 1 and not (is_sum and not any(seen.inputs[n].dim() for n, _ in given)):
+                together = here.union(*(met[name] for name in here))
+                met |= dict.fromkeys(together, together)
+            if not here:
+                continue
+            for name in (*seen.results, *seen.written):
+                if trace.kind(name) != "state":  # such as the running mean of all batches
+                    sources[trace.storage(name)] = here | sources.get(trace.storage(name), set())
+        one, *others = [name for name in batch if name in learned] or [""]
+        apart = next((name for name in others if name not in met[one]), None)
+        if apart is None:
+            return None
+        return Reason(f"no operation joins {one} and {apart} of the batch, so their rows may differ")
 
     def _storages_of_terms(self) -> set[str]:
         """Return the memory of gradients and the loss, and of the terms added up to them."""

@@ -126,13 +126,15 @@ def rows_of(step: Step) -> Rows:
     if len(sizes) != 1:
         shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in step.batch.tensors.items())
         why = f"the tensors of the batch have no first axis in common ({shapes})"
-        reason = Reason(why if sizes else "the batch has no tensor with rows")
-        return Rows(step.number, (), "", reason, dict.fromkeys(step.gradients, reason))
+        return _without_rows(step, Reason(why if sizes else "the batch has no tensor with rows"))
     (count,) = sizes
+    follower = RowsFollower(step, count)
+    if (apart := follower.apart()) is not None:
+        return _without_rows(step, apart)
     given = step.batch.rows
     is_known = given is not None and len(given) == count
     numbers = given.tolist() if given is not None and is_known else range(count)
-    followed, rounding = RowsFollower(step, count).followed(), _rounding(step)
+    followed, rounding = follower.followed(), _rounding(step)
     norms = [float(gradient.norm()) for gradient in step.gradients.values()]
     floor = _EPS * max((norm for norm in norms if isfinite(norm)), default=0.0)
 
@@ -150,6 +152,10 @@ def rows_of(step: Step) -> Rows:
         missing if followed.loss is None else _share(followed.loss, count, _LOSS, rounding),
         {n: share_of(n, followed.gradients[n]) for n in step.gradients if n in followed.gradients},
     )
+
+
+def _without_rows(step: Step, reason: Reason) -> Rows:
+    return Rows(step.number, (), "", reason, dict.fromkeys(step.gradients, reason))
 
 
 def _rounding(step: Step) -> float:

@@ -148,8 +148,8 @@ class Step(Shown):
     inputs and results; places: the memory that the names of its tensors refer to; state, end: every
     tensor of the state before the step, and after it, by its name in the run
     (`optimizer/0.weight/exp_avg`); hyperparameters: the lr and similar settings, `lr[1]` for the second
-    param group; epoch: from 0; earlier: opens another step of the run; of_ranks:
-    returns a step of all ranks; view: how it is shown.
+    param group; epoch: from 0, None of the user's own loop; earlier: opens another step of the run;
+    of_ranks: returns a step of all ranks; view: how it is shown.
     """
 
     number: int
@@ -164,7 +164,7 @@ class Step(Shown):
     state: dict[str, Tensor] = field(repr=False, compare=False)
     end: dict[str, Tensor] = field(repr=False, compare=False)
     hyperparameters: dict[str, float] = field(default_factory=dict)
-    epoch: int = 0
+    epoch: int | None = None
     earlier: Callable[[int], Step] | None = field(default=None, repr=False, compare=False)
     of_ranks: Callable[[int], Sequence[Step]] | None = field(default=None, repr=False, compare=False)
 

@@ -288,7 +288,7 @@ class ReplayStepper:
                 step = observed_step(number, self.observe(), batch)
         except (NotCapturableError, *REFUSALS) as error:
             raise self._not_replayed(error) from None
-        epoch = 0 if self._is_own_loop else batches_of(self.steps.facts).epoch(number)
+        epoch = None if self._is_own_loop else batches_of(self.steps.facts).epoch(number)
         known = self.hyperparameters()
         others = {n: v for n, v in self._settings_used(number).items() if n not in known}
         return replace(step, hyperparameters=known | others, epoch=epoch)

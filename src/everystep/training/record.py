@@ -179,7 +179,7 @@ class Recording(Generic[R]):
             if self._under_way is not None and error is None:
                 self.end_step()  # the loop took its last batch by `next`, and asked for no other
             elif self._under_way is not None:
-                self._abandon()
+                self.drop_step()
             # `steps` took the exception for a `break`, which Python shows in the same way.
             elif error is not None and self._left_at == writer.step:
                 writer.take_back()
@@ -192,7 +192,10 @@ class Recording(Generic[R]):
                 "recording.steps(loader), or put each step into `with recording.step(batch):`"
             )
         elif not writer.has_loss and error is None and writer.function is None:
-            say("no loss was recorded; record it in each step: recording.log(loss=loss)")
+            say(
+                "no loss was recorded; record it in each step, recording.log(loss=loss); in Lightning, "
+                "return it from training_step"
+            )
         if error is None and self._start.is_accepted and writer.step == writer.recorder.recorded:
             say(
                 f"no step was added: the recorded loop took its last batch at step {writer.step:,}, "
@@ -386,7 +389,7 @@ class Recording(Generic[R]):
         try:
             yield
         except BaseException:
-            self._abandon()
+            self.drop_step()
             raise
         self.end_step()
 
@@ -594,8 +597,10 @@ class Recording(Generic[R]):
         self.writer.flush()
         self.writer.recorder.drain()
 
-    def _abandon(self) -> None:
-        """Discard an incomplete step: record neither it nor a snapshot of its state."""
+    def drop_step(self) -> None:
+        """Discard the step in progress, if any: record neither it nor a snapshot of its state."""
+        if self._under_way is None:
+            return
         self.writer.watched.close()
         # Its writes are in the parts, which no recorded step has made.
         self.writer.watched.forget_versions()

@@ -218,7 +218,7 @@ class _Opened:
         if has_loss and not math.isfinite(step.loss):
             page.labelled("", "the loss is not finite", "bold red")
         page.labelled("replayed", self._exactness(), "" if step.is_exact else "yellow")
-        if step.batch.rows is not None:
+        if step.batch.rows is not None and step.epoch is not None:
             page.labelled("epoch", f"{step.epoch:,}, counted from 0")
 
     def _exactness(self) -> str:
