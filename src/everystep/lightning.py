@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -49,6 +49,14 @@ class RecordFit(pl.Callback):  # type: ignore[misc]  # no types come with it
         self._run, self._options = run, options
         self._recording: Recording[Run] | None = None
         self._output: Any = None
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        # Packages copy the settings of a trainer, and the user asks the original for the run.
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # They save these settings with a model, too; a recording cannot be pickled.
+        return vars(self) | {"_recording": None, "_output": None}
 
     @property
     def run(self) -> Run:

@@ -243,16 +243,22 @@ def prepare() -> None:
 
 
 def warning() -> str | None:
-    """Return a warning for the user if `prepare` came too late for the matrix products."""
+    """Return a warning for the user, once, if `prepare` came too late for the matrix products."""
     asked = os.environ.get("MKL_CBWR") == ENVIRONMENT["MKL_CBWR"]
     # It was asked for, but MKL had computed before the environment was set.
     if asked and _mkl_cbwr() == "off":
-        return (
-            "torch already computed something in this process, so the bits of this run may depend on "
-            "the thread count and on memory alignment; to avoid that, call "
-            "everystep.numerics.prepare() first, or start Python with MKL_CBWR=AVX2,STRICT"
-        )
+        return next(_too_late, None)
     return None
+
+
+#: Once in a process: in a notebook, it holds for each of many runs.
+_too_late = iter(
+    [
+        "torch already computed something in this process, so the bits of its runs may depend on the "
+        "thread count and on memory alignment; to avoid that, call everystep.numerics.prepare() first, "
+        "or start Python with MKL_CBWR=AVX2,STRICT"
+    ]
+)
 
 
 def in_effect() -> tuple[Any, ...]:

@@ -416,10 +416,7 @@ class Run(RecordedRun):
             StepError: the run has no such step.
             RunError: a needed file is missing or unreadable.
         """
-        from everystep.views.run_view import RunView
-
-        opened = self[step]
-        return replace(opened.rows, view=RunView(self, opened))
+        return self[step].rows
 
     def why(self, step: int, expression: str, *, back: int = 0, depth: int = 1, terms: int = 5) -> Why:
         """Return where a number of a step comes from: the operation that computed it, and its inputs.

@@ -92,14 +92,10 @@ class RecordTraining(transformers.TrainerCallback):  # type: ignore[misc]  # unt
         """Log the loss, and end the step."""
         if self._recording is None or not self._is_in_step:
             return
-        # The loss itself, so that the run knows which operation made it.
-        if len(self._losses) == 1:
-            self._recording.log(loss=self._losses[0])
-        elif self._losses:
-            # Paused, since Trainer does not compute this sum: it is not an operation of the step.
-            with self._recording.paused():
-                total = torch.stack(self._losses).float().sum()
-            self._recording.log(loss=total)
+        # In the step, so that the run knows which operations made the loss.
+        if self._losses:
+            one, *others = self._losses
+            self._recording.log(loss=torch.stack(self._losses).float().sum() if others else one)
         self._is_in_step = False
         self._recording.end_step()
         control.should_training_stop |= self._recording.is_stopping

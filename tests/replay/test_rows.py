@@ -771,7 +771,9 @@ def test_the_command_ranks_rows_and_says_what_is_unknown(tmp_path):
 
 def test_rows_show_themselves(tmp_path):
     run = _train(tmp_path / "run", nn.Linear(6, 3), _columns(), nn.MSELoss())
-    assert "step 2: loss" in run.rows(2)._repr_html_()
+    shown = run[2].rows._repr_html_()
+    assert "step 2: loss" in shown and "font-family: monospace; white-space: pre;" in shown
+    assert run.rows(2)._repr_html_() == shown
     assert "7 rows, loss known, gradients of 2 of 2" in repr(run[2].rows)
     assert isinstance(run[2].rows.gradients["bias"], Share)
 

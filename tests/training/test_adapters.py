@@ -1,6 +1,7 @@
 """Lightning's and Hugging Face's own trainers, recorded by a callback, and replayed."""
 
 import copy
+import pickle
 import runpy
 import sys
 from pathlib import Path
@@ -103,6 +104,14 @@ def test_a_batch_that_the_module_refuses_is_no_step(capfd):
     assert (len(callback.run), callback.run.status, len(model.losses)) == (4, "finished", 4)
     assert "in Lightning, return it from training_step" in capfd.readouterr().err
     assert_replays(callback.run)
+
+
+def test_a_callback_in_settings_that_are_copied_and_saved_has_the_run():
+    callback = everystep.lightning.RecordFit()
+    fit(Classifier(), copy.deepcopy([callback]), 2)
+    assert len(callback.run) == 2
+    with pytest.raises(everystep.UsageError, match="nothing is recorded yet"):
+        _ = pickle.loads(pickle.dumps(callback)).run
 
 
 def test_lightning_by_its_former_name_alone(monkeypatch):
@@ -271,6 +280,7 @@ def test_the_loss_of_a_step_is_what_trainer_logs(trainer, make, accumulated, smo
     settings = {"gradient_accumulation_steps": accumulated, "label_smoothing_factor": smoothing}
     trained_by(trainer, make(), [logged, recorded], **settings)
     assert recorded.run.losses["loss"].to_list() == logged.losses
+    assert recorded.run.why(2, "loss").number.value == logged.losses[1]
     assert accelerate.Accelerator.backward is backward
     assert_replays(recorded.run)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -260,9 +260,14 @@ class Step(Shown):
 
         return why(self, expression, back=back, depth=depth, terms=terms)
 
-    @cached_property
+    @property
     def rows(self) -> Rows:
         """How much each row of the batch contributes to the loss and to each gradient."""
+        # Without this step where it is kept, which would be a cycle: a step holds much memory.
+        return replace(self._rows, view=self.view and self.view._replace(step=self))
+
+    @cached_property
+    def _rows(self) -> Rows:
         from everystep.answers.rows import rows_of
 
         return rows_of(self)

@@ -53,7 +53,11 @@ if TYPE_CHECKING:
 __all__ = ["RunView", "finite_text", "skipped_text", "when_text"]
 
 #: A long answer scrolls. Colours are those of the notebook, and only emphasis is added.
-_HTML = '<pre style="overflow: auto; max-height: 40em; line-height: 1.35; background: none">{code}</pre>'
+#: Its columns line up whatever a notebook has as the font of its outputs.
+_HTML = (
+    '<pre style="font-family: monospace; white-space: pre; overflow: auto; max-height: 40em; '
+    'line-height: 1.35; background: none">{code}</pre>'
+)
 
 #: Rows of a training that are named before the rest is counted.
 _ROWS_NAMED = 8
