@@ -19,6 +19,7 @@ ALTERED = {
     "a fact": "UPDATE facts SET value = replace(value, '0.01', '0.02') WHERE key = 'optimizers'",
     "a missing digest": "DELETE FROM blocks WHERE name = 'facts'",
     "a missing file": "DELETE FROM files WHERE name GLOB 'snapshots/000020/*'",
+    "all values": "DELETE FROM measurements",
     "a name": "UPDATE measurements SET name = name || '!' WHERE step = 10",
     "a last step": "DELETE FROM steps WHERE step = 20",
 }
@@ -100,6 +101,12 @@ def test_what_is_written_later_does_not_make_altered_numbers_recorded_ones(alter
             assert run.fork(15, steps=17, run=tmp_path / "fork", progress=False).damage
             run.resume(steps=22, progress=False)
         assert everystep.open(altered).damage
+
+
+@pytest.mark.parametrize("altered", ["a missing file", "all values"], indirect=True)
+def test_what_is_gone_as_a_whole_is_said_where_a_step_is_opened(altered):
+    with pytest.warns(DamageWarning, match=r"run is damaged: run.sqlite, (files|measurements): "):
+        everystep.open(altered)[7]
 
 
 def test_a_bit_in_the_name_of_a_measurement_is_reported(recorded, tmp_path, everystep_command):

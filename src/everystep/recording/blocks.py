@@ -272,6 +272,11 @@ class Blocks:
         found = {name: self.series(series_of(name), first, last) for name in self.measurement_names()}
         return {name: series for name, series in found.items() if len(series[0])}
 
+    def measured_blocks(self) -> set[str]:
+        """Return the series of measurements that have digests, 0 being that of no numbers."""
+        query = "SELECT DISTINCT name FROM blocks WHERE digest <> 0 AND name GLOB ?"
+        return {*self.numbers(query, series_of("*"), kind=str)}
+
     def write_losses(self, first_step: int, losses: Iterable[float | None]) -> None:
         """Write the losses of consecutive new steps."""
         rows = dict(enumerate(losses, start=first_step))

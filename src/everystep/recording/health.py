@@ -92,6 +92,11 @@ def structure_findings(database: Database, facts: Facts) -> Iterator[Finding]:
     for table in database.altered_tables():
         what = {"facts": "description of the run", "files": "list of its files"}[table]
         yield _in_table(table, f"the {what} does not match its digest")
+    with suppress(RunError):  # a finding of the numbers reports it
+        names = {*map(series_of, database.measurement_names())}
+        # A step shows no learning rate, or an earlier one, where all values of a name are gone.
+        for name in sorted(database.measured_blocks() - names):
+            yield _in_table("measurements", f"all values of {name.partition('/')[2]} are missing")
 
 
 def missing_steps(facts: Facts, newest: int) -> Finding | None:
