@@ -65,6 +65,8 @@ LONGEST_NAME, MOST_NAMES = 10_000, 10_000
 LONGEST_NOTE = 1000
 #: Tags of a run, and characters of one; bytes of a config.
 MOST_TAGS, LONGEST_TAG, LARGEST_CONFIG = 100, 100, 1_000_000
+#: Files of programs of a run: each process that continues it writes few.
+MOST_PROGRAM_FILES = 100_000
 #: Processes that train together.
 MOST_RANKS = 4096
 Tag = Annotated[str, Field(min_length=1, max_length=LONGEST_TAG)]
@@ -253,7 +255,7 @@ class LoopFacts(_Fact):
     """
 
     parts: dict[str, str]
-    programs: Whole
+    programs: Annotated[int, Field(ge=0, le=MOST_PROGRAM_FILES)]
     unseen: tuple[str, ...]
     has_loss: bool
     has_computed_batches: bool = False
