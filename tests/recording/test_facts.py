@@ -37,6 +37,7 @@ CHANGED = [
     ("schedulers", '{"scheduler": "StepLR, every step"}'),
     ("loss", '{"text": "MSELoss()"}'),
     ("engine", '{"asked": "auto"}'),
+    ("data_file", '{"file": "data.safetensors", "stored": true, "bytes": 1, "digest": ""}'),
     ("loop", '{"parts": {}, "programs": 4611686018427387904, "unseen": [], "has_loss": true}'),
     ("versions", '{"torch": 2.9}'),
     ("data", '{"source": "random", "rows": 1.5}'),

@@ -13,7 +13,15 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import from_json, to_json, to_jsonable_python
 
 from everystep.bounded import MOST_STEPS
@@ -310,6 +318,16 @@ class TrainingFacts(_Fact):
     engine: EngineFacts | None = None
     loop: LoopFacts | None = None
     ranks: RanksFacts | None = None
+
+    @field_validator("data_file")
+    @classmethod
+    def _has_rows(cls, file: DataFileFacts | None, info: ValidationInfo) -> DataFileFacts | None:
+        # The order of billions of rows that no data has would take all memory, and minutes. The files
+        # that data stayed in may be compressed.
+        data = info.data.get("data")
+        if file is not None and not file.sources and data is not None and data.rows > file.bytes:
+            raise ValueError("more rows than bytes")
+        return file
 
     @property
     def processes(self) -> int:
