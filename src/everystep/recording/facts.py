@@ -325,7 +325,9 @@ class TrainingFacts(_Fact):
         # The order of billions of rows that no data has would take all memory, and minutes. The files
         # that data stayed in may be compressed.
         data = info.data.get("data")
-        if file is not None and not file.sources and data is not None and data.rows > file.bytes:
+        if file is None or file.sources or data is None:
+            return file
+        if data.rows + (data.validation_rows or 0) > file.bytes:
             raise ValueError("more rows than bytes")
         return file
 
