@@ -103,6 +103,12 @@ def test_what_is_written_later_does_not_make_altered_numbers_recorded_ones(alter
         assert everystep.open(altered).damage
 
 
+@pytest.mark.parametrize("altered", ["a loss"], indirect=True)
+def test_an_altered_loss_is_said_by_a_question_about_losses(altered):
+    with pytest.warns(DamageWarning, match="run is damaged: run.sqlite, steps: "):
+        everystep.open(altered).when("loss < 1")
+
+
 @pytest.mark.parametrize("altered", ["a missing file", "all values"], indirect=True)
 def test_what_is_gone_as_a_whole_is_said_where_a_step_is_opened(altered):
     with pytest.warns(DamageWarning, match=r"run is damaged: run.sqlite, (files|measurements): "):
