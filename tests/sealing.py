@@ -4,7 +4,7 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-from everystep.recording.blocks import LOSS, series_of
+from everystep.recording.blocks import LOSS, TABLES, series_of
 from everystep.recording.database import FILE_NAME, Database, Repeat
 from everystep.recording.files import row_of_file
 
@@ -36,7 +36,19 @@ def _seal_numbers(database):
     for name in (LOSS, *map(series_of, database.measurement_names())):
         steps, values = database.series(name)
         database.change_digests(name, dict(zip(steps.tolist(), values.tolist(), strict=True)))
-    database.change_facts_digest()
+    _seal_tables(database)
+
+
+def _seal_tables(database):
+    for table in TABLES:
+        database.connection.execute("DELETE FROM blocks WHERE name = ?", (table,))
+        database.change_table(table, database.connection.execute(f"SELECT * FROM {table}").fetchall())
+
+
+def seal_tables(directory):
+    """Write the digests of the facts and of the list of files that a run has now."""
+    with closing(Database.change(Path(directory, FILE_NAME))) as database:
+        _seal_tables(database)
 
 
 def seal_repeats(directory):

@@ -7,7 +7,7 @@ import sqlite3
 from contextlib import closing
 
 import pytest
-from tests.sealing import sql
+from tests.sealing import seal_tables, sql
 from tests.training.by_hand import by_train, new_training
 
 import everystep
@@ -37,6 +37,8 @@ CHANGED = [
     ("schedulers", '{"scheduler": "StepLR, every step"}'),
     ("loss", '{"text": "MSELoss()"}'),
     ("engine", '{"asked": "auto"}'),
+    ("data_file", '{"file": "data.safetensors", "stored": true, "bytes": 1, "digest": ""}'),
+    ("loop", '{"parts": {}, "programs": 4611686018427387904, "unseen": [], "has_loss": true}'),
     ("versions", '{"torch": 2.9}'),
     ("data", '{"source": "random", "rows": 1.5}'),
     ("numerics", "{}"),
@@ -58,12 +60,10 @@ def runs(recorded, tmp_path):
     return shutil.copytree(recorded, tmp_path / "runs" / "right").parent
 
 
-#: As in a stranger's run.
-UNSEALED = "DELETE FROM blocks WHERE name = 'facts'"
-
-
 def change(directory, key, text):
-    sql(directory, ("INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, text)), UNSEALED)
+    """Change a fact and its digest, as in a stranger's run."""
+    sql(directory, ("INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, text)))
+    seal_tables(directory)
 
 
 @pytest.mark.parametrize(("key", "text"), CHANGED)
@@ -98,7 +98,8 @@ def test_modules_that_no_model_has_are_shown_all_the_same(runs, everystep_comman
 
 
 def test_a_run_that_has_just_begun_has_few_facts(runs):
-    sql(runs / "right", "DELETE FROM facts WHERE key NOT IN ('status', 'started')", UNSEALED)
+    sql(runs / "right", "DELETE FROM facts WHERE key NOT IN ('status', 'started')")
+    seal_tables(runs / "right")
     run = everystep.open(runs / "right")
     assert (run.status, run.facts.trained, run.summary().planned) == ("finished", None, 3)
     for ask in (lambda: run.facts.training, lambda: run[1], run.verify, run.report):

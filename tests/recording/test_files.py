@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.descent import looped
 from tests.recording.hostile import tensors
-from tests.sealing import seal_repeats, sql
+from tests.sealing import seal_repeats, seal_tables, sql
 from tests.training.by_hand import by_train, new_training
 
 import everystep
@@ -26,7 +26,8 @@ def change_fact(run, key, change_value):
     value = getattr(run.facts.training, key).model_dump(mode="json")
     change_value(value)
     change = "UPDATE facts SET value = ? WHERE key = ?", (json.dumps(value), key)
-    sql(run.directory, change, "DELETE FROM blocks WHERE name = 'facts'")
+    sql(run.directory, change)
+    seal_tables(run.directory)
 
 
 @pytest.mark.parametrize("name", ["../other", "/dev/zero", "a/../../b", "link", "pipe", "a\0b", "loop"])
@@ -67,6 +68,7 @@ def test_a_run_that_names_foreign_data_programs_or_snapshots_is_not_replayed_fro
 def test_a_fork_writes_nothing_outside_its_directory(tmp_path):
     run = everystep.train_experiment("two-layer", {"steps": 5}, run=tmp_path / "a", progress=False)
     sql(run.directory, "INSERT INTO files VALUES ('../outside', 1, x'00')")
+    seal_tables(run.directory)
     with pytest.raises(RunError, match="outside the run, or what is not a regular file"):
         everystep.open(run.directory).fork(3, run=tmp_path / "b", progress=False)
     assert not (tmp_path / "outside").exists()

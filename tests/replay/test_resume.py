@@ -26,7 +26,7 @@ from pytorch_optimizer import Prodigy
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tests.descent import descend, seeded, unrecorded
-from tests.sealing import seal_files, sql
+from tests.sealing import seal, seal_files, sql
 from tests.snapshots import take_snapshots_every
 from tests.training import step_functions
 from tests.training.by_hand import by_train, contents, new_training
@@ -199,6 +199,7 @@ def test_steps_that_are_taken_again_must_give_the_recorded_losses(dying):
     for row in snapshots:
         shutil.rmtree(run.directory / row.directory)
     sql(run.directory, f"UPDATE steps SET loss = loss + 1 WHERE step = {len(run)}")
+    seal(run.directory)
     count = len(run)
     with pytest.raises(RunError, match=rf"when step {count} is repeated, the loss is"):
         everystep.open(run.directory).resume(progress=False)

@@ -1,5 +1,8 @@
 """Series: the numbers of a run by step, and digests over them, so that an altered number is found.
 
+The facts and the list of files have a digest each, made in the same way of those of their rows, so that
+a row that was removed is found, too.
+
 A series is the losses, or one measurement. A block is up to 4,096 consecutive steps of one. Its digest
 is the exclusive or of the hashes of its numbers: a transaction that writes or deletes numbers updates it
 without reading the others, so every number has a digest, in a killed run, too. A number under a name
@@ -11,8 +14,9 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, reduce
 from itertools import chain
+from operator import xor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_args, get_type_hints
 
@@ -30,11 +34,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BLOCK",
-    "FACTS",
     "LOSS",
+    "TABLES",
     "Block",
     "Blocks",
     "block_of",
+    "digest_of_row",
     "digests_of",
     "fits",
     "same_number",
@@ -43,8 +48,8 @@ __all__ = [
 
 #: Steps of a block; it begins at a multiple of this.
 BLOCK = 4096
-#: Names in the table `blocks`, other than those of measurements.
-LOSS, FACTS = "loss", "facts"
+#: Names in the table `blocks`, other than those of measurements: of the losses, and of whole tables.
+LOSS, TABLES = "loss", ("facts", "files")
 #: The smallest and the largest whole number of SQLite.
 _LEAST, _MOST = -(2**63), 2**63 - 1
 
@@ -103,6 +108,16 @@ def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         words = (words ^ (words >> np.uint64(shift))) * np.uint64(factor)
     return words ^ (words >> np.uint64(31))
+
+
+def digest_of_row(row: tuple[Any, ...]) -> int:
+    """Return XXH3, 64 bits, of a row of the database as JSON, with bytes in hexadecimal."""
+    digest = xxhash.xxh3_64_digest(json.dumps(row, default=bytes.hex).encode())
+    return int.from_bytes(digest, "big", signed=True)
+
+
+def _joint_digest(rows: Iterable[tuple[Any, ...]]) -> int:
+    return reduce(xor, map(digest_of_row, rows), 0)
 
 
 def fits(values: Iterable[Any], kind: Any) -> bool:
@@ -257,6 +272,11 @@ class Blocks:
         found = {name: self.series(series_of(name), first, last) for name in self.measurement_names()}
         return {name: series for name, series in found.items() if len(series[0])}
 
+    def measured_blocks(self) -> set[str]:
+        """Return the series of measurements that have digests, 0 being that of no numbers."""
+        query = "SELECT DISTINCT name FROM blocks WHERE digest <> 0 AND name GLOB ?"
+        return {*self.numbers(query, series_of("*"), kind=str)}
+
     def write_losses(self, first_step: int, losses: Iterable[float | None]) -> None:
         """Write the losses of consecutive new steps."""
         rows = dict(enumerate(losses, start=first_step))
@@ -277,16 +297,33 @@ class Blocks:
             new = ((name, *number) for number in numbers.items())
             self.connection.executemany("INSERT OR REPLACE INTO measurements VALUES (?, ?, ?)", new)
 
+    def take_numbers(self, other: Blocks, last: int) -> None:
+        """Take over the numbers of another run up to a step, with its digests: altered ones stay so."""
+        end = block_of(last) + BLOCK - 1
+        self.connection.executemany(
+            "INSERT INTO steps VALUES (?, ?)", _pairs(other.series(LOSS, last=end))
+        )
+        for name, series in other.measurements(last=end).items():
+            rows = ((name, *number) for number in _pairs(series))
+            self.connection.executemany("INSERT INTO measurements VALUES (?, ?, ?)", rows)
+        blocks = [each for each in other.blocks() if each.name not in TABLES and each.first <= last]
+        self.connection.executemany("INSERT INTO blocks VALUES (?, ?, ?)", blocks)
+        for table in other.altered_tables():
+            self.change_table(table, [(table,)])
+        self.forget_numbers_after(last)
+
     def forget_numbers_after(self, step: int) -> None:
         """Delete losses and measurements of later steps."""
-        series = {block.name for block in self.blocks() if block.name != FACTS}
+        # What is deleted is taken out of the digest of its block: to compute that again would pass off
+        # altered numbers as recorded ones.
+        for name in {block.name for block in self.blocks() if block.name not in TABLES}:
+            later = self.series(name, step + 1, block_of(step) + BLOCK - 1)
+            self.change_digests(name, dict(_pairs(later)))
+        self.connection.execute(
+            "DELETE FROM blocks WHERE name NOT IN (?, ?) AND first > ?", (*TABLES, step)
+        )
         for table in ("steps", "measurements"):
             self.connection.execute(f"DELETE FROM {table} WHERE step > ?", (step,))
-        # The block with `step` in it loses its later numbers, so its digest is computed again.
-        among = "WHERE name <> ? AND first > ?"
-        self.connection.execute(f"DELETE FROM blocks {among}", (FACTS, step - BLOCK))
-        for name in series:
-            self.change_digests(name, dict(_pairs(self.series(name, block_of(step), step))))
 
     def change_digests(self, name: str, numbers: Mapping[int, float | None]) -> None:
         """Note that numbers by step are added to a series, or removed from it, which is the same.
@@ -297,35 +334,30 @@ class Blocks:
 
         steps = np.array(sorted(numbers), np.int64)
         values = np.array([numbers[step] for step in steps.tolist()], np.float64)
+        self._change_blocks((name, *digest) for digest in digests_of(steps, values).items())
+
+    def _change_blocks(self, changes: Iterable[tuple[str, int, int]]) -> None:
         # SQLite has no exclusive or.
         query = (
             "INSERT INTO blocks VALUES (?, ?, ?) ON CONFLICT DO UPDATE "
             "SET digest = (digest | excluded.digest) - (digest & excluded.digest)"
         )
-        digests = digests_of(steps, values)
-        self.connection.executemany(query, [(name, *digest) for digest in digests.items()])
+        self.connection.executemany(query, changes)
 
-    def change_facts_digest(self) -> None:
-        """Write the digest of all facts; to be called in the transaction that changes them."""
-        row = Block(FACTS, 0, self._digest_of_facts())
-        self.connection.execute("INSERT OR REPLACE INTO blocks VALUES (?, ?, ?)", row)
+    def change_table(self, table: str, rows: Iterable[tuple[Any, ...]]) -> None:
+        """Note that rows are added to one of `TABLES`, or removed from it, as `change_digests` does."""
+        self._change_blocks([(table, 0, _joint_digest(rows))])
 
-    def _digest_of_facts(self) -> int:
-        """Return XXH3, 64 bits, of the rows of all facts as JSON, in order of their keys."""
-        rows = self._fetched("SELECT key, value FROM facts ORDER BY key", ())
-        # `repr` is for blobs, which everystep does not write, and JSON cannot hold.
-        digest = xxhash.xxh3_64_digest(json.dumps(rows, default=repr).encode())
-        return int.from_bytes(digest, "big", signed=True)
+    def altered_tables(self) -> list[str]:
+        """Return which of `TABLES` do not have the rows that were written."""
+        query = "SELECT coalesce(max(digest), 0) FROM blocks WHERE name = ?"
+        rows = {table: self._fetched(f"SELECT * FROM {table}", ()) for table in TABLES}
+        return [t for t in TABLES if self.numbers(query, t)[0] != _joint_digest(rows[t])]
 
     def blocks(self, series: str | None = None) -> list[Block]:
         """Return the blocks, or those of one series."""
         among, given = ("", ()) if series is None else ("WHERE name = ?", (series,))
         return self.rows(Block, f"SELECT * FROM blocks {among} ORDER BY name, first", *given)
-
-    def has_facts_as_written(self) -> bool:
-        """Return whether all facts are unchanged; true if they have no digest."""
-        known = self.numbers("SELECT digest FROM blocks WHERE name = ?", FACTS)
-        return not known or known[0] == self._digest_of_facts()
 
 
 def _pairs(series: Series) -> Iterable[tuple[int, float]]:

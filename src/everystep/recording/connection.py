@@ -35,7 +35,7 @@ LOCK_NAME = "run.lock"
 # Takes space while the run is written, so that its last facts fit on a full disk.
 SPARE_NAME = "run.spare"
 APPLICATION_ID = 0x65767374  # "evst"
-SCHEMA_VERSION = 15
+SCHEMA_VERSION = 16
 
 SCHEMA = """
 -- One row a step that was taken. SQLite turns NaN into NULL, so NULL means NaN; infinities are kept.
@@ -88,10 +88,11 @@ CREATE TABLE facts (
     value TEXT NOT NULL
 ) WITHOUT ROWID;
 
--- Digests of up to 4,096 numbers of one series each, and of all facts; see recording/blocks.py.
+-- Digests of up to 4,096 numbers of one series each, of the facts, and of the list of files; see
+-- recording/blocks.py.
 CREATE TABLE blocks (
-    name TEXT NOT NULL,                    -- 'loss', 'measurement/' and its name, or 'facts'
-    first INTEGER NOT NULL,                -- a multiple of 4,096; 0 for facts
+    name TEXT NOT NULL,                    -- 'loss', 'measurement/' and its name, 'facts', 'files'
+    first INTEGER NOT NULL,                -- a multiple of 4,096; 0 for facts and files
     digest INTEGER NOT NULL,               -- 64 bits
     PRIMARY KEY (name, first)
 ) WITHOUT ROWID;

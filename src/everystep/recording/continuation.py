@@ -185,13 +185,9 @@ def inherit(database: Database, plan: SnapshotPlan, parent: RecordedRun, at: int
         RecordingError: the database cannot be written.
     """
     with reading(parent.directory / FILE_NAME) as known:
-        losses, measured = known.series(LOSS, 1, at)[1], known.measurements(last=at)
+        database.take_numbers(known, at)
         files = known.files()
         repeats, contents = cut(known.repeats(1, at), 1, at), known.all_contents()
-    database.write_losses(1, losses.tolist())
-    for name, (steps, values) in measured.items():
-        rows = zip(steps.tolist(), values.tolist(), strict=True)
-        database.write_measurements((name, *row) for row in rows)
     database.enter(repeats)
     if repeats:
         database.enter(contents)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,11 +11,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
-import xxhash
-
 from everystep.bounded import MOST_STEPS
 from everystep.errors import RecordingError, RunError
-from everystep.recording.blocks import Blocks, series_of
+from everystep.recording.blocks import Blocks, digest_of_row, series_of
 from everystep.recording.connection import (
     FILE_NAME,
     LONGEST_VALUE,
@@ -77,8 +74,7 @@ class Repeat(NamedTuple):
     @property
     def digest(self) -> int:
         """XXH3, 64 bits, of the row: a step is repeated by what was recorded of it, or not at all."""
-        digest = xxhash.xxh3_64_digest(json.dumps(self, default=bytes.hex).encode())
-        return int.from_bytes(digest, "big", signed=True)
+        return digest_of_row(self)
 
 
 class Pieces(NamedTuple):
@@ -219,12 +215,16 @@ class Database(Blocks):
 
     def write_facts(self, facts: Mapping[str, Any]) -> None:
         """Write facts: values of fields of `Facts` and `TrainingFacts`, by name."""
-        if facts:
-            self.connection.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", rows_of(facts))
-            self.change_facts_digest()
+        rows = rows_of(facts)
+        known = [self._fetched("SELECT * FROM facts WHERE key = ?", (key,)) for key, _ in rows]
+        self.change_table("facts", [*chain.from_iterable(known), *rows])
+        self.connection.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", rows)
 
     def enter(self, rows: Sequence[FileRow] | Sequence[Repeat] | Sequence[Pieces]) -> None:
         """Enter rows in their table; of a file, once it is complete."""
+        if files := [row for row in rows if isinstance(row, FileRow)]:
+            known = chain.from_iterable(self.files(row.name) for row in files)
+            self.change_table("files", [*known, *files])
         for begin in range(0, len(rows), _AT_ONCE):  # one call for many: another thread waits for each
             some = rows[begin : begin + _AT_ONCE]
             values = [(*row, row.digest) if isinstance(row, Repeat) else row for row in some]
@@ -249,8 +249,11 @@ class Database(Blocks):
             yield
             # A state is a directory, so the pattern is that of its files. A file of batches has no row
             # in `files`: the rows of its contents name it.
+            which = "FROM files WHERE name = ? OR name GLOB ?"
             some = [(name, f"{name}/*") for name in names]
-            self.connection.executemany("DELETE FROM files WHERE name = ? OR name GLOB ?", some)
+            gone = {row for each in some for row in self.rows(FileRow, f"SELECT * {which}", *each)}
+            self.change_table("files", gone)
+            self.connection.executemany(f"DELETE {which}", some)
             batches = [(int(Path(name).stem),) for name in names if name.startswith(f"{BATCHES}/")]
             self.connection.executemany("DELETE FROM contents WHERE file = ?", batches)
         # After the commit: a process that is killed here leaves files that nothing names, which `tidy`

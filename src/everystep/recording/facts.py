@@ -13,7 +13,15 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import from_json, to_json, to_jsonable_python
 
 from everystep.bounded import MOST_STEPS
@@ -65,6 +73,8 @@ LONGEST_NAME, MOST_NAMES = 10_000, 10_000
 LONGEST_NOTE = 1000
 #: Tags of a run, and characters of one; bytes of a config.
 MOST_TAGS, LONGEST_TAG, LARGEST_CONFIG = 100, 100, 1_000_000
+#: Files of programs of a run: each process that continues it writes few.
+MOST_PROGRAM_FILES = 100_000
 #: Processes that train together.
 MOST_RANKS = 4096
 Tag = Annotated[str, Field(min_length=1, max_length=LONGEST_TAG)]
@@ -253,7 +263,7 @@ class LoopFacts(_Fact):
     """
 
     parts: dict[str, str]
-    programs: Whole
+    programs: Annotated[int, Field(ge=0, le=MOST_PROGRAM_FILES)]
     unseen: tuple[str, ...]
     has_loss: bool
     has_computed_batches: bool = False
@@ -308,6 +318,18 @@ class TrainingFacts(_Fact):
     engine: EngineFacts | None = None
     loop: LoopFacts | None = None
     ranks: RanksFacts | None = None
+
+    @field_validator("data_file")
+    @classmethod
+    def _has_rows(cls, file: DataFileFacts | None, info: ValidationInfo) -> DataFileFacts | None:
+        # The order of billions of rows that no data has would take all memory, and minutes. The files
+        # that data stayed in may be compressed.
+        data = info.data.get("data")
+        if file is None or file.sources or data is None:
+            return file
+        if data.rows + (data.validation_rows or 0) > file.bytes:
+            raise ValueError("more rows than bytes")
+        return file
 
     @property
     def processes(self) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from everystep.errors import RunError
-from everystep.recording.blocks import BLOCK, FACTS, LOSS, block_of, digests_of, fits, series_of
+from everystep.recording.blocks import BLOCK, LOSS, TABLES, block_of, digests_of, fits, series_of
 from everystep.recording.connection import connect_reading
 from everystep.recording.database import FILE_NAME, Database, reading
 from everystep.recording.facts import Facts
@@ -89,8 +89,14 @@ def structure_findings(database: Database, facts: Facts) -> Iterator[Finding]:
     is_closed = facts.status in _CLOSED and newest > 0
     if max(begins, default=-1) > newest or (is_closed and len(begins) != newest // BLOCK + 1):
         yield _in_table("blocks", "the digests of the losses do not belong to these steps")
-    if not database.has_facts_as_written():
-        yield _in_table("facts", "the description of the run does not match its digest")
+    for table in database.altered_tables():
+        what = {"facts": "description of the run", "files": "list of its files"}[table]
+        yield _in_table(table, f"the {what} does not match its digest")
+    with suppress(RunError):  # a finding of the numbers reports it
+        names = {*map(series_of, database.measurement_names())}
+        # A step shows no learning rate, or an earlier one, where all values of a name are gone.
+        for name in sorted(database.measured_blocks() - names):
+            yield _in_table("measurements", f"all values of {name.partition('/')[2]} are missing")
 
 
 def missing_steps(facts: Facts, newest: int) -> Finding | None:
@@ -136,7 +142,7 @@ def number_findings(
     """
     recorded: dict[str, dict[int, int]] = {LOSS if only is None else only: {}}
     for name, first, digest in database.blocks(only):
-        if name != FACTS and first + BLOCK > since:
+        if name not in TABLES and first + BLOCK > since:
             recorded.setdefault(name, {})[first] = digest
     found: list[Finding] = []
     if only is None:

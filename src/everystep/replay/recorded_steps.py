@@ -305,6 +305,8 @@ class RecordedSteps:
         """Return the bytes of an input. what, name: for an error."""
         self._read([given])
         content = joined(given, self._pieces)
+        if content is None and self.run.facts.batches_lost_to is None:
+            raise NotReplayedError(f"{what} is missing ({name}): the database was changed")
         if content is None:
             raise NotReplayedError(
                 f"{what} was dropped ({name}), because the batches exceeded the budget (batch_budget of "

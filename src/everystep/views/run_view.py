@@ -188,16 +188,16 @@ def _snapshots_text(found: Verification) -> str:
 
 def _measured_text(found: Measured, view: RunView | None) -> str:
     values = list(found.values.items())
-    if not values:
-        return f"{found.name}: no values"
-    (first, begin), (last, end) = values[0], values[-1]
-    # One NaN would be the smallest and the largest of all.
-    finite = [value for value in found.values.values() if math.isfinite(value)]
-    span = f", from {number(min(finite))} to {number(max(finite))}" if finite else ""
-    text = (
-        f"{found.name}: {counted(len(values), 'value')}{span}; "
-        f"{number(begin)} at step {first:,}, {number(end)} at step {last:,}"
-    )
+    text = f"{found.name}: no values"
+    if values:
+        (first, begin), (last, end) = values[0], values[-1]
+        # One NaN would be the smallest and the largest of all.
+        finite = [value for value in found.values.values() if math.isfinite(value)]
+        span = f", from {number(min(finite))} to {number(max(finite))}" if finite else ""
+        text = (
+            f"{found.name}: {counted(len(values), 'value')}{span}; "
+            f"{number(begin)} at step {first:,}, {number(end)} at step {last:,}"
+        )
     return f"{text}\n{skipped_text(found.left_out)}" if found.left_out else text
 
 
@@ -422,7 +422,7 @@ _TEXTS: dict[str, Callable[..., str | Text]] = {
 _LINES: dict[str, Callable[..., str]] = {
     "Difference": diff_sentence,
     "Match": lambda found: match_text(found).splitlines()[-1],
-    "Measured": lambda found: _measured_text(found, None).splitlines()[0],
+    "Measured": lambda found: _measured_text(found, None).replace("\n", "; "),
     "Rerun": rerun_sentence,
     "Sweep": lambda found: sweep_text(found).plain.splitlines()[-1],
 }
