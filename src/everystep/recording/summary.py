@@ -26,7 +26,7 @@ class Summary(NamedTuple):
     names; lr: the learning rates at the beginning; batch_size: rows of a step, None where unknown;
     validation: the newest metric on validation rows, with its name; parent: for a fork, the
     name of its parent and the last step taken from it; note, config, tags: the user's own; damage: what
-    is missing or altered, as far as it shows without reading all numbers; device: that computed it.
+    is missing or altered, as far as it shows without reading all numbers.
     """
 
     name: str
@@ -48,7 +48,6 @@ class Summary(NamedTuple):
     config: Mapping[str, Any] = MappingProxyType({})
     tags: tuple[str, ...] = ()
     damage: str | None = None
-    device: str | None = None
 
 
 def summary_of(name: str, facts: Facts, status: str, damage: str | None, database: Database) -> Summary:
@@ -82,7 +81,6 @@ def summary_of(name: str, facts: Facts, status: str, damage: str | None, databas
         config=facts.config,
         tags=facts.tags,
         damage=damage,
-        device=trained and trained.device,
     )
 
 

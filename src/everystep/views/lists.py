@@ -157,7 +157,6 @@ LISTED = (
     ListedColumn(
         "batch_size", "batch", "whole", 5, "page", is_setting=True, about="rows (samples) in each step"
     ),
-    ListedColumn("device", "device", "text", 3, is_setting=True),
     ListedColumn("seconds", "duration", "duration", 6, "page", first="descending"),
     ListedColumn("started", "started", "time", 3, first="descending"),
     ListedColumn("parent", "fork of", "fork", 5, "terminal"),
