@@ -27,11 +27,12 @@ def counting(
             begin(what, total)
         yield wanted
         return
-    if not wanted or not (sys.stderr.isatty() or "IPython" in sys.modules):
+    if not wanted or not _is_watched():
         yield lambda steps: None
         return
     # Only where somebody may see it: what draws takes longer to import than most answers take.
-    from everystep.views.console import SafeConsole, bar_on
+    from everystep.views.bars import bar_on
+    from everystep.views.console import SafeConsole
 
     is_alone = _ON_SCREEN.acquire(blocking=False)  # a bar within another would overwrite its line
     try:
@@ -41,3 +42,10 @@ def counting(
     finally:
         if is_alone:
             _ON_SCREEN.release()
+
+
+def _is_watched() -> bool:
+    try:
+        return sys.stderr.isatty() or "IPython" in sys.modules
+    except (AttributeError, ValueError):  # it is closed, or replaced by something simpler
+        return False

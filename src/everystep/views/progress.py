@@ -15,7 +15,8 @@ from rich.text import Text
 from everystep.recording.facts import Facts
 from everystep.recording.texts import shortest
 from everystep.training.job import Progress
-from everystep.views.console import SafeConsole, bar_on
+from everystep.views.bars import bar_on
+from everystep.views.console import SafeConsole
 from everystep.views.counting import counting
 from everystep.views.facts_text import header
 from everystep.views.formatting import clean, number
