@@ -70,13 +70,15 @@ asked = parse("max(loss, 1) > 2 * previous.loss or isnan(lr) or 1 / 0 < exp(log(
 print(asked.is_recorded, asked.truth(lambda reference: 2.5), asked.number(lambda reference: 0))
 told("the page", "torch", "plotnine", "pandas", "sklearn", "scipy")
 command("table two-layer-1 -o t.html", "torch", "plotnine")
+for question in ("rows two-layer-1 2", "why two-layer-1 2 loss", "diff two-layer-1 two-layer-1"):
+    command(question, "everystep.training.job", "rich.progress")
 """
 
 
 def test_what_needs_no_torch_does_not_import_it(everystep_command):
     everystep_command("train", "--steps", 3, "-q")
     lines = run(IMPORTS).stdout.splitlines()
-    assert [line.partition(" imports")[2] for line in lines if " imports" in line] == [""] * 6
-    assert "True False 1.0" in lines and lines[-1].startswith("table two-layer-1")
+    assert [line.partition(" imports")[2] for line in lines if " imports" in line] == [""] * 9
+    assert "True False 1.0" in lines and lines[-1].startswith("diff two-layer-1")
     assert any(line.startswith("two-layer-1 ") for line in lines)
     assert Path("t.html").stat().st_size > 1000
