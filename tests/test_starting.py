@@ -45,7 +45,7 @@ def test_a_command_does_not_search_for_garbage_at_exit():
 
 
 #: In one process, since starting one takes long.
-IMPORTS = """
+BEGIN = """
 import sys
 from contextlib import suppress
 from everystep.__main__ import main
@@ -59,6 +59,8 @@ def command(text, *modules):
         main()
     told(text, *modules)
 
+"""
+IMPORTS = """
 sys.modules["pyarrow"] = None
 command("runs", "torch", "plotnine", "polars", "pandas")
 command("losses two-layer-1", "torch", "plotnine", "polars", "pandas")
@@ -70,15 +72,19 @@ asked = parse("max(loss, 1) > 2 * previous.loss or isnan(lr) or 1 / 0 < exp(log(
 print(asked.is_recorded, asked.truth(lambda reference: 2.5), asked.number(lambda reference: 0))
 told("the page", "torch", "plotnine", "pandas", "sklearn", "scipy")
 command("table two-layer-1 -o t.html", "torch", "plotnine")
+"""
+QUESTIONS = """
 for question in ("rows two-layer-1 2", "why two-layer-1 2 loss", "diff two-layer-1 two-layer-1"):
-    command(question, "everystep.training.job", "rich.progress")
+    command(question, "everystep.training.job", "rich.progress", "polars")
 """
 
 
 def test_what_needs_no_torch_does_not_import_it(everystep_command):
     everystep_command("train", "--steps", 3, "-q")
-    lines = run(IMPORTS).stdout.splitlines()
-    assert [line.partition(" imports")[2] for line in lines if " imports" in line] == [""] * 9
-    assert "True False 1.0" in lines and lines[-1].startswith("diff two-layer-1")
+    lines = run(BEGIN + IMPORTS).stdout.splitlines()
+    assert [line.partition(" imports")[2] for line in lines if " imports" in line] == [""] * 6
+    assert "True False 1.0" in lines and lines[-1].startswith("table two-layer-1")
     assert any(line.startswith("two-layer-1 ") for line in lines)
     assert Path("t.html").stat().st_size > 1000
+    asked = [line for line in run(BEGIN + QUESTIONS).stdout.splitlines() if " imports" in line]
+    assert [line.partition(" imports")[2] for line in asked] == [""] * 3

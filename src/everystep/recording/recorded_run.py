@@ -216,6 +216,11 @@ class RecordedRun:
         steps, losses = self._last_numbers(None)[LOSS]
         return pl.DataFrame({"step": steps, "loss": losses})
 
+    def losses_of_all(self) -> list[float]:
+        """Return the loss of every step; warn if an altered number is among them, as `losses` does."""
+        found: list[float] = self._last_numbers(None)[LOSS][1].tolist()
+        return found
+
     def _last_numbers(self, count: int | None) -> dict[str, Series]:
         """Return all series of the last steps, the losses in their own precision."""
         # Before it is read: what is written meanwhile must not pass for checked.
