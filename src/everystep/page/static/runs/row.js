@@ -31,8 +31,8 @@ export class RunRow {
   }
 
   update(run) {
-    const isSame = (...keys) => keys.every((key) => JSON.stringify(run[key]) === JSON.stringify(this.run?.[key]));
-    const isNamed = this.run && isSame("parent", "problem", "tags");
+    const isSame = (key) => JSON.stringify(run[key]) === JSON.stringify(this.run[key]);
+    const isNamed = this.run && ["parent", "problem", "tags"].every(isSame);
     this.run = run;
     this.box.disabled = this.host.classList.toggle("unreadable", run.problem !== null);
     this.note.update(run);
@@ -60,11 +60,13 @@ export class RunRow {
   }
 
   #name() {
-    const { name, problem, tags } = this.run;
+    const { name, problem, tags, parent } = this.run;
     const marks = (tags ?? []).map((tag) => element("span", { class: "tag" }, tag));
-    if (problem !== null) return [name, ...marks, ...this.#lineage()];
-    const link = element("a", { href: address.write({ view: "run", run: name }) }, name);
-    return [link, ...marks, this.note.host, ...this.#lineage()];
+    const below = (...content) => element("span", { class: "lineage" }, ...content);
+    if (problem !== null) return [name, ...marks, below(problem)];
+    const link = (run) => element("a", { href: address.write({ view: "run", run }) }, run);
+    const fork = parent ? [below("fork of ", link(parent[0]), ` at ${whole(parent[1])}`)] : [];
+    return [link(name), ...marks, this.note.host, ...fork];
   }
 
   #status() {
@@ -73,14 +75,6 @@ export class RunRow {
     const damaged = damage && element("span", { class: "nonfinite", title: damage }, "damaged");
     const nonfinite = step && element("span", { class: "nonfinite" }, nonfiniteText(this.run));
     return [element("span", { class: `state ${state}` }, text), damaged, nonfinite].filter(Boolean);
-  }
-
-  #lineage() {
-    const { parent, problem } = this.run;
-    if (problem !== null) return [element("span", { class: "lineage" }, problem)];
-    if (!parent) return [];
-    const link = element("a", { href: address.write({ view: "run", run: parent[0] }) }, parent[0]);
-    return [element("span", { class: "lineage" }, "fork of ", link, ` at ${whole(parent[1])}`)];
   }
 
   // The picture, once the row is visible; redrawn from time to time while steps are added.
