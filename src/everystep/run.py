@@ -654,7 +654,7 @@ class Run(RecordedRun):
     def _opener(self) -> Opener:
         # Only now: it imports torch, and a run may be opened for its losses alone.
         from everystep.replay.processes import ALONE, Opener
-        from everystep.views.progress import counting
+        from everystep.views.counting import counting
 
         with ALONE:
             if self._own_opener is None:
@@ -665,7 +665,7 @@ class Run(RecordedRun):
     def _answered(self, what: str, steps: int, progress: Counting, ask: Callable[..., Answer]) -> Answer:
         """Ask, show how far it is, and return the answer, which shows itself."""
         from everystep.replay.processes import ALONE
-        from everystep.views.progress import counting
+        from everystep.views.counting import counting
 
         with ALONE, counting(what, steps, progress) as on_progress:
             return self._shown(ask(on_progress=on_progress))

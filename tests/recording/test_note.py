@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 
 import pytest
 from filelock import FileLock
@@ -30,6 +31,16 @@ def test_a_note_is_kept_in_the_run_in_one_line(run):
         run.note = "something"
         run.note = empty
         assert everystep.open(run.directory).note is None
+
+
+def test_facts_are_read_again_when_they_have_changed(run):
+    for file in run.directory.glob("run.sqlite*"):
+        os.utime(file, (1e9, 1e9))  # not within a tick of the clock
+    opened = everystep.open(run.directory)
+    known = opened.facts
+    assert opened.facts is known
+    run.note = "new"
+    assert opened.facts.note == "new"
 
 
 def test_a_fork_has_no_note_of_its_parents_and_a_measurement_leaves_it(run):

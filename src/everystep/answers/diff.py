@@ -165,7 +165,8 @@ def _diff(
     objects: tuple[Objects | None, Objects | None],
     on_progress: Callable[[int], None],
 ) -> Difference:
-    pairs = zip(*(run.losses["loss"].to_list() for run in (one, other)), strict=False)
+    # Not the frame: importing polars takes longer than reading some thousand losses.
+    pairs = zip(one.losses_of_all(), other.losses_of_all(), strict=False)
     loss = _first_number(enumerate(pairs, start=1))
     # Where no step draws, generators may differ without any effect.
     random = _draws_at_random(one) or _draws_at_random(other)

@@ -187,7 +187,7 @@ def say(text: str, *, nl: bool = True) -> None:
 
 def terminal_width() -> int | None:
     """Return the columns of the terminal; None if stdout is not one."""
-    from everystep.views.terminal import SafeConsole
+    from everystep.views.console import SafeConsole
 
     return SafeConsole().width if sys.stdout.isatty() else None
 
@@ -199,7 +199,7 @@ def page_width() -> int:
 
 def show(text: Text) -> None:
     """Print lines with styles on stdout, now; nothing in them steers the terminal."""
-    from everystep.views.terminal import SafeConsole
+    from everystep.views.console import SafeConsole
 
     SafeConsole(highlight=False, soft_wrap=True).print(text, end="")
     sys.stdout.flush()

@@ -94,6 +94,7 @@ class RecordedRun:
         self.common_steps: int | None = None
         self.others: int | None = None
         self._has_warned = False
+        self._facts: tuple[tuple[int, ...], Facts] | None = None
         self._found: tuple[tuple[int, ...], list[Finding]] | None = None
 
     @property
@@ -104,7 +105,11 @@ class RecordedRun:
     @property
     def facts(self) -> Facts:
         """Everything known except numbers per step: status, times, how it was trained."""
-        return self._read(Database.facts)
+        edition = fingerprint(self.directory)
+        # Kept while the database is unchanged: reading them takes as long as a small step.
+        if self._facts is None or self._facts[0] != edition:
+            self._facts = edition, self._read(Database.facts)
+        return self._facts[1]
 
     @property
     def ranks(self) -> list[Self]:
@@ -210,6 +215,11 @@ class RecordedRun:
 
         steps, losses = self._last_numbers(None)[LOSS]
         return pl.DataFrame({"step": steps, "loss": losses})
+
+    def losses_of_all(self) -> list[float]:
+        """Return the loss of every step; warn if an altered number is among them, as `losses` does."""
+        found: list[float] = self._last_numbers(None)[LOSS][1].tolist()
+        return found
 
     def _last_numbers(self, count: int | None) -> dict[str, Series]:
         """Return all series of the last steps, the losses in their own precision."""

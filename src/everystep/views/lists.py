@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from rich.text import Text
 
@@ -14,7 +16,15 @@ from everystep.recording.directories import Space
 from everystep.recording.prune import Pruning
 from everystep.recording.summary import Summary
 from everystep.recording.texts import shortest
-from everystep.views.formatting import counted, cut, measured_text, number, one_line, time_text
+from everystep.views.formatting import (
+    counted,
+    cut,
+    measured_text,
+    number,
+    one_line,
+    seconds_text,
+    time_text,
+)
 from everystep.views.plain import as_json, metric_data, plain_data, plain_number
 from everystep.views.terminal import Cell, Column, Page, Row, Styled, keyed, table_text
 
@@ -22,6 +32,7 @@ if TYPE_CHECKING:
     from everystep.answers.sweep import Sweep, SweepRun
 
 __all__ = [
+    "columns_data",
     "ended_text",
     "losses_text",
     "pruning_text",
@@ -31,8 +42,8 @@ __all__ = [
     "sweep_text",
 ]
 
-#: Characters of a note.
-_LONGEST_NOTE = 100
+#: Characters of a text.
+_LONGEST_TEXT = 100
 
 
 def summary_data(summary: Summary) -> dict[str, Any]:
@@ -76,33 +87,102 @@ def _status(run: Summary) -> Styled:
     return f"{run.status}{bad}{'' if run.damage is None else ', damaged'}", "red"
 
 
-def _note(run: Summary) -> str:
+class ValueKind(NamedTuple):
+    """What a column of the list of runs holds; the page's `runs/kinds.js` has the same kinds.
+
+    text: the terminal's cell of a value that is not None, and of its run; options: of its column.
+    """
+
+    text: Callable[[Any, Summary], Cell]
+    options: Mapping[str, Any] = MappingProxyType({"is_number": True})
+
+
+#: The kinds of values, by name.
+VALUE_KINDS = {
+    "name": ValueKind(lambda name, run: str(name), {}),
+    "status": ValueKind(
+        lambda status, run: _status(run), {"least": len("finished, not finite"), "wraps": True}
+    ),
+    "steps": ValueKind(
+        lambda steps, run: str(steps) if steps == run.planned else f"{steps}/{run.planned}"
+    ),
+    "loss": ValueKind(lambda loss, run: number(loss)),
+    "picture": ValueKind(lambda value, run: ""),
+    "measured": ValueKind(lambda measured, run: measured_text(*measured)),
+    "rates": ValueKind(lambda rates, run: ", ".join(map(number, rates))),
+    "whole": ValueKind(lambda count, run: f"{count:,}"),
+    "duration": ValueKind(lambda seconds, run: seconds_text(seconds)),
+    "time": ValueKind(lambda time, run: time_text(time), {}),
+    "fork": ValueKind(lambda parent, run: "{}, step {}".format(*parent), {}),
+    "words": ValueKind(lambda words, run: one_line(", ".join(words)), {"style": "dim"}),
     # A line break in a note is a space in the list.
-    return cut(one_line(run.note or "").replace("\ufffd", " "), _LONGEST_NOTE)
+    "text": ValueKind(
+        lambda text, run: cut(one_line(text).replace("\ufffd", " "), _LONGEST_TEXT),
+        {"style": "dim", "least": 16},
+    ),
+}
+
+
+class ListedColumn(NamedTuple):
+    """A column of the list of runs, for the terminal and the page.
+
+    key: the field of `Summary` that it shows; header; kind: one of `VALUE_KINDS`; rank: where there is
+    little room, the columns of the largest are omitted first, and those of rank 0 never; only: the one
+    place that shows it; first: the order of the page's first click, None if the page does not sort by
+    it; is_setting: whether the page marks values that differ from those of most runs; about: the page's
+    explanation.
+    """
+
+    key: str
+    header: str
+    kind: str
+    rank: int = 0
+    only: Literal["terminal", "page"] | None = None
+    first: Literal["ascending", "descending"] | None = "ascending"
+    is_setting: bool = False
+    about: str = ""
 
 
 #: The columns of the list of runs.
-COLUMNS: tuple[Column[Summary], ...] = (
-    Column("run", lambda run: run.name),
-    Column("status", _status, least=len("finished, not finite"), wraps=True),
-    Column(
-        "steps",
-        lambda run: str(run.steps) if run.steps == run.planned else f"{run.steps}/{run.planned}",
-        is_number=True,
-        rank=2,
+LISTED = (
+    ListedColumn("name", "run", "name"),
+    ListedColumn("status", "status", "status"),
+    ListedColumn("steps", "steps", "steps", 2, first="descending"),
+    ListedColumn("first_loss", "first loss", "loss", 4, "terminal"),
+    ListedColumn("last_loss", "last loss", "loss", 1),
+    ListedColumn("picture", "loss", "picture", 2, "page", first=None),
+    ListedColumn("validation", "validation", "measured", 4, "page", first="descending"),
+    ListedColumn("optimizer", "optimizer", "text", 4, "page", is_setting=True),
+    ListedColumn("lr", "lr", "rates", 4, "page", is_setting=True),
+    ListedColumn(
+        "batch_size", "batch", "whole", 5, "page", is_setting=True, about="rows (samples) in each step"
     ),
-    Column("first loss", lambda run: number(run.first_loss), is_number=True, rank=4),
-    Column("last loss", lambda run: number(run.last_loss), is_number=True, rank=1),
-    Column("started", lambda run: time_text(run.started), rank=3),
-    Column("fork of", lambda run: "{}, step {}".format(*run.parent) if run.parent else "", rank=5),
-    Column("tags", lambda run: one_line(", ".join(run.tags)), style="dim", rank=6),
-    Column("note", _note, style="dim", rank=6, least=16),
+    ListedColumn("seconds", "duration", "duration", 6, "page", first="descending"),
+    ListedColumn("started", "started", "time", 3, first="descending"),
+    ListedColumn("parent", "fork of", "fork", 5, "terminal"),
+    ListedColumn("tags", "tags", "words", 6, "terminal"),
+    ListedColumn("note", "note", "text", 6, "terminal"),
 )
+
+
+def columns_data() -> list[dict[str, Any]]:
+    """Return the columns of the page's list of runs as plain data."""
+    return [plain_data(column) for column in LISTED if column.only != "terminal"]
+
+
+def _cell(column: ListedColumn, run: Summary) -> Cell:
+    value = getattr(run, column.key)
+    return "" if value is None else VALUE_KINDS[column.kind].text(value, run)
 
 
 def runs_text(runs: Sequence[Summary], width: int | None = None) -> Text:
     """Return the list of runs; width: of the terminal."""
-    return _list_text(COLUMNS, runs, width)
+    columns = [
+        Column(each.header, partial(_cell, each), rank=each.rank, **VALUE_KINDS[each.kind].options)
+        for each in LISTED
+        if each.only != "page"
+    ]
+    return _list_text(columns, runs, width)
 
 
 def sweep_text(sweep: Sweep, width: int | None = None) -> Text:
@@ -122,14 +202,18 @@ def sweep_text(sweep: Sweep, width: int | None = None) -> Text:
         is_known = each.summary is not None and each.summary.status == each.status
         return _status(each.summary) if is_known and each.summary else each.status
 
-    def known(header: str) -> Column[SweepRun]:
-        value = next(column.value for column in COLUMNS if column.header == header)
-        return Column(header, lambda each: value(each.summary) if each.summary else "", is_number=True)
+    def known(key: str) -> Column[SweepRun]:
+        column = next(column for column in LISTED if column.key == key)
+
+        def cell(each: SweepRun) -> Cell:
+            return _cell(column, each.summary) if each.summary else ""
+
+        return Column(column.header, cell, is_number=True)
 
     columns = [
         *map(setting, varied or paths),
         Column("status", status),
-        *map(known, ("steps", "last loss")),
+        *map(known, ("steps", "last_loss")),
         *([Column(f"best {sweep.metric}", best, is_number=True)] if sweep.metric else []),
         Column("run", lambda each: each.name, style="dim", rank=5),
     ]

@@ -1,4 +1,4 @@
-"""Progress in the terminal: of a training, and of anything that iterates over steps. All on stderr."""
+"""Progress of trainings in the terminal, on stderr."""
 
 from __future__ import annotations
 
@@ -7,33 +7,31 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from rich import progress as bars
-from rich.console import Console
 from rich.text import Text
 
 from everystep.recording.facts import Facts
 from everystep.recording.texts import shortest
 from everystep.training.job import Progress
+from everystep.views.bars import bar_on
+from everystep.views.console import SafeConsole
+from everystep.views.counting import counting
 from everystep.views.facts_text import header
 from everystep.views.formatting import clean, number
 from everystep.views.lists import ended_text
-from everystep.views.terminal import SafeConsole
 
 if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
     from everystep.answers.sweep import SweepRun
 
-__all__ = ["Silent", "TerminalProgress", "counting", "line_for_each"]
+__all__ = ["Silent", "TerminalProgress", "line_for_each"]
 
 
 #: Set by Jupyter for everything that a cell starts; the number of lines that a training prints there.
 _IN_NOTEBOOK, _LINES_IN_NOTEBOOK = "JPY_PARENT_PID", 20
-#: Held while a bar is shown.
-_ON_SCREEN = Lock()
 
 
 class Silent(Progress):
@@ -54,7 +52,7 @@ class TerminalProgress(Silent):
         self._console = SafeConsole(stderr=True, highlight=False, soft_wrap=True)
         self._show_header = show_header
         self._lines = lines
-        self._bar: bars.Progress | None = None
+        self._bar: Bar | None = None
         self._every, self._last = 1, 0
 
     def reading(self, done: int, total: int, unit: str = "rows") -> None:
@@ -98,43 +96,12 @@ class TerminalProgress(Silent):
             self._bar = None
 
     def _start(self, what: str, total: int, text: str) -> None:
-        self._bar = _bar(self._console, what, total, text)
+        self._bar = bar_on(self._console, what, total, text)
         self._bar.start()
 
     def _update(self, completed: int, **fields: Any) -> None:
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=completed, **fields)
-
-
-class _Speed(bars.ProgressColumn):
-    def render(self, task: bars.Task) -> Text:
-        # Slower ones would be 0/s.
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.0f}/s" if speed and speed >= 1 else "", style="dim")
-
-
-@contextmanager
-def counting(
-    what: str, total: int, wanted: bool | Callable[[int], None] = True
-) -> Iterator[Callable[[int], None]]:
-    """Show a bar for `total` steps; yield the function to call with the number of new steps.
-
-    wanted: whether to show a bar; or the function to call instead. Its `begin_counting`, if it has one,
-    is called first, with the counted things and the total.
-    """
-    if callable(wanted):
-        if begin := getattr(wanted, "begin_counting", None):
-            begin(what, total)
-        yield wanted
-        return
-    is_alone = _ON_SCREEN.acquire(blocking=False)  # a bar within another would overwrite its line
-    try:
-        console, is_shown = SafeConsole(stderr=True, highlight=False), wanted and is_alone
-        with _bar(console, what, total, "", is_shown=is_shown) as bar:
-            yield lambda steps: bar.advance(bar.task_ids[0], steps)
-    finally:
-        if is_alone:
-            _ON_SCREEN.release()
 
 
 @contextmanager
@@ -161,22 +128,3 @@ def line_for_each(
             advance(1)
 
         yield ended
-
-
-def _bar(console: Console, what: str, total: int, text: str, *, is_shown: bool = True) -> bars.Progress:
-    """Return a bar, which only a person sees: on a terminal, or in a notebook with ipywidgets."""
-    # Without ipywidgets, rich warns below the cell, at each of its updates.
-    has_place = console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
-    bar = bars.Progress(
-        bars.TextColumn("{task.description:<8}"),
-        bars.BarColumn(bar_width=32),
-        # As wide from the first step as at the last one: the line does not move.
-        bars.TextColumn("{task.completed:>{task.fields[width]}}/{task.total}"),
-        bars.TextColumn("{task.fields[text]:<14}"),
-        _Speed(),
-        bars.TimeRemainingColumn(elapsed_when_finished=True),
-        console=console,
-        disable=not (is_shown and has_place),
-    )
-    bar.add_task(what, total=total, text=text, width=len(str(total)))
-    return bar

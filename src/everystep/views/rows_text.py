@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -22,6 +22,24 @@ from everystep.views.terminal import keyed, table_text
 
 __all__ = ["orders_of", "rows_data", "rows_text"]
 
+
+class RowMeasure(NamedTuple):
+    """A number of each row: a column of the terminal, of JSON and of the page."""
+
+    key: str
+    header: str
+    is_share: bool = False
+
+    def text(self, value: float) -> str:
+        """Return the text of a cell; decimals align percentages."""
+        return f"{100 * value:.1f}%" if self.is_share else number(value)
+
+
+MEASURES = (
+    RowMeasure("loss", "loss"),
+    RowMeasure("gradient", "gradient"),
+    RowMeasure("share", "of the norm", is_share=True),
+)
 #: What rows are ranked by.
 ORDERS = ("loss", "gradient")
 #: Columns of each row other than its numbers.
@@ -65,13 +83,11 @@ def rows_text(
     known, classes = _numbers(step.rows, parameter), targets(step.batch, class_names(facts))
     rows = []
     for place in places[:first]:
-        numbers = {key: number(float(known[key][place])) for key in ORDERS if key in known}
-        share = f"{100 * float(known['share'][place]):.1f}%" if "share" in known else "-"
-        numbers |= {"row": str(step.rows.numbers[place])}
-        numbers |= {"of the norm": share if "gradient" in known else ""}
-        rows.append(numbers | {"y": "" if classes is None else classes[place]})
-    headers = ("row", *ORDERS, "of the norm")
-    columns = [*(keyed(each, is_number=True) for each in headers), keyed("y")]
+        row = {"row": str(step.rows.numbers[place]), "y": "" if classes is None else classes[place]}
+        texts = {m.key: m.text(float(known[m.key][place])) for m in MEASURES if m.key in known}
+        rows.append(row | texts)
+    numbers = (keyed(each.key, each.header, is_number=True) for each in MEASURES)
+    columns = [keyed("row", is_number=True), *numbers, keyed("y")]
     more = [f"{len(places) - first:,} more"] if len(places) > first else []
     table = table_text(columns, rows)
     return "\n".join([f"{title}, rows by {order}", "", *table, *more, "", *about_rows(step, parameter)])
@@ -149,6 +165,7 @@ def rows_data(
         "loss": step.loss,
         "orders": {name: order[:most] for name, order in orders.items()},
         "about": about,
+        "measures": [each._asdict() for each in MEASURES if each.key in known],
         "columns": [
             {"name": name, "is_number": isinstance(values[0], float)}
             for name, values in columns[:MOST_COLUMNS]
@@ -163,8 +180,8 @@ def rows_data(
             place: {
                 "row": rows.numbers[place],
                 **{
-                    name: float(known[name][place]) if name in known else None
-                    for name in (*ORDERS, "share")
+                    each.key: float(known[each.key][place]) if each.key in known else None
+                    for each in MEASURES
                 },
                 "values": [values[place] for _, values in columns[:MOST_COLUMNS]],
                 "gradients": {

@@ -9,8 +9,6 @@ from html import escape
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rich.console import Console
-
 from everystep.errors import named
 from everystep.recording.keep import kept_text
 from everystep.recording.recorded_run import RecordedRun
@@ -94,6 +92,8 @@ class RunView(NamedTuple):
         if isinstance(shown, str):
             return _HTML.format(code=escape(shown))
         # Recorded, not printed (in Jupyter, rich would show it as well): it turns its styles into HTML.
+        from rich.console import Console  # no command prints HTML
+
         console = Console(file=io.StringIO(), record=True, color_system="truecolor", force_jupyter=False)
         console.print(shown, soft_wrap=True)
         return console.export_html(inline_styles=True, code_format=_HTML)

@@ -1,4 +1,4 @@
-"""The layout of the terminal: tables of declared columns, pages of text, and what prints them."""
+"""The layout of the terminal: tables of declared columns, and pages of text."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from itertools import zip_longest
 from typing import Any, Generic, TypeVar
 
 from rich.cells import cell_len
-from rich.console import Console
-from rich.segment import Segment
 from rich.text import Text
 
-from everystep.views.formatting import clean, cut, labelled, one_line
+from everystep.views.formatting import cut, labelled, one_line
 
-__all__ = ["Cell", "Column", "Page", "SafeConsole", "Styled", "keyed", "table_lines", "table_text"]
+__all__ = ["Cell", "Column", "Page", "Styled", "keyed", "table_lines", "table_text"]
 
 #: A text and its style.
 Styled = tuple[str, str]
@@ -182,14 +180,3 @@ class Page:
 
 
 _LABEL = 10
-
-
-class SafeConsole(Console):
-    """A console that sanitizes its output, except its own colours and progress bars."""
-
-    def render(self, *given: Any, **named: Any) -> Iterator[Segment]:
-        """Yield the pieces of something to print, cleaned."""
-        for segment in super().render(*given, **named):
-            # Control segments are rich's own, such as those that move a progress bar.
-            is_text = segment.control is None
-            yield segment._replace(text=clean(segment.text)) if is_text else segment

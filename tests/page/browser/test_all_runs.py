@@ -13,6 +13,7 @@ from tests.page.browser.places import plot, row
 from tests.page.serving import remove, written
 
 import everystep
+from everystep.views.lists import LISTED, VALUE_KINDS
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +77,31 @@ def test_runs_are_sorted_whatever_is_missing(listed, open_page):
     expect(heading.get_by_role("button")).to_be_focused()
     assert names(page)[:5] == ["nan", "killed", "failed", "run-9", "run-10"]
     assert set(names(page)[5:]) == {"empty", "broken"}
-    page.get_by_role("columnheader", name="name").get_by_role("button").click()
+    page.get_by_role("columnheader", name="run").get_by_role("button").click()
     assert names(page) == sorted(names(page), key=lambda name: (name[:3], len(name), name))
+
+
+def test_the_server_declares_the_columns(listed, open_page):
+    page = open_page(listed.address)
+    headings = page.get_by_role("columnheader").filter(visible=True)
+    # Columns without a value are hidden: these runs have no validation, and no optimizer.
+    shown = ["pick", "run", "status", "steps", "last loss", "loss", "started"]
+    expect(headings).to_have_text([re.compile(rf"^{text}\W?$") for text in shown])
+    more = [{"key": "first_loss", "header": "first", "kind": "loss", "rank": 1, "first": "descending"}]
+
+    def declared(route):
+        answer = route.fetch()
+        found = answer.json()
+        route.fulfill(response=answer, json=found | {"columns": found["columns"][:1] + more})
+
+    page.route("**/api/runs?soon", declared)
+    page.reload()
+    expect(headings).to_have_text(["pick", re.compile("^run"), re.compile("^first")])
+    headings.nth(2).get_by_role("button").click()
+    assert names(page)[:4] == ["killed", "failed", "nan", "run-9"]
+    expect(row(page, "killed").get_by_role("cell").nth(2)).to_have_text("3")
+    kinds = page.evaluate("async () => Object.keys((await import('/static/runs/kinds.js')).KINDS)")
+    assert kinds == [*VALUE_KINDS] and {each.kind for each in LISTED} <= VALUE_KINDS.keys()
 
 
 def test_the_address_says_how_runs_are_sorted(listed, open_page):
@@ -126,7 +150,7 @@ def test_a_note_is_written_where_it_is_read(visit, copied):
 
 def test_forks_stand_beneath_their_parents(visit):
     page = visit("/")
-    page.get_by_role("columnheader", name="name").get_by_role("button").click()
+    page.get_by_role("columnheader", name="run").get_by_role("button").click()
     expect(page.locator("tr[data-name=chapter] + tr")).to_have_attribute("data-name", "fork")
 
 
@@ -137,7 +161,8 @@ def test_runs_that_are_each_others_parents_by_name_are_listed(visit):
             const runs = [["a", "b"], ["b", "a"], ["c", null]].map(
               ([name, parent]) => ({ name, parent: parent && [parent, 1] }),
             );
-            return arranged(runs, { key: "name", direction: "ascending" }, "").map(({ name }) => name);
+            const column = { key: "name", kind: "name" };
+            return arranged(runs, column, "ascending", "").map(({ name }) => name);
         }"""
     )
     assert sorted(shown) == ["a", "b", "c"]

@@ -19,6 +19,7 @@ from everystep.page.routes.request_body import fields_of, line
 from everystep.page.run_index import RunIndex, shown_name
 from everystep.page.table_rows import frame_of, page_of, rows_of, wanted_of, whole
 from everystep.recording.lock import write_note
+from everystep.views.lists import columns_data
 
 __all__ = ["routes"]
 
@@ -32,7 +33,8 @@ def all_runs(request: Request) -> Response:
     summaries = run_index.summaries(MOMENT if "soon" in request.query_params else math.inf)
     runs = list(summaries.runs.values())
     directory = shown_name(run_index.directory.name)
-    return JSONResponse({"directory": directory, "runs": runs, "unread": summaries.unread})
+    content = {"directory": directory, "columns": columns_data(), "runs": runs}
+    return JSONResponse(content | {"unread": summaries.unread})
 
 
 def about(request: Request) -> Response:

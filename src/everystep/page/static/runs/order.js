@@ -1,37 +1,30 @@
 // The shown runs, and their order.
 
-import { compared, numberOf, short } from "../shared/format.js";
+import { compared } from "../shared/format.js";
+import { textOf, valueOf } from "./kinds.js";
 
-/** Settings to mark if a run differs from most others. */
-export const COMPARED = ["optimizer", "lr", "batch_size"];
-
-/** Return runs that contain a text, sorted, as {name, depth}; by name or time, forks are below their parents. */
-export function arranged(runs, { key, direction }, text) {
+/** Return runs that contain a text, sorted by a column, as {name, depth}; by name or time, forks are below their parents. */
+export function arranged(runs, column, direction, text) {
   const wanted = text.trim().toLowerCase();
-  const textOf = ({ name, status, optimizer, note, tags, config }) => [name, status, optimizer, note, ...(tags ?? []), JSON.stringify(config)].join(" ");
-  const found = runs.filter((run) => textOf(run).toLowerCase().includes(wanted));
+  const wordsOf = ({ name, status, optimizer, note, tags, config }) => [name, status, optimizer, note, ...(tags ?? []), JSON.stringify(config)].join(" ");
+  const found = runs.filter((run) => wordsOf(run).toLowerCase().includes(wanted));
   const sign = direction === "ascending" ? 1 : -1;
   const ofValues = (a, b) => (typeof a === "string" && b !== null ? sign * byName(a, b) : compared(a, b, sign));
-  const sorted = found.sort((a, b) => ofValues(valueOf(a, key), valueOf(b, key)) || byName(a.name, b.name));
-  if (key !== "name" && key !== "started") return sorted.map(({ name }) => ({ name, depth: 0 }));
+  const sorted = found.sort((a, b) => ofValues(valueOf(column, a), valueOf(column, b)) || byName(a.name, b.name));
+  if (!["name", "time"].includes(column.kind)) return sorted.map(({ name }) => ({ name, depth: 0 }));
   return nested(sorted);
 }
 
-/** Return the value of each compared setting that more than half of the runs have, if there is one. */
-export function usualOf(runs) {
+/** Return the text of each setting that more than half of the runs with this setting have, if there is one, by column. */
+export function usualOf(runs, columns) {
   const usual = new Map();
-  for (const key of COMPARED) {
+  for (const column of columns.filter(({ is_setting: isSetting }) => isSetting)) {
     const counts = new Map();
-    const known = runs.filter((run) => run.optimizer !== null);
-    for (const run of known) counts.set(settingOf(run, key), (counts.get(settingOf(run, key)) ?? 0) + 1);
-    for (const [value, count] of counts) if (2 * count > known.length && count < known.length) usual.set(key, value);
+    const known = runs.map((run) => textOf(column, run)).filter(Boolean);
+    for (const text of known) counts.set(text, (counts.get(text) ?? 0) + 1);
+    for (const [text, count] of counts) if (2 * count > known.length && count < known.length) usual.set(column, text);
   }
   return usual;
-}
-
-/** Return a setting of a run; learning rates are a text. */
-export function settingOf(run, key) {
-  return key === "lr" ? (run.lr ?? []).map((rate) => short(rate, 8)).join(", ") : run[key];
 }
 
 function nested(runs) {
@@ -52,14 +45,6 @@ function nested(runs) {
   // Parents are names: since a run was renamed, two may be each other's.
   const listed = new Set(found.map(({ name }) => name));
   return [...found, ...runs.filter(({ name }) => !listed.has(name)).map(({ name }) => ({ name, depth: 0 }))];
-}
-
-function valueOf(run, key) {
-  if (["last_loss", "steps", "batch_size", "seconds"].includes(key)) return run[key] === null ? null : numberOf(run[key]);
-  if (key === "lr") return run.lr?.length ? run.lr[0] : null;
-  if (key === "validation") return run.validation ? numberOf(run.validation.value) : null;
-  if (key === "started") return run.started === null ? null : Date.parse(run.started);
-  return run[key];
 }
 
 const { compare: byName } = new Intl.Collator("en", { numeric: true });

@@ -8,7 +8,7 @@ import { duration, fullText, whole } from "../shared/format.js";
 import { LossPlot } from "../plot/plot.js";
 import { serverCurves } from "../plot/source.js";
 import { listenToThose } from "../run/live.js";
-import { COMPARED, settingOf } from "./order.js";
+import { textOf } from "./kinds.js";
 import { nonfiniteText } from "./row.js";
 
 /** The settings that are changed most often come first. */
@@ -21,14 +21,16 @@ export async function open(place, main) {
   document.title = "Overlay – everystep";
   document.querySelector("#trail").replaceChildren(element("a", { href: "/" }, "All runs"), " / Overlay");
   main.classList.add("wide");
-  const { runs } = await awaited(main, "Loading the runs.", "/api/runs");
-  const view = new Overlay(main, runs);
+  const { runs, columns } = await awaited(main, "Loading the runs.", "/api/runs");
+  const view = new Overlay(main, runs, columns);
   await view.update(place);
   return view;
 }
 
 class Overlay {
-  constructor(main, runs) {
+  constructor(main, runs, columns) {
+    // Data of the list of runs: the only common data if not all are experiments.
+    this.settings = columns.filter((column) => column.is_setting);
     this.summaries = new Map(runs.map((run) => [run.name, run]));
     this.title = element("h1");
     this.problem = element("p", { class: "alarm", hidden: true });
@@ -58,9 +60,13 @@ class Overlay {
     this.plot = this.end = null;
   }
 
+  #listed(summary) {
+    return new Map(this.settings.map((column) => [column.key, textOf(column, summary)]));
+  }
+
   #table(names, about) {
     const areExperiments = about.every((one) => one?.has_experiment);
-    const settings = names.map((name, place) => (areExperiments ? settingsOf(about[place]) : listed(this.summaries.get(name))));
+    const settings = names.map((name, place) => (areExperiments ? settingsOf(about[place]) : this.#listed(this.summaries.get(name))));
     const differing = settingsThatDiffer(settings);
     const head = ["run", ...differing.map(([key]) => key), "first loss", "last loss", "smallest loss", "steps", "duration"];
     const rows = names.map((name, place) => {
@@ -87,11 +93,6 @@ class Overlay {
 
 function settingsOf({ settings }) {
   return new Map(Object.entries(settings).map(([key, value]) => [key, typeof value === "number" ? fullText(value, false) : String(value)]));
-}
-
-// Data of the list of runs: the only common data if not all are experiments.
-function listed(summary) {
-  return new Map(COMPARED.map((key) => [key, String(settingOf(summary, key) ?? "")]));
 }
 
 function settingsThatDiffer(all) {

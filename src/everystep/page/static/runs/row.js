@@ -4,57 +4,54 @@ import * as address from "../shared/address.js";
 import { drawing, element } from "../shared/elements.js";
 import { addressOf, ask } from "../shared/server.js";
 import { Note } from "../shared/note.js";
-import { COMPARED, settingOf } from "./order.js";
-import { ago, duration, fullText, numberOf, percent, short, whole } from "../shared/format.js";
+import { numberOf, whole } from "../shared/format.js";
+import { textOf, titleOf } from "./kinds.js";
 
 const REST = 2000; // milliseconds between pictures of a run in training
-const CELLS = ["status", "steps", "last_loss", "picture", "validation", "optimizer", "lr", "batch_size", "seconds", "started"];
 
-/** The row of a run; `pick(isPicked)`: called for its checkbox. */
+/** Return the class of a column's cells: what is in them, and how early they give way. */
+export const classOf = ({ key, kind, rank }) => `${key} of-${kind} rank-${rank}`;
+
+/** The row of a run; `columns`: of the server; `pick(isPicked)`: called for its checkbox. */
 export class RunRow {
   #isSeen = false;
   #pictured = null; // what the picture shows: another run may take the name, with as many steps
   #isWaiting = false;
 
-  constructor(run, pick) {
-    const cell = (name) => element("td", { class: name, role: "cell" });
+  constructor(run, columns, pick) {
     const box = element("input", { type: "checkbox", "aria-label": `pick ${run.name}`, onchange: () => pick(box.checked) });
-    this.name = element("td", { class: "name", role: "cell" });
     this.note = new Note(run.name);
-    this.cells = Object.fromEntries(CELLS.map((name) => [name, cell(name)]));
-    Object.assign(this, { status: this.cells.status, picture: this.cells.picture });
-    const first = element("td", { class: "pick", role: "cell" }, box);
-    this.host = element("tr", { role: "row", "data-name": run.name }, first, this.name, ...Object.values(this.cells));
+    const cell = (column) => element("td", { class: classOf(column), role: "cell", "data-header": column.header });
+    this.cells = new Map(columns.map((column) => [column, cell(column)]));
+    this.host = element("tr", { role: "row", "data-name": run.name }, element("td", { class: "pick", role: "cell" }, box), ...this.cells.values());
+    this.picture = this.host.querySelector(".of-picture");
     this.indent = (depth) => this.host.style.setProperty("--depth", Math.min(depth, 4));
     this.box = box;
     this.update(run);
   }
 
   update(run) {
-    const isSame = (...keys) => keys.every((key) => JSON.stringify(run[key]) === JSON.stringify(this.run?.[key]));
-    const isNamed = this.run && isSame("parent", "problem", "tags");
+    const isSame = (key) => JSON.stringify(run[key]) === JSON.stringify(this.run[key]);
+    const isNamed = this.run && ["parent", "problem", "tags"].every(isSame);
     this.run = run;
-    const { name, problem, status } = run;
-    this.host.classList.toggle("unreadable", problem !== null);
-    this.box.disabled = problem !== null;
-    if (!isNamed) {
-      // Keep a link that is about to be clicked, or has the focus.
-      const link = element("a", { href: address.write({ view: "run", run: name }) }, name);
-      const own = problem === null ? [this.note.host] : [];
-      const tags = (run.tags ?? []).map((tag) => element("span", { class: "tag" }, tag));
-      this.name.replaceChildren(problem === null ? link : name, ...tags, ...own, ...this.#lineage());
-    }
+    this.box.disabled = this.host.classList.toggle("unreadable", run.problem !== null);
     this.note.update(run);
-    const state = problem === null ? [status, status] : ["failed", "cannot be read"];
-    this.status.replaceChildren(element("span", { class: `state ${state[0]}` }, state[1]), ...damaged(run), ...nonfinite(run));
-    for (const [key, [text, title]] of Object.entries(textsOf(run))) Object.assign(this.cells[key], { textContent: text, title });
+    for (const [column, cell] of this.cells) {
+      if (column.kind === "status") cell.replaceChildren(...this.#status());
+      else if (column.kind === "name") {
+        // Keep a link that is about to be clicked, or has the focus.
+        if (!isNamed) cell.replaceChildren(...this.#name());
+      } else if (column.kind !== "picture") Object.assign(cell, { textContent: textOf(column, run), title: titleOf(column, run) });
+    }
     this.#draw();
   }
 
-  /** Mark the settings that differ from most runs; `usual`: their values by key. */
-  tellUnusual(usual) {
-    const isOther = (key) => usual.has(key) && this.run.optimizer !== null && settingOf(this.run, key) !== usual.get(key);
-    for (const key of COMPARED) this.cells[key].classList.toggle("unusual", isOther(key));
+  /** Mark settings that are not the usual ones, which are given by column, and hide the columns without values. */
+  compare(usual, empty) {
+    for (const [column, cell] of this.cells) {
+      cell.classList.toggle("unusual", usual.has(column) && !["", usual.get(column)].includes(textOf(column, this.run)));
+      cell.hidden = empty.has(column);
+    }
   }
 
   see(isSeen) {
@@ -62,19 +59,29 @@ export class RunRow {
     this.#draw();
   }
 
-  #lineage() {
-    const { parent, problem } = this.run;
-    if (problem !== null) return [element("span", { class: "lineage" }, problem)];
-    if (!parent) return [];
-    const link = element("a", { href: address.write({ view: "run", run: parent[0] }) }, parent[0]);
-    return [element("span", { class: "lineage" }, "fork of ", link, ` at ${whole(parent[1])}`)];
+  #name() {
+    const { name, problem, tags, parent } = this.run;
+    const marks = (tags ?? []).map((tag) => element("span", { class: "tag" }, tag));
+    const below = (...content) => element("span", { class: "lineage" }, ...content);
+    if (problem !== null) return [name, ...marks, below(problem)];
+    const link = (run) => element("a", { href: address.write({ view: "run", run }) }, run);
+    const fork = parent ? [below("fork of ", link(parent[0]), ` at ${whole(parent[1])}`)] : [];
+    return [link(name), ...marks, this.note.host, ...fork];
+  }
+
+  #status() {
+    const { problem, status, damage, nonfinite_step: step } = this.run;
+    const [state, text] = problem === null ? [status, status] : ["failed", "cannot be read"];
+    const damaged = damage && element("span", { class: "nonfinite", title: damage }, "damaged");
+    const nonfinite = step && element("span", { class: "nonfinite" }, nonfiniteText(this.run));
+    return [element("span", { class: `state ${state}` }, text), damaged, nonfinite].filter(Boolean);
   }
 
   // The picture, once the row is visible; redrawn from time to time while steps are added.
   async #draw() {
     const { name, steps, started, last_loss: loss } = this.run;
     const now = JSON.stringify([steps, started, loss]);
-    if (!this.#isSeen || this.#isWaiting || !steps || now === this.#pictured) return;
+    if (!this.picture || !this.#isSeen || this.#isWaiting || !steps || now === this.#pictured) return;
     this.#isWaiting = true;
     const isFirst = this.#pictured === null;
     this.#pictured = now;
@@ -88,31 +95,6 @@ export class RunRow {
       this.#draw();
     }, isFirst ? 0 : REST);
   }
-}
-
-// Return the text and the title of each plain cell.
-function textsOf(run) {
-  const { problem, steps, planned, last_loss: loss, validation, optimizer, batch_size: batch, seconds, started } = run;
-  const utc = (time) => `${new Date(time).toISOString().replace("T", " ").slice(0, 19)} UTC`;
-  const { name, value, is_share: isShare } = validation ?? {};
-  return {
-    steps: [steps === null ? "" : steps === planned ? whole(steps) : `${whole(steps)} of ${whole(planned)}`, ""],
-    last_loss: [short(loss), String(loss ?? "")],
-    validation: [!validation ? "" : isShare && numberOf(value) <= 1 ? percent(value) : short(value), validation ? `${name} on the validation rows: ${fullText(numberOf(value))}` : ""],
-    optimizer: [optimizer ?? "", ""],
-    lr: [settingOf(run, "lr"), ""],
-    batch_size: [batch === null ? "" : whole(batch), "rows (samples) in each step"],
-    seconds: [seconds === null || seconds === undefined ? "" : duration(seconds), ""],
-    started: [started ? ago(started) : "", started ? utc(started) : ""],
-  };
-}
-
-function damaged({ damage }) {
-  return damage ? [element("span", { class: "nonfinite", title: damage }, "damaged")] : [];
-}
-
-function nonfinite(run) {
-  return run.nonfinite_step ? [element("span", { class: "nonfinite" }, nonfiniteText(run))] : [];
 }
 
 /** Describe from which step the loss of a run is not finite. */

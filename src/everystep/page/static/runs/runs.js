@@ -5,21 +5,8 @@ import { element, button } from "../shared/elements.js";
 import { awaited, awayBanner } from "../shared/away.js";
 import { listen } from "../shared/server.js";
 import { arranged, usualOf } from "./order.js";
-import { RunRow } from "./row.js";
-
-const COLUMNS = [
-  { key: "name", title: "name", first: "ascending" },
-  { key: "status", title: "status", first: "ascending" },
-  { key: "steps", title: "steps", first: "descending" },
-  { key: "last_loss", title: "last loss", first: "ascending" },
-  { key: null, title: "loss" },
-  { key: "validation", title: "validation", first: "descending" },
-  { key: "optimizer", title: "optimizer", first: "ascending" },
-  { key: "lr", title: "lr", first: "ascending" },
-  { key: "batch_size", title: "batch", first: "ascending" },
-  { key: "seconds", title: "duration", first: "descending" },
-  { key: "started", title: "started", first: "descending" },
-];
+import { valueOf } from "./kinds.js";
+import { RunRow, classOf } from "./row.js";
 
 // Rows drawn at first, and then whenever their end comes near: the layout of thousands takes seconds.
 const SOME = 100;
@@ -31,8 +18,7 @@ const sorting = { key: "started", direction: "descending" };
 export async function open(place, main) {
   document.title = "everystep";
   document.querySelector("#trail").replaceChildren();
-  const { directory, runs, unread } = await awaited(main, "Loading the runs.", "/api/runs?soon");
-  return new Runs(main, directory, { runs, unread }, place);
+  return new Runs(main, await awaited(main, "Loading the runs.", "/api/runs?soon"), place);
 }
 
 class Runs {
@@ -41,8 +27,9 @@ class Runs {
   #most = SOME; // rows that are drawn
   #picked = new Set(); // in the order in which they were picked
 
-  constructor(main, directory, read, place) {
-    take(place);
+  constructor(main, { directory, columns, runs, unread }, place) {
+    this.columns = columns;
+    this.#read(place);
     this.away = awayBanner();
     this.head = element("p", { class: "lead" });
     this.search = element("input", { type: "search", placeholder: "search", "aria-label": "search the runs", title: "in name, status, optimizer, tags, config and note" });
@@ -61,7 +48,7 @@ class Runs {
     main.classList.add("wide");
     this.watcher = new IntersectionObserver((entries) => this.#see(entries), { rootMargin: "200px" });
     main.append(element("header", { class: "runs-head" }, element("h1", {}, directory), this.head), this.tools, this.table, this.end, this.nothing, this.away.host);
-    this.#take({ ...read, gone: [] });
+    this.#take({ runs, unread, gone: [] });
     this.reach = new IntersectionObserver((entries) => entries.at(-1).isIntersecting && this.#drawMore(), { rootMargin: "1500px" });
     this.reach.observe(this.end);
     this.stop = listen("/api/events", { runs: (news) => this.#hear(news) }, (isThere) => this.away.tell(isThere));
@@ -69,7 +56,7 @@ class Runs {
 
   /** Sort by the address. */
   update(place) {
-    take(place);
+    this.#read(place);
     this.#arrange();
   }
 
@@ -115,7 +102,7 @@ class Runs {
   }
 
   #newRow(run) {
-    const row = new RunRow(run, (isPicked) => {
+    const row = new RunRow(run, this.columns, (isPicked) => {
       this.#picked[isPicked ? "add" : "delete"](run.name);
       this.#tellPicked();
     });
@@ -139,17 +126,19 @@ class Runs {
 
   #arrange() {
     const all = [...this.#runs.values()];
-    const shown = arranged(all, sorting, this.search.value);
+    const shown = arranged(all, this.sorted, sorting.direction, this.search.value);
     const hosts = shown.slice(0, this.#most).map(({ name, depth }) => {
       const { host, indent } = this.#row(name);
       indent(depth);
       return host;
     });
-    const usual = usualOf(all);
-    this.#rows.forEach((row) => row.tellUnusual(usual));
+    const usual = usualOf(all, this.columns);
+    const empty = new Set(this.columns.filter((column) => column.first && all.every((run) => valueOf(column, run) === null)));
+    this.#rows.forEach((row) => row.compare(usual, empty));
     const isSame = hosts.length === this.body.children.length && hosts.every((host, index) => host === this.body.children[index]);
     if (!isSame) this.body.replaceChildren(...hosts);
     this.#drawHeadings();
+    this.columns.forEach((column, place) => (this.headings.children[place + 1].hidden = empty.has(column)));
     this.#tellCount(all, shown.length);
   }
 
@@ -168,29 +157,36 @@ class Runs {
     if (this.headings.dataset.sorting === JSON.stringify(sorting)) return;
     this.headings.dataset.sorting = JSON.stringify(sorting);
     const isFocused = this.headings.contains(document.activeElement);
-    const cells = COLUMNS.map(({ key, title, first }) => {
-      if (key === null) return element("th", { scope: "col", role: "columnheader", class: "picture" }, title);
-      const isSorted = sorting.key === key;
-      const press = () => this.#sort(key, isSorted ? OTHER[sorting.direction] : first);
+    const cells = this.columns.map((column) => {
+      const { key, header, first } = column;
+      const isSorted = this.sorted === column;
+      const heading = { scope: "col", role: "columnheader", class: classOf(column), "aria-sort": first && (isSorted ? sorting.direction : "none") };
+      if (!first) return element("th", heading, header);
       const sign = element("span", { class: "sign", "aria-hidden": "true" }, isSorted ? ARROWS[sorting.direction] : "↕");
-      const label = button(title, press, { class: "sort" });
+      const label = button(header, () => this.#sort(key, isSorted ? OTHER[sorting.direction] : first), { class: "sort" });
       label.append(sign);
-      return element("th", { scope: "col", role: "columnheader", class: key, "aria-sort": isSorted ? sorting.direction : "none" }, label);
+      return element("th", heading, label);
     });
     const pick = element("th", { scope: "col", role: "columnheader", class: "pick" }, element("span", { class: "unseen" }, "pick"));
     this.headings.replaceChildren(pick, ...cells);
-    if (isFocused) this.headings.querySelector(`.${sorting.key} button`)?.focus();
+    if (isFocused) this.headings.querySelector("[aria-sort$=ending] button")?.focus();
     this.field.value = `${sorting.key} ${sorting.direction}`;
   }
 
   // Stacked rows have no headings to click.
   #sortField() {
-    const choices = COLUMNS.filter(({ key }) => key).flatMap(({ key, title, first }) =>
-      [first, OTHER[first]].map((direction) => element("option", { value: `${key} ${direction}` }, `${title} ${ARROWS[direction]}`)),
+    const choices = this.columns.filter(({ first }) => first).flatMap(({ key, header, first }) =>
+      [first, OTHER[first]].map((direction) => element("option", { value: `${key} ${direction}` }, `${header} ${ARROWS[direction]}`)),
     );
     const change = () => this.#sort(...this.field.value.split(" "));
     this.field = element("select", { class: "sort-field", "aria-label": "sort by", onchange: change }, ...choices);
     return this.field;
+  }
+
+  #read({ sort, direction }) {
+    const column = this.columns.find(({ key, first }) => first && key === sort);
+    if (column) Object.assign(sorting, { key: sort, direction: direction in OTHER ? direction : column.first });
+    this.sorted = this.columns.find(({ key }) => key === sorting.key) ?? this.columns[0];
   }
 
   #sort(key, direction) {
@@ -203,11 +199,6 @@ class Runs {
     this.compare.disabled = count !== 2;
     this.chosen.textContent = count ? `${count} picked` : "";
   }
-}
-
-function take({ sort, direction }) {
-  const column = COLUMNS.find(({ key }) => key !== null && key === sort);
-  if (column) Object.assign(sorting, { key: sort, direction: direction in OTHER ? direction : column.first });
 }
 
 const ARROWS = { ascending: "↑", descending: "↓" };

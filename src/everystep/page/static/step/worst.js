@@ -6,19 +6,17 @@ import { fullText, numberOf, short } from "../shared/format.js";
 /**
  * Return the head and the body of the table.
  *
- * answer: {rows, columns} of the server; places: of the rows in the batch; order: by which they are ranked; leaveOut(row): opens the
+ * answer: {rows, measures, columns} of the server; places: of the rows in the batch; order: by which they are ranked; leaveOut(row): opens the
  * what-if dialog. Images are canvases with `data-place`, still to be drawn.
  */
-export function worstRows({ rows, columns }, places, order, { batch, tensors }, leaveOut) {
+export function worstRows({ rows, measures, columns }, places, order, { batch, tensors }, leaveOut) {
   const given = places.map((place) => ({ place, ...rows[place] }));
   const most = Math.max(...given.map((row) => numberOf(row[order])).filter(Number.isFinite));
-  const measured = (name) => numbers(name, (row) => row[name], { most: name === order ? most : null });
-  const isKnown = ({ title }) => given.some((row) => row[title] !== null);
+  const measured = ({ key, header, is_share: isShare }) => numbers(header, (row) => row[key], { text: isShare ? percent : short, most: key === order ? most : null });
   const shown = [
     ...(batch.images ? [images(tensors[batch.images].shape)] : []),
     { title: "row", isNumber: true, cell: ({ row }) => element("th", { scope: "row", class: "number" }, rowButton(row, leaveOut)) },
-    ...["loss", "gradient"].map(measured).filter(isKnown),
-    ...(given.some(({ share }) => share !== null) ? [numbers("of the norm", ({ share }) => share, { text: percent })] : []),
+    ...measures.map(measured),
     ...columns.map(({ name, is_number: isNumber }, which) => (isNumber ? numbers(name, ({ values }) => values[which]) : texts(name, which))),
   ];
   const head = shown.map(({ title, isNumber, isOrder }) => element("th", { scope: "col", class: isNumber ? "number" : "", "aria-sort": isOrder ? "descending" : null }, title));
