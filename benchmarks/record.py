@@ -32,7 +32,7 @@ from torch.nn import functional  # noqa: E402
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset  # noqa: E402
 
 import everystep  # noqa: E402
-from everystep.program.operators import OperatorMode  # noqa: E402
+from everystep.ops.operators import OperatorMode  # noqa: E402
 
 __all__ = ["main"]
 

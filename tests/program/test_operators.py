@@ -5,8 +5,9 @@ import re
 import pytest
 import torch
 
+from everystep.ops.operators import NotAllowedError, computes, parameters
+from everystep.program.allowed import BY_VALUES, resolve
 from everystep.program.collectives import COLLECTIVES
-from everystep.program.operators import BY_VALUES, NotAllowedError, computes, parameters, resolve
 
 #: Properties in torch of an operator that does more than compute, or returns something else than
 #: tensors.

@@ -5,14 +5,16 @@ import torch
 from tests.descent import trained
 from torch import nn
 
+from everystep import ops
 from everystep.errors import ProgramError, TrainingError
-from everystep.program import allowed, operators
-from everystep.program.operators import NotAllowedError, resolve
+from everystep.ops.operators import NotAllowedError
+from everystep.program import allowed
+from everystep.program.allowed import resolve
 from everystep.program.step_program import Program
 from everystep.recording.files import program_file
 from everystep.step.known_operators import known_operator
 
-CACHES = (operators.resolve, allowed.known_names, known_operator)
+CACHES = (allowed.resolve, allowed.known_names, known_operator)
 
 
 @pytest.fixture
@@ -37,10 +39,13 @@ def train(model, x, y, engine="auto"):
     return trained(model, (x, y), steps=4, engine=engine)
 
 
-@pytest.mark.parametrize("name", [*allowed._ARGUMENTS, *allowed.FORWARD])
+TRUSTING = [n for n, r in ops.PERMITTED.items() if r.arguments or r.kept is not None]
+
+
+@pytest.mark.parametrize("name", TRUSTING)
 def test_the_arguments_of_kernels_that_trust_are_those_of_this_torch(name):
     packet = getattr(torch.ops.aten, name)
-    found = [allowed.what_is_unknown(getattr(packet, each)) for each in packet.overloads()]
+    found = [allowed._what_is_unknown(getattr(packet, each)) for each in packet.overloads()]
     assert not any(found)
 
 
@@ -68,8 +73,9 @@ def test_a_kernel_with_other_arguments_is_not_used_and_the_step_says_so(small, m
     text = (run.directory / program_file(run.facts.training.engine.programs[0])).read_text()
     assert "_cdist_backward" in text
 
-    changed = {"_cdist_backward": ["Tensor grad, Tensor x1, Tensor x2, Tensor cdist, float p"]}
-    monkeypatch.setattr(allowed, "_ARGUMENTS", allowed._ARGUMENTS | changed)
+    changed = "Tensor grad, Tensor x1, Tensor x2, Tensor cdist, float p"
+    record = ops.PERMITTED["_cdist_backward"]._replace(arguments=changed)
+    monkeypatch.setitem(ops.PERMITTED, "_cdist_backward", record)
     for each in CACHES:
         each.cache_clear()
     with pytest.raises(ProgramError, match=r"_cdist_backward\.default has another signature in torch"):
@@ -89,8 +95,8 @@ def test_an_argument_of_the_backward_pass_of_which_nothing_is_known_is_refused(m
 
 @pytest.mark.usefixtures("without_caches")
 def test_a_torch_without_what_programs_need_takes_steps_in_python(small, monkeypatch, capsys):
-    needed = (*operators._NEEDED, "_C._gone")
-    monkeypatch.setattr(operators, "_NEEDED", needed)
+    needed = (*allowed._NEEDED, "_C._gone")
+    monkeypatch.setattr(allowed, "_NEEDED", needed)
     run = train(*small)
     assert run.facts.training.engine.eager_from == 1
     assert "has no torch._C._gone, which everystep needs" in run.facts.training.engine.reason

@@ -14,9 +14,9 @@ from torch import nn
 
 import everystep
 from everystep.errors import ProgramError, RunError
+from everystep.ops.operators import without_autograd
 from everystep.program import memory
 from everystep.program.bound import BoundProgram
-from everystep.program.calls import without_autograd
 from everystep.program.interpreter import Interpreter
 from everystep.program.memory import tensor_on
 from everystep.program.operation import Operation

@@ -170,6 +170,20 @@ def one_operation(operator, arguments, shapes, results, **more):
     }
 
 
+@pytest.mark.parametrize("names", [["LU_data", "LU_pivots"], ["LU_pivots", "LU_data"]])
+def test_pivots_that_no_factorization_made_are_refused_in_any_order(names):
+    shapes = {"a": [2, 2, 2], "values": [2, 2], "vectors": [2, 2, 2], "pivots": [2, 2]}
+    arguments = ["a", {"text": "L"}, True]
+    program = one_operation("_linalg_eigh.default", arguments, shapes, ["values", "vectors"])
+    program["tensors"]["pivots"]["dtype"] = "int32"
+    program["tensors"] |= dict.fromkeys("plu", program["tensors"]["a"])
+    program["storages"] |= dict.fromkeys("plu", program["storages"]["a"])
+    given = {"LU_data": "vectors", "LU_pivots": "pivots"}
+    unpack = {"phase": "forward", "operator": "aten.lu_unpack.default", "results": ["p", "l", "u"]}
+    program["operations"].append(unpack | {"keywords": {name: given[name] for name in names}})
+    refused(program, "lu_unpack.*has no matching factorization before it")
+
+
 A_LOT = 2**45
 
 

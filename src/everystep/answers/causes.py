@@ -23,8 +23,8 @@ from everystep.answers.operations import (
     tensor_difference,
 )
 from everystep.errors import NAMED, named
+from everystep.ops.operators import draws_random_numbers
 from everystep.program.observed import Observed
-from everystep.program.operators import draws_random_numbers
 from everystep.recording.recorded_run import EXPERIMENT_FILE, stretch_at
 from everystep.recording.settings_diff import Setting, settings_that_differ
 from everystep.recording.texts import number_text, shortest, value_text

@@ -28,7 +28,8 @@ from everystep.answers.other_process import OtherProcess
 from everystep.device import on_cpu
 from everystep.errors import RunError
 from everystep.experiment.preparation import TablePreparation
-from everystep.program.operators import draws_random_numbers, resolve
+from everystep.ops.operators import draws_random_numbers
+from everystep.program.allowed import resolve
 from everystep.recording.blocks import same_number
 from everystep.recording.contents import digest_of
 from everystep.recording.facts import TrainingFacts

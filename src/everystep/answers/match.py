@@ -24,8 +24,8 @@ from torch import Tensor
 
 from everystep.answers.rounding import relative_difference, tolerance
 from everystep.errors import ProgramError, RunError
+from everystep.ops.operators import draws_random_numbers
 from everystep.program.observed import Observed
-from everystep.program.operators import draws_random_numbers
 from everystep.program.precision import Precision
 from everystep.replay.opened_step import Step
 from everystep.replay.processes import Opener

@@ -19,7 +19,7 @@ from everystep.answers.measure import until
 from everystep.answers.why import Spot, Why, why
 from everystep.device import on_cpu
 from everystep.errors import RunError
-from everystep.program.arguments import decode
+from everystep.ops.arguments import decode
 from everystep.program.interpreter import Look
 from everystep.program.observed import Observed, unset_results
 from everystep.program.operation import Phase

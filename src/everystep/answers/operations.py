@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from everystep.program.arguments import references
+from everystep.ops.arguments import references
+from everystep.ops.operators import parameters
 from everystep.program.observed import Observed, unread_inputs
 from everystep.program.operation import Operation
-from everystep.program.operators import parameters
 from everystep.recording.files import bytes_of
 from everystep.recording.settings_diff import same_value
 from everystep.replay.opened_step import Step

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from everystep.program.arguments import references
+from everystep.ops.arguments import references
 from everystep.program.observed import Observed
 from everystep.program.operation import CodeLine
 from everystep.replay.opened_step import Step

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from everystep.errors import UsageError
-from everystep.ops import Call, Piece
+from everystep.ops.call import Call, Piece
 from everystep.program.operation import TensorSpec, usual_geometry
 from everystep.replay.opened_step import Step
 from everystep.step.state import same_bits

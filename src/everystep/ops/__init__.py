@@ -1,14 +1,18 @@
 """Operators: what everystep knows of ATen's, one record for each, in one module per family.
 
-A record has three rules: from which numbers of its inputs an operator computed a number of a result, and
-how; which rows of the batch its results belong to; and its mathematical notation. They follow the
-operator's definition in torch's documentation. Nothing is guessed by changing inputs and looking what
-changes. What a program may call is listed in `program.allowed`: it does not follow from a record.
+An operator with a record may be called by a program that a stranger wrote; one without is refused. A
+record has what the kernel trusts, and `program.soundness` checks on its behalf: most check their
+arguments, and trust nothing. It has three rules: from which numbers of its inputs an operator computed a
+number of a result, and how; which rows of the batch its results belong to; and its mathematical
+notation. They follow the operator's definition in torch's documentation. Nothing is guessed by changing
+inputs and looking what changes. An operator without rules is in a list of names of its family.
 """
 
 from __future__ import annotations
 
-from everystep.ops.call import Call, Formula, Made, NoRuleError, Piece, Sum, Terms, Words
+import re
+
+from everystep.ops.call import Call, Made, NoRuleError, kind_of
 from everystep.ops.convolutions import CONVOLUTIONS
 from everystep.ops.creating import CREATING
 from everystep.ops.elementwise import ELEMENTWISE, foreach
@@ -22,21 +26,10 @@ from everystep.ops.products import PRODUCTS
 from everystep.ops.recurrent import RECURRENT
 from everystep.ops.reductions import REDUCTIONS
 
-__all__ = [
-    "RECORDS",
-    "Call",
-    "Formula",
-    "Made",
-    "NoRuleError",
-    "Piece",
-    "Sum",
-    "Terms",
-    "Words",
-    "how_made",
-]
+__all__ = ["PERMITTED", "RECORDS", "how_made", "is_allowed", "record_of"]
 
-#: By kind; `foreach_` before it has the same record; only its `made` holds.
-RECORDS: dict[str, OperatorRecord] = {
+#: By the names of operators, without an overload.
+PERMITTED: dict[str, OperatorRecord] = {
     **ELEMENTWISE,
     **CREATING,
     **MOVEMENTS,
@@ -49,6 +42,19 @@ RECORDS: dict[str, OperatorRecord] = {
     **RECURRENT,
     **OPTIMIZERS,
 }
+#: By kind; `foreach_` before it has the same record; only its `made` holds.
+RECORDS = {kind_of(name): record for name, record in PERMITTED.items()}
+_VARIANT = re.compile(r"^_foreach_|(?<=[a-z0-9])_$")
+
+
+def record_of(name: str) -> OperatorRecord:
+    """Return the record of an operator, or of the one of which it is a variant; an empty one if none."""
+    return PERMITTED.get(name) or PERMITTED.get(_VARIANT.sub("", name), OperatorRecord())
+
+
+def is_allowed(name: str) -> bool:
+    """Return whether a program may call an operator, by its name without an overload."""
+    return not {name, _VARIANT.sub("", name)}.isdisjoint(PERMITTED) and not record_of(name).by_values
 
 
 def how_made(call: Call) -> Made:

@@ -7,17 +7,19 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from everystep.ops.arguments import decode
 from everystep.ops.formula import number_text, parsed, value, written
-from everystep.program.arguments import decode
-from everystep.program.operation import Operation
-from everystep.program.operators import parameters
+from everystep.ops.operators import parameters
+
+if TYPE_CHECKING:
+    from everystep.program.operation import Operation
 
 __all__ = [
     "Axis",
@@ -60,9 +62,9 @@ _OPERANDS = {
 }
 
 
-def kind_of(operation: Operation) -> str:
+def kind_of(name: str) -> str:
     """Return the name of an operator without what distinguishes variants: `addmm` of `addmm_`."""
-    return _DECORATIONS.sub("", operation.name)
+    return _DECORATIONS.sub("", name)
 
 
 class NoRuleError(Exception):
@@ -209,7 +211,7 @@ class Call:
 
     def __post_init__(self) -> None:
         self.written = self.outputs[self.place] or ""
-        self.kind = self.kind or kind_of(self.operation)
+        self.kind = self.kind or kind_of(self.operation.name)
         if not self.arguments:
             # A program has only the arguments that were passed: rules find the defaults as well.
             known = {each.name: each.default for each in parameters(self.operation.resolved)}

@@ -29,7 +29,7 @@ from everystep.ops.call import (
     product,
     single,
 )
-from everystep.ops.operator_record import OperatorRecord
+from everystep.ops.operator_record import AFTER_FIRST, OperatorRecord, alike
 from everystep.ops.row_rules import batched
 
 __all__ = ["CONVOLUTIONS"]
@@ -260,29 +260,43 @@ def _max_pool_line(call: Call) -> str:
     return "max_pool({self}, " + _TIMES.join(map(str, kernel)) + _settings_text(call, usual) + ")"
 
 
-_WEIGHTED = [
-    *("nearest1d", "nearest2d", "nearest3d", "nearest_exact1d", "nearest_exact2d", "nearest_exact3d"),
-    *("linear1d", "bilinear2d", "trilinear3d", "bicubic2d", "bilinear2d_aa", "bicubic2d_aa"),
-]
-_MEANS = ["avg_pool2d", "avg_pool3d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"]
-_MAXIMA = {
-    **{f"max_pool{n}d_with_indices": _max_pool for n in (2, 3)},
-    **{f"adaptive_max_pool{n}d": _adaptive_max_pool for n in (2, 3)},
-    **{f"fractional_max_pool{n}d": _fractional_max_pool for n in (2, 3)},
-}
-_PLANE, _MEAN = (OperatorRecord(partial(_plane, has_means=each), batched) for each in (False, True))
+_weighted, _mean = (partial(_plane, has_means=each) for each in (False, True))
+_PADDING = """
+reflection_pad1d_backward reflection_pad2d_backward reflection_pad3d_backward
+replication_pad1d_backward replication_pad2d_backward replication_pad3d_backward
+"""
+_MAXIMA = """
+max_pool2d_with_indices_backward max_pool3d_with_indices_backward adaptive_max_pool2d_backward
+adaptive_max_pool3d_backward fractional_max_pool2d_backward fractional_max_pool3d_backward
+"""
 CONVOLUTIONS: dict[str, OperatorRecord] = {
-    "convolution": OperatorRecord(_convolution, batched, _convolution_line),
-    "convolution_backward": OperatorRecord(
-        _convolution, partial(batched, own="grad_output", has_sums=True)
+    **alike("""
+    _upsample_lanczos2d_aa* adaptive_avg_pool1d affine_grid_generator conv_tbc cudnn_grid_sampler*
+    max_pool2d_backward max_unpool2d max_unpool3d mps_convolution_backward
+    mps_convolution_transpose_backward
+    """),
+    **alike("convolution _convolution", _convolution, batched, _convolution_line),
+    **alike(
+        "convolution_backward",
+        *(_convolution, partial(batched, own="grad_output", has_sums=True)),
+        kept=AFTER_FIRST,
     ),
-    "avg_pool1d": OperatorRecord(_MEAN.made),
-    "max_pool2d": OperatorRecord(_max_pool, line=_max_pool_line),
-    **{f"{kind}{end}": _MEAN for kind in _MEANS for end in ("", "_backward")},
-    **{f"upsample_{how}{end}": _PLANE for how in _WEIGHTED for end in ("", "_backward")},
-    **{f"{how}_pad{n}d_backward": _PLANE for how in ("reflection", "replication") for n in (1, 2, 3)},
-    **{kind: OperatorRecord(rule, batched) for kind, rule in _MAXIMA.items()},
-    **{f"{kind}_backward": OperatorRecord(_max_pool_backward, batched) for kind in _MAXIMA},
-    "max_pool2d_with_indices": OperatorRecord(_max_pool, batched, _max_pool_line),
-    **dict.fromkeys(("grid_sampler_2d", "grid_sampler_2d_backward"), OperatorRecord(rows=batched)),
+    **alike("avg_pool1d", _mean),
+    **alike("adaptive_avg_pool2d adaptive_avg_pool3d", _mean, batched),
+    **alike("avg_pool2d* avg_pool3d*", _mean, batched, kept=AFTER_FIRST),
+    **alike("_adaptive_avg_pool2d* _adaptive_avg_pool3d*", _mean, batched, kept=AFTER_FIRST),
+    **alike("upsample_nearest1d* upsample_nearest2d* upsample_nearest3d*", _weighted, batched),
+    **alike("_upsample_nearest_exact1d* _upsample_nearest_exact2d*", _weighted, batched),
+    **alike("_upsample_nearest_exact3d* upsample_linear1d* upsample_trilinear3d*", _weighted, batched),
+    **alike("upsample_bilinear2d* _upsample_bilinear2d_aa*", _weighted, batched),
+    **alike("upsample_bicubic2d* _upsample_bicubic2d_aa*", _weighted, batched),
+    **alike(_PADDING, _weighted, batched, kept=AFTER_FIRST),
+    **alike("max_pool2d", _max_pool, line=_max_pool_line),
+    **alike("max_pool2d_with_indices", _max_pool, batched, _max_pool_line),
+    **alike("max_pool3d_with_indices", _max_pool, batched),
+    **alike("adaptive_max_pool2d adaptive_max_pool3d", _adaptive_max_pool, batched),
+    **alike("fractional_max_pool2d fractional_max_pool3d", _fractional_max_pool, batched),
+    **alike(_MAXIMA, _max_pool_backward, batched, kept=AFTER_FIRST),
+    **alike("grid_sampler_2d*", rows=batched, kept=AFTER_FIRST),
+    **alike("grid_sampler_3d*", kept=AFTER_FIRST),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from everystep.ops.call import Call, Formula, Made, NoRuleError, Words
 from everystep.ops.elementwise import each_alone
 from everystep.ops.labels import SHARED, Tracked
-from everystep.ops.operator_record import OperatorRecord
+from everystep.ops.operator_record import OperatorRecord, alike
 from everystep.ops.row_rules import Result, RowsCall, filled
 
 __all__ = ["CREATING"]
@@ -71,28 +71,17 @@ def _of_no_row(call: RowsCall) -> list[Result]:
 
 
 CREATING: dict[str, OperatorRecord] = {
-    **{
-        kind: OperatorRecord(_filled, _of_no_row)
-        for kind in (
-            *("zeros", "zeros_like", "ones", "ones_like", "full", "full_like", "fill", "zero"),
-            *("new_zeros", "new_ones", "new_full"),
-        )
-    },
-    **dict.fromkeys(("arange", "scalar_tensor", "eye", "linspace"), OperatorRecord(_filled)),
-    **{
-        kind: OperatorRecord(_drawn, _of_no_row)
-        for kind in (
-            *("rand_like", "randn_like", "randint_like", "uniform", "normal", "exponential"),
-            *("random", "geometric", "cauchy", "log_normal"),
-        )
-    },
-    **dict.fromkeys(
-        (
-            *("rand", "randn", "randint", "randperm", "multinomial", "poisson"),
-            "normal_functional",
-        ),
-        OperatorRecord(_drawn),
-    ),
-    "bernoulli": OperatorRecord(_drawn, line="1 with probability {p}, else 0"),
-    "native_dropout": OperatorRecord(_dropout, each_alone, "dropout({input}, p={p})"),
+    **alike("""
+    _dirichlet_grad _fused_dropout _sample_dirichlet _standard_gamma _standard_gamma_grad bartlett_window
+    binomial blackman_window empty empty_like empty_strided fft_fftfreq fft_rfftfreq hamming_window
+    hann_window kaiser_window logspace new_empty new_empty_strided range tril_indices triu_indices
+    """),
+    **alike("zero zeros zeros_like ones ones_like full full_like fill", _filled, _of_no_row),
+    **alike("new_zeros new_ones new_full", _filled, _of_no_row),
+    **alike("arange scalar_tensor eye linspace", _filled),
+    **alike("rand_like randn_like randint_like uniform normal exponential", _drawn, _of_no_row),
+    **alike("random geometric cauchy log_normal", _drawn, _of_no_row),
+    **alike("rand randn randint randperm multinomial poisson normal_functional", _drawn),
+    **alike("bernoulli", _drawn, line="1 with probability {p}, else 0"),
+    **alike("native_dropout", _dropout, each_alone, "dropout({input}, p={p})"),
 }

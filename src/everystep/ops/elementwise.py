@@ -14,9 +14,9 @@ from torch import Tensor
 from everystep.ops.call import Axis, Call, Formula, Made, NoRuleError, Piece
 from everystep.ops.formula import BINARY, UNARY, names_in
 from everystep.ops.labels import MIXED, SHARED, SUM, Tracked, broadcast
-from everystep.ops.operator_record import LineRule, MadeRule, OperatorRecord
+from everystep.ops.operator_record import LineRule, MadeRule, OperatorRecord, alike
+from everystep.ops.operators import parameters
 from everystep.ops.row_rules import Result, RowsCall, RowsRule, along, of_shape, sum_of
-from everystep.program.operators import parameters
 
 __all__ = ["ELEMENTWISE", "by_formula", "each_alone", "foreach", "given_in"]
 
@@ -82,7 +82,7 @@ _FORMULAS: dict[str, str] = {
     "frac": "self - trunc(self)",
     "sgn": "sign(self)",
     "copy": "src",
-    **dict.fromkeys(("clone", "to_copy"), "self"),
+    **dict.fromkeys(("clone", "_to_copy"), "self"),
     "xlogy": "0 if self == 0 and not isnan(other) else self * log(other)",
     "native_dropout_backward": "grad_output * mask * scale",
     **{name: f"{name}(self)" for name in UNARY},
@@ -103,7 +103,7 @@ _FORMULAS: dict[str, str] = {
     # `* 0` keeps NaN, as torch does.
     "softshrink": "self - lambd if self > lambd else self + lambd if self < -lambd else self * 0",
     "mish": "self * tanh(log1p(exp(self)))",
-    "prelu_kernel": "self if self > 0 else weight * self",
+    "_prelu_kernel": "self if self > 0 else weight * self",
     # Their derivatives.
     "threshold_backward": "0 if self <= threshold else grad_output",
     "tanh_backward": "grad_output * (1 - output ^ 2)",
@@ -122,8 +122,6 @@ _FORMULAS: dict[str, str] = {
         "grad_output * (t + self * (1 - t ^ 2) / (1 + exp(-self))) where t = tanh(log1p(exp(self)))"
     ),
 }
-#: Those without a formula: of them only the rows are known.
-_WITHOUT_FORMULA = ("bitwise_not", "digamma", "erfinv", "hypot", "lgamma", "nan_to_num")
 
 
 def _clamp(call: Call) -> Made:
@@ -348,11 +346,11 @@ _MADE: dict[str, MadeRule] = {
     "gelu_backward": _gelu_backward,
     "log_sigmoid_forward": _log_sigmoid,
     "log_sigmoid_backward": _log_sigmoid_backward,
-    "prelu_kernel_backward": _prelu_backward,
+    "_prelu_kernel_backward": _prelu_backward,
 }
 #: Linear operators: a sum over rows stays one.
 _LINEAR: dict[str, RowsRule] = {
-    **dict.fromkeys(("clone", "copy", "to_copy", "neg", "add", "sub", "rsub"), _added),
+    **dict.fromkeys(("clone", "copy", "_to_copy", "neg", "add", "sub", "rsub"), _added),
     **dict.fromkeys(("mul", "div"), _scaled),
 }
 
@@ -377,11 +375,22 @@ _LINES: dict[str, str | LineRule] = {
     "copy": "copy({src})",
 }
 ELEMENTWISE: dict[str, OperatorRecord] = {
+    **alike("""
+    _conj_physical acosh angle asinh atanh bitwise_left_shift bitwise_right_shift bitwise_xor complex
+    conj_physical copysign deg2rad fake_quantize_per_channel_affine_cachemask
+    fake_quantize_per_tensor_affine_cachemask fmax fmin frexp gcd heaviside i0 igamma igammac isin
+    isneginf isposinf lcm ldexp logaddexp2 logit* mvlgamma nextafter polar polygamma rad2deg
+    rrelu_with_noise* rrelu_with_noise_functional signbit sinc special_airy_ai special_bessel_j0
+    special_bessel_j1 special_bessel_y0 special_bessel_y1 special_entr special_erfcx special_i0e
+    special_i1 special_i1e special_log_ndtr special_modified_bessel_i0 special_modified_bessel_i1
+    special_modified_bessel_k0 special_modified_bessel_k1 special_ndtri special_scaled_modified_bessel_k0
+    special_scaled_modified_bessel_k1 special_spherical_bessel_j0 special_xlog1py special_zeta
+    """),
     **{
         name: OperatorRecord(rule, _LINEAR.get(name, each_alone), _LINES.get(name, ""))
         for name, rule in _MADE.items()
     },
-    **{name: OperatorRecord(rows=each_alone) for name in _WITHOUT_FORMULA},
-    **{name: OperatorRecord(_glu, along) for name in ("glu", "glu_backward")},
-    "addr": OperatorRecord(_outer),
+    **alike("bitwise_not digamma erfinv hypot lgamma nan_to_num", rows=each_alone),
+    **alike("glu*", _glu, along),
+    **alike("addr", _outer),
 }

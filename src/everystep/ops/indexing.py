@@ -9,12 +9,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from everystep.ops.arguments import decode
 from everystep.ops.call import Call, Formula, Made, NoRuleError, Sum, single
 from everystep.ops.labels import MIXED, SHARED, SUM, Tracked, all_are, broadcast, gathered, reduced
 from everystep.ops.movements import of_indices
-from everystep.ops.operator_record import OperatorRecord
+from everystep.ops.operator_record import AFTER_FIRST, Given, OperatorRecord, alike, are_dense
 from everystep.ops.row_rules import MixesError, Result, RowsCall, by_key, filled, none_mixed, sum_of
-from everystep.program.arguments import decode
 
 __all__ = ["INDEXING"]
 
@@ -187,15 +187,35 @@ def _embedding_backward_line(call: Call) -> str:
     return "sum of {grad_output} at {indices}"
 
 
+_OF_BAG = (
+    "Tensor weight, Tensor indices, Tensor offsets, bool scale_grad_by_freq, int mode, bool sparse, "
+    "Optional[Tensor] per_sample_weights, bool include_last_offset, int padding_idx"
+)
+
+
+def _bag_fits(given: Given) -> bool:
+    return are_dense(given, "weight")
+
+
 INDEXING: dict[str, OperatorRecord] = {
-    "embedding": OperatorRecord(_embedding, _embedding_rows, "{weight}[{indices}]"),
-    "embedding_dense_backward": OperatorRecord(
-        _embedding_backward, _embedding_backward_rows, _embedding_backward_line
+    **alike("""
+    _embedding_bag_forward_only bucketize embedding_renorm index_reduce masked_scatter* put
+    scatter_reduce searchsorted value_selecting_reduction_backward
+    """),
+    **alike("_unique2 unique_dim unique_consecutive", by_values=True),
+    **alike("nonzero", line="where {self} is not 0", by_values=True),
+    **alike("_embedding_bag", fits=_bag_fits, arguments=_OF_BAG),
+    **alike("_embedding_bag_backward", kept=AFTER_FIRST),
+    **alike("_embedding_bag_per_sample_weights_backward", kept=AFTER_FIRST, forward="_embedding_bag"),
+    **alike("embedding", _embedding, _embedding_rows, "{weight}[{indices}]"),
+    **alike(
+        "embedding_dense_backward",
+        *(_embedding_backward, _embedding_backward_rows, _embedding_backward_line),
+        kept=AFTER_FIRST,
+        forward="embedding",
     ),
-    "index_put": OperatorRecord(_put, _index_put_rows),
-    "index_add": OperatorRecord(_put),
-    "index_copy": OperatorRecord(_put),
-    "scatter": OperatorRecord(_put, _scatter_rows),
-    "nonzero": OperatorRecord(line="where {self} is not 0"),
-    "scatter_add": OperatorRecord(_put, _scatter_add_rows),
+    **alike("index_put", _put, _index_put_rows),
+    **alike("index_add index_copy", _put),
+    **alike("scatter", _put, _scatter_rows),
+    **alike("scatter_add", _put, _scatter_add_rows),
 }

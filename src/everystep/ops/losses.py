@@ -8,7 +8,7 @@ from torch import Tensor
 from everystep.ops.call import Axis, Call, Formula, Made, Piece, Sum, Terms, grid
 from everystep.ops.elementwise import by_formula, each_alone, given_in
 from everystep.ops.labels import SHARED, Tracked, broadcast, reduced
-from everystep.ops.operator_record import LineRule, OperatorRecord
+from everystep.ops.operator_record import AFTER_FIRST, LineRule, OperatorRecord, alike
 from everystep.ops.row_rules import Result, RowsCall, filled, none_mixed, of_shape
 
 __all__ = ["LOSSES"]
@@ -309,24 +309,23 @@ def _nll_line(call: Call) -> str:
 _LINES: dict[str, LineRule] = {
     "mse_loss": _squared_error_line,
     "mse_loss_backward": _squared_error_backward_line,
-    **dict.fromkeys(("nll_loss_forward", "nll_loss_backward"), _nll_line),
-}
-_CLASSES = {
-    **dict.fromkeys(("nll_loss_forward", "nll_loss2d_forward"), _nll),
-    **dict.fromkeys(("multi_margin_loss", "multilabel_margin_loss_forward"), _margin),
-}
-_CLASSES_BACKWARD = {
-    **dict.fromkeys(("nll_loss_backward", "nll_loss2d_backward"), _nll_backward),
-    "multi_margin_loss_backward": _multi_margin_backward,
-    "multilabel_margin_loss_backward": _multilabel_margin_backward,
 }
 LOSSES: dict[str, OperatorRecord] = {
-    kind: OperatorRecord(rule, rows, _LINES.get(kind, ""))
-    for rules, rows in (
-        (dict.fromkeys(_TERMS, _loss), _loss_rows),
-        (dict.fromkeys(_SLOPES, _loss_backward), each_alone),
-        (_CLASSES, _classes_rows),
-        (_CLASSES_BACKWARD, _classes_backward_rows),
-    )
-    for kind, rule in rules.items()
+    **{k: OperatorRecord(_loss, _loss_rows, _LINES.get(k, "")) for k in _TERMS},
+    **{k: OperatorRecord(_loss_backward, each_alone, _LINES.get(k, "")) for k in _SLOPES},
+    **alike("nll_loss_forward", _nll, _classes_rows, _nll_line),
+    **alike("nll_loss2d_forward", _nll, _classes_rows),
+    **alike("multi_margin_loss multilabel_margin_loss_forward", _margin, _classes_rows),
+    **alike("nll_loss_backward", _nll_backward, _classes_backward_rows, _nll_line, kept=AFTER_FIRST),
+    **alike("nll_loss2d_backward", _nll_backward, _classes_backward_rows, kept=AFTER_FIRST),
+    **alike(
+        "multi_margin_loss_backward",
+        *(_multi_margin_backward, _classes_backward_rows),
+        kept=AFTER_FIRST,
+    ),
+    **alike(
+        "multilabel_margin_loss_backward",
+        *(_multilabel_margin_backward, _classes_backward_rows),
+        kept=AFTER_FIRST,
+    ),
 }

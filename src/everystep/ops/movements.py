@@ -13,24 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from everystep.ops.arguments import decode, references
 from everystep.ops.call import Call, Formula, Made, Piece
 from everystep.ops.labels import SHARED, SUM, Tracked, broadcast
-from everystep.ops.operator_record import OperatorRecord
+from everystep.ops.operator_record import Given, OperatorRecord, alike
 from everystep.ops.row_rules import MixesError, Result, RowsCall, batched, sum_of
-from everystep.program.arguments import decode, references
 
 __all__ = ["MOVEMENTS", "of_indices"]
-
-#: Arguments of operators that only move numbers: those that they move.
-_MOVED: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("index", "index_select", "gather", "take", "flip", "roll", "rot90"), ("self",)),
-    **dict.fromkeys(("repeat", "tril", "triu", "diag_embed", "constant_pad_nd"), ("self",)),
-    **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "im2col"), ("self",)),
-    **dict.fromkeys(("native_channel_shuffle", "masked_select", "index_fill"), ("self",)),
-    **dict.fromkeys(("cat", "stack", "block_diag"), ("tensors",)),
-    **dict.fromkeys(("select_backward", "slice_backward", "diagonal_backward"), ("grad_output",)),
-    **dict.fromkeys(("select_scatter", "diagonal_scatter"), ("self", "src")),
-}
 
 
 def _moved(call: Call, keys: tuple[str, ...]) -> Made:
@@ -105,13 +94,35 @@ def _of_index(index: Tracked) -> Tensor:
     return index.labels[index.value.bool()] if is_mask else index.labels
 
 
-_PADDING = [f"{how}_pad{n}d" for how in ("reflection", "replication") for n in (1, 2, 3)]
-_LINES = {"masked_select": "{self}[{mask}]"}
+def _mask_fits(given: Given) -> bool:
+    """Only one of them is expanded, so that the result has no more numbers than the other."""
+    shapes = given["self"].shape, given["mask"].shape
+    return np.broadcast_shapes(*shapes) in shapes
+
+
+def _moves(names: str, *keys: str, **more: Any) -> dict[str, OperatorRecord]:
+    """Return records of operators that move the numbers of some of their arguments."""
+    return alike(names, partial(_moved, keys=keys), partial(_moving, keys=keys), **more)
+
+
+_OF_SELF = partial(_moved, keys=("self",))
+
+
 MOVEMENTS: dict[str, OperatorRecord] = {
-    "local_scalar_dense": OperatorRecord(line="read by Python: {self}"),
-    **{
-        kind: OperatorRecord(partial(_moved, keys=k), partial(_moving, keys=k), _LINES.get(kind, ""))
-        for kind, k in _MOVED.items()
-    },
-    **{kind: OperatorRecord(partial(_moved, keys=("self",)), batched) for kind in _PADDING},
+    **alike("""
+    _conj _neg_view _reshape_alias _unsafe_view alias as_strided ccol_indices chunk col2im col_indices
+    crow_indices detach diagonal expand indices lift_fresh narrow narrow_copy permute row_indices select
+    slice slice_inverse split split_with_sizes squeeze t transpose unbind unfold* unsafe_split
+    unsafe_split_with_sizes unsqueeze values view view_as_complex view_as_real
+    """),
+    **_moves("index index_select gather take flip roll rot90 repeat tril triu diag_embed", "self"),
+    **_moves("constant_pad_nd pixel_shuffle pixel_unshuffle channel_shuffle im2col", "self"),
+    **_moves("native_channel_shuffle index_fill", "self"),
+    **_moves("masked_select", "self", line="{self}[{mask}]", fits=_mask_fits, by_values=True),
+    **_moves("cat stack block_diag", "tensors"),
+    **_moves("select_backward slice_backward diagonal_backward", "grad_output"),
+    **_moves("select_scatter diagonal_scatter", "self", "src"),
+    **alike("reflection_pad1d reflection_pad2d reflection_pad3d", _OF_SELF, batched),
+    **alike("replication_pad1d replication_pad2d replication_pad3d", _OF_SELF, batched),
+    **alike("_local_scalar_dense", line="read by Python: {self}", by_values=True),
 }

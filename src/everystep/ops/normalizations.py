@@ -26,7 +26,7 @@ from everystep.ops.call import (
 )
 from everystep.ops.formula import names_in
 from everystep.ops.labels import MIXED, broadcast, reduced
-from everystep.ops.operator_record import OperatorRecord
+from everystep.ops.operator_record import AFTER_FIRST, Given, OperatorRecord, alike, are_dense
 from everystep.ops.row_rules import (
     MASKS,
     Result,
@@ -353,34 +353,117 @@ def _norm_line(call: Call) -> str:
     return f"{call.kind.partition('_')[2]}({', '.join(f'{{{key}}}' for key in given)})"
 
 
-_FLASH = ("scaled_dot_product_flash_attention_for_cpu", "scaled_dot_product_flash_attention")
-_ATTENTION = (
-    *_FLASH,
-    *("scaled_dot_product_efficient_attention", "scaled_dot_product_cudnn_attention"),
-    "scaled_dot_product_fused_attention_overrideable",
+def _softmax_fits(given: Given) -> bool:
+    return bool(given["grad_output"].shape == given["output"].shape)
+
+
+def _batch_norm_fits(given: Given) -> bool:
+    channels = given["input"].shape[1:2]
+    vectors = (given.get(name) for name in ("weight", "bias", "running_mean", "running_var"))
+    return all(vector is None or vector.shape == channels for vector in vectors)
+
+
+def _weight_norm_fits(given: Given) -> bool:
+    v, g, dim = given["v"].shape, given["g"].shape, given.get("dim", 0)
+    norms = tuple(size if place == dim else 1 for place, size in enumerate(v))
+    # The kernel knows norms over all dimensions but the first, or but the last.
+    return dim in (0, len(v) - 1) and g == norms and are_dense(given)
+
+
+def _attention_fits(given: Given) -> bool:
+    q, k, v = (given[name].shape for name in ("query", "key", "value"))
+    # (N, heads, length, size) each; several heads of queries may share one of keys and values.
+    if not len(q) == len(k) == len(v) == 4 or not k[1] or q[1] % k[1] or k[:3] != v[:3]:
+        return False
+    ends = [given[name].stride(3) for name in ("query", "key", "value")]
+    mask = given.get("attn_mask")
+    whole = (*q[:3], k[2])
+    mask_fits = mask is None or (
+        len(mask.shape) in (2, 4)
+        and all(size in (1, full) for size, full in zip(mask.shape[::-1], whole[::-1], strict=False))
+    )
+    return q[0] == k[0] and q[3] == k[3] == v[3] and set(ends) <= {1} and mask_fits
+
+
+_OF_SOFTMAX = "Tensor grad_output, Tensor output, int dim, ScalarType input_dtype"
+_INPUT = "Tensor input, Optional[Tensor] weight, Optional[Tensor] bias, "
+_RUNNING = "Tensor running_mean, Tensor running_var, "
+_TRAINING = "bool training, float momentum, float eps"
+_OF_ATTENTION = (
+    "Tensor query, Tensor key, Tensor value, float dropout_p, bool is_causal, "
+    "Optional[Tensor] attn_mask, Optional[float] scale"
 )
+_CPU = "_scaled_dot_product_flash_attention_for_cpu"
 NORMALIZATIONS: dict[str, OperatorRecord] = {
-    "softmax": OperatorRecord(_softmax, along, "softmax({self}, {dim})"),
-    "log_softmax": OperatorRecord(_softmax, along, "log_softmax({self}, {dim})"),
-    "safe_softmax": OperatorRecord(_softmax, along),
-    "softmax_backward_data": OperatorRecord(
-        _softmax_backward, along, "{output} * ({grad_output} - sum({grad_output} * {output}, {dim}))"
+    **alike("_scaled_dot_product_attention_math_for_mps miopen_batch_norm_backward"),
+    **alike("softmax _softmax", _softmax, along, "softmax({self}, {dim})"),
+    **alike("log_softmax _log_softmax", _softmax, along, "log_softmax({self}, {dim})"),
+    **alike("_safe_softmax", _softmax, along),
+    **alike(
+        "_softmax_backward_data",
+        *(_softmax_backward, along, "{output} * ({grad_output} - sum({grad_output} * {output}, {dim}))"),
+        *(_softmax_fits, _OF_SOFTMAX),
     ),
-    "log_softmax_backward_data": OperatorRecord(
-        _softmax_backward, along, "{grad_output} - exp({output}) * sum({grad_output}, {dim})"
+    **alike(
+        "_log_softmax_backward_data",
+        *(_softmax_backward, along, "{grad_output} - exp({output}) * sum({grad_output}, {dim})"),
+        *(_softmax_fits, _OF_SOFTMAX),
     ),
-    "native_batch_norm": OperatorRecord(_norm, _batch_norm_rows, _norm_line),
-    "native_batch_norm_legit": OperatorRecord(_norm, _batch_norm_rows),
-    "native_batch_norm_legit_no_training": OperatorRecord(_norm),
-    "cudnn_batch_norm": OperatorRecord(None, _batch_norm_rows, _norm_line),
-    "miopen_batch_norm": OperatorRecord(None, _batch_norm_rows),
-    "native_batch_norm_backward": OperatorRecord(_norm_backward, _batch_norm_backward_rows),
-    "cudnn_batch_norm_backward": OperatorRecord(rows=_batch_norm_backward_rows),
-    "native_group_norm": OperatorRecord(_norm, batched, _norm_line),
-    "native_group_norm_backward": OperatorRecord(_norm_backward, partial(batched, has_sums=True)),
-    "native_layer_norm": OperatorRecord(_norm, _layer_norm_rows, _norm_line),
-    "native_layer_norm_backward": OperatorRecord(_norm_backward, _layer_norm_rows),
-    **dict.fromkeys(_ATTENTION, OperatorRecord(_attention, batched)),
-    **{f"{name}_backward": OperatorRecord(rows=batched) for name in _ATTENTION},
-    **{f"{name}_backward": OperatorRecord(_attention_backward, batched) for name in _FLASH},
+    **alike(
+        "native_batch_norm",
+        *(_norm, _batch_norm_rows, _norm_line, _batch_norm_fits),
+        f"{_INPUT}Optional[Tensor] running_mean, Optional[Tensor] running_var, {_TRAINING}",
+        has_statistics=True,
+    ),
+    **alike(
+        "_native_batch_norm_legit",
+        *(_norm, _batch_norm_rows, "", _batch_norm_fits),
+        f"{_INPUT}{_RUNNING}{_TRAINING} | {_INPUT}{_TRAINING}",
+        has_statistics=True,
+    ),
+    **alike(
+        "_native_batch_norm_legit_no_training",
+        *(_norm, None, "", _batch_norm_fits),
+        f"{_INPUT}{_RUNNING}float momentum, float eps",
+    ),
+    **alike("cudnn_batch_norm", None, _batch_norm_rows, _norm_line),
+    **alike("miopen_batch_norm", None, _batch_norm_rows),
+    **alike(
+        "native_batch_norm_backward",
+        *(_norm_backward, _batch_norm_backward_rows),
+        kept=AFTER_FIRST,
+        renamed={"train": "training"},
+    ),
+    **alike("cudnn_batch_norm_backward", None, _batch_norm_backward_rows),
+    **alike("native_group_norm", _norm, batched, _norm_line, are_dense, has_statistics=True),
+    **alike(
+        "native_group_norm_backward", _norm_backward, partial(batched, has_sums=True), kept=AFTER_FIRST
+    ),
+    **alike("native_layer_norm", _norm, _layer_norm_rows, _norm_line, has_statistics=True),
+    **alike("native_layer_norm_backward", _norm_backward, _layer_norm_rows, kept=AFTER_FIRST),
+    **alike("_fused_rms_norm", has_statistics=True),
+    **alike("_fused_rms_norm_backward"),
+    **alike("_weight_norm_interface", fits=_weight_norm_fits, arguments="Tensor v, Tensor g, int dim"),
+    **alike(
+        "_weight_norm_interface_backward", kept=AFTER_FIRST, renamed={"saved_v": "v", "saved_g": "g"}
+    ),
+    **alike(_CPU, _attention, batched, fits=_attention_fits, arguments=_OF_ATTENTION),
+    **alike(f"{_CPU}_backward", _attention_backward, batched, kept=range(9)),
+    **alike(
+        "_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention "
+        "_scaled_dot_product_cudnn_attention _scaled_dot_product_fused_attention_overrideable",
+        *(_attention, batched),
+    ),
+    **alike(
+        "_scaled_dot_product_flash_attention_backward",
+        *(_attention_backward, batched),
+        kept=(0, 1, 2, 3, 6, 7),
+    ),
+    **alike("_scaled_dot_product_efficient_attention_backward", rows=batched, kept=(0, 1, 2, 3)),
+    **alike("_scaled_dot_product_cudnn_attention_backward", rows=batched, kept=(0, 1, 6, 7, 2, 3)),
+    **alike(
+        "_scaled_dot_product_fused_attention_overrideable_backward",
+        rows=batched,
+        kept=(0, 1, 2, 3, 6, 7),
+    ),
 }

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import re
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from everystep.ops.call import Call, Made
+from everystep.ops.operators import leaves
 from everystep.ops.row_rules import RowsRule
 
-__all__ = ["LineRule", "MadeRule", "OperatorRecord"]
+__all__ = ["AFTER_FIRST", "Given", "LineRule", "MadeRule", "OperatorRecord", "alike", "are_dense"]
 
 #: Returns which numbers a number was made from; raises NoRuleError.
 MadeRule = Callable[[Call], Made]
 #: Returns the line of an `OperatorRecord` for the arguments of a call; empty if it does not cover them.
 LineRule = Callable[[Call], str]
+#: The arguments of a kernel by name; its tensors have shapes, but neither memory nor numbers.
+Given = dict[str, Any]
+#: All results of a forward pass but the first: a kernel gets as many as it has arguments for.
+AFTER_FIRST = range(1, 9)
 
 
 # e.g. "addmm": OperatorRecord(made, rows, line), where for each number of the result
@@ -21,13 +30,56 @@ LineRule = Callable[[Call], str]
 #   rows(call)  has the rows of `mat1` in the forward pass, and a sum over rows for a weight's gradient;
 #   line        is "{mat1} · {mat2} + {self}".
 class OperatorRecord(NamedTuple):
-    """What is known of an operator; None: nothing.
+    """What is known of an operator that a program may call; None: nothing.
 
     made: which numbers a number of a result was computed from, and how; rows: the rows of the batch that
     results belong to; line: its mathematical notation, with its arguments by name in braces, if that is
     not a call of the operator. If the kind of an operator implies a rule, its family derives it.
+
+    The others are what programs are checked for, on behalf of kernels that trust their arguments. fits:
+    whether arguments fit together; arguments: their kinds, and the names by which `fits` knows them, for
+    each overload except `out=`, with " | " between; kept: the places of the results of the forward pass
+    that a kernel of the backward pass gets, in order; forward: the name of the operator of the forward
+    pass, or without the `_forward` at its end; renamed: names of arguments of the backward pass, as the
+    forward pass has them. by_values: whether the shapes of its results, or a number for Python, depend
+    on the numbers in tensors: a program may call only its overload `default`; has_statistics: whether
+    its results after the first have the dtype of its input on a CPU, and float32 elsewhere.
     """
 
     made: MadeRule | None = None
     rows: RowsRule | None = None
     line: str | LineRule = ""
+    fits: Callable[[Given], bool] | None = None
+    arguments: str = ""
+    kept: Sequence[int] | None = None
+    forward: str = ""
+    renamed: Mapping[str, str] = MappingProxyType({})
+    by_values: bool = False
+    has_statistics: bool = False
+
+
+def alike(names: str, /, *rules: Any, **trust: Any) -> dict[str, OperatorRecord]:
+    """Return a record for each of some operators; without rules, a program may call them.
+
+    names: a star adds the derivative: `mish*` is `mish` and `mish_backward`; rules, trust: as of
+    `OperatorRecord`, with `kept` for names of backward passes alone, `forward` by default without
+    `_backward`.
+    """
+    record, found = OperatorRecord(*rules, **trust), {}
+    for name in re.sub(r"(\S+)\*", r"\1 \1_backward", names).split():
+        base = name.removesuffix("_backward")
+        if record.kept is None or base == name:
+            found[name] = record._replace(kept=None)
+        else:
+            found[name] = record._replace(forward=record.forward or base)
+    return found
+
+
+def are_dense(given: Given, *but: str) -> bool:
+    """Return whether all tensors reach as far in their memory as they have numbers, but those named."""
+    tensors = leaves([value for name, value in given.items() if name not in but])
+    return all(not each.numel() or _reach(each) == each.numel() for each in tensors)
+
+
+def _reach(tensor: Tensor) -> int:
+    return 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))

@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from everystep.ops.call import Call, Formula, Made, NoRuleError, Piece, Words, aligned
 from everystep.ops.formula import names_in
 from everystep.ops.labels import SHARED, Tracked
-from everystep.ops.operator_record import OperatorRecord
+from everystep.ops.operator_record import Given, OperatorRecord, alike, are_dense
 from everystep.ops.row_rules import Result, RowsCall, filled
 
 __all__ = ["FUSED", "OPTIMIZERS", "UPDATES", "OptimizerFormulas", "update"]
@@ -277,7 +280,53 @@ def _unscaled_rows(call: RowsCall) -> list[Result]:
     return [*map(of, call["self"]), filled(SHARED, call["found_inf"].labels)]
 
 
+def _fused_fits(given: Given) -> bool:
+    """Each list has a tensor for each parameter: of its size, and without gaps."""
+    whole = given["self"]
+    for name, tensors in given.items():
+        if name == "state_steps":
+            fits = all(each.numel() == 1 and each.dtype == torch.float32 for each in tensors)
+        elif isinstance(tensors, list):
+            fits = all(
+                each.numel() == own.numel() and each.dtype == own.dtype
+                for each, own in zip(tensors, whole, strict=False)
+            )
+        else:
+            fits = not isinstance(tensors, Tensor) or tensors.numel() == 1
+            tensors = whole
+        may_be_empty = {"max_exp_avg_sqs": "amsgrad", "momentum_buffer_list": "momentum"}
+        is_left_out = not tensors and name in may_be_empty and not given[may_be_empty[name]]
+        if not fits or not (is_left_out or len(tensors) == len(whole)):
+            return False
+    return are_dense(given)
+
+
+#: The arguments of each kernel after the lists that it writes.
+_SETTINGS = {
+    **dict.fromkeys(
+        ("fused_adam", "fused_adamw"),
+        "List[Tensor] state_steps, float lr, float beta1, float beta2, float weight_decay, float eps, "
+        "bool amsgrad, bool maximize",
+    ),
+    "fused_sgd": "float weight_decay, float momentum, float lr, float dampening, bool nesterov, "
+    "bool maximize, bool is_first_step",
+    "fused_adagrad": "List[Tensor] state_steps, float lr, float lr_decay, float weight_decay, "
+    "float eps, bool maximize",
+}
+
+
+def _fused_arguments(kind: str) -> str:
+    """Return the arguments of both overloads; in one of them, the learning rate is a tensor."""
+    lists = "".join(f"List[Tensor] {key}, " for key in FUSED[kind][1])
+    text = f"{lists}{_SETTINGS[kind]}, Optional[Tensor] grad_scale, Optional[Tensor] found_inf"
+    return f"{text} | {text.replace('float lr,', 'Tensor lr,')}"
+
+
 OPTIMIZERS: dict[str, OperatorRecord] = {
-    **dict.fromkeys(FUSED, OperatorRecord(_fused)),
-    "amp_foreach_non_finite_check_and_unscale": OperatorRecord(_unscaled, _unscaled_rows),
+    **{
+        f"_{kind}_": OperatorRecord(_fused, fits=_fused_fits, arguments=_fused_arguments(kind))
+        for kind in FUSED
+    },
+    **alike("_amp_foreach_non_finite_check_and_unscale_", _unscaled, _unscaled_rows, by_values=True),
+    **alike("_amp_update_scale_", by_values=True),
 }

@@ -1,4 +1,4 @@
-"""Products of matrices and of vectors, which add up products of pairs of numbers."""
+"""Products of matrices and of vectors, which add up products of pairs of numbers; linear algebra."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from everystep.ops.call import Axis, Call, Made, NoRuleError, Piece, Sum, Terms, grid, product, single
 from everystep.ops.labels import MIXED, SHARED, SUM, Tracked, broadcast, reduced, rows_in
-from everystep.ops.operator_record import LineRule, OperatorRecord
+from everystep.ops.operator_record import Given, LineRule, OperatorRecord, alike
 from everystep.ops.row_rules import MixesError, Result, RowsCall, none_mixed, of_shape, sum_of
 
 __all__ = ["PRODUCTS"]
@@ -230,9 +230,35 @@ _LINES: dict[str, str | LineRule] = {
     "dot": "{self} · {tensor}",
     "addmm": lambda call: "{mat1} · {mat2} + {self}" * (call.value("beta") == call.value("alpha") == 1),
 }
+
+
+def _dimensions_fit(given: Given) -> bool:
+    """The dimensions of a Fourier transform, counted from the front."""
+    dimensions = given["dim"]
+    return len(set(dimensions)) == len(dimensions) and all(
+        0 <= dim < len(given["self"].shape) for dim in dimensions
+    )
+
+
+_TRANSFORMED = "Tensor self, List[int] dim, int normalization"
+#: Of a factorization; the pivots are row swaps, by which kernels move rows.
+_FACTORIZED = "Tensor factors, Tensor pivots"
 PRODUCTS: dict[str, OperatorRecord] = {
+    **alike("""
+    _addmm_activation _linalg_det _linalg_eigh _linalg_eigvals _linalg_slogdet _linalg_solve_ex
+    _linalg_svd cholesky cholesky_inverse cholesky_solve geqrf linalg_cholesky_ex linalg_cross linalg_eig
+    linalg_eigvals linalg_householder_product linalg_inv_ex linalg_ldl_factor_ex linalg_lu
+    linalg_lu_factor linalg_lu_factor_ex linalg_matrix_exp linalg_matrix_sqrth linalg_pinv linalg_polar
+    linalg_qr linalg_solve_triangular linear_backward matmul ormqr triangular_solve
+    """),
+    **alike("_fft_c2c", fits=_dimensions_fit, arguments=f"{_TRANSFORMED}, bool forward"),
+    **alike("_fft_c2r", fits=_dimensions_fit, arguments=f"{_TRANSFORMED}, int last_dim_size"),
+    **alike("_fft_r2c", fits=_dimensions_fit, arguments=f"{_TRANSFORMED}, bool onesided"),
+    **alike("linalg_ldl_solve", arguments=f"{_FACTORIZED}, Tensor B, bool hermitian"),
+    **alike("linalg_lu_solve", arguments=f"{_FACTORIZED}, Tensor B, bool left, bool adjoint"),
+    **alike("lu_unpack", arguments=f"{_FACTORIZED}, bool unpack_data, bool unpack_pivots"),
     **{kind: OperatorRecord(_matrix_product, _product_rows, _LINES.get(kind, "")) for kind in _FACTORS},
-    **dict.fromkeys(("addbmm", "linear"), OperatorRecord(_matrix_product)),
-    "grouped_mm": OperatorRecord(_grouped_product),
-    "trilinear": OperatorRecord(_trilinear, _trilinear_rows),
+    **alike("addbmm linear", _matrix_product),
+    **alike("_grouped_mm", _grouped_product),
+    **alike("_trilinear", _trilinear, _trilinear_rows),
 }

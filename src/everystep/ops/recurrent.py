@@ -5,6 +5,7 @@ Their intermediate results are unknown.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
@@ -12,9 +13,9 @@ from torch import Tensor
 
 from everystep.ops.call import Call, Made, NoRuleError, Piece, Words, grid
 from everystep.ops.labels import MIXED, SHARED, Tracked, all_are, broadcast, reduced
-from everystep.ops.operator_record import OperatorRecord
+from everystep.ops.operator_record import Given, OperatorRecord, alike, are_dense
+from everystep.ops.operators import without_autograd
 from everystep.ops.row_rules import MixesError, Result, RowsCall, by_key, filled, none_mixed
-from everystep.program.calls import without_autograd
 
 __all__ = ["RECURRENT"]
 
@@ -130,7 +131,35 @@ def _of_rows(call: RowsCall, place: int, at: Tensor) -> Tensor:
     return call.again(**chosen | {"output": output}, hy_=hy, cy_=cy, workspace=workspace)[place]
 
 
+def _layer_fits(given: Given) -> bool:
+    """An LSTM's layer: four gates."""
+    x, hidden = given["input"].shape, given["hidden_size"]
+    # As cuDNN counts them: 2 is an LSTM, 3 a GRU; with batch sizes, a sequence would be packed.
+    if len(x) != 3 or hidden < 1 or given["mode"] != 2 or given["batch_sizes"]:
+        return False
+    shapes = [given[f"weight{number}"].shape for number in range(4)]
+    gates = 4 * hidden
+    biases = not given["has_biases"] or shapes[2] == shapes[3] == (gates,)
+    states = all(math.prod(given[name].shape) == x[1] * hidden for name in ("hx_", "cx_"))
+    return biases and states and are_dense(given) and shapes[:2] == [(gates, x[2]), (gates, hidden)]
+
+
+_ARGUMENTS = (
+    "Tensor input, Tensor weight0, Tensor weight1, Tensor weight2, Tensor weight3, Tensor hx_, "
+    "Tensor cx_, bool reverse, List[int] batch_sizes, int mode, int hidden_size, int num_layers, "
+    "bool has_biases, bool bidirectional, bool batch_first, bool train"
+)
 RECURRENT: dict[str, OperatorRecord] = {
-    "mkldnn_rnn_layer": OperatorRecord(_layer, _layer_rows),
-    "mkldnn_rnn_layer_backward": OperatorRecord(_layer_backward, _layer_backward_rows),
+    **alike("""
+    _cudnn_rnn* _thnn_fused_gru_cell* _thnn_fused_lstm_cell _thnn_fused_lstm_cell_backward_impl
+    lstm_mps_backward miopen_rnn*
+    """),
+    **alike("_pack_padded_sequence", by_values=True),
+    **alike("mkldnn_rnn_layer", _layer, _layer_rows, fits=_layer_fits, arguments=_ARGUMENTS),
+    **alike(
+        "mkldnn_rnn_layer_backward",
+        *(_layer_backward, _layer_backward_rows),
+        kept=range(9),
+        renamed={f"weight{n + 1}": f"weight{n}" for n in range(4)} | {"cx_tmp": "cx_"},
+    ),
 }

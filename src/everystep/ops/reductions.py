@@ -13,7 +13,8 @@ from torch import Tensor
 from everystep.ops.call import Call, Formula, Made, NoRuleError, Piece, Sum, Terms, Words, grid, single
 from everystep.ops.elementwise import each_alone
 from everystep.ops.labels import SUM, Tracked, reduced
-from everystep.ops.operator_record import OperatorRecord
+from everystep.ops.operator_record import Given, OperatorRecord, alike
+from everystep.ops.operators import leaves
 from everystep.ops.row_rules import Result, RowsCall, along, by_key, none_mixed, of_shape
 
 __all__ = ["REDUCTIONS"]
@@ -151,19 +152,44 @@ _TEXTS = {
     **{name: f"{name}(self)" for name in ("prod", "any", "all", "argmax", "argmin", "logsumexp")},
     "amax": "max(self)",
     "amin": "min(self)",
+    "count_nonzero": "sum(self != 0)",
 }
+
+
+def _none_repeats(given: Given) -> bool:
+    """No tensor has the same number at several places."""
+    geometry = [(each.stride(), each.shape) for each in leaves([*given.values()])]
+    return not any(step == 0 and n > 1 for pair in geometry for step, n in zip(*pair, strict=True))
+
+
+def _distances_fit(given: Given) -> bool:
+    one, two, distances = (given[name].shape for name in ("x1", "x2", "cdist"))
+    return (
+        given["grad"].shape == distances == (*one[:-1], *two[-2:-1])
+        and (one[:-2], one[-1:]) == (two[:-2], two[-1:])
+        and len(one) > 1
+    )
+
+
+_OF_DISTANCES = "Tensor grad, Tensor x1, Tensor x2, float p, Tensor cdist"
 REDUCTIONS: dict[str, OperatorRecord] = {
-    **dict.fromkeys(("sum", "mean"), OperatorRecord(_total, _total_rows, _total_line)),
-    "nansum": OperatorRecord(_total),
+    **alike("""
+    _cdist_forward _euclidean_dist _foreach_powsum _is_all_true _is_any_true _pdist_forward aminmax
+    cummax cummin dist hash_tensor histc kthvalue linalg__powsum mode renorm trace
+    """),
+    **alike("median nanmedian", fits=_none_repeats),
+    **alike("_cdist_backward", fits=_distances_fit, arguments=_OF_DISTANCES),
+    **alike("_pdist_backward", kept=range(9)),
+    **alike("sum mean", _total, _total_rows, _total_line),
+    **alike("nansum", _total),
     **{
         name: OperatorRecord(partial(_by_formula, text=text), _reduced_rows)
         for name, text in _TEXTS.items()
     },
-    "count_nonzero": OperatorRecord(partial(_by_formula, text="sum(self != 0)"), _reduced_rows),
-    **dict.fromkeys(("max", "min"), OperatorRecord(_picked, _reduced_rows)),
-    **dict.fromkeys(("linalg_vector_norm", "norm"), OperatorRecord(_norm, _reduced_rows)),
-    **dict.fromkeys(("var", "std", "var_mean", "std_mean"), OperatorRecord(_spread, _reduced_rows)),
-    "cumsum": OperatorRecord(_cumulated, along),
-    **dict.fromkeys(("cumprod", "logcumsumexp"), OperatorRecord(rows=along)),
-    **dict.fromkeys(("sort", "topk"), OperatorRecord(_picked, along)),
+    **alike("max min", _picked, _reduced_rows),
+    **alike("linalg_vector_norm norm", _norm, _reduced_rows),
+    **alike("var std var_mean std_mean", _spread, _reduced_rows),
+    **alike("cumsum", _cumulated, along),
+    **alike("cumprod logcumsumexp", rows=along),
+    **alike("sort topk", _picked, along),
 }

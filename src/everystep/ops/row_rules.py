@@ -9,17 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from everystep.ops.arguments import decode, references
 from everystep.ops.call import kind_of
 from everystep.ops.labels import MIXED, SHARED, SUM, Tracked, all_are, broadcast, reduced, rows_in
-from everystep.program.arguments import decode, references
-from everystep.program.calls import without_autograd
-from everystep.program.observed import Observed
-from everystep.program.operators import leaves
+from everystep.ops.operators import leaves, without_autograd
+
+if TYPE_CHECKING:
+    from everystep.program.observed import Observed
 
 __all__ = [
     "MASKS",
@@ -73,7 +74,7 @@ class RowsCall:
 
     def __post_init__(self) -> None:
         self.operation = self.seen.operation
-        self.kind = kind_of(self.operation)
+        self.kind = kind_of(self.operation.name)
         self.results = [*self.seen.results.values()]
         self._given = self.operation.given()
 

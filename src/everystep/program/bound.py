@@ -23,8 +23,20 @@ import torch
 from torch import Tensor
 
 from everystep.errors import ProgramError
-from everystep.program.arguments import decode, references
-from everystep.program.calls import Call, prebuilt_calls, without_autograd
+from everystep.ops.arguments import decode, references
+from everystep.ops.operators import (
+    ALLOCATING,
+    REFUSALS,
+    OperatorMode,
+    computes,
+    draws_random_numbers,
+    has_shape_of_values,
+    leaves,
+    without_autograd,
+    writes,
+)
+from everystep.program.allowed import has_effect
+from everystep.program.calls import Call, prebuilt_calls
 from everystep.program.memory import (
     check_memory,
     copy_into,
@@ -37,17 +49,6 @@ from everystep.program.memory import (
 from everystep.program.number_slots import READ, Number, slots_of
 from everystep.program.observed import unread_inputs
 from everystep.program.operation import Operation, extent_of
-from everystep.program.operators import (
-    ALLOCATING,
-    REFUSALS,
-    OperatorMode,
-    computes,
-    draws_random_numbers,
-    has_effect,
-    has_shape_of_values,
-    leaves,
-    writes,
-)
 from everystep.program.optimizer_operator import BoundOptimizer, OptimizerOperator
 from everystep.program.step_program import Program
 

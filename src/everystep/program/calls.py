@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from everystep.ops.operators import OperatorMode, flattened, out_variant
 from everystep.program.memory import copy_into, repeats
-from everystep.program.operators import OperatorMode, flattened, out_variant
 
-__all__ = ["ASK_FOR_GRADIENTS", "Call", "prebuilt_calls", "without_autograd"]
+__all__ = ["ASK_FOR_GRADIENTS", "Call", "prebuilt_calls"]
 
 Call = Callable[[], Any]
 
@@ -46,23 +46,6 @@ _ELEMENTWISE_LOSSES = {
 }
 #: Kernels that check whether gradients are wanted, although they are called below autograd.
 ASK_FOR_GRADIENTS = {"aten.mkldnn_rnn_layer.default"}
-
-
-class without_autograd:  # noqa: N801  # used as a function, and much faster than a generator
-    """Bypass autograd within: programs hold its operations already."""
-
-    __slots__ = ("_before", "_guard")
-
-    def __enter__(self) -> None:
-        self._before = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)
-        # Without gradients alone, each call would still go through the kernels of autograd.
-        self._guard = torch._C._AutoDispatchBelowAutograd()
-        self._guard.__enter__()  # type: ignore[no-untyped-call]
-
-    def __exit__(self, *error: object) -> None:
-        self._guard.__exit__(None, None, None)
-        torch._C._set_grad_enabled(self._before)
 
 
 def prebuilt_calls(

@@ -15,7 +15,10 @@ from typing import Any
 
 import torch
 
-__all__ = ["COLLECTIVES", "taking_part"]
+from everystep.ops.operator_record import Given, are_dense
+from everystep.ops.operators import leaves
+
+__all__ = ["COLLECTIVES", "FITS", "taking_part"]
 
 #: Takes part in a collective: is called with its name and its arguments.
 Part = Callable[[str, tuple[Any, ...]], None]
@@ -65,4 +68,27 @@ for _name, _schema in _SCHEMAS.items():
 COLLECTIVES = {
     f"{_NAMESPACE}.{name}.default": getattr(getattr(torch.ops, _NAMESPACE), name).default
     for name in _SCHEMAS
+}
+
+
+def _exchanged_fit(given: Given, results: int = 1, each: int = 1) -> bool:
+    """Ranks exchange as many bytes as tensors have numbers, from the first on.
+
+    results, each: how many times the numbers of all results those of what is given are; of the ranks, 0.
+    """
+    tensors = leaves([*given.values()])
+    are_alike = len({tensor.dtype for tensor in tensors}) == 1 and are_dense(given)
+    if "given" not in given or not are_alike:
+        return are_alike
+    *written, own = (tensor.numel() for tensor in tensors)
+    count = len(given["ranks"])
+    return sum(written) * (each or count) == own * (results or count)
+
+
+#: Whether what they are given fits together, by their names.
+FITS: dict[str, Callable[[Given], bool]] = {
+    **dict.fromkeys(("all_reduce_", "all_reduce_coalesced_", "reduce_", "broadcast_"), _exchanged_fit),
+    **dict.fromkeys(("all_gather_", "all_gather_into_"), partial(_exchanged_fit, results=0)),
+    "reduce_scatter_from_": partial(_exchanged_fit, each=0),
+    "all_to_all_from_": lambda given: are_dense(given, "results"),
 }

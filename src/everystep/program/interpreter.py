@@ -13,12 +13,12 @@ from torch import Tensor
 
 from everystep.device import set_drawing_state
 from everystep.errors import ProgramError
-from everystep.program.arguments import decode, json_floats
+from everystep.ops.arguments import decode, json_floats
+from everystep.ops.operators import REFUSALS, draws_random_numbers, flattened
 from everystep.program.calls import ASK_FOR_GRADIENTS
 from everystep.program.memory import check_memory, copy_into, lies_as, over_after, tensor_on
 from everystep.program.number_slots import READ, Number, read_difference, slots_of
 from everystep.program.operation import Operation
-from everystep.program.operators import REFUSALS, draws_random_numbers, flattened
 from everystep.program.step_program import Program
 
 __all__ = ["Interpreter", "Look", "Looks"]

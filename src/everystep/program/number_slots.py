@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
+from everystep.ops.operators import parameters
 from everystep.program.operation import Operation
-from everystep.program.operators import parameters
 
 __all__ = ["READ", "Number", "Slot", "read_difference", "slot_names", "slots_of"]
 

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from everystep.program.arguments import references
+from everystep.ops.arguments import references
+from everystep.ops.operators import ALLOCATING
 from everystep.program.operation import CodeLine, Operation
-from everystep.program.operators import ALLOCATING
 
 __all__ = ["FILLING", "OVERWRITING", "Observed", "unread_inputs", "unset_results", "uses_only_shape"]
 

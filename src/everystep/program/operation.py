@@ -11,8 +11,9 @@ from pydantic import Field
 
 from everystep.bounded import StrictModel
 from everystep.errors import Fault
-from everystep.program.arguments import DTYPES, decode, references
-from everystep.program.operators import computes, parameters, resolve, writes
+from everystep.ops.arguments import DTYPES, decode, references
+from everystep.ops.operators import computes, parameters, writes
+from everystep.program.allowed import resolve
 from everystep.program.optimizer_operator import ARGUMENTS, OptimizerOperator
 
 __all__ = [

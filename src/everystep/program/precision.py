@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from everystep.errors import ProgramError
-from everystep.program.arguments import DTYPES, decode, references
+from everystep.ops.arguments import DTYPES, decode, references
+from everystep.ops.operators import draws_random_numbers, parameters
 from everystep.program.operation import Operation, Storage
-from everystep.program.operators import draws_random_numbers, parameters
 from everystep.program.optimizer_operator import OPTIMIZERS
 from everystep.program.soundness import WITH_STATISTICS, results_on_meta
 from everystep.program.step_program import Program

@@ -7,7 +7,9 @@ their arguments, and could read and write anywhere:
 - Kernels of the backward pass trust that their arguments come from the forward pass: matching shapes,
   and values that are positions in a tensor. So a matching forward operation must come before them, and
   its saved tensors must be unchanged.
-- Some others trust that shapes match; their requirements are listed here.
+- Some others trust that shapes match.
+
+The record of an operator has what its kernel trusts (`everystep.ops`).
 
 The check imports torch's compiler for its shape kernels, which takes a second. So programs that passed
 it on this machine are cached: an empty file per program in the user's cache directory, named by a digest
@@ -17,51 +19,37 @@ of the program and of the checker.
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import cache, partial
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from platformdirs import user_cache_path
 from torch import Tensor
 
-from everystep.program import allowed
-from everystep.program.allowed import (
-    FORWARD,
-    KEPT_OF_ATTENTION,
-    OF_BACKWARD_ALONE,
-    RENAMED,
-    known_names,
-)
-from everystep.program.arguments import decode, references
+from everystep.ops import PERMITTED, record_of
+from everystep.ops.arguments import decode, references
+from everystep.ops.operator_record import OperatorRecord
+from everystep.ops.operators import flattened, parameters
+from everystep.program.allowed import BY_VALUES, OF_BACKWARD_ALONE, known_names
+from everystep.program.collectives import FITS
 from everystep.program.operation import Operation, Storage, TensorSpec
-from everystep.program.operators import BY_VALUES, flattened, parameters
 from everystep.program.optimizer_operator import OptimizerOperator
 
 __all__ = ["WITH_STATISTICS", "check_soundness", "note_sound", "results_on_meta"]
 
 META = torch.device("meta")
-Given = dict[str, Any]
 
 #: Kernels with results after the first that depend on the device or that meta does not know.
 _VAGUE = re.compile(r"mkldnn_\w+|_?cudnn_\w+|miopen_\w+|_embedding_bag\w*|_scaled_dot_product_\w+")
 
-#: Their results after the first are statistics, with the dtype of the input on a CPU, and float32 on
-#: other devices and on meta.
-WITH_STATISTICS = {
-    *("native_batch_norm", "native_layer_norm", "native_group_norm", "_native_batch_norm_legit"),
-    "_fused_rms_norm",
-}
-
-#: They trust the numbers in their second argument: the row swaps of the first.
-_OF_A_FACTORIZATION = {"linalg_lu_solve", "linalg_ldl_solve", "lu_unpack"}
+#: Their results after the first are statistics.
+WITH_STATISTICS = {name for name, record in PERMITTED.items() if record.has_statistics}
 
 
 def check_soundness(
@@ -131,12 +119,16 @@ class _Check:
             Exception: any error of torch; ValueError for errors found here.
         """
         operation = self._operations[index]
-        if operation.name in FORWARD:
-            self._check_forward(index)
-        if operation.name in _OF_A_FACTORIZATION:
-            self._check_factorization(index)
-        fits = _SHAPES.get(operation.name)
-        if fits is not None and not fits(self._as_known(index)):
+        record = record_of(operation.name)
+        if record.kept is not None:
+            self._check_forward(index, record)
+        names = known_names(operation.resolved) or {} if record.arguments else {}
+        given = {names.get(name, name): value for name, value in self._given[index].items()}
+        # The row swaps of a factorization, by which the kernel moves rows.
+        if "pivots" in given:
+            self._check_factorization(index, given["factors"], given["pivots"])
+        fits = record.fits or FITS.get(operation.name)
+        if fits and not fits({name: self._on_meta(value) for name, value in given.items()}):
             raise ValueError("its tensors do not fit together")
         try:
             found = results_on_meta(operation, self._meta)
@@ -146,16 +138,10 @@ class _Check:
         else:
             self._check_results(operation, found)
 
-    def _as_known(self, index: int) -> Given:
-        """Return the specs and numbers that an operation receives, by the names that are known here."""
-        names = known_names(self._operations[index].resolved) or {}
-        given = self._given[index].items()
-        return {names.get(name, name): self._spec(value) for name, value in given}
-
-    def _spec(self, value: Any) -> Any:
+    def _on_meta(self, value: Any) -> Any:
         if isinstance(value, str):
-            return self._specs[value]
-        return [*map(self._spec, value)] if isinstance(value, list | tuple) else value
+            return self._meta[value]
+        return [*map(self._on_meta, value)] if isinstance(value, list | tuple) else value
 
     def _check_results(self, operation: Operation, found: list[Any]) -> None:
         if len(found) != len(operation.results):
@@ -186,24 +172,23 @@ class _Check:
         if any(tensor.numel() * tensor.itemsize > self._bytes for tensor in tensors):
             raise ValueError("reads or returns more bytes than all storages of the program have")
 
-    def _check_forward(self, index: int) -> None:
+    def _check_forward(self, index: int, record: OperatorRecord) -> None:
         # e.g. for `aten.nll_loss_backward`: is there an `aten.nll_loss_forward` before it, with the same
         # target, and is `total_weight` its result?
-        base, _ = FORWARD[self._operations[index].name]
+        base = record.forward
         places = (*self._by_name.get(base, ()), *self._by_name.get(f"{base}_forward", ()))
-        if not any(place < index and self._is_forward(place, index) for place in places):
+        if not any(place < index and self._is_forward(place, index, record) for place in places):
             raise ValueError(f"has no matching {base} before it")
 
-    def _is_forward(self, place: int, index: int) -> bool:
+    def _is_forward(self, place: int, index: int, record: OperatorRecord) -> bool:
         """Return whether the operation at `index` is of the backward pass of that at `place`."""
         forward, operation = self._operations[place], self._operations[index]
-        renamed = RENAMED.get(operation.name, {})
         known = {p.name: p for p in parameters(forward.resolved)}
         theirs = {n: p.default for n, p in known.items()} | self._given[place]
         gradients, kept = [], []
         for parameter in parameters(operation.resolved):
             value = self._given[index].get(parameter.name, parameter.default)
-            name = renamed.get(parameter.name, parameter.name)
+            name = record.renamed.get(parameter.name, parameter.name)
             # An argument that both passes have, e.g. the target, must be the same.
             if name in known:
                 if _listed(value, known[name].size) != _listed(theirs[name], known[name].size):
@@ -227,8 +212,7 @@ class _Check:
                 weight = theirs.get("weight")
                 if not isinstance(weight, str) or self._specs[weight].shape[0] != value:
                     return False
-        base, first = FORWARD[operation.name]
-        places = KEPT_OF_ATTENTION.get(base) or range(first, first + len(kept))
+        places = (record.kept or ())[: len(kept)]
         storages = [self._specs[name].storage for name in forward.results if name]
         return (
             kept == [forward.results[each] for each in places]
@@ -239,9 +223,8 @@ class _Check:
             and all(map(self._is_gradient, gradients, forward.results))
         )
 
-    def _check_factorization(self, index: int) -> None:
+    def _check_factorization(self, index: int, matrix: str, pivots: str) -> None:
         """Check that the pivots come from an operation that also returned a matrix of this shape."""
-        matrix, pivots = list(self._given[index].values())[:2]
         for place in range(index):
             results = self._operations[place].results
             if "linalg" not in self._operations[place].name or pivots not in results[1:]:
@@ -317,150 +300,6 @@ def _grouped_mm(
     return one.new_empty(shape, dtype=out_dtype)
 
 
-def _is_dense(spec: TensorSpec) -> bool:
-    return spec.end == (spec.offset + math.prod(spec.shape)) * spec.torch_dtype.itemsize
-
-
-def _are_dense(given: Given, *but: str) -> bool:
-    """Return whether all tensors fill their memory without gaps or overlaps."""
-    specs = (value for name, value in given.items() if name not in but)
-    return all(_is_dense(spec) for spec in specs if isinstance(spec, TensorSpec))
-
-
-def _none_repeats(given: Given) -> bool:
-    specs = (value for value in given.values() if isinstance(value, TensorSpec))
-    return not any(
-        stride == 0 and size > 1
-        for spec in specs
-        for stride, size in zip(spec.stride, spec.shape, strict=True)
-    )
-
-
-def _mask_fits(given: Given) -> bool:
-    """Only one of them is expanded, so that the result has no more numbers than the other."""
-    shapes = given["self"].shape, given["mask"].shape
-    return np.broadcast_shapes(*shapes) in shapes
-
-
-def _dimensions_fit(given: Given) -> bool:
-    """The dimensions of a Fourier transform, counted from the front."""
-    dimensions = given["dim"]
-    return len(set(dimensions)) == len(dimensions) and all(
-        0 <= dim < len(given["self"].shape) for dim in dimensions
-    )
-
-
-def _fused_fit(given: Given) -> bool:
-    """Each list has a tensor for each parameter: of its size, and without gaps."""
-    whole = given["self"]
-    for name, specs in given.items():
-        if name == "state_steps":
-            fits = all(math.prod(spec.shape) == 1 and spec.dtype == "float32" for spec in specs)
-        elif isinstance(specs, list):
-            fits = all(
-                math.prod(spec.shape) == math.prod(own.shape) and spec.dtype == own.dtype
-                for spec, own in zip(specs, whole, strict=False)
-            ) and all(map(_is_dense, specs))
-        else:
-            fits = not isinstance(specs, TensorSpec) or math.prod(specs.shape) == 1
-            specs = whole
-        may_be_empty = {"max_exp_avg_sqs": "amsgrad", "momentum_buffer_list": "momentum"}
-        is_left_out = not specs and name in may_be_empty and not given[may_be_empty[name]]
-        if not fits or not (is_left_out or len(specs) == len(whole)):
-            return False
-    return True
-
-
-def _attention_fits(given: Given) -> bool:
-    q, k, v = (given[name].shape for name in ("query", "key", "value"))
-    # (N, heads, length, size) each; several heads of queries may share one of keys and values.
-    if not len(q) == len(k) == len(v) == 4 or not k[1] or q[1] % k[1] or k[:3] != v[:3]:
-        return False
-    ends = [given[name].stride[3] for name in ("query", "key", "value")]
-    mask = given.get("attn_mask")
-    whole = (*q[:3], k[2])
-    mask_fits = mask is None or (
-        len(mask.shape) in (2, 4)
-        and all(size in (1, full) for size, full in zip(mask.shape[::-1], whole[::-1], strict=False))
-    )
-    return q[0] == k[0] and q[3] == k[3] == v[3] and set(ends) <= {1} and mask_fits
-
-
-def _batch_norm_fits(given: Given) -> bool:
-    channels = given["input"].shape[1:2]
-    vectors = (given.get(name) for name in ("weight", "bias", "running_mean", "running_var"))
-    return all(vector is None or vector.shape == channels for vector in vectors)
-
-
-def _weight_norm_fits(given: Given) -> bool:
-    v, g, dim = given["v"].shape, given["g"].shape, given.get("dim", 0)
-    norms = tuple(size if place == dim else 1 for place, size in enumerate(v))
-    # The kernel knows norms over all dimensions but the first, or but the last.
-    return dim in (0, len(v) - 1) and g == norms and _are_dense(given)
-
-
-def _rnn_fits(given: Given) -> bool:
-    """An LSTM's layer: four gates."""
-    x, hidden = given["input"].shape, given["hidden_size"]
-    # As cuDNN counts them: 2 is an LSTM, 3 a GRU; with batch sizes, a sequence would be packed.
-    if len(x) != 3 or hidden < 1 or given["mode"] != 2 or given["batch_sizes"]:
-        return False
-    shapes = [given[f"weight{number}"].shape for number in range(4)]
-    gates = 4 * hidden
-    biases = not given["has_biases"] or shapes[2] == shapes[3] == (gates,)
-    states = all(math.prod(given[name].shape) == x[1] * hidden for name in ("hx_", "cx_"))
-    return biases and states and _are_dense(given) and shapes[:2] == [(gates, x[2]), (gates, hidden)]
-
-
-def _distances_fit(given: Given) -> bool:
-    one, two, distances = (given[name].shape for name in ("x1", "x2", "cdist"))
-    return (
-        given["grad"].shape == distances == (*one[:-1], *two[-2:-1])
-        and (one[:-2], one[-1:]) == (two[:-2], two[-1:])
-        and len(one) > 1
-    )
-
-
-def _exchanged_fit(given: Given, results: int = 1, each: int = 1) -> bool:
-    """Ranks exchange as many bytes as tensors have numbers, from the first on.
-
-    results, each: how many times the numbers of all results those of what is given are; of the ranks, 0.
-    """
-    lists = (value if isinstance(value, list) else [value] for value in given.values())
-    specs = [spec for specs in lists for spec in specs if isinstance(spec, TensorSpec)]
-    are_alike = len({spec.dtype for spec in specs}) == 1 and all(map(_is_dense, specs))
-    if "given" not in given or not are_alike:
-        return are_alike
-    *written, own = (math.prod(spec.shape) for spec in specs)
-    count = len(given["ranks"])
-    return sum(written) * (each or count) == own * (results or count)
-
-
-#: What kernels that trust shapes need, of the specs and numbers that they are given.
-_SHAPES: dict[str, Callable[[Given], bool]] = {
-    **dict.fromkeys(("all_reduce_", "all_reduce_coalesced_", "reduce_", "broadcast_"), _exchanged_fit),
-    **dict.fromkeys(("all_gather_", "all_gather_into_"), partial(_exchanged_fit, results=0)),
-    "reduce_scatter_from_": partial(_exchanged_fit, each=0),
-    "all_to_all_from_": _are_dense,
-    "_cdist_backward": _distances_fit,
-    "_embedding_bag": lambda given: _are_dense(given, "weight"),
-    **dict.fromkeys(("_fft_c2c", "_fft_c2r", "_fft_r2c"), _dimensions_fit),
-    **dict.fromkeys(("_fused_adagrad_", "_fused_adam_", "_fused_adamw_", "_fused_sgd_"), _fused_fit),
-    **dict.fromkeys(
-        ("_log_softmax_backward_data", "_softmax_backward_data"),
-        lambda given: given["grad_output"].shape == given["output"].shape,
-    ),
-    **dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit"), _batch_norm_fits),
-    "_native_batch_norm_legit_no_training": _batch_norm_fits,
-    "_scaled_dot_product_flash_attention_for_cpu": _attention_fits,
-    "_weight_norm_interface": _weight_norm_fits,
-    "masked_select": _mask_fits,
-    **dict.fromkeys(("median", "nanmedian"), _none_repeats),
-    "mkldnn_rnn_layer": _rnn_fits,
-    "native_group_norm": _are_dense,
-}
-
-
 def _is_known_sound(text: bytes) -> bool:
     with suppress(OSError):
         return _mark(text).is_file()
@@ -482,7 +321,8 @@ def _mark(text: bytes) -> Path:
 
 @cache
 def _checker() -> bytes:
-    files = (__file__, allowed.__file__)
-    # With another check, all programs are checked again.
-    source = b"".join(Path(file).read_bytes() for file in files)
+    package = Path(__file__).parents[1]
+    # With another check, or other records, all programs are checked again.
+    files = sorted([*package.glob("program/*.py"), *package.glob("ops/*.py")])
+    source = b"".join(file.read_bytes() for file in files)
     return f"{version('everystep')} {torch.__version__} ".encode() + hashlib.sha256(source).digest()

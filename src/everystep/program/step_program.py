@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from everystep.bounded import StrictModel, parse_json
 from everystep.errors import ProgramError
-from everystep.program.arguments import json_floats
+from everystep.ops.arguments import json_floats
 from everystep.program.operation import (
     DIMENSIONS,
     LIMIT,

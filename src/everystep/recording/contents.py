@@ -255,7 +255,7 @@ def read_pieces(
     Raises:
         RunError: a file was changed, or an input has an unknown dtype or another size.
     """
-    from everystep.program.arguments import DTYPES
+    from everystep.ops.arguments import DTYPES
 
     dtype = DTYPES.get(given.dtype)
     if dtype is None:
@@ -352,7 +352,7 @@ def as_tensor(given: Given, content: bytearray) -> Tensor:
     """
     import torch
 
-    from everystep.program.arguments import DTYPES
+    from everystep.ops.arguments import DTYPES
 
     dtype = DTYPES.get(given.dtype)
     if dtype is None or len(content) != math.prod(given.shape) * dtype.itemsize:

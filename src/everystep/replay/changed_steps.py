@@ -12,8 +12,8 @@ from torch import Tensor
 
 from everystep.errors import ExperimentError, Fault, RunError, named
 from everystep.experiment.batches import RowsOf
+from everystep.ops.operators import draws_random_numbers
 from everystep.program.number_slots import slots_of
-from everystep.program.operators import draws_random_numbers
 from everystep.program.optimizer_operator import OptimizerOperator
 from everystep.program.step_program import Program
 from everystep.recording.contents import Given, Inputs, inputs_of

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from everystep.errors import RunError
-from everystep.program.calls import without_autograd
+from everystep.ops.operators import REFUSALS, without_autograd
 from everystep.program.collectives import taking_part
 from everystep.program.memory import copied_together
-from everystep.program.operators import REFUSALS
 from everystep.recording.blocks import same_number
 from everystep.replay.bound_steps import Hook
 from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps

@@ -14,7 +14,7 @@ from everystep.bounded import decompressed
 from everystep.device import select
 from everystep.errors import ProgramError, RunError
 from everystep.experiment.batches import RowsOf
-from everystep.program.arguments import DTYPES
+from everystep.ops.arguments import DTYPES
 from everystep.program.interpreter import Interpreter
 from everystep.program.memory import bytes_at_once, check_memory, copy_on_cpu
 from everystep.program.precision import Precision

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from everystep.device import set_drawing_state
 from everystep.errors import ProgramError, RunError, named
-from everystep.program.calls import without_autograd
+from everystep.ops.operators import REFUSALS, without_autograd
 from everystep.program.interpreter import Interpreter, Looks
 from everystep.program.memory import copied_together
-from everystep.program.operators import REFUSALS
 from everystep.program.optimizer_operator import OPTIMIZERS
 from everystep.program.step_program import Program
 from everystep.recording.contents import digest_of

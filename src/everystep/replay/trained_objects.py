@@ -19,7 +19,7 @@ from everystep.device import select
 from everystep.errors import EverystepError, ExperimentError, RunError
 from everystep.experiment.batches import Batches, RowsOf
 from everystep.experiment.specification import Iteration, load
-from everystep.program.calls import without_autograd
+from everystep.ops.operators import without_autograd
 from everystep.program.interpreter import Interpreter
 from everystep.program.memory import copy_into, copy_on_cpu
 from everystep.recording.facts import EAGERLY, TrainingFacts

@@ -12,10 +12,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from everystep.program.arguments import DTYPES, encode
+from everystep.ops.arguments import DTYPES, encode
+from everystep.ops.operators import has_shape_of_values
+from everystep.program.allowed import has_effect
 from everystep.program.number_slots import READ, Number
 from everystep.program.operation import Operation, Storage, TensorSpec, extent_of
-from everystep.program.operators import has_effect, has_shape_of_values
 from everystep.program.step_program import MOST_ENTRIES, Program
 from everystep.step.calling_code import LineTable
 from everystep.step.path import Path, sizeless

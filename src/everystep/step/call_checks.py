@@ -15,8 +15,8 @@ from weakref import ref
 
 import torch
 
+from everystep.ops.operators import flattened, leaves
 from everystep.program.operation import extent_of
-from everystep.program.operators import flattened, leaves
 from everystep.step.met_tensors import MET, MetTensors, leaf_tokens
 from everystep.step.path import Entry, MetTensor
 

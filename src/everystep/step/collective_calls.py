@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from everystep.errors import UsageError
+from everystep.ops.operators import leaves
 from everystep.program.collectives import COLLECTIVES
-from everystep.program.operators import leaves
 
 __all__ = [
     *("CollectiveCall", "NotedCalls", "finish_calls", "has_ranks", "how_collective"),

@@ -19,17 +19,17 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode, _push_mode
 
 from everystep.device import drawing_state
-from everystep.program.collectives import taking_part
-from everystep.program.memory import geometry
-from everystep.program.observed import OVERWRITING
-from everystep.program.operation import fills
-from everystep.program.operators import (
+from everystep.ops.operators import (
     flattened,
     has_shape_of_values,
     leaves,
     parameters,
     writes,
 )
+from everystep.program.collectives import taking_part
+from everystep.program.memory import geometry
+from everystep.program.observed import OVERWRITING
+from everystep.program.operation import fills
 from everystep.step.backward import BackwardPasses
 from everystep.step.call_checks import MISS, check_of, check_of_views, loose_tokens
 from everystep.step.calling_code import named_here

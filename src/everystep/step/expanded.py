@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from everystep.program.arguments import decode, references
+from everystep.ops.arguments import decode, references
 from everystep.program.interpreter import Interpreter
 from everystep.program.memory import tensor_on
 from everystep.program.number_slots import Number

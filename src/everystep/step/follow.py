@@ -32,8 +32,8 @@ from torch.optim.optimizer import (
 )
 
 from everystep.errors import Fault, UsageError
+from everystep.ops.operators import leaves
 from everystep.program.operation import Phase
-from everystep.program.operators import leaves
 from everystep.step.calling_code import is_called_in
 from everystep.step.collective_calls import NotedCalls
 from everystep.step.mode_formulas import ModeFormulas

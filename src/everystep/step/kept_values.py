@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from everystep.program.arguments import DTYPES
+from everystep.ops.arguments import DTYPES
 from everystep.program.memory import copy_into
 from everystep.step.state import OWN, copy_of, same_bits
 

@@ -8,9 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from everystep.program.number_slots import READ, slot_names
-from everystep.program.observed import FILLING, uses_only_shape
-from everystep.program.operators import (
+from everystep.ops.operators import (
     NotAllowedError,
     computes,
     draws_random_numbers,
@@ -18,9 +16,11 @@ from everystep.program.operators import (
     is_composite,
     may_have_shape_of_values,
     parameters,
-    resolve,
     writes,
 )
+from everystep.program.allowed import resolve
+from everystep.program.number_slots import READ, slot_names
+from everystep.program.observed import FILLING, uses_only_shape
 from everystep.step.mode_formulas import is_decomposed
 
 __all__ = [

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from everystep.program.arguments import DTYPES
+from everystep.ops.arguments import DTYPES
 from everystep.program.memory import ALIGNMENT, geometry
 from everystep.program.operation import extent_of
 from everystep.step.path import Entry, MetTensor

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from everystep.program.operators import OperatorMode
+from everystep.ops.operators import OperatorMode
 
 __all__ = ["ModeFormulas", "is_decomposed", "of_mode"]
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from everystep.gradient_descent import GradientDescent
+from everystep.ops.operators import leaves
 from everystep.program.number_slots import Number
-from everystep.program.operators import leaves
 from everystep.program.optimizer_operator import OPTIMIZERS, OptimizerOperator
 from everystep.step.own_state import entries_of
 from everystep.step.torchs_own import is_torchs_function, replaces_method

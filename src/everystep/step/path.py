@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from everystep.program.arguments import references
+from everystep.ops.arguments import references
 from everystep.program.number_slots import READ
 from everystep.program.operation import Phase, Storage, extent_of
 from everystep.step.calling_code import Calls

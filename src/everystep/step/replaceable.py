@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from everystep.program.operators import draws_random_numbers, has_shape_of_values
+from everystep.ops.operators import draws_random_numbers, has_shape_of_values
 from everystep.program.step_program import Program
 from everystep.step.cursor import Cursor
 from everystep.step.hyperparameters import changes_more_than_lr

@@ -16,12 +16,11 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from everystep.errors import ProgramError
+from everystep.ops.operators import draws_random_numbers, without_autograd
 from everystep.program.bound import BoundProgram
-from everystep.program.calls import without_autograd
 from everystep.program.memory import copied_together, copy_into, lies_as
 from everystep.program.number_slots import Number
 from everystep.program.operation import TensorSpec
-from everystep.program.operators import draws_random_numbers
 from everystep.step.build import BuiltPath
 from everystep.step.cursor import Cursor
 from everystep.step.generators import different, generator_states

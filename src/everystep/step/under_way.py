@@ -19,8 +19,8 @@ from torch import Tensor
 
 from everystep.device import drawing_state
 from everystep.errors import UsageError
+from everystep.ops.operators import OperatorMode
 from everystep.program.number_slots import READ
-from everystep.program.operators import OperatorMode
 from everystep.step.calling_code import Calls, calls_here, is_in_backward
 from everystep.step.follow import Follower
 from everystep.step.gradient_copies import GradientCopies

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from everystep import clock
 from everystep.errors import DatasetChangedError, size_text
 from everystep.experiment.batches import RowsOf
-from everystep.program.calls import without_autograd
+from everystep.ops.operators import without_autograd
 from everystep.program.number_slots import Number
 from everystep.step.generators import Generators
 from everystep.step.optimizer_call import is_torchs_optimizer

@@ -18,7 +18,7 @@ from torch import Tensor
 from everystep import clock
 from everystep.device import drawing_state
 from everystep.errors import UsageError, say
-from everystep.program.operators import NotAllowedError
+from everystep.ops.operators import NotAllowedError
 from everystep.program.sizes import packed_sizes, sizes_of
 from everystep.program.soundness import note_sound
 from everystep.recording.contents import PROGRAM, SIZES, digest_of, packed_program

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from everystep.ops import RECORDS, Call, NoRuleError
+from everystep.ops import RECORDS
+from everystep.ops.arguments import references
+from everystep.ops.call import Call, NoRuleError
 from everystep.ops.operator_record import OperatorRecord
-from everystep.program.arguments import references
+from everystep.ops.operators import parameters
 from everystep.program.observed import Observed
 from everystep.program.operation import Operation
-from everystep.program.operators import parameters
 
 __all__ = ["Line", "all_arguments", "argument_texts", "kind_of", "mathematics"]
 

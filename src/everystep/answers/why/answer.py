@@ -17,8 +17,8 @@ from torch import Tensor
 from everystep.answers.trace import Origin, Spot, Trace, same_number_bits
 from everystep.device import on_cpu
 from everystep.errors import UsageError
-from everystep.ops import Call, Formula, NoRuleError, Piece, Sum, Words, how_made
-from everystep.ops.call import numbers_of
+from everystep.ops import how_made
+from everystep.ops.call import Call, Formula, NoRuleError, Piece, Sum, Words, numbers_of
 from everystep.ops.formula import total
 from everystep.program.observed import Observed
 from everystep.replay.opened_step import Step

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from everystep.device import kinds
-from everystep.program.operators import NotAllowedError
+from everystep.ops.operators import NotAllowedError
 
 __all__ = ["DTYPES", "decode", "encode", "json_floats", "references"]
 
