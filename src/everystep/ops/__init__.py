@@ -1,11 +1,11 @@
 """Operators: what everystep knows of ATen's, one record for each, in one module per family.
 
-An operator with a record may be called by a program that a stranger wrote; one without is refused. A
-record has what the kernel trusts, and `program.soundness` checks on its behalf: most check their
-arguments, and trust nothing. It has three rules: from which numbers of its inputs an operator computed a
+A program, which a stranger may have written, calls only operators with a record, and their variants in
+place (`add_`) and of lists (`_foreach_add`). A record has what torch's kernel trusts, so that
+`program.soundness` checks it, and three rules: from which numbers of its inputs an operator computed a
 number of a result, and how; which rows of the batch its results belong to; and its mathematical
 notation. They follow the operator's definition in torch's documentation. Nothing is guessed by changing
-inputs and looking what changes. An operator without rules is in a list of names of its family.
+inputs and looking what changes.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from everystep.ops.call import (
     product,
     single,
 )
-from everystep.ops.operator_record import AFTER_FIRST, OperatorRecord, alike
+from everystep.ops.operator_record import LATER, OperatorRecord, alike
 from everystep.ops.row_rules import batched
 
 __all__ = ["CONVOLUTIONS"]
@@ -279,24 +279,24 @@ CONVOLUTIONS: dict[str, OperatorRecord] = {
     **alike(
         "convolution_backward",
         *(_convolution, partial(batched, own="grad_output", has_sums=True)),
-        kept=AFTER_FIRST,
+        kept=LATER,
     ),
     **alike("avg_pool1d", _mean),
     **alike("adaptive_avg_pool2d adaptive_avg_pool3d", _mean, batched),
-    **alike("avg_pool2d* avg_pool3d*", _mean, batched, kept=AFTER_FIRST),
-    **alike("_adaptive_avg_pool2d* _adaptive_avg_pool3d*", _mean, batched, kept=AFTER_FIRST),
+    **alike("avg_pool2d* avg_pool3d*", _mean, batched, kept=LATER),
+    **alike("_adaptive_avg_pool2d* _adaptive_avg_pool3d*", _mean, batched, kept=LATER),
     **alike("upsample_nearest1d* upsample_nearest2d* upsample_nearest3d*", _weighted, batched),
     **alike("_upsample_nearest_exact1d* _upsample_nearest_exact2d*", _weighted, batched),
     **alike("_upsample_nearest_exact3d* upsample_linear1d* upsample_trilinear3d*", _weighted, batched),
     **alike("upsample_bilinear2d* _upsample_bilinear2d_aa*", _weighted, batched),
     **alike("upsample_bicubic2d* _upsample_bicubic2d_aa*", _weighted, batched),
-    **alike(_PADDING, _weighted, batched, kept=AFTER_FIRST),
+    **alike(_PADDING, _weighted, batched, kept=LATER),
     **alike("max_pool2d", _max_pool, line=_max_pool_line),
     **alike("max_pool2d_with_indices", _max_pool, batched, _max_pool_line),
     **alike("max_pool3d_with_indices", _max_pool, batched),
     **alike("adaptive_max_pool2d adaptive_max_pool3d", _adaptive_max_pool, batched),
     **alike("fractional_max_pool2d fractional_max_pool3d", _fractional_max_pool, batched),
-    **alike(_MAXIMA, _max_pool_backward, batched, kept=AFTER_FIRST),
-    **alike("grid_sampler_2d*", rows=batched, kept=AFTER_FIRST),
-    **alike("grid_sampler_3d*", kept=AFTER_FIRST),
+    **alike(_MAXIMA, _max_pool_backward, batched, kept=LATER),
+    **alike("grid_sampler_2d*", rows=batched, kept=LATER),
+    **alike("grid_sampler_3d*", kept=LATER),
 }

@@ -13,7 +13,7 @@ from everystep.ops.arguments import decode
 from everystep.ops.call import Call, Formula, Made, NoRuleError, Sum, single
 from everystep.ops.labels import MIXED, SHARED, SUM, Tracked, all_are, broadcast, gathered, reduced
 from everystep.ops.movements import of_indices
-from everystep.ops.operator_record import AFTER_FIRST, Given, OperatorRecord, alike, are_dense
+from everystep.ops.operator_record import LATER, Given, OperatorRecord, alike, are_dense
 from everystep.ops.row_rules import MixesError, Result, RowsCall, by_key, filled, none_mixed, sum_of
 
 __all__ = ["INDEXING"]
@@ -205,13 +205,13 @@ INDEXING: dict[str, OperatorRecord] = {
     **alike("_unique2 unique_dim unique_consecutive", by_values=True),
     **alike("nonzero", line="where {self} is not 0", by_values=True),
     **alike("_embedding_bag", fits=_bag_fits, arguments=_OF_BAG),
-    **alike("_embedding_bag_backward", kept=AFTER_FIRST),
-    **alike("_embedding_bag_per_sample_weights_backward", kept=AFTER_FIRST, forward="_embedding_bag"),
+    **alike("_embedding_bag_backward", kept=LATER),
+    **alike("_embedding_bag_per_sample_weights_backward", kept=LATER, forward="_embedding_bag"),
     **alike("embedding", _embedding, _embedding_rows, "{weight}[{indices}]"),
     **alike(
         "embedding_dense_backward",
         *(_embedding_backward, _embedding_backward_rows, _embedding_backward_line),
-        kept=AFTER_FIRST,
+        kept=LATER,
         forward="embedding",
     ),
     **alike("index_put", _put, _index_put_rows),

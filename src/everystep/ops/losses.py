@@ -8,7 +8,7 @@ from torch import Tensor
 from everystep.ops.call import Axis, Call, Formula, Made, Piece, Sum, Terms, grid
 from everystep.ops.elementwise import by_formula, each_alone, given_in
 from everystep.ops.labels import SHARED, Tracked, broadcast, reduced
-from everystep.ops.operator_record import AFTER_FIRST, LineRule, OperatorRecord, alike
+from everystep.ops.operator_record import LATER, LineRule, OperatorRecord, alike
 from everystep.ops.row_rules import Result, RowsCall, filled, none_mixed, of_shape
 
 __all__ = ["LOSSES"]
@@ -259,7 +259,7 @@ def _classes_rows(call: RowsCall) -> list[Result]:
     return [_mean_or_sum(call, own), *others]
 
 
-def _classes_backward_rows(call: RowsCall) -> list[Result]:
+def _slope_rows(call: RowsCall) -> list[Result]:
     labels, axis = _of_classes(call)
     gradient = call["grad_output"].labels
     parts = [labels, gradient.unsqueeze(axis) if gradient.dim() and labels.dim() > 1 else gradient]
@@ -316,16 +316,8 @@ LOSSES: dict[str, OperatorRecord] = {
     **alike("nll_loss_forward", _nll, _classes_rows, _nll_line),
     **alike("nll_loss2d_forward", _nll, _classes_rows),
     **alike("multi_margin_loss multilabel_margin_loss_forward", _margin, _classes_rows),
-    **alike("nll_loss_backward", _nll_backward, _classes_backward_rows, _nll_line, kept=AFTER_FIRST),
-    **alike("nll_loss2d_backward", _nll_backward, _classes_backward_rows, kept=AFTER_FIRST),
-    **alike(
-        "multi_margin_loss_backward",
-        *(_multi_margin_backward, _classes_backward_rows),
-        kept=AFTER_FIRST,
-    ),
-    **alike(
-        "multilabel_margin_loss_backward",
-        *(_multilabel_margin_backward, _classes_backward_rows),
-        kept=AFTER_FIRST,
-    ),
+    **alike("nll_loss_backward", _nll_backward, _slope_rows, _nll_line, kept=LATER),
+    **alike("nll_loss2d_backward", _nll_backward, _slope_rows, kept=LATER),
+    **alike("multi_margin_loss_backward", _multi_margin_backward, _slope_rows, kept=LATER),
+    **alike("multilabel_margin_loss_backward", _multilabel_margin_backward, _slope_rows, kept=LATER),
 }

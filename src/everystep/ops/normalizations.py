@@ -26,7 +26,7 @@ from everystep.ops.call import (
 )
 from everystep.ops.formula import names_in
 from everystep.ops.labels import MIXED, broadcast, reduced
-from everystep.ops.operator_record import AFTER_FIRST, Given, OperatorRecord, alike, are_dense
+from everystep.ops.operator_record import LATER, Given, OperatorRecord, alike, are_dense
 from everystep.ops.row_rules import (
     MASKS,
     Result,
@@ -393,7 +393,10 @@ _OF_ATTENTION = (
     "Tensor query, Tensor key, Tensor value, float dropout_p, bool is_causal, "
     "Optional[Tensor] attn_mask, Optional[float] scale"
 )
-_CPU = "_scaled_dot_product_flash_attention_for_cpu"
+_FLASH = "_scaled_dot_product_flash_attention"
+_EFFICIENT = "_scaled_dot_product_efficient_attention"
+_CUDNN = "_scaled_dot_product_cudnn_attention"
+_OVERRIDEABLE = "_scaled_dot_product_fused_attention_overrideable"
 NORMALIZATIONS: dict[str, OperatorRecord] = {
     **alike("_scaled_dot_product_attention_math_for_mps miopen_batch_norm_backward"),
     **alike("softmax _softmax", _softmax, along, "softmax({self}, {dim})"),
@@ -426,44 +429,29 @@ NORMALIZATIONS: dict[str, OperatorRecord] = {
         *(_norm, None, "", _batch_norm_fits),
         f"{_INPUT}{_RUNNING}float momentum, float eps",
     ),
-    **alike("cudnn_batch_norm", None, _batch_norm_rows, _norm_line),
+    **alike("cudnn_batch_norm", None, _batch_norm_rows, _norm_line, memory_from=3),
     **alike("miopen_batch_norm", None, _batch_norm_rows),
     **alike(
         "native_batch_norm_backward",
         *(_norm_backward, _batch_norm_backward_rows),
-        kept=AFTER_FIRST,
+        kept=LATER,
         renamed={"train": "training"},
     ),
     **alike("cudnn_batch_norm_backward", None, _batch_norm_backward_rows),
     **alike("native_group_norm", _norm, batched, _norm_line, are_dense, has_statistics=True),
-    **alike(
-        "native_group_norm_backward", _norm_backward, partial(batched, has_sums=True), kept=AFTER_FIRST
-    ),
+    **alike("native_group_norm_backward", _norm_backward, partial(batched, has_sums=True), kept=LATER),
     **alike("native_layer_norm", _norm, _layer_norm_rows, _norm_line, has_statistics=True),
-    **alike("native_layer_norm_backward", _norm_backward, _layer_norm_rows, kept=AFTER_FIRST),
+    **alike("native_layer_norm_backward", _norm_backward, _layer_norm_rows, kept=LATER),
     **alike("_fused_rms_norm", has_statistics=True),
     **alike("_fused_rms_norm_backward"),
     **alike("_weight_norm_interface", fits=_weight_norm_fits, arguments="Tensor v, Tensor g, int dim"),
-    **alike(
-        "_weight_norm_interface_backward", kept=AFTER_FIRST, renamed={"saved_v": "v", "saved_g": "g"}
-    ),
-    **alike(_CPU, _attention, batched, fits=_attention_fits, arguments=_OF_ATTENTION),
-    **alike(f"{_CPU}_backward", _attention_backward, batched, kept=range(9)),
-    **alike(
-        "_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention "
-        "_scaled_dot_product_cudnn_attention _scaled_dot_product_fused_attention_overrideable",
-        *(_attention, batched),
-    ),
-    **alike(
-        "_scaled_dot_product_flash_attention_backward",
-        *(_attention_backward, batched),
-        kept=(0, 1, 2, 3, 6, 7),
-    ),
-    **alike("_scaled_dot_product_efficient_attention_backward", rows=batched, kept=(0, 1, 2, 3)),
-    **alike("_scaled_dot_product_cudnn_attention_backward", rows=batched, kept=(0, 1, 6, 7, 2, 3)),
-    **alike(
-        "_scaled_dot_product_fused_attention_overrideable_backward",
-        rows=batched,
-        kept=(0, 1, 2, 3, 6, 7),
-    ),
+    **alike("_weight_norm_interface_backward", kept=LATER, renamed={"saved_v": "v", "saved_g": "g"}),
+    **alike(f"{_FLASH}_for_cpu", _attention, batched, fits=_attention_fits, arguments=_OF_ATTENTION),
+    **alike(f"{_FLASH}_for_cpu_backward", _attention_backward, batched, kept=range(9)),
+    **alike(f"{_FLASH} {_CUDNN} {_OVERRIDEABLE}", _attention, batched, memory_from=2),
+    **alike(_EFFICIENT, _attention, batched, memory_from=1),
+    **alike(f"{_FLASH}_backward", _attention_backward, batched, kept=(0, 1, 2, 3, 6, 7)),
+    **alike(f"{_EFFICIENT}_backward", rows=batched, kept=(0, 1, 2, 3)),
+    **alike(f"{_CUDNN}_backward", rows=batched, kept=(0, 1, 6, 7, 2, 3)),
+    **alike(f"{_OVERRIDEABLE}_backward", rows=batched, kept=(0, 1, 2, 3, 6, 7)),
 }

@@ -13,7 +13,7 @@ from everystep.ops.call import Call, Made
 from everystep.ops.operators import leaves
 from everystep.ops.row_rules import RowsRule
 
-__all__ = ["AFTER_FIRST", "Given", "LineRule", "MadeRule", "OperatorRecord", "alike", "are_dense"]
+__all__ = ["LATER", "Given", "LineRule", "MadeRule", "OperatorRecord", "alike", "are_dense"]
 
 #: Returns which numbers a number was made from; raises NoRuleError.
 MadeRule = Callable[[Call], Made]
@@ -21,8 +21,8 @@ MadeRule = Callable[[Call], Made]
 LineRule = Callable[[Call], str]
 #: The arguments of a kernel by name; its tensors have shapes, but neither memory nor numbers.
 Given = dict[str, Any]
-#: All results of a forward pass but the first: a kernel gets as many as it has arguments for.
-AFTER_FIRST = range(1, 9)
+#: The later results of a forward pass, all but the first: as many as a kernel has arguments for.
+LATER = range(1, 9)
 
 
 # e.g. "addmm": OperatorRecord(made, rows, line), where for each number of the result
@@ -43,7 +43,8 @@ class OperatorRecord(NamedTuple):
     pass, or without the `_forward` at its end; renamed: names of arguments of the backward pass, as the
     forward pass has them. by_values: whether the shapes of its results, or a number for Python, depend
     on the numbers in tensors: a program may call only its overload `default`; has_statistics: whether
-    its results after the first have the dtype of its input on a CPU, and float32 elsewhere.
+    its results after the first have the dtype of its input on a CPU, and float32 elsewhere; memory_from:
+    the first result that is the kernel's own memory, as all later ones are.
     """
 
     made: MadeRule | None = None
@@ -56,6 +57,7 @@ class OperatorRecord(NamedTuple):
     renamed: Mapping[str, str] = MappingProxyType({})
     by_values: bool = False
     has_statistics: bool = False
+    memory_from: int | None = None
 
 
 def alike(names: str, /, *rules: Any, **trust: Any) -> dict[str, OperatorRecord]:

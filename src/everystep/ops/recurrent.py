@@ -150,12 +150,13 @@ _ARGUMENTS = (
     "bool has_biases, bool bidirectional, bool batch_first, bool train"
 )
 RECURRENT: dict[str, OperatorRecord] = {
+    **alike("_cudnn_rnn miopen_rnn", memory_from=3),
     **alike("""
-    _cudnn_rnn* _thnn_fused_gru_cell* _thnn_fused_lstm_cell _thnn_fused_lstm_cell_backward_impl
-    lstm_mps_backward miopen_rnn*
+    _cudnn_rnn_backward _thnn_fused_gru_cell* _thnn_fused_lstm_cell _thnn_fused_lstm_cell_backward_impl
+    lstm_mps_backward miopen_rnn_backward
     """),
     **alike("_pack_padded_sequence", by_values=True),
-    **alike("mkldnn_rnn_layer", _layer, _layer_rows, fits=_layer_fits, arguments=_ARGUMENTS),
+    **alike("mkldnn_rnn_layer", _layer, _layer_rows, "", _layer_fits, _ARGUMENTS, memory_from=3),
     **alike(
         "mkldnn_rnn_layer_backward",
         *(_layer_backward, _layer_backward_rows),

@@ -1,18 +1,14 @@
-"""Which operators a program may call, for torch 2.9 to 2.15.
+"""Which operators a program may call, for torch 2.9 to 2.15: those with a record, and their variants.
 
-Those with a record in `everystep.ops`, under the conditions of `resolve`. Without a record, an operator
-is refused, so that a new one of a later torch is not used before it was reviewed. (torch 2.15 added
-`shallow_copy_data_`, which gives a tensor the memory of another.)
+There are no records of operators on tensors that programs do not have (sparse, quantized, nested); of
+operators that use values of a tensor as memory offsets, or as a duration, without checking them; that
+write to memory other than their arguments; and of kernels that only other operators call. So a new
+operator is refused until it was reviewed: `shallow_copy_data_` of torch 2.15 gives a tensor the memory
+of another.
 
-Variants of an operator are allowed, too: in place (`add_`), and of lists (`_foreach_add`). There are no
-records of operators on tensors that programs do not have (sparse, quantized, nested); of operators that
-use values of a tensor as memory offsets, or as a duration, without checking them; of operators that
-write to memory other than their arguments; and of kernels that only other operators call.
-
-Some kernels trust their arguments, and `soundness` checks on their behalf. It knows these by position
-and kind, and by the names in their records, which torch may change: `aten._cdist_backward` calls its
-first argument `grad` up to torch 2.14, and `grad_output` since. A kernel with arguments of other kinds
-is refused.
+Arguments of kernels that trust them are known by position and kind, and by the names in their records,
+which torch may change: `aten._cdist_backward` calls its first argument `grad` up to torch 2.14, and
+`grad_output` since. A kernel with arguments of other kinds is refused.
 """
 
 from __future__ import annotations

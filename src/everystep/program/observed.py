@@ -11,23 +11,15 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from everystep.ops import record_of
 from everystep.ops.arguments import references
 from everystep.ops.operators import ALLOCATING
 from everystep.program.operation import CodeLine, Operation
 
 __all__ = ["FILLING", "OVERWRITING", "Observed", "unread_inputs", "unset_results", "uses_only_shape"]
 
-#: The first result of a kernel that is its own memory, as all later ones are; it writes only parts:
-#: workspaces, reserves, the state of a generator that only dropout sets, and log-sum-exps that are
-#: padded to a multiple of 32 rows.
-_MEMORY_FROM = {
-    **dict.fromkeys(("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn", "cudnn_batch_norm"), 3),
-    "_scaled_dot_product_efficient_attention": 1,
-    "_scaled_dot_product_cudnn_attention": 2,
-    "_scaled_dot_product_flash_attention": 2,
-    "_scaled_dot_product_fused_attention_overrideable": 2,
-}
-#: What their backward passes call that memory.
+#: What backward passes call a kernel's own memory, of which it writes only parts: workspaces, reserves,
+#: the state of a generator that only dropout sets, and log-sum-exps that are padded to 32 rows.
 _MEMORY_ARGUMENTS = {
     *("workspace", "reserve", "reserveSpace", "weight_buf"),
     *("logsumexp", "philox_seed", "philox_offset"),
@@ -49,7 +41,7 @@ _ONLY_SHAPES = {"bernoulli.p", "nll_loss_backward.default", "nll_loss2d_backward
 
 def unset_results(operation: Operation) -> frozenset[str]:
     """Return the names of results without numbers, and of what it could have written and did not."""
-    first = 0 if operation.name in ALLOCATING else _MEMORY_FROM.get(operation.name)
+    first = 0 if operation.name in ALLOCATING else record_of(operation.name).memory_from
     found = frozenset() if first is None else frozenset(filter(None, operation.results[first:]))
     if operation.name.startswith("rrelu_with_noise") and "backward" not in operation.name:
         given = operation.given()
