@@ -48,7 +48,7 @@ _VARIANT = re.compile(r"^_foreach_|(?<=[a-z0-9])_$")
 
 
 def record_of(name: str) -> OperatorRecord:
-    """Return the record of an operator, or of the one of which it is a variant; an empty one if none."""
+    """Return the record of an operator, or of the one that it varies; an empty one if there is none."""
     return PERMITTED.get(name) or PERMITTED.get(_VARIANT.sub("", name), OperatorRecord())
 
 

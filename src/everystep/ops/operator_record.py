@@ -36,15 +36,16 @@ class OperatorRecord(NamedTuple):
     results belong to; line: its mathematical notation, with its arguments by name in braces, if that is
     not a call of the operator. If the kind of an operator implies a rule, its family derives it.
 
-    The others are what programs are checked for, on behalf of kernels that trust their arguments. fits:
-    whether arguments fit together; arguments: their kinds, and the names by which `fits` knows them, for
-    each overload except `out=`, with " | " between; kept: the places of the results of the forward pass
-    that a kernel of the backward pass gets, in order; forward: the name of the operator of the forward
-    pass, or without the `_forward` at its end; renamed: names of arguments of the backward pass, as the
-    forward pass has them. by_values: whether the shapes of its results, or a number for Python, depend
-    on the numbers in tensors: a program may call only its overload `default`; has_statistics: whether
-    its results after the first have the dtype of its input on a CPU, and float32 elsewhere; memory_from:
-    the first result that is the kernel's own memory, as all later ones are.
+    Some kernels trust their arguments, so that programs are checked. fits: whether arguments fit
+    together; arguments: their kinds, and the names by which `fits` knows them, for each overload except
+    `out=`, with " | " between; kept: the places of the results of the forward pass that a kernel of the
+    backward pass gets, in order; forward: the operator of the forward pass, without `_forward`; renamed:
+    names of arguments of the backward pass, as the forward pass has them.
+
+    by_values: whether the shapes of its results depend on the numbers in tensors, or Python gets one of
+    these: a program may call only its overload `default`; has_statistics: whether its results after the
+    first have the dtype of its input on a CPU, and float32 on other devices; memory_from: the first
+    result that is the kernel's own memory, as all later ones are.
     """
 
     made: MadeRule | None = None
@@ -60,14 +61,20 @@ class OperatorRecord(NamedTuple):
     memory_from: int | None = None
 
 
-def alike(names: str, /, *rules: Any, **trust: Any) -> dict[str, OperatorRecord]:
-    """Return a record for each of some operators; without rules, a program may call them.
+def alike(
+    names: str,
+    made: MadeRule | None = None,
+    rows: RowsRule | None = None,
+    line: str | LineRule = "",
+    *trust: Any,
+    **more: Any,
+) -> dict[str, OperatorRecord]:
+    """Return the same record for several operators, by name; of names alone, no rule is known.
 
-    names: a star adds the derivative: `mish*` is `mish` and `mish_backward`; rules, trust: as of
-    `OperatorRecord`, with `kept` for names of backward passes alone, `forward` by default without
-    `_backward`.
+    names: a star adds the derivative: `mish*` is `mish` and `mish_backward`; trust, more: the other
+    fields. `kept` holds for names of derivatives alone, and `forward` is by default the rest of them.
     """
-    record, found = OperatorRecord(*rules, **trust), {}
+    record, found = OperatorRecord(made, rows, line, *trust, **more), {}
     for name in re.sub(r"(\S+)\*", r"\1 \1_backward", names).split():
         base = name.removesuffix("_backward")
         if record.kept is None or base == name:

@@ -18,8 +18,8 @@ from everystep.program.operation import CodeLine, Operation
 
 __all__ = ["FILLING", "OVERWRITING", "Observed", "unread_inputs", "unset_results", "uses_only_shape"]
 
-#: What backward passes call a kernel's own memory, of which it writes only parts: workspaces, reserves,
-#: the state of a generator that only dropout sets, and log-sum-exps that are padded to 32 rows.
+#: What backward passes call a kernel's own memory, where it writes only parts: workspaces, reserves, the
+#: state of a generator that only dropout sets, and log-sum-exps that are padded to 32 rows.
 _MEMORY_ARGUMENTS = {
     *("workspace", "reserve", "reserveSpace", "weight_buf"),
     *("logsumexp", "philox_seed", "philox_offset"),

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from everystep.errors import ProgramError
+from everystep.ops import record_of
 from everystep.ops.arguments import DTYPES, decode, references
 from everystep.ops.operators import draws_random_numbers, parameters
 from everystep.program.operation import Operation, Storage
 from everystep.program.optimizer_operator import OPTIMIZERS
-from everystep.program.soundness import WITH_STATISTICS, results_on_meta
+from everystep.program.soundness import results_on_meta
 from everystep.program.step_program import Program
 
 __all__ = ["Precision", "counters"]
@@ -112,7 +113,8 @@ class Precision:
             except (RuntimeError, NotImplementedError, ValueError, TypeError):
                 continue  # what does not fit is found when the program is checked
             is_attention = operation.name.startswith("_scaled_dot_product")
-            if operation.name in WITH_STATISTICS or (is_attention and self.dtype == torch.float64):
+            has_statistics = record_of(operation.name).has_statistics
+            if has_statistics or (is_attention and self.dtype == torch.float64):
                 results = results[:1]  # torch 2.9 takes those of attention for float32 on meta
             for result, tensor in zip(operation.results, results, strict=False):
                 if result is None or tensor is None or not tensor.is_floating_point():

@@ -32,7 +32,7 @@ import torch
 from platformdirs import user_cache_path
 from torch import Tensor
 
-from everystep.ops import PERMITTED, record_of
+from everystep.ops import record_of
 from everystep.ops.arguments import decode, references
 from everystep.ops.operator_record import OperatorRecord
 from everystep.ops.operators import flattened, parameters
@@ -41,15 +41,12 @@ from everystep.program.collectives import FITS
 from everystep.program.operation import Operation, Storage, TensorSpec
 from everystep.program.optimizer_operator import OptimizerOperator
 
-__all__ = ["WITH_STATISTICS", "check_soundness", "note_sound", "results_on_meta"]
+__all__ = ["check_soundness", "note_sound", "results_on_meta"]
 
 META = torch.device("meta")
 
 #: Kernels with results after the first that depend on the device or that meta does not know.
 _VAGUE = re.compile(r"mkldnn_\w+|_?cudnn_\w+|miopen_\w+|_embedding_bag\w*|_scaled_dot_product_\w+")
-
-#: Their results after the first are statistics.
-WITH_STATISTICS = {name for name, record in PERMITTED.items() if record.has_statistics}
 
 
 def check_soundness(
@@ -157,7 +154,7 @@ class _Check:
                 continue
             wanted = self._specs[name]
             dtypes = {tensor.dtype}
-            if place and operation.name in WITH_STATISTICS:
+            if place and record_of(operation.name).has_statistics:
                 dtypes.add(self._specs[next(operation.reads())].torch_dtype)
             if wanted.torch_dtype not in dtypes or tuple(tensor.shape) != wanted.shape:
                 dtype = str(tensor.dtype).removeprefix("torch.")
