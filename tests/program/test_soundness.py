@@ -170,6 +170,16 @@ def one_operation(operator, arguments, shapes, results, **more):
     }
 
 
+def test_a_factorization_into_tensors_that_are_given_is_read():
+    shapes = {"a": [2, 2], "factors": [2, 2], "swaps": [2], "info": []}
+    given = {"LU": "factors", "pivots": "swaps", "info": "info"}
+    results = ["factors", "swaps", "info"]
+    program = one_operation("linalg_lu_factor_ex.out", ["a"], shapes, results, keywords=given)
+    for name in ("swaps", "info"):
+        program["tensors"][name]["dtype"] = "int32"
+    Program.from_json(json.dumps(program))
+
+
 @pytest.mark.parametrize("names", [["LU_data", "LU_pivots"], ["LU_pivots", "LU_data"]])
 def test_pivots_that_no_factorization_made_are_refused_in_any_order(names):
     shapes = {"a": [2, 2, 2], "values": [2, 2], "vectors": [2, 2, 2], "pivots": [2, 2]}

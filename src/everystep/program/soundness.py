@@ -121,8 +121,8 @@ class _Check:
             self._check_forward(index, record)
         names = known_names(operation.resolved) or {} if record.arguments else {}
         given = {names.get(name, name): value for name, value in self._given[index].items()}
-        # The row swaps of a factorization, by which the kernel moves rows.
-        if "pivots" in given:
+        # The row swaps of a factorization, by which the kernel moves rows; others may write such.
+        if "pivots" in names.values():
             self._check_factorization(index, given["factors"], given["pivots"])
         fits = record.fits or FITS.get(operation.name)
         if fits and not fits({name: self._on_meta(value) for name, value in given.items()}):
