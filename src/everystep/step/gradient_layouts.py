@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from itertools import chain
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, distributed, nn
@@ -33,7 +33,7 @@ class GradientLayouts:
         # do not make it a part.
         is_alone = not (distributed.is_available() and distributed.is_initialized())
         for each in () if is_alone else gc.get_objects():
-            if issubclass(type(each), DistributedDataParallel):
+            if DistributedDataParallel in type(each).__mro__:  # `isinstance` may run code of a user's
                 found += [(names[p], each) for p in each.parameters() if p in names][:1]
         self._modules = [module for _, module in sorted(found, key=lambda pair: pair[0])]
         self._known: WeakKeyDictionary[Any, Layout] = WeakKeyDictionary()
@@ -61,14 +61,14 @@ class GradientLayouts:
         # A training begins with those that its code makes.
         wanted = state.settings.get("layouts", [] if state.step else now)
         is_known = isinstance(wanted, list) and len(wanted) == len(now)
-        pairs = [*zip(self._modules, wanted, now, strict=True)] if is_known else []
-        changed = [(module, layout) for module, layout, own in pairs if layout != own]
-        fits = is_known and all(layout and _fits(module, layout) for module, layout in changed)
+        each = zip(self._modules, wanted, now, strict=True) if is_known else ()
+        orders = [(module, _order(module, layout)) for module, layout, own in each if layout != own]
+        fits = is_known and all(order for _, order in orders)
         # A broadcast tells the layout to all ranks, so none of them may lack it.
         if not (is_same(fits) and fits):
             return False
-        for module, layout in changed:
-            _lay_out(module, layout)
+        for module, order in orders:
+            _lay_out(module, order)
         # Where it is not final, a new module is at another place on the way to it.
         is_exact = self.now() == wanted and not (state.step and None in wanted)
         return is_same(is_exact) and is_exact
@@ -84,28 +84,30 @@ def _keeps_first(module: DistributedDataParallel) -> bool:
     return module.find_unused_parameters and not module.static_graph
 
 
-def _exchanged(module: DistributedDataParallel) -> dict[str, tuple[Tensor, bool]]:
-    """Return the parameters that a new reducer would have, and whether their gradients are sparse."""
+def _order(module: Any, layout: Layout) -> list[tuple[Tensor, bool]]:
+    """Return parameters in the order of a layout, and whether their gradients are sparse.
+
+    [] if the module cannot have that layout.
+    """
     names = {parameter: name for name, parameter in module.named_parameters()}
-    found = zip(*cast("Any", module)._build_params_for_reducer(), strict=True)
-    return {names[parameter]: (parameter, is_sparse) for parameter, is_sparse in found}
+    own = {
+        names[p]: (p, is_sparse)
+        for p, is_sparse in zip(*module._build_params_for_reducer(), strict=True)
+    }
+    wanted = [*chain(*layout or ())]
+    fits = sorted(wanted) == sorted(own) and not (_keeps_first(module) or module._use_python_reducer)
+    return [own[name] for name in wanted] if fits else []
 
 
-def _fits(module: DistributedDataParallel, layout: list[list[str]]) -> bool:
-    is_own = not (_keeps_first(module) or module._comm_hooks or module._use_python_reducer)
-    return is_own and sorted(chain(*layout)) == sorted(_exchanged(module))
-
-
-def _lay_out(module: DistributedDataParallel, layout: list[list[str]]) -> None:
+def _lay_out(module: Any, order: list[tuple[Tensor, bool]]) -> None:
     """Make the reducer of a module again, as torch does for a pickled one, with its final layout."""
     # It lays out gradients in the order in which they were ready, or in that of its parameters.
-    exchanged, private = _exchanged(module), cast("Any", module)
-    parameters, are_sparse = zip(*(exchanged[n] for bucket in layout for n in bucket), strict=True)
-    names = private._build_debug_param_to_name_mapping(parameters)
-    private.reducer._remove_autograd_hooks()
-    private._ddp_init_helper(parameters, are_sparse, names, module.static_graph)
+    parameters, are_sparse = zip(*order, strict=True)
+    names = module._build_debug_param_to_name_mapping(parameters)
+    module.reducer._remove_autograd_hooks()
+    module._ddp_init_helper(parameters, are_sparse, names, module.static_graph)
     if module.static_graph:
-        private.reducer._set_static_graph()
-        private.logger._set_static_graph()
-    private.reducer._push_all_rebuilt_params()
-    private._has_rebuilt_buckets = private.reducer._rebuild_buckets()
+        module.reducer._set_static_graph()
+        module.logger._set_static_graph()
+    module.reducer._push_all_rebuilt_params()
+    module._has_rebuilt_buckets = module.reducer._rebuild_buckets()
