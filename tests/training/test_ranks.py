@@ -415,7 +415,7 @@ def test_three_ranks_add_gradients_in_the_same_order_when_they_resume(tmp_path):
     assert None not in wanted and "cannot keep" not in errors and "not among" not in errors, errors
     shutil.move(tmp_path / "runs", tmp_path / "whole")
     given = {"RECORDED": "1", "SNAPSHOTS": "1"}
-    launched(tmp_path, ["epochs"], 3, **given, KILL="1,9")
+    launched(tmp_path, ["epochs"], 3, **given, KILL="1,11")
     shutil.copytree(tmp_path / "runs", tmp_path / "killed")
     found, errors = launched(tmp_path, ["epochs"], 3, **given, RESUME="1")
     assert [each["epochs"] for each in found] == [each["epochs"][:1] for each in wanted], errors
@@ -427,7 +427,7 @@ def test_three_ranks_add_gradients_in_the_same_order_when_they_resume(tmp_path):
     # Other buckets add them in another order.
     shutil.rmtree(tmp_path / "runs")
     shutil.move(tmp_path / "killed", tmp_path / "runs")
-    found, errors = launched(tmp_path, ["epochs"], 3, **given, RESUME="1", BUCKET="0.0002")
+    found, errors = launched(tmp_path, ["epochs"], 3, **given, RESUME="1", BUCKET="0.0001")
     assert None not in found and "gradients of 3 processes in another order" in errors
     run = everystep.open(tmp_path / "runs/epochs")
     assert (len(run), run.verify().is_exact) == (12, True)
