@@ -22,7 +22,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional_collectives
-from tests.descent import unrecorded
+from tests.descent import descend, unrecorded
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -94,8 +94,20 @@ def dropout(begin, rank):
 
 
 def batch_norm(begin, rank):
+    """A validation between two steps, in which all ranks take the averages of rank 0."""
     model = nn.Sequential(nn.Linear(20, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 1))
-    return trained(begin, rank, model)
+    ddp = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.01)
+    with begin(model=ddp, optimizer=optimizer) as recording:
+        for part in (batches(rank)[:-1], batches(rank)[-1:]):
+            if len(part) == 1:
+                ddp.eval()
+                with torch.no_grad():
+                    ddp(part[0][0])
+                ddp.train()
+            for x, y in recording.steps(part):
+                recording.log(loss=descend(optimizer, nn.functional.mse_loss(ddp(x), y)))
+    return model
 
 
 def buckets(begin, rank):
@@ -427,15 +439,15 @@ def epochs(begin, rank, kill=None, slower_after=None):
     """A sampler of torch's, dropout, and a validation on all ranks.
 
     kill: ends a rank at a step; slower_after: the step after which the rate is lower. The environment
-    has the step after which the loop is left, if it has.
+    has the step after which the loop is left, and the size of a bucket of gradients, in MB, if it has.
     """
-    leaves = int(os.environ.get("LEAVE", 0))
+    leaves, size = int(os.environ.get("LEAVE", 0)), os.environ.get("BUCKET")
     generator = torch.Generator().manual_seed(1)
     rows = TensorDataset(*(torch.randn(48, n, generator=generator) for n in (20, 1)))
     sampler = DistributedSampler(rows, seed=3)
     loader = DataLoader(rows, batch_size=4, sampler=sampler)
     model = mlp(0.2)
-    ddp = DistributedDataParallel(model)
+    ddp = DistributedDataParallel(model, bucket_cap_mb=None if size is None else float(size))
     optimizer = torch.optim.Adam(ddp.parameters(), lr=0.01)
     with begin(model=ddp, optimizer=optimizer) as recording:
         for epoch in recording.epochs(3):

@@ -244,6 +244,10 @@ class Follower:
             _check_watchable(module)
             if not hasattr(type(module), "join_hook"):  # what a wrapper does may change
                 self._ordinary.add(type(module))
+            elif self.watch is None:
+                # DistributedDataParallel writes the buffers of rank 0, such as in a validation.
+                for buffer in module.buffers():
+                    self.listener.exposes(buffer)
         # A module that is not a part, such as a loss, belongs to the module around it.
         around = self._open[-1] if self._open else None
         path = self.modules.get(id(module), around)

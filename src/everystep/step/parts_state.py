@@ -19,6 +19,7 @@ from everystep.errors import Fault, RunError, named
 from everystep.program.memory import copy_into
 from everystep.program.operation import extent_of
 from everystep.step.generators import Generators
+from everystep.step.gradient_layouts import GradientLayouts, is_of_reducer
 from everystep.step.kept_values import (
     Encoded,
     decoded,
@@ -58,11 +59,12 @@ class Rest(NamedTuple):
 class PartsState:
     """Takes snapshots of parts, and restores them.
 
-    parts: as they are when the training begins.
+    parts: as they are when the training begins; layouts: of their gradients, if several processes train.
     """
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
+        self.layouts = GradientLayouts(parts)
         #: The classes of what no state holds, by part; and of the objects that there were at first.
         self.lost: dict[str, set[str]] = {name: set() for name in parts.named}
         self._objects_at_first: dict[str, Mapping[str, str]] = {}
@@ -145,6 +147,8 @@ class PartsState:
         frozen = [n for p, n in parts.parameter_names().items() if not p.requires_grad]
         settings = {"step": step, "names": [*live], "held": held, "frozen": frozen}
         settings["shared"] = _shared(live)
+        if layouts := self.layouts.now():
+            settings["layouts"] = layouts
         first = self._buffers_at_first
         settings["buffers"] = {n: first.get(n) for n, g in _buffers(live).items() if first.get(n) != g}
         return State(step, parameters, others | tensors, settings)
@@ -305,6 +309,8 @@ class PartsState:
             # What was an attribute at first may be a buffer by now, which hides behind one.
             if (path, attribute) not in wanted and attribute in modules[path]._buffers:
                 continue
+            if is_of_reducer(modules[path], attribute):
+                continue
             if each.objects and (known is None or known.objects != each.objects):
                 continue
             if (path, attribute) in wanted or known is None or not known.is_same(each):
@@ -352,10 +358,11 @@ class PartsState:
                 faults |= {*_differing(*_compared(now.held[name], held[name]), name)}
                 continue
             attributes = self._attributes(name, self.parts.state())
+            modules = dict(self.parts.modules[name].named_modules())
             for path, each in held[name]["attributes"].items():
                 for attribute, data in each.items():
                     known = attributes.get((path, attribute))
-                    if known is not None:
+                    if known is not None and not is_of_reducer(modules[path], attribute):
                         faults |= {*_differing(known.data, data, _place(name, path, attribute))}
         if faults:
             raise RunError(

@@ -161,6 +161,11 @@ class Agreement:
             found = not self.rank and ask()
         return bool(self._shared(found)[0])
 
+    def is_same(self, value: Any) -> bool:
+        """Return whether all ranks have the same value, as JSON can hold it."""
+        found = self._shared(value)
+        return all(each == found[0] for each in found)
+
     def seen(self, top: Path | None) -> Path | None:
         """Check that all ranks see the directory of rank 0's run, and return it. None: it has none.
 

@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from everystep.errors import RunError, say
 from everystep.recording.contents import given_of, inputs_of
-from everystep.recording.facts import Facts, ForkFacts, TrainingFacts
+from everystep.recording.facts import Facts, ForkFacts
 from everystep.recording.keep import Keep
 from everystep.recording.recorded_run import RecordedRun, stretch_at
 from everystep.recording.recorder import Recorder
@@ -175,14 +173,35 @@ class LoopStart:
                     f"{run.name} has no readable snapshot to continue from: {reason}; record it again"
                 )
             check_rules(run, state.step)
-            is_alike = is_new or run.others is not None
-            if state.step and not is_alike and (order := _other_order(parts, trained)):
-                is_accepted, changed = True, (*changed, order)
-                if trained.ranks is None or not trained.ranks.rank:
+            # Not from before a change of settings: the steps up to `later` would be others.
+            since = run.stretches[stretch_at(run.stretches, recorded)].first - 1
+            # A fork at a snapshot begins there: its loop may have other settings from its first step on.
+            is_there = is_new and state.step == recorded
+            # Of two numbers, the order in which they are added makes no difference.
+            is_pair = trained.processes < 3
+            first, at = state, -1 if is_accepted or is_there else state.step - 1
+            near = partial(run.state_near, after=since - 1, on_problem=problems.append)
+            while first is state and (earlier := near(at)) is not None:
+                # In its first steps, a process lays out gradients twice, and a new one at other steps.
+                if is_pair or not earlier.step or None not in earlier.settings.get("layouts", ()):
+                    first = earlier
+                at = earlier.step - 1
+        # An older state may be unreadable on one rank alone.
+        is_exact = is_pair or (
+            agreement.is_same(first.step) and whole.layouts.restore(first, agreement.is_same)
+        )
+        with agreement.together():
+            if not (is_exact or is_new or run.others is not None):
+                order = (
+                    f"DistributedDataParallel adds the gradients of {trained.processes} processes in "
+                    "another order than before"
+                )
+                first, is_accepted, changed = state, True, (*changed, order)
+                if not agreement.rank:
                     say(
                         f"{run.name} continues after step {state.step:,}, and results may differ from "
-                        f"those of an uninterrupted training by rounding: {order}; later steps that "
-                        "were recorded are discarded"
+                        f"those of an uninterrupted training by rounding: {order}; later steps "
+                        "that were recorded are discarded"
                     )
             begun = 0 if before.fork is None else before.fork.at
             if is_accepted and state.step < begun:
@@ -190,16 +209,8 @@ class LoopStart:
                     f"{run.name} cannot discard steps of its parent: it has no snapshot from step "
                     f"{begun:,} on; fork the parent again"
                 )
-            at, later = (state.step, None) if is_accepted else (recorded, state)
-            # Not from before a change of settings: the steps up to `later` would be others.
-            earlier = run.state_near(state.step - 1, on_problem=problems.append)
-            since = run.stretches[stretch_at(run.stretches, recorded)].first - 1
-            # A fork at a snapshot begins there: its loop may have other settings from its first step on.
-            is_there = is_new and state.step == recorded
-            if later is None or earlier is None or earlier.step < since or is_there:
-                later = None
-            else:
-                state = earlier
+            at = state.step if is_accepted else recorded
+            state, later = first, None if first is state else state
             resumed = resume_facts(run, at, changed)
             # Unchanged facts are left out, so that the recorder keeps those of the run.
             if changed:
@@ -293,19 +304,3 @@ def _drawn(run: RecordedRun, step: int) -> Drawn:
         return bool(both or not known) and all(known[name] == found[name] for name in both)
 
     return Drawn({n: t for n, t in generators.items() if t is not None}, matches)
-
-
-def _other_order(parts: Parts, trained: TrainingFacts) -> str | None:
-    """Return why a resumed loop adds gradients in another order in its first step, or None.
-
-    After the first step of a process, torch lays the gradients out again, in the order in which they
-    were ready. Of three numbers or more, gloo then adds other ones first.
-    """
-    models = [part for part in parts.named.values() if isinstance(part, nn.Module)]
-    found = [m for model in models for m in model.modules() if isinstance(m, DistributedDataParallel)]
-    if trained.processes < 3 or all(m.find_unused_parameters and not m.static_graph for m in found):
-        return None
-    return (
-        f"DistributedDataParallel adds the gradients of {trained.processes} processes in another order "
-        "in the first step after it was made"
-    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from everystep.recording.recorder import Recorder
 from everystep.step.parts_state import PartsState, Rest
 from everystep.step.path import Path as StepPath
 from everystep.step.state import State, state_differences
+from everystep.training.agreement import ranks_here
 from everystep.training.loader_position import LoaderPosition
 from everystep.training.step_under_way import AnyWatch, StepUnderWay
 from everystep.training.watched_steps import WatchedSteps
@@ -241,6 +243,10 @@ class LoopWriter(RunWriter):
         held = [state.settings.get("held", {}) for state in (later, now)]
         texts = [{n: json.dumps(each, sort_keys=True) for n, each in of.items()} for of in held]
         different += [f"part/{name}" for name in texts[0] if texts[0][name] != texts[1].get(name)]
+        orders = [state.settings.get("layouts", [None]) for state in (later, now)]
+        # Of two numbers, the order in which they are added makes no difference.
+        if (ranks := ranks_here()) is not None and ranks.count > 2 and None not in chain(*orders):
+            different += [] if orders[0] == orders[1] else ["order/the order of gradients"]
         if different:
             names = named([each.partition("/")[2] for each in different])
             problem = f"the state is not the recorded one ({names})"
