@@ -139,13 +139,16 @@ class LoopWriter(RunWriter):
         Raises:
             RecordingError: writing failed; earlier data is kept.
         """
-        # A snapshot that waits is of this state; it was taken before code after the step has run.
-        is_pending = self._pending is not None and self._pending.step == self.step
+        is_whole = bool(self.step) and not self._place.is_torn
+        is_whole = is_whole and self.watched.is_as_after(self.parts.state())
+        # One that waits is kept only if code after the step has changed its state: whether one was due
+        # depends on how fast the machine is, and the last state should not.
+        if is_whole and self._pending is not None and self._pending.step == self.step:
+            self._pending = None
         self._note_lacking()
         self._keep_pending()
         self.flush()
-        is_whole = self.step and not is_pending and not self._place.is_torn
-        if is_whole and self.watched.is_as_after(self.parts.state()):
+        if is_whole:
             self.recorder.snapshot(self._snapshot(self._at_rest))
         self.close(status, reason, self._loop_facts())
 
