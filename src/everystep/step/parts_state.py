@@ -309,8 +309,6 @@ class PartsState:
             # What was an attribute at first may be a buffer by now, which hides behind one.
             if (path, attribute) not in wanted and attribute in modules[path]._buffers:
                 continue
-            if is_of_reducer(modules[path], attribute):
-                continue
             if each.objects and (known is None or known.objects != each.objects):
                 continue
             if (path, attribute) in wanted or known is None or not known.is_same(each):
@@ -325,6 +323,8 @@ class PartsState:
         parts = {id(each) for each in self.parts.named.values()}
         for path, inner in self.parts.modules[part].named_modules():
             for name, value in vars(inner).items():
+                if is_of_reducer(inner, name):
+                    continue
                 if is_plain_value(value):
                     found[path, name] = Encoded(value)
                 # An object that several modules have, such as a configuration, is found once.
@@ -358,11 +358,10 @@ class PartsState:
                 faults |= {*_differing(*_compared(now.held[name], held[name]), name)}
                 continue
             attributes = self._attributes(name, self.parts.state())
-            modules = dict(self.parts.modules[name].named_modules())
             for path, each in held[name]["attributes"].items():
                 for attribute, data in each.items():
                     known = attributes.get((path, attribute))
-                    if known is not None and not is_of_reducer(modules[path], attribute):
+                    if known is not None:
                         faults |= {*_differing(known.data, data, _place(name, path, attribute))}
         if faults:
             raise RunError(
