@@ -12,7 +12,7 @@ from itertools import chain
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from everystep.step.parts import Parts
@@ -74,7 +74,7 @@ class GradientLayouts:
         return is_same(is_exact) and is_exact
 
 
-def is_of_reducer(module: nn.Module, attribute: str) -> bool:
+def is_of_reducer(module: object, attribute: str) -> bool:
     """Return whether an attribute tells what the reducer of this process has done, which is new."""
     return isinstance(module, DistributedDataParallel) and attribute.startswith("_")
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from everystep.step.calling_code import is_users_own
+from everystep.step.gradient_layouts import is_of_reducer
 from everystep.step.kept_values import is_aside
 from everystep.step.parts import Parts
 
@@ -149,7 +150,8 @@ def _within(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         kind, contents = type(value), (*_COLLECTIONS, *_NUMBERS, Tensor, np.ndarray)
         for own, each in [*getattr(value, "__dict__", {}).items()]:
             # What other packages keep leads to anything.
-            if isinstance(each, contents) or _is_users_class(kind) or _is_users_class(type(each)):
+            is_own = isinstance(each, contents) or _is_users_class(kind) or _is_users_class(type(each))
+            if is_own and not is_of_reducer(value, own):
                 yield f"{name}.{own}", each
         yield kind.__name__, kind
 
