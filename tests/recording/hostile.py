@@ -131,8 +131,9 @@ def tensors(name, change_tensors):
         found = load_file(run / name)
         change_tensors(found)
         save_file(found, run / name, about)
+        size = sum(tensor.nbytes for tensor in found.values())
         fact = json.dumps(
-            {"file": name, "stored": True, "bytes": 1, "digest": _digest(found), "strides": {}}
+            {"file": name, "stored": True, "bytes": size, "digest": _digest(found), "strides": {}}
         )
         if name == "data.safetensors":
             sql(("UPDATE facts SET value = ? WHERE key = 'data_file'", (fact,)))(run)

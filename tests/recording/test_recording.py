@@ -46,9 +46,9 @@ def test_what_is_written_while_a_run_is_opened_is_no_damage(small, monkeypatch):
     writer = Database.change(run.directory / "run.sqlite")
     read = Database.numbers
 
-    def numbers(database, query, *values):
+    def numbers(database, query, *values, **named):
         """Read the digest of the facts; a writer then replaces both."""
-        found = read(database, query, *values)
+        found = read(database, query, *values, **named)
         if "digest" in query and database is not writer:
             with writer.transaction():
                 writer.write_facts({"seconds": 1000.0})

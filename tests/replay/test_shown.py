@@ -9,6 +9,7 @@ import pytest
 
 import everystep
 from everystep.errors import UsageError
+from everystep.views.formatting import counted
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def test_a_notebook_shows_a_step_as_the_terminal_does(run):
 def test_answers_are_shown_in_a_line(run):
     verified = run.verify(processes=1, progress=False)
     assert repr(verified) == (
-        f"<verification: 20 steps and {verified.snapshots} snapshots replay bit-identical>"
+        f"<verification: 20 steps and {counted(verified.snapshots, 'snapshot')} replay bit-identical>"
     )
     found = run.when("loss > 0", "all", progress=False)
     assert repr(found) == "<found at steps 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 10 more>"
