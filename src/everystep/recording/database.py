@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sqlite3
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -314,9 +315,10 @@ class Database(Blocks):
 
     def last_measured(self, name: str) -> float | None:
         """Return the newest value of a measurement; None if there is none."""
-        query = "SELECT max(step) FROM measurements WHERE name = ?"
-        newest = self.numbers(query, name)[0]
-        return None if newest is None else self.series(series_of(name), newest)[1].item(0)
+        query = "SELECT value FROM measurements WHERE name = ? ORDER BY step DESC LIMIT 1"
+        wrong = "measurements that are not numbers"
+        found: list[float | None] = self.numbers(query, name, kind=float | None, wrong=wrong)
+        return None if not found else math.nan if found[0] is None else found[0]
 
     def snapshots(self) -> list[SnapshotRow]:
         """Return the snapshots in order of their steps."""
