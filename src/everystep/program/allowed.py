@@ -1,8 +1,8 @@
 """Which operators a program may call, for torch 2.9 to 2.15: those with a record, and their variants.
 
-There are no records of operators on tensors that programs do not have (sparse, quantized, nested); of
-operators that use values of a tensor as memory offsets, or as a duration, without checking them; that
-write to memory other than their arguments; and of kernels that only other operators call. So a new
+These operators have no record: those on tensors that programs do not have (sparse, quantized, nested);
+those that use values of a tensor as memory offsets, or as a duration, without checking them; those that
+write to memory other than their arguments; and kernels that only other operators call. So a new
 operator is refused until it was reviewed: `shallow_copy_data_` of torch 2.15 gives a tensor the memory
 of another.
 
