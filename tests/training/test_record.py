@@ -1,5 +1,6 @@
 """Recorded loops do what they do without everystep, and every step of them opens again without them."""
 
+import copy
 import gc
 import math
 import re
@@ -129,6 +130,25 @@ def test_a_body_may_change_its_batch_and_loaders_may_use_their_memory_again(made
     run = looped(model, batches(), lambda model, pair: mean_square(model, (pair[0].add_(1), pair[1])))
     assert run.verify(processes=1, progress=False).is_exact
     assert run[3].batch.x.equal(x * 3)
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam])
+def test_training_another_model_than_the_recorded_one_is_reported(make, made, capfd):
+    model, _, pair = made
+    other = copy.deepcopy(model)
+    optimizer = make(other.parameters(), lr=0.01)
+    with everystep.record(model=model, run="run") as recording:
+        for batch in recording.steps([pair] * 3):
+            optimizer.zero_grad()
+            loss = mean_square(other, batch)
+            loss.backward()
+            optimizer.step()
+            recording.log(loss=loss)
+    notice = capfd.readouterr().err
+    shape = tuple(next(other.parameters()).shape)
+    assert f"changes a parameter {shape} of torch.float32 (" in notice and "test_record.py:" in notice
+    assert "pass the object that holds it to everystep.record(...)" in notice
+    assert everystep.open("run").verify(progress=False).is_exact
 
 
 @pytest.mark.parametrize("way", ["numpy", "sobol"])

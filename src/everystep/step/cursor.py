@@ -32,7 +32,6 @@ from everystep.program.observed import OVERWRITING
 from everystep.program.operation import fills
 from everystep.step.backward import BackwardPasses
 from everystep.step.call_checks import MISS, check_of, check_of_views, loose_tokens
-from everystep.step.calling_code import named_here
 from everystep.step.collective_calls import CollectiveCall, finish_calls, how_collective, receiving
 from everystep.step.follow import Follower
 from everystep.step.known_operators import (
@@ -340,7 +339,7 @@ class Cursor(UnderWay):
         contents = self._bring(given, unread) if is_seen else ()
         if known.draws:
             self.note_generator(at.draws)
-        self._note_written(written)
+        self.note_written(written)
         call = partial(run_counted, func) if known.writes_list else func._op
         try:
             result = call(*args, **keywords)
@@ -513,23 +512,6 @@ class Cursor(UnderWay):
                 self.bring(origin, tensor)
                 found.append((place, origin))
         return tuple(found)
-
-    def _note_written(self, numbers: Sequence[int]) -> None:
-        """Note that a call writes into memory from outside: it is copied again."""
-        for number in numbers:
-            origin = self.tensors.known[number].origin
-            tensor = self.tensors.met[number]()
-            if tensor is None:
-                continue
-            if (kind := self.tensors.known[origin].kind) == "scratch" or origin in self.brought:
-                self.outside.forget(tensor.untyped_storage()._cdata)
-            # What the step has made itself is no state that a resumed loop could lack.
-            if kind not in ("scratch", "allocated") and origin in self.brought:
-                if tensor.numel() == 1:  # such as a sum of losses, which takes no room
-                    continue
-                where = named_here()
-                text = f"a tensor {tuple(tensor.shape)} of {tensor.dtype}"
-                self.written_outside[origin] = f"{text} ({where})" if where else text
 
     def _are_gradients(self, numbers: Sequence[int]) -> bool:
         """Return whether tensors are on the memory of gradients from before the step."""

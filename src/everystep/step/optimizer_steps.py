@@ -151,6 +151,8 @@ class OptimizerSteps:
         results = [tensors.meet(tensor, "temporary") for tensor in new]
         written = [p for group in call.parameters for p in group]
         written += [tensor for each in call.kept for tensor in each.values()]
+        numbers = [*map(step.number, written)]
+        step.note_written(numbers)
         operation = SeenOperation(
             phase="update",
             module=name,
@@ -158,7 +160,7 @@ class OptimizerSteps:
             arguments=arguments,
             keywords=tuple(settings),
             results=tuple(f"%{number}" for number in results),
-            writes=tensors.origins_of(map(step.number, written)),
+            writes=tensors.origins_of(numbers),
             numbers=range(begin, len(step.numbers)),
         )
         step.add(key, operation, step.marks(as_gradients(gradients())))

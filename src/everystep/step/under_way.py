@@ -21,7 +21,7 @@ from everystep.device import drawing_state
 from everystep.errors import UsageError
 from everystep.ops.operators import OperatorMode
 from everystep.program.number_slots import READ
-from everystep.step.calling_code import Calls, calls_here, is_in_backward
+from everystep.step.calling_code import Calls, calls_here, is_in_backward, named_here
 from everystep.step.follow import Follower
 from everystep.step.gradient_copies import GradientCopies
 from everystep.step.known_paths import KnownPaths
@@ -295,6 +295,24 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         if origin in self.brought or kind not in ("input", "part", "allocated"):
             return False
         return kind != "allocated" or not (origin in unread or self._is_written_since(origin, None))
+
+    def note_written(self, numbers: Sequence[int]) -> None:
+        """Note that a call writes into memory from outside: it is copied again."""
+        for number in numbers:
+            origin = self.tensors.known[number].origin
+            tensor = self.tensors.met[number]()
+            if tensor is None:
+                continue
+            if (kind := self.tensors.known[origin].kind) == "scratch" or origin in self.brought:
+                self.outside.forget(tensor.untyped_storage()._cdata)
+            # What the step has made itself is no state that a resumed loop could lack.
+            if kind not in ("scratch", "allocated") and origin in self.brought:
+                if tensor.numel() == 1:  # such as a sum of losses, which takes no room
+                    continue
+                where = named_here()
+                what = "parameter" if isinstance(tensor, torch.nn.Parameter) else "tensor"
+                text = f"a {what} {tuple(tensor.shape)} of {tensor.dtype}"
+                self.written_outside[origin] = f"{text} ({where})" if where else text
 
     def check_readable(self, number: int, unread: Container[int] = ()) -> None:
         """Check that a program can hold a tensor as an argument. unread: as `is_unread` has it.
