@@ -622,6 +622,32 @@ def test_hidden_writes_are_found_by_the_next_digest_where_there_is_no_loss(
     assert "NOT bit-identical" in everystep_command("step", run.name, "137")[1]
 
 
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_a_loss_that_no_operation_computes_is_not_said_to_be_verified(
+    made, is_mixed, everystep_command
+):
+    model, optimizer, batch = made
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        for number, each in enumerate(recording.steps([batch] * 40), start=1):
+            loss = take(model, optimizer, each)
+            recording.log(loss=loss if is_mixed and number % 2 == 0 else loss.item() / 3)
+    run = recording.run
+    found = run.verify(progress=False)
+    assert (found.is_exact, found.computed_losses) == (True, 20 if is_mixed else 0)
+    said = (
+        "20 bit-identical; no operation computes the other 20; the states, and the numbers that Python"
+        if is_mixed
+        else "no operation computes any of the 40; the states, and the numbers that Python"
+    )
+    _, text, _ = everystep_command("verify", run.name)
+    assert said in " ".join(text.split())
+    _, text, _ = everystep_command("step", run.name, "3")
+    assert "no operation computes the loss, so only `everystep verify` can check it" in " ".join(
+        text.split()
+    )
+    assert ("bit-identical" in repr(run[3]), "bit-identical" in repr(run[4])) == (False, is_mixed)
+
+
 def test_what_the_loop_changes_and_did_not_name_is_said(made, capsys):
     model, optimizer, batch = made
     average, losses = torch.zeros(8, 4), torch.zeros(())

@@ -25,8 +25,9 @@ __all__ = ["Verification", "verify"]
 class Verification(Shown):
     """The result of replaying every step of a run.
 
-    steps: the number of replayed steps, of `all_steps`: a recording may `keep` fewer; different_steps:
-    the number with a different loss; first_loss: the first of these, None if all match; loss_distance:
+    steps: the number of replayed steps, of `all_steps`: a recording may `keep` fewer; computed_losses:
+    the number of their losses that operations computed, which are compared: of a loss that Python code
+    computed, the numbers that it read are compared; different_steps: the number with a different loss; first_loss: the first of these, None if all match; loss_distance:
     its distance in units in the last place; snapshots: the number of states after state 0 that were
     compared, of `all_snapshots`; states: how they differ, in order; numerics: those that differ here,
     with the recorded and the current value; problems: unreadable files; threads: the number of steps
@@ -35,6 +36,7 @@ class Verification(Shown):
 
     steps: int
     all_steps: int
+    computed_losses: int
     different_steps: int
     first_loss: LossDifference | None
     loss_distance: int | None
@@ -99,6 +101,7 @@ def verify(
     return Verification(
         steps=sum(each.taken for each in replayed),
         all_steps=steps,
+        computed_losses=sum(each.computed_losses for each in replayed),
         different_steps=sum(each.different_losses for each in replayed),
         first_loss=firsts[0] if firsts else None,
         loss_distance=distance(*pair) if pair else None,

@@ -90,7 +90,7 @@ def resolve(name: str) -> Any:
     match = _NAME.fullmatch(name)
     packet = getattr(torch.ops.aten, match[1], None) if match else None
     if match is None or not isinstance(packet, _Packet):
-        raise NotAllowedError(f"{name:.80} is not an operator of this torch ({torch.__version__})")
+        raise NotAllowedError(f"{name:.80} is not an ATen operator of this torch ({torch.__version__})")
     if match[2] not in packet.overloads():
         raise NotAllowedError(f"{name:.80}: {match[1]} has no overload {match[2]:.80}")
     operator = getattr(packet, match[2])

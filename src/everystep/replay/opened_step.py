@@ -309,11 +309,9 @@ class Step(Shown):
         return _PUBLIC
 
     def __repr__(self) -> str:
-        exact = (
-            "bit-identical"
-            if self.is_exact
-            else f"differs from the recording from step {self.diverged_at} on"
-        )
+        exact = f"differs from the recording from step {self.diverged_at} on"
+        if self.is_exact:
+            exact = "replayed" if self.places.loss is None else "bit-identical"
         return (
             f"<everystep step {self.number}: loss {self.loss:.6g}, {exact}; "
             f"{len(self.operations)} operations, {len(self.updates)} updates>"

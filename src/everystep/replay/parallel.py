@@ -52,8 +52,8 @@ class Span(NamedTuple):
 class Replayed:
     """The result of replaying a span.
 
-    losses: of its steps; different_losses, first_loss: how many differ, and the first of them; states:
-    tensors of the final state that differ; compared: whether there was a final state to compare;
+    losses: of its steps; computed_losses: how many of them operations computed; different_losses,
+    first_loss: how many differ, and the first of them; states: tensors of the final state that differ; compared: whether there was a final state to compare;
     stopped_at: the first step that cannot be replayed, None if all were, or no more were needed;
     numerics: under which they ran; result: of the visitor.
     """
@@ -61,6 +61,7 @@ class Replayed:
     span: Span
     numerics: Numerics
     losses: list[float] = field(default_factory=list)
+    computed_losses: int = 0
     different_losses: int = 0
     first_loss: LossDifference | None = None
     states: list[StateDifference] = field(default_factory=list)
@@ -182,7 +183,8 @@ def replay_span(replay: Replay, span: Span, visitor: Visitor) -> Replayed:
     with replay.in_force(span.first):
         found = Replayed(span, Numerics.read(select(replay.stretches[at].facts.device)))
         start = visitor.begin(replay, span)
-        replay.go_to(start, at)
+        stepper = replay.go_to(start, at)
+        known_losses = stepper.computed_losses
         step = start
         while step < span.last and not visitor.is_done:
             try:
@@ -199,6 +201,7 @@ def replay_span(replay: Replay, span: Span, visitor: Visitor) -> Replayed:
             found.first_loss = found.first_loss or next(iter(differing), None)
             found.losses += losses
             step = last
+        found.computed_losses = stepper.computed_losses - known_losses
         if step == span.last:
             _compare_state(found, replay, at)
     replay.diverged_at = known  # of the opened steps; the result has those of the span

@@ -53,7 +53,8 @@ class ReplayStepper:
     """Repeats steps; states can be loaded and steps run in any order.
 
     steps: the data that repeats each step; diverged: called with a step that differs from the recording,
-    and a description; state: the number of the current state, `NOWHERE` before one is loaded; others,
+    and a description; state: the number of the current state, `NOWHERE` before one is loaded;
+    computed_losses: how many of the losses that `run` returned were computed by operations; others,
     hooks: of other ranks, by number, which a `RankStepper` repeats, too.
     """
 
@@ -62,6 +63,7 @@ class ReplayStepper:
 
     def __init__(self, steps: RecordedSteps, diverged: Callable[[int, str], object]) -> None:
         self.state = NOWHERE
+        self.computed_losses = 0
         self.steps = steps
         self._run = steps.run
         self._is_own_loop = steps.facts.loop is not None
@@ -76,6 +78,8 @@ class ReplayStepper:
         self._between = steps.change_files()
         self._settled: int | None = None
         self._has_diverged = False
+        #: Whether an operation returned the loss of the last step.
+        self._is_computed = False
         self._settings = changed_settings(self._run, steps.facts, steps.first, steps.last)
 
     # The state.
@@ -261,6 +265,7 @@ class ReplayStepper:
             while self.state < last:
                 try:
                     losses.append(self._take(hook))
+                    self.computed_losses += self._is_computed
                 except REFUSALS as error:
                     if not losses:
                         raise self._not_replayed(error) from None
@@ -351,7 +356,8 @@ class ReplayStepper:
             call()
         self._bound.end(bound)
         self.state = number
-        if live.program.loss is None:
+        self._is_computed = live.program.loss is not None
+        if not self._is_computed:
             # No operation returns the loss, so the recorded one stands for it.
             live.loss.fill_(self.steps.loss(number))
         self._compare(number, bound.different_read() if live.reads else None, bound.digests)
@@ -365,6 +371,7 @@ class ReplayStepper:
         loss, differs = interpreter.run(self._tensors, inputs | more, numbers, looks)
         self.state = row.step
         self._compare(row.step, differs, self.steps.given(row).digests)
+        self._is_computed = loss is not None
         return self.steps.loss(row.step) if loss is None else float(loss)
 
     def _not_replayed(self, error: Exception) -> NotReplayedError:

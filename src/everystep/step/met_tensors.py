@@ -491,8 +491,10 @@ def _is_passive(kind: type[Tensor]) -> bool:
 
 
 def _what_is_special(tensor: Tensor) -> str:
+    if tensor.is_nested:
+        return "takes a nested tensor"
     if tensor.layout != torch.strided:
         return "takes a sparse tensor"
     if not _is_passive(type(tensor)):
         return f"takes a {type(tensor).__name__}, a tensor subclass"
-    return f"takes a {tensor.dtype} tensor that is nested, conjugated or has no storage"
+    return f"takes a {tensor.dtype} tensor that is conjugated or has no storage"

@@ -117,10 +117,7 @@ def _verify_text(found: Verification, view: RunView) -> str:
         ("recorded", engine_text(facts)),
         ("numerics", numerics and f"recorded with {numerics}"),
         ("replayed", _replayed_text(found, facts)),
-        (
-            "losses",
-            _losses_text(found, facts) if facts.has_loss else "not logged; only the states are compared",
-        ),
+        ("losses", _losses_text(found, facts)),
         ("snapshots", _snapshots_text(found)),
         *(("problem", problem) for problem in found.problems),
     ]
@@ -151,8 +148,15 @@ def _kept(found: Verification, facts: Facts) -> int:
 
 
 def _losses_text(found: Verification, facts: Facts) -> str:
+    if not facts.has_loss:
+        return "not logged; only the states are compared"
     if found.first_loss is None:
-        return f"{_share(found.steps, _kept(found, facts))} bit-identical"
+        others = found.steps - found.computed_losses
+        if not others:
+            return f"{_share(found.steps, _kept(found, facts))} bit-identical"
+        same = f"{found.computed_losses:,} bit-identical; " if found.computed_losses else ""
+        what = "the states, and the numbers that Python read from tensors, are compared"
+        return f"{same}no operation computes {'the other' if same else 'any of the'} {others:,}; {what}"
     step, recorded, replayed = found.first_loss
     pair = f"recorded {shortest(recorded)}, replayed {shortest(replayed)}"
     far = _apart(recorded, replayed, found.loss_distance)

@@ -126,6 +126,7 @@ def step_data(step: Step, run: RecordedRun, *, values: bool = False) -> dict[str
         "diverged_at": step.diverged_at,
         "is_of_loop": loop is not None,
         "has_loss": training.has_loss,
+        "is_computed": step.places.loss is not None,
         "problems": getattr(run, "problems", []),
         "hyperparameters": step.hyperparameters,
         "max_grad_norm": training.max_grad_norm,

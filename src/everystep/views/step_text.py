@@ -226,6 +226,8 @@ class _Opened:
         how = "without your code" if self.training.loop is None else "without your loop code"
         if step.is_exact and not self.training.has_loss:
             return f"{how}; no loss was logged, so only `everystep verify` can check it"
+        if step.is_exact and step.places.loss is None:
+            return f"{how}; no operation computes the loss, so only `everystep verify` can check it"
         if step.is_exact:
             return f"bit-identical, {how}"
         losses = [shortest(loss) for loss in (step.loss, step.recorded_loss)]

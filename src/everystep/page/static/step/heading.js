@@ -33,9 +33,10 @@ export function heading() {
 }
 
 function exactnessText(content) {
-  const { is_exact, is_of_loop, has_loss, diverged_at, loss_text, recorded_loss_text } = content;
+  const { is_exact, is_of_loop, has_loss, is_computed, diverged_at, loss_text, recorded_loss_text } = content;
   const how = is_of_loop ? "without the code of your loop" : "without your code";
   if (is_exact && !has_loss) return `Replayed ${how}. Without losses, only Verify can tell whether it matches the recording.`;
+  if (is_exact && !is_computed) return `Replayed ${how}. No operation computes the loss, so only Verify can tell whether it matches the recording.`;
   if (is_exact) return `Replayed ${how}, bit-identical.`;
   const here = !has_loss
     ? `step ${whole(diverged_at)} differs`
