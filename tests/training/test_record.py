@@ -622,6 +622,30 @@ def test_hidden_writes_are_found_by_the_next_digest_where_there_is_no_loss(
     assert "NOT bit-identical" in everystep_command("step", run.name, "137")[1]
 
 
+def test_gradients_are_shown_where_the_loop_itself_updates_and_drops_them(made, tmp_path):
+    model, _, batch = made
+    bias, found = torch.zeros(1, requires_grad=True), []
+    with everystep.record(run=tmp_path / "run", model=model, bias=bias) as recording:
+        for each in recording.steps([batch] * 12):
+            loss = mean_square(model, each) + bias.square().sum() + bias.sum()
+            loss.backward()
+            (0.1 * model(each[0]).sum()).backward()  # adds to them
+            recording.log(loss=loss)
+            with torch.no_grad():
+                for tensor in (*model.parameters(), bias):
+                    tensor -= 0.1 * tensor.grad
+            found.append([tensor.grad for tensor in (*model.parameters(), bias)])
+            model.zero_grad()
+            bias.grad = None
+    for number in (1, 2, 12):
+        gradients = recording.run[number].gradients
+        assert set(gradients) == {*dict(model.named_parameters()), "bias"}
+        for name, expected in zip((*dict(model.named_parameters()), "bias"), found[number - 1]):
+            assert torch.equal(gradients[name], expected)
+    assert recording.run.verify(progress=False).is_exact
+    assert recording.run.why(7, "gradients['2.bias'][1]").number.value == found[6][3][1].item()
+
+
 @pytest.mark.parametrize("is_mixed", [False, True])
 def test_a_loss_that_no_operation_computes_is_not_said_to_be_verified(
     made, is_mixed, everystep_command

@@ -172,8 +172,13 @@ class BackwardPasses:
         copies = None if cursor.is_paused else cursor.gradient_copies
         # torch exchanges gradients after the last node.
         phase = cursor.follower.during("backward") if self._has_ranks else _NOTHING
-        with phase, copies.around_backward(kwargs.get("accumulate_grad", True)) if copies else _NOTHING:
-            return self._run(outputs, args, kwargs)
+        accumulates = kwargs.get("accumulate_grad", True)
+        with phase, copies.around_backward(accumulates) if copies else _NOTHING:
+            result = self._run(outputs, args, kwargs)
+        if accumulates and cursor.pending is not None and not cursor.is_paused:
+            with torch._C._DisableTorchDispatch():
+                cursor.uses("backward ends", None, cursor.pending())
+        return result
 
     def _run(self, outputs: Any, args: Any, kwargs: Any) -> Any:
         cursor = self._cursor

@@ -191,6 +191,10 @@ class Parts:
         """Return the tensors that may have pending gradients, by the names of these."""
         return {name.removeprefix("gradient/"): leaf for leaf, name in self._state_and_leaves()[1]}
 
+    def pending(self) -> dict[str, Tensor]:
+        """Return the pending gradients by the names of their parameters."""
+        return {name: leaf.grad for name, leaf in self.leaves().items() if leaf.grad is not None}
+
     def gradients(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         """Return the pending gradients of an optimizer by the names of their parameters."""
         names = self.parameter_names()

@@ -109,10 +109,10 @@ class Path:
     0.0.
 
     named: the tensors of the state and of the batch, by name; ends: the tensor of each state name after
-    the step, if it is another; gone: names that no longer exist; gradients: as an optimizer found them;
-    loss: the tensor logged as the loss; activations: the output of each module, and
-    how many operations came before it was there; logged: other logged
-    tensors with one element; read_unseen: how often Python has got numbers that no program computes;
+    the step, if it is another; gone: names that no longer exist; gradients: as an optimizer found them,
+    or the last backward pass left them; loss: the tensor logged as the loss; activations: the output of
+    each module, and how many operations came before it was there; logged: other logged tensors with one
+    element; read_unseen: how often Python has got numbers that no program computes;
     read_batch: the memory of the batch from which it has got numbers.
     """
 
@@ -375,7 +375,8 @@ class PathWriter:
                     named.setdefault(mark.name, numbers[0])
                 # A gradient that no operation has written remains from the step before.
                 elif mark.kind == "gradient" and self._tensors[numbers[0]].storage in written:
-                    gradients.setdefault(mark.name, numbers[0])
+                    if mark.name not in gradients or entry.key[0] == "backward ends":
+                        gradients[mark.name] = numbers[0]
                 elif mark.kind == "logged":
                     logged[mark.name] = numbers[0]
                 elif mark.kind == "output" or (

@@ -76,7 +76,8 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
     whether later steps may follow it;
     is_followed: whether the step is like one before, so far; followed: up to where it was, once it is
     not; tensors: that it has met; brought: from outside, by the number of the first tensor there;
-    gradient_copies: of the gradients that somebody asks for.
+    gradient_copies: of the gradients that somebody asks for; pending: returns the gradients by the names
+    of their parameters, None if the steps of an optimizer show them.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         self.written_outside: dict[int, str] = {}
         self.ending: Ending | None = None
         self.gradient_copies: GradientCopies | None = None
+        self.pending: Callable[[], Mapping[str, Tensor]] | None = None
         self._origins: tuple[int, ...] = ()
         self._versions: list[int | None] = []
         self._first_node = _next_node()
@@ -201,7 +203,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         self.happens(*("logged", name), tensors=[tensor], marked=lambda: [("logged", name, [tensor])])
 
     def uses(self, kind: str, name: str | None, gradients: Mapping[str, Tensor]) -> None:
-        """Note which gradients an optimizer uses that is watched.
+        """Note which gradients an optimizer uses that is watched, or a backward pass leaves.
 
         This step did not make what remains from the step before.
         """

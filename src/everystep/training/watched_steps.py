@@ -177,6 +177,7 @@ class WatchedSteps:
         watch.begin(state, self._versions, self._ending)
         self.state = None  # it would hold gradients that the step drops
         watch.gradient_copies = self.gradient_copies
+        watch.pending = None if self.parts.optimizers else self.parts.pending
         self.follower.step_begins()
         watch.__enter__()
         self.under_way = step
