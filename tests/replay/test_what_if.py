@@ -322,6 +322,10 @@ def test_a_loop_at_other_rates_is_the_loop_by_hand(tmp_path, everystep_command, 
     code, out, _ = everystep_command("what-if", run.directory, "--at", 4, "--lr", 0.5, "--json")
     (case,) = json.loads(out)["cases"]
     assert (code, case["lr"], case["value"]) == (0, 0.5, by_hand(0.5)[-1])
+    # The name that the rate has in an experiment, as the help of the command shows it.
+    given = "--set", "optimizer.lr=0.5", "--run", tmp_path / "fork", "--quiet"
+    assert everystep_command("fork", run.directory, "--at", 4, *given)[0] == 0
+    assert everystep.open(tmp_path / "fork").losses["loss"].to_list() == by_hand(0.5)
 
 
 def test_changes_are_numbers_of_any_kind_and_nothing_else(tmp_path):

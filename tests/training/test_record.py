@@ -640,16 +640,14 @@ def test_gradients_are_shown_where_the_loop_itself_updates_and_drops_them(made, 
     for number in (1, 2, 12):
         gradients = recording.run[number].gradients
         assert set(gradients) == {*dict(model.named_parameters()), "bias"}
-        for name, expected in zip((*dict(model.named_parameters()), "bias"), found[number - 1]):
+        for name, expected in zip(gradients, found[number - 1], strict=True):
             assert torch.equal(gradients[name], expected)
     assert recording.run.verify(progress=False).is_exact
     assert recording.run.why(7, "gradients['2.bias'][1]").number.value == found[6][3][1].item()
 
 
 @pytest.mark.parametrize("is_mixed", [False, True])
-def test_a_loss_that_no_operation_computes_is_not_said_to_be_verified(
-    made, is_mixed, everystep_command
-):
+def test_a_loss_that_no_operation_computes_is_not_said_to_be_verified(made, is_mixed, everystep_command):
     model, optimizer, batch = made
     with everystep.record(model=model, optimizer=optimizer) as recording:
         for number, each in enumerate(recording.steps([batch] * 40), start=1):

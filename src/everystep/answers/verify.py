@@ -27,11 +27,11 @@ class Verification(Shown):
 
     steps: the number of replayed steps, of `all_steps`: a recording may `keep` fewer; computed_losses:
     the number of their losses that operations computed, which are compared: of a loss that Python code
-    computed, the numbers that it read are compared; different_steps: the number with a different loss; first_loss: the first of these, None if all match; loss_distance:
-    its distance in units in the last place; snapshots: the number of states after state 0 that were
-    compared, of `all_snapshots`; states: how they differ, in order; numerics: those that differ here,
-    with the recorded and the current value; problems: unreadable files; threads: the number of steps
-    replayed by number of threads.
+    computed, the numbers that it read are compared; different_steps: the number with a different loss;
+    first_loss: the first of these, None if all match; loss_distance: its distance in units in the last
+    place; snapshots: the number of states after state 0 that were compared, of `all_snapshots`; states:
+    how they differ, in order; numerics: those that differ here, with the recorded and the current value;
+    problems: unreadable files; threads: the number of steps replayed by number of threads.
     """
 
     steps: int

@@ -230,13 +230,15 @@ def fork(
     if (steps := asked.settings.get("steps")) is not None:
         asked = replace(asked, settings={**asked.settings, "steps": check_steps(steps)})
         asked.facts(asked.last)  # a step to take comes first
+    is_experiment = (run.directory / EXPERIMENT_FILE).exists() and not given.names
+    # An experiment calls it `optimizer.lr`, other runs `lr`; a user may give either.
+    other, own = ("lr", "optimizer.lr") if is_experiment else ("optimizer.lr", "lr")
+    asked = replace(asked, settings={own if k == other else k: v for k, v in asked.settings.items()})
     if run.facts.training.loop:
         _check_loop(asked, given)
         return _fork_alone(asked, progress), None
-    if (run.directory / EXPERIMENT_FILE).exists() and not given.names:
-        # `lr` is what a run from objects has; an experiment calls it `optimizer.lr`.
-        settings = {"optimizer.lr" if k == "lr" else k: v for k, v in asked.settings.items()}
-        return _fork_experiment(replace(asked, settings=settings), opener, progress), None
+    if is_experiment:
+        return _fork_experiment(asked, opener, progress), None
     objects, is_own = objects_from(given, known)
     if objects is not None:
         is_new = not is_own or given.scheduler is not None

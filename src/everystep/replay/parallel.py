@@ -53,9 +53,10 @@ class Replayed:
     """The result of replaying a span.
 
     losses: of its steps; computed_losses: how many of them operations computed; different_losses,
-    first_loss: how many differ, and the first of them; states: tensors of the final state that differ; compared: whether there was a final state to compare;
-    stopped_at: the first step that cannot be replayed, None if all were, or no more were needed;
-    numerics: under which they ran; result: of the visitor.
+    first_loss: how many differ, and the first of them; states: tensors of the final state that differ;
+    compared: whether there was a final state to compare; stopped_at: the first step that cannot be
+    replayed, None if all were, or no more were needed; numerics: under which they ran; result: of the
+    visitor.
     """
 
     span: Span
