@@ -551,6 +551,23 @@ def test_all_that_no_program_holds_is_in_the_facts_and_some_of_it_is_reported(tm
     assert capsys.readouterr().err.count("takes a Generator") == 3
 
 
+@torch.library.custom_op("everystep_tests::halved", mutates_args=())
+def halved(x: torch.Tensor) -> torch.Tensor:
+    """An operator of another package."""
+    return x / 2
+
+
+def test_a_reason_that_no_program_holds_an_operation_is_true(tmp_path):
+    x = torch.nested.nested_tensor([torch.ones(2, 1), torch.ones(3, 1)], layout=torch.jagged)
+    with everystep.record(run=tmp_path / "run", model=(model := nn.Linear(1, 1))) as recording:
+        for _ in recording.steps(range(2)):
+            halved(model.weight), model(x)
+    unseen = " ".join(recording.run.facts.training.loop.unseen)
+    assert "everystep_tests.halved.default is not an ATen operator of this torch (" in unseen
+    assert "aten.linear.default takes a nested tensor" in unseen
+    assert "sparse" not in unseen
+
+
 class Named(nn.Parameter):
     """A parameter of a class that leaves torch's functions as they are."""
 
