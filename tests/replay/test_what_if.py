@@ -461,6 +461,12 @@ def with_other_updates(record=None, rate=0.1, at=0, kind="both"):
                     other.weight.mul_(1 - 0.5 * optimizer.param_groups[0]["lr"])
                 if kind == "noise":
                     other.bias.data.add_(torch.ones(1), alpha=optimizer.param_groups[0]["lr"] ** 0.5)
+                if kind == "decay by itself":
+                    other.weight -= 0.5 * optimizer.param_groups[0]["lr"] * other.weight
+                if kind == "decay to another":
+                    other.weight.data = other.weight * (1 - 0.5 * optimizer.param_groups[0]["lr"])
+                if kind == "scaled noise":
+                    other.bias += torch.ones(1) * optimizer.param_groups[0]["lr"] ** 0.5
                 other.weight.clamp_(-3, 3)
                 for mean, own in zip(average.parameters(), other.parameters(), strict=True):
                     mean.lerp_(own, 0.1)
@@ -477,6 +483,8 @@ def with_other_updates(record=None, rate=0.1, at=0, kind="both"):
         *[("all", "bias, other.bias, other.weight"), ("both", "bias, weight"), ("gradients", "weight")],
         # The code may compute the number from the rate.
         *[("decay", "other.weight"), ("noise", "other.bias")],
+        *[("decay by itself", "other.weight"), ("decay to another", "other.weight")],
+        ("scaled noise", "other.bias"),
     ],
 )
 def test_what_is_updated_by_hand_has_no_known_rate(tmp_path, kind, names):

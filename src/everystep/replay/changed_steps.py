@@ -31,8 +31,8 @@ __all__ = ["ChangedSteps", "FurtherSteps"]
 _TARGETS = ("y", "label", "labels", "target", "targets")
 _BATCH, _INPUT = "batch/", "input/"
 _WHAT = "the other targets"
-#: In place on a parameter, they scale or move it by a number, which code may compute from the rate: of a
-#: decay, noise or a shrinkage. A bound, or a number that replaces others, is none of these.
+#: With a number, they scale or move a parameter, or make what moves it: code may compute the number of a
+#: decay, noise or a shrinkage from the rate. A bound, or a number that replaces others, is not one.
 _SCALING = {"mul", "div", "add", "sub", "lerp", "addcmul", "addcdiv"}
 
 
@@ -373,6 +373,7 @@ def _updated(program: Program) -> tuple[set[str], set[str]]:
     # average, follows the parameters only: a parameter that is changed passes nothing on (`- own`).
     following = program.storages_of(gradients | {*program.gradients.values()})
     by_optimizers, by_updates, by_gradients, by_numbers = set[str](), set[str](), set[str](), set[str]()
+    state = own | program.storages_of({*program.state_names, *program.ends.values()})
     for operation in program.operations:
         changed = program.storages_of(operation.changed())
         is_whole = isinstance(operation.resolved, OptimizerOperator)
@@ -384,9 +385,12 @@ def _updated(program: Program) -> tuple[set[str], set[str]]:
         elif operation.phase == "backward" or following & program.storages_of(operation.reads()):
             by_gradients |= changed
             following |= changed - own
-        # In place or on a list, too.
-        elif operation.name.removeprefix("_foreach_").rstrip("_") in _SCALING and slots_of(operation):
-            by_numbers |= program.storages_of(operation.written())
+        else:
+            kind = operation.name.removeprefix("_foreach_").rstrip("_")  # in place or on a list, too
+            # `weight -= decay * weight` has its number in a product that the step makes for that.
+            made = (by_numbers - state) & program.storages_of(operation.reads())
+            if (kind in _SCALING and slots_of(operation)) or (kind in ("add", "sub", "copy") and made):
+                by_numbers |= changed
 
     def of(changed: set[str]) -> set[str]:
         return {name for name, storages in trained.items() if storages & changed}
