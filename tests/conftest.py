@@ -19,6 +19,13 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Where a shell forbids to keep compiled modules, each of a hundred processes would compile everystep.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# What took long to train, as all does on a busy machine, would be replayed by one process per core.
+os.environ["LOKY_MAX_CPU_COUNT"] = "1"
+
 # A million objects are imported, which stay: no search for garbage needs to look at them.
 gc.disable()
 
@@ -36,6 +43,7 @@ numerics.prepare()
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from filelock import FileLock  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from torch import nn  # noqa: E402
 
@@ -111,8 +119,6 @@ def clock_that_ticks(monkeypatch):
     for name, tick in (("now", 0.001), ("worked", 0.0005)):
         monkeypatch.setattr(clock, name, partial(_tick, threading.local(), tick))
     monkeypatch.setattr("everystep.answers.diff.THOROUGH_SECONDS", math.inf)
-    # A training that took long, as all do on a busy machine, would be replayed by processes.
-    monkeypatch.setattr("everystep.replay.processes.ALONE_SECONDS", math.inf)
 
 
 @pytest.fixture(autouse=True)
@@ -158,6 +164,24 @@ def processes_of_reruns():
     with ExitStack() as ends, pytest.MonkeyPatch.context() as patch:
         patch.setattr("everystep.answers.rerun.other_process", known)
         yield
+
+
+@pytest.fixture(scope="session")
+def made_once(request, tmp_path_factory):
+    """Make a directory once, in whichever worker of the test run asks first; return where it is."""
+    own = tmp_path_factory.getbasetemp()
+    place = own.parent if hasattr(request.config, "workerinput") else own
+
+    def made_once(name, make):
+        directory, done = place / name, place / f"{name}-is-made"
+        with FileLock(place / f"{name}.lock"):
+            if not done.exists():
+                directory.mkdir()
+                make(directory)
+                done.touch()
+        return directory
+
+    return made_once
 
 
 def descent(parameters):

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from pytest import MonkeyPatch
 from tests.descent import Unrecorded, seeded
 from tests.snapshots import take_snapshots_every
+from tests.training.engine_cases import Signs
 from torch import Tensor, nn, optim
 from torch.func import functional_call
 from torch.nn import functional
@@ -63,22 +64,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-class _Signs(optim.Optimizer):
-    """An optimizer that is not torch's own."""
-
-    def __init__(self, parameters: Any) -> None:
-        super().__init__(parameters, {"lr": 0.01})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    kept = self.state[parameter].setdefault("kept", torch.zeros_like(parameter))
-                    kept.lerp_(parameter.grad, 0.5)
-                    parameter.sub_(kept.sign(), alpha=group["lr"])
-
-
 OPTIMIZERS: dict[str, Callable[[Any], optim.Optimizer]] = {
     "SGD": lambda p: optim.SGD(p, lr=0.05),
     "momentum": lambda p: optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True),
@@ -88,7 +73,7 @@ OPTIMIZERS: dict[str, Callable[[Any], optim.Optimizer]] = {
     "Adagrad": lambda p: optim.Adagrad(p, lr=0.05),
     "descent": lambda p: everystep.GradientDescent(p, lr=0.05),
     "averaged": lambda p: optim.NAdam(p, lr=0.01),
-    "signs": lambda p: _Signs(p),
+    "signs": lambda p: Signs(p, lr=0.01),
 }
 
 

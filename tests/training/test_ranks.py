@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 from tests.descent import looped
 from tests.sealing import seal, seal_files, sql
 from tests.training import ranks_loops
@@ -111,18 +110,16 @@ def test_torchrun_starts_them(tmp_path, nodes):
     assert (len(run.ranks), run.verify().is_exact) == (2 * nodes, True)
 
 
+def train_all(directory):
+    names = [*TRAINED, "other_row", "other_weight", "shuffled_mean", "shuffled_sum", "command", "nan"]
+    (directory / "found.json").write_text(json.dumps(launched(directory, names)))
+
+
 @pytest.fixture(scope="module")
-def trained(request, tmp_path_factory):
-    """The runs, what each rank found, and stderr; workers of the test run share them."""
-    place = tmp_path_factory.getbasetemp()
-    directory = (place.parent if hasattr(request.config, "workerinput") else place) / "ranks"
-    directory.mkdir(exist_ok=True)
-    with FileLock(directory / "lock"):
-        found = directory / "found.json"
-        if not found.exists():
-            names = [*TRAINED, "other_row", "other_weight", "shuffled_mean", "shuffled_sum"]
-            found.write_text(json.dumps(launched(directory, [*names, "command", "nan"])))
-        return directory / "runs", *json.loads(found.read_text())
+def trained(made_once):
+    """The runs, what each rank found, and stderr."""
+    directory = made_once("ranks", train_all)
+    return directory / "runs", *json.loads((directory / "found.json").read_text())
 
 
 @pytest.mark.parametrize("name", TRAINED)

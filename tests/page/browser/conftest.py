@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 
 import pytest
@@ -163,19 +164,22 @@ def open_page(browser):
         yield open_page
 
 
-@pytest.fixture(scope="session")
-def recorded(tmp_path_factory):
-    """Some runs, trained once: the chapter's, a fork of it, digits, and one that diverges."""
+def record(directory):
+    """Record the chapter, a fork of it, digits, and a run that diverges."""
     import everystep
 
-    directory = tmp_path_factory.mktemp("recorded") / "runs"
-    train = everystep.train_experiment
-    chapter = train("two-layer", run=directory / "chapter", progress=False)
+    train = partial(everystep.train_experiment, progress=False)
+    chapter = train("two-layer", run=directory / "chapter")
     chapter.fork(137, lr=2e-4, run=directory / "fork", progress=False)
-    short = {"optimizer.lr": 1e-2, "steps": 30}
-    train("two-layer", short, run=directory / "diverged", progress=False)
-    train("digits", {"epochs": 8}, run=directory / "digits", progress=False)
-    return directory
+    train("two-layer", {"optimizer.lr": 1e-2, "steps": 30}, run=directory / "diverged")
+    train("digits", {"epochs": 8}, run=directory / "digits")
+
+
+@pytest.fixture(scope="session")
+def recorded(made_once, tmp_path_factory):
+    """These runs, trained once; each worker of the test run has a copy, to which tests add others."""
+    copy = tmp_path_factory.mktemp("recorded") / "runs"
+    return shutil.copytree(made_once("recorded", record), copy)
 
 
 @pytest.fixture(scope="session")

@@ -64,8 +64,7 @@ def test_a_measuring_that_is_cancelled_keeps_what_is_done(copied, ask):
     expect(form.locator(".note")).not_to_be_empty()
     expect(form.get_by_role("progressbar")).to_have_count(0)
     kept = everystep.open(run).measured("slow")
-    assert kept
-    assert set(kept) < set(range(1, 185))  # processes measure several stretches of steps at once
+    assert list(kept) == list(range(1, 1 + len(kept))) and 0 < len(kept) < 184
     expect(form.get_by_role("button", name="Measure", exact=True)).to_be_enabled()
 
 
@@ -103,8 +102,6 @@ def test_verify_says_that_it_is_as_recorded_bit_for_bit(ask):
 
 def test_a_run_in_another_precision_lies_over_the_recorded_one(ask, recorded):
     asked = ask("diverged", "Rerun")
-    press(asked, "Rerun")
-    expect(asked.locator(".alarm")).to_contain_text("needs a condition that differs from the recording")
     asked.get_by_label("precision").select_option("float64")
     press(asked, "Rerun")
     found = everystep.open(recorded / "diverged").rerun(precision="float64", progress=False)
