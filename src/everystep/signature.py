@@ -125,6 +125,7 @@ _KINDS: dict[str, Kind] = {
     "Mapping": ("a dict", lambda value: isinstance(value, Mapping)),
     "Mapping[str, Any]": ("a dict with text keys", _names_all),
     "Iterable": ("a list", _is_list),
+    "Iterable[Any]": ("iterable, such as a DataLoader or range(100)", _is_list),
     "Sequence": ("a list", _is_list),
     "Sequence[Run]": ("a list of runs", _are_runs),
     "Sequence[tuple[int, int]]": ("a list of windows, such as [(0, 500)]", _is_list),
