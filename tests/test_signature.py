@@ -82,7 +82,10 @@ def test_a_recording_is_not_lost_to_a_wrong_argument():
         for wrong, said in (
             (lambda: recording.stop(5), "reason: must be a text, not 5"),
             (lambda: recording.epochs(2.5), "count: must be an integer or None, not 2.5"),
-            (lambda: recording.steps(5), "batches: must be iterable, such as a DataLoader or range(100), not 5"),
+            (
+                lambda: recording.steps(5),
+                "batches: must be iterable, such as a DataLoader or range(100)",
+            ),
             (lambda: recording.log(torch.tensor(0.0)), "numbers by name, log(loss=loss), not a Tensor"),
         ):
             with pytest.raises(UsageError) as error:
