@@ -13,7 +13,7 @@ import sys
 import threading
 from collections import Counter
 from contextlib import ExitStack, chdir, contextmanager
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 
@@ -43,6 +43,7 @@ numerics.prepare()
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import typer  # noqa: E402
 from filelock import FileLock  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from torch import nn  # noqa: E402
@@ -57,6 +58,9 @@ from everystep.training.writer import Unwritten  # noqa: E402
 
 # Its assertions report what they compared, whichever test imports it first.
 pytest.register_assert_rewrite("tests.training.by_hand")
+
+# Tests run a thousand commands in this process, and typer puts them all together for each.
+typer.main.get_command = cache(typer.main.get_command)
 
 settings.register_profile("everystep", deadline=None, max_examples=50)
 settings.load_profile("everystep")
