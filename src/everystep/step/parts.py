@@ -76,6 +76,8 @@ class Parts:
         self.main = next((n for n in self.modules if n == "model" or models == {n}), None)
         self.device = self._device()
         self._layout: _Layout | None = None
+        #: The tensors that may have pending gradients, as they were last looked up, and these names.
+        self._leaves: list[tuple[Tensor, str]] = []
 
     def check(self) -> None:
         """Check that a run can hold the current parts.
@@ -172,6 +174,7 @@ class Parts:
             # A sparse gradient is not a tensor of the state: snapshots keep its indices and values.
             if gradient is not None and gradient.layout is torch.strided:
                 found[name] = gradient
+        self._leaves = gradient_names
         return found, gradient_names
 
     def objects(self) -> set[int]:
@@ -192,8 +195,10 @@ class Parts:
         return {name.removeprefix("gradient/"): leaf for leaf, name in self._state_and_leaves()[1]}
 
     def pending(self) -> dict[str, Tensor]:
-        """Return the pending gradients by the names of their parameters."""
-        return {name: leaf.grad for name, leaf in self.leaves().items() if leaf.grad is not None}
+        """Return the pending gradients of what the state had when it was last looked up, by name."""
+        # At each backward pass: to look through the parts again would take longer than the rest of it.
+        given = ((name.removeprefix("gradient/"), leaf.grad) for leaf, name in self._leaves)
+        return {name: gradient for name, gradient in given if gradient is not None}
 
     def gradients(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         """Return the pending gradients of an optimizer by the names of their parameters."""

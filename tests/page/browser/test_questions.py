@@ -102,6 +102,8 @@ def test_verify_says_that_it_is_as_recorded_bit_for_bit(ask):
 
 def test_a_run_in_another_precision_lies_over_the_recorded_one(ask, recorded):
     asked = ask("diverged", "Rerun")
+    press(asked, "Rerun")
+    expect(asked.locator(".alarm")).to_contain_text("needs a condition that differs from the recording")
     asked.get_by_label("precision").select_option("float64")
     press(asked, "Rerun")
     found = everystep.open(recorded / "diverged").rerun(precision="float64", progress=False)
