@@ -1,9 +1,9 @@
-"""Do the losses of a rerun agree with the loop by hand, run under the same other numerics?
+"""Do the losses of a rerun agree with the loop by hand, run with the same numerics?
 
-`python -m benchmarks.elsewhere [--python FILE]`. Trains small networks here, takes their steps elsewhere
-by `run.rerun`, and runs the loop by hand, without everystep, in a process there, from the same weights
-(torch draws others under another capability). `--python` is another interpreter with an everystep and a
-torch of its own. Exits with 1 if a loss differs.
+`python -m benchmarks.rerun [--python FILE]`. Trains small networks, repeats their steps with different
+numerics by `run.rerun`, and runs the loop by hand with these numerics, without everystep, in a new
+process, from the same weights (torch draws others under another capability). `--python` is another
+interpreter with its own everystep and torch. Prints a table, and exits with 1 if a loss differs.
 """
 
 from __future__ import annotations
@@ -78,15 +78,14 @@ PLACES: tuple[dict[str, Any], ...] = (
 
 
 def main() -> None:
-    """Print a line for each network and each place."""
+    """Print a line for each network and each condition."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--python", help="another interpreter, with its own everystep and torch")
     asked = parser.parse_args()
     places = [*PLACES, *([{"python": asked.python}] if asked.python else [])]
-    print(
-        f"{'network':<14}{'elsewhere':<24}{'first other bits':<34}{'farthest apart':>15}{'by hand':>9}"
-    )
+    print("| network | condition | first different bits | largest difference | as the loop by hand |")
+    print("| --- | --- | --- | --: | --- |")
     wrong = 0
     for name, source in NETWORKS.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -128,9 +127,9 @@ def _print_row(name: str, source: str, run: everystep.Run, place: dict[str, Any]
     what = ", ".join(f"{key} {value}" for key, value in place.items())
     if "python" in place:
         what = f"torch {found.changed.get('torch_version', ['', torch.__version__])[1]}"
-    agrees = "same" if is_same else "OTHER"
+    agrees = "same" if is_same else "DIFFERENT"
     far = found.relative.max()
-    print(f"{name:<14}{what:<22}{first:<56}{far:>9.2g}{agrees:>9}", flush=True)
+    print(f"| {name} | {what} | {first} | {far:.2g} | {agrees} |", flush=True)
     return not is_same
 
 
