@@ -1,7 +1,7 @@
 """Time every peer on every workload, alternating in one process, and print one table.
 
-`python -m benchmarks --write docs/benchmarks.md` writes it as a page too. Peers that are not
-installed are skipped and named; `pip install -e ".[bench]"` installs them all.
+`python -m benchmarks --write docs/benchmarks.md` writes it as a page too, and keeps what stands below it
+there. Peers that are not installed are skipped and named; `pip install -e ".[bench]"` installs them all.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from benchmarks.floors import peak_flops  # noqa: E402
 from benchmarks.peers import PEERS, PLAIN, Peer  # noqa: E402
 from benchmarks.timing import Outcome, time_workload  # noqa: E402
 from benchmarks.workloads import WORKLOADS, Workload  # noqa: E402
+
+END = "<!-- end of python -m benchmarks -->"
 
 
 def main() -> int:
@@ -46,7 +48,9 @@ def main() -> int:
     )
     print("\n".join(table.footnotes(results)))
     if arguments.write is not None:
-        arguments.write.write_text(table.page(results), encoding="utf-8")
+        page = arguments.write
+        below = page.read_text(encoding="utf-8").partition(END)[2] if page.exists() else "\n"
+        page.write_text(f"{table.page(results)}\n{END}{below}", encoding="utf-8")
     return int(any(outcome.failed for outcomes in results.outcomes.values() for outcome in outcomes))
 
 
