@@ -7,7 +7,7 @@ is read again, and must be the same: what only the user's code could make again 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import chain
 from typing import Any, NamedTuple
@@ -111,7 +111,7 @@ class PartsState:
                 found = self._noted(name, encoded(part, name, live, names, alone))
                 tensors |= found.tensors
                 held[name] = {"object": found.data}
-        tensors |= _other_gradients(live)
+        tensors |= _other_gradients(live, parts.leaves().values())
         generators = Generators.capture(parts.device).tensors()
         tensors |= {f"generator/{name}": value for name, value in generators.items()}
         return Rest({name: copy_of(tensor) for name, tensor in tensors.items()}, held)
@@ -528,12 +528,13 @@ def _share(live: Mapping[str, Tensor], shared: Mapping[str, Any]) -> None:
         tensor.set_(whole.untyped_storage(), geometry[3], *geometry[1:3])
 
 
-def _other_gradients(live: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the pending gradients that are not among the tensors of a state, by name.
+def _other_gradients(live: Mapping[str, Tensor], leaves: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Return the pending gradients for which the tensors of a state have no names, by name.
 
-    They are sparse, or those of tensors that are not parameters.
+    They are sparse, or those of tensors that are not `leaves`, as `Parts` has them.
     """
     held = {id(t) for name, t in live.items() if name.startswith("gradient/")}
+    named = {id(leaf) for leaf in leaves}  # the state has their dense gradients, or the next step drops them
     found: dict[str, Tensor] = {}
     for name, tensor in live.items():
         gradient = None if has_graph(tensor) or id(tensor) in held else tensor.grad
@@ -544,7 +545,7 @@ def _other_gradients(live: Mapping[str, Tensor]) -> dict[str, Tensor]:
             is_coalesced = torch.tensor(gradient.is_coalesced())
             found |= {place: gradient._values(), f"{place} at": gradient._indices()}
             found[f"{place} is coalesced"] = is_coalesced
-        elif gradient.layout is torch.strided:
+        elif gradient.layout is torch.strided and id(tensor) not in named:
             found[place] = gradient
     return found
 
