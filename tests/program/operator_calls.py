@@ -455,6 +455,10 @@ CASES = [
     ("multi_margin_loss_backward.default",
      (rand(5), rand(5, 4), ints(4, 5), 1, 1.0, None, 0), {}),
     ("soft_margin_loss.default", (rand(3, 4), rand(3, 4).sign(), 0), {}),
+    *(
+        ("nll_loss_forward.default", (ROWS, ints(4, 5).byte(), positive(4), each, -100), {})
+        for each in (0, 1)
+    ),
     ("index_copy.default", (rand(4, 3), 0, torch.tensor([2, 0]), rand(2, 3)), {}),
     ("block_diag.default", ([rand(2, 3), rand(1, 2)],), {}),
     ("masked_select.default", (rand(3, 4), torch.ones(3, 4, dtype=torch.bool)), {}),

@@ -32,6 +32,7 @@ WORDS = {
     "exponential": "drawn",
     "multinomial": "drawn",
     "normal": "drawn",
+    "poisson": "drawn",
     "native_dropout, result 2": "drawn",
     "rand": "drawn",
     "rand_like": "drawn",
@@ -57,7 +58,7 @@ WORDS |= {
 }
 #: Kinds that no case has: a program never holds them, or they draw as those in WORDS do.
 NOT_TRIED = {
-    *("cauchy", "geometric", "log_normal", "normal_functional", "poisson", "randint_like", "random"),
+    *("cauchy", "geometric", "log_normal", "normal_functional", "randint_like", "random"),
     *("max_pool2d", "avg_pool1d", "linear"),
     *("scaled_dot_product_flash_attention_backward", "scaled_dot_product_flash_attention"),
     *("scaled_dot_product_efficient_attention", "scaled_dot_product_cudnn_attention"),
@@ -68,6 +69,7 @@ DRAWN = [
     ("bernoulli.p", (rand(3), 0.4), {}),
     ("exponential_.default", (rand(3),), {}),
     ("multinomial.default", (positive(3), 2), {}),
+    ("poisson.default", (positive(3),), {}),
     ("normal_.default", (rand(3),), {}),
     ("native_dropout.default", (rand(3, 4), 0.4, True), {}),
     ("native_dropout.default", (rand(3, 4), 1.0, True), {}),
@@ -194,6 +196,11 @@ def test_what_words_name_is_all_that_goes_in(answers):
         assert found == pytest.approx(answer.number.value, rel=2e-5, abs=2e-5), what
 
 
+def test_what_is_drawn_by_probabilities_has_them_as_its_inputs(answers):
+    drawn = {what: answer.numbers for what, answer in answers if what in ("multinomial", "poisson")}
+    assert {what: len(numbers) for what, numbers in drawn.items()} == {"multinomial": 3, "poisson": 1}
+
+
 def test_a_number_that_is_put_where_several_meet_is_not_known(tmp_path):
     with everystep.record(run=tmp_path / "run", state=torch.zeros(1)) as recording:
         for given, put in recording.steps([(rand(1, 3), rand(1, 2))]):
@@ -240,6 +247,7 @@ NOT_READ = {
     "dropout": "drawn",
     "gelu_backward": "the slope of a function has a name only",
     **dict.fromkeys(("exponential", "normal", "uniform", "bernoulli", "multinomial"), "drawn"),
+    "poisson": "drawn",
     **dict.fromkeys(("rand", "rand_like", "randint", "randn", "randn_like", "randperm"), "drawn"),
 }
 
@@ -375,6 +383,7 @@ def functional_of(name, seen):
 OPTIMIZERS = [
     ("SGD", {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1, "maximize": True}),
     ("SGD", {"momentum": 0.9, "nesterov": True, "fused": True, "weight_decay": 0.1}),
+    ("SGD", {"momentum": 0.9, "nesterov": True, "foreach": True}),
     ("Adam", {"weight_decay": 0.1, "amsgrad": True, "maximize": True}),
     ("AdamW", {"weight_decay": 0.3, "fused": True, "amsgrad": True}),
     ("Adadelta", {"weight_decay": 0.1, "maximize": True}),

@@ -269,19 +269,26 @@ def formulas(step):
     return [str(line) for line in mathematics(step.operations)]
 
 
-def test_a_gradient_that_comes_from_two_places_is_not_called_whole(opened):
+@pytest.mark.parametrize(
+    "joined",
+    [
+        lambda hidden, other: hidden + other,
+        lambda hidden, other: other * hidden[:, :1],
+    ],
+)
+def test_a_gradient_that_comes_from_two_places_is_not_called_whole(opened, joined):
     class Residual(nn.Module):
         def __init__(self):
             super().__init__()
-            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.first, self.second = nn.Linear(3, 3), nn.Tanh()
 
         def forward(self, x):
             hidden = self.first(x)
-            return hidden + self.second(hidden)
+            return joined(hidden, self.second(hidden))
 
     step, _ = opened(Residual(), torch.randn(5, 3), torch.randn(5, 3), 2)
     assert not any(line.startswith("∂#0") for line in formulas(step))
-    assert "∂#2 = 2 * (#2 - y)" in formulas(step)
+    assert any(line.startswith("∂#") for line in formulas(step))
 
 
 @pytest.mark.parametrize(

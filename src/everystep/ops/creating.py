@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from everystep.ops.call import Call, Formula, Made, NoRuleError, Words
 from everystep.ops.elementwise import each_alone
 from everystep.ops.labels import SHARED, Tracked
@@ -41,8 +43,10 @@ def _in_a_row(call: Call, text: str) -> Made:
 
 def _drawn(call: Call) -> Made:
     given = {}
+    if call.kind == "multinomial":  # a class by the probabilities of all
+        given["self"] = call.piece("self", *call.index[:-1], np.arange(call.shape("self")[-1]))
     # Others only use the memory, or the shape, of their first argument.
-    reads_self = call.operation.name == "bernoulli"
+    reads_self = call.operation.operator in ("aten.bernoulli.default", "aten.poisson.default")
     for key in ("self", "p", "mean", "std") if reads_self else ("p", "mean", "std"):
         value = call.arguments.get(key)
         if isinstance(value, str) and call.inputs[value].numel():

@@ -66,7 +66,7 @@ def _loss_backward(call: Call) -> Made:
 
 def _nll(call: Call) -> Made:
     """Return the rule of the negative log likelihood, of rows (N, C) or of images (N, C, H, W)."""
-    targets = call.tensor("target").cpu().numpy()
+    targets = call.tensor("target").cpu().long().numpy()  # as indices, 8 bits would be a mask
     ignored = call.value("ignore_index")
     if call.value("reduction") == 0 and call.place == 0:
         # As arrays, from which an ignored target is taken out below.

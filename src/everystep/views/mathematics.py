@@ -91,6 +91,8 @@ class _Naming:
     def line(self, number: int, seen: Observed) -> Line:
         operation = seen.operation
         names = {name: self._name(name, tensor) for name, tensor in seen.inputs.items()}
+        # Whole, or a part of it: before an operation in place gives its memory another name.
+        used = [self._called.get(_base(name), name) for name in operation.reads()]
         call = NamedCall(seen, names)
         results = [name for name in operation.results if name] or list(seen.results)
         called = {}
@@ -106,9 +108,10 @@ class _Naming:
             self._called[_base(results[0])] = "1"
             return Line("∂loss", "1", names, {results[0]: "∂loss"})
         self._called.update({_base(name): text for name, text in called.items()})
-        if operation.phase in ("forward", "loss"):
+        if operation.phase in ("forward", "loss", "other"):
             # How often the forward pass used each: the gradient of what it used twice is a sum of two.
-            self._uses.update(text.removesuffix("ᵀ") for text in call.tensors.values())
+            self._uses.update(used)
+        if operation.phase in ("forward", "loss"):
             for name in results[:1]:
                 size = seen.results[name].numel()
                 self._made[called[name]] = _Made(call.kind, call.tensors, size)

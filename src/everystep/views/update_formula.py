@@ -91,7 +91,10 @@ class _Composer:
         results = [name for name in seen.operation.results if name] or list(seen.results)
         for place, name in enumerate(results):
             base, is_view, _ = name.partition("~")
-            if base.startswith("gradient/"):  # clipped: from here it is the parameter's gradient
+            # Clipped: from here it is the parameter's gradient. With momentum, it is part of the update.
+            if base.startswith("gradient/") and all(
+                not tensor.dim() or each.startswith("gradient/") for each, tensor in seen.inputs.items()
+            ):
                 self._terms.pop(base, None)
                 continue
             own = {
