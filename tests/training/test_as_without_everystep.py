@@ -109,6 +109,19 @@ def a_filled_mask():
 
 
 @case
+def a_filled_part():
+    """The node of the operation is within that of the view."""
+    model = network()
+
+    def loss(x):
+        out = model(x)
+        out[..., 1:].masked_fill_(x[..., 1:] > 0.3, out.mean())
+        return (out * x).logsumexp(-1).mean()
+
+    return usual(model, loss)
+
+
+@case
 def an_operation_that_fails_and_is_tried_in_another_way():
     model = network()
 
