@@ -20,7 +20,7 @@ from torch import Tensor
 from everystep.device import drawing_state
 from everystep.errors import UsageError
 from everystep.ops.operators import OperatorMode
-from everystep.program.number_slots import READ
+from everystep.program.number_slots import READ, read_difference
 from everystep.step.calling_code import Calls, calls_here, is_in_backward, named_here
 from everystep.step.follow import Follower
 from everystep.step.gradient_copies import GradientCopies
@@ -198,9 +198,10 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
             *("module", path, has_gradients), tensors=outputs, marked=lambda: [(kind, path, outputs)]
         )
 
-    def logged(self, name: str, tensor: Tensor) -> None:
-        """Note that a number besides the loss was logged."""
-        self.happens(*("logged", name), tensors=[tensor], marked=lambda: [("logged", name, [tensor])])
+    def logged(self, name: str, tensor: Tensor | None) -> None:
+        """Note that a number besides the loss was logged; None: one that Python has."""
+        found = [] if tensor is None else [("logged", name, [tensor])]
+        self.happens(*("logged", name), tensors=[tensor], marked=lambda: found)
 
     def uses(self, kind: str, name: str | None, gradients: Mapping[str, Tensor]) -> None:
         """Note which gradients an optimizer uses that is watched, or a backward pass leaves.
@@ -610,7 +611,9 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         """Return the tensor from which Python read what was logged as the loss, by number, and where."""
         for entry in reversed(self.at.from_root()):
             seen = entry.operation
-            if seen and str(seen.operator) == READ and self.numbers[seen.numbers[0]] == loss:
+            if seen is None or str(seen.operator) != READ:
+                continue
+            if not read_difference(self.numbers[seen.numbers[0]], loss):
                 return int(seen.arguments[0][1:]), entry
         return None, None
 
@@ -634,7 +637,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
             return _UNKNOWN if number is None and path.loss is not None else ("tensor", number)
         if loss is None or path.loss is None:
             return None
-        found = [place for place in reads if self.numbers[place] == loss]
+        found = [place for place in reads if not read_difference(self.numbers[place], loss)]
         return ("read", found[-1]) if found else None
 
     def _changes(self, versions: Versions, bound: tuple[Any, ...]) -> tuple[int | None, ...]:
