@@ -789,6 +789,18 @@ def test_what_changes_in_a_pause_or_between_steps_is_kept(every, is_paused, monk
         assert {n: bits(t) for n, t in opened.items()} == {n: bits(t) for n, t in expected.items()}
 
 
+def test_what_numpy_writes_in_a_pause_is_kept(made):
+    model, optimizer, batch = made
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        for number, each in enumerate(recording.steps([batch] * 6)):
+            with recording.paused():
+                assert model[0].bias.detach().numpy().shape
+                if number % 3 == 1:
+                    model[0].weight.detach().numpy()[0] *= 0.9
+            recording.log(loss=take(model, optimizer, each))
+    assert recording.run.verify(processes=1, progress=False).is_exact
+
+
 @pytest.fixture(scope="module")
 def three_steps(tmp_path_factory):
     """The directory of a run that no test changes."""

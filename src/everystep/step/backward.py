@@ -35,7 +35,7 @@ if torch.__version__ < "2.13":  # compared as versions; tested with 2.9
     _OTHER_KINDS.add("CumprodBackward0")
 #: The same, where the gradients have a graph of their own (`create_graph`).
 _OTHER_WITH_GRAPH = {"CumprodBackward0", "LinalgDetBackward0"}
-#: The node of an operation that writes into a view, which hides its own, and those that may have such one.
+#: The node of an operation in place on a view, which hides its own, and the operations that matter.
 _OF_VIEW = "CopySlices"
 _OTHER_IN_PLACE = {torch.ops.aten.masked_fill_.Tensor, torch.ops.aten.cumprod_.default}
 #: Why a pass is not watched.

@@ -557,9 +557,13 @@ class Cursor(UnderWay):
                 self.note_unseen(now, (), [memory for _, memory in known])
         return bool(known)
 
-    def resume(self) -> None:
-        """End a pause; read what ranks have exchanged in it, which all have begun by now."""
+    def resume(self, written: Iterable[Tensor]) -> None:
+        """End a pause; read what ranks have exchanged in it, which all have begun by now.
+
+        written: tensors that it has changed where torch does not show it.
+        """
         self.is_paused = False
+        self._written_aside(written)
         exchanged, self.exchanged = self.exchanged, []
         if exchanged:
             finish_calls()

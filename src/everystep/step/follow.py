@@ -396,7 +396,7 @@ def _noted(read: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(read)
     def noted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if (watch := _watch()) is not None:
+        if (watch := _watch()) is not None and not watch.is_paused:
             watch.reads(tensor)
         # everystep's own code writes into nothing that it reads.
         elif not str(sys._getframe(1).f_globals.get("__name__")).startswith("everystep."):

@@ -442,6 +442,9 @@ class WatchedSteps:
     def _written_unseen(self, state: Mapping[str, Tensor]) -> list[str]:
         """Return the names of tensors that code between two steps has written into without a count."""
         self.finish_calls(lambda: state)
+        return self._written_since_exposed(state)
+
+    def _written_since_exposed(self, state: Mapping[str, Tensor]) -> list[str]:
         exposed = [(name, digest) for name, digest in self._exposed.items() if name in state]
         return [name for name, digest in exposed if digest_of(state[name]) != digest]
 
@@ -474,10 +477,15 @@ class WatchedSteps:
             yield
             return
         watch.is_paused = True
+        before, self._exposed, self._lying = self._exposed, {}, {}
         try:
             yield
         finally:
-            watch.resume()
+            with torch._C._DisableTorchDispatch():
+                state = self.parts.state() if self._exposed else {}
+                written = [state[name] for name in self._written_since_exposed(state)]
+            self._exposed, self._lying = before, {}
+            watch.resume(written)
 
     def _watch(self) -> Cursor | None:
         """Return what watches the step in progress, None if nothing does."""
