@@ -646,6 +646,16 @@ def test_gradients_are_shown_where_the_loop_itself_updates_and_drops_them(made, 
     assert recording.run.why(7, "gradients['2.bias'][1]").number.value == found[6][3][1].item()
 
 
+def test_a_loss_that_is_not_a_number_is_read_from_an_operation(made):
+    model, optimizer, batch = made
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        for number, each in enumerate(recording.steps([batch] * 6)):
+            loss = take(model, optimizer, each) * (math.nan if number > 2 else 1)
+            recording.log(loss=loss.item())
+    found = recording.run.verify(progress=False)
+    assert (found.is_exact, found.computed_losses) == (True, 6)
+
+
 @pytest.mark.parametrize("is_mixed", [False, True])
 def test_a_loss_that_no_operation_computes_is_not_said_to_be_verified(made, is_mixed, everystep_command):
     model, optimizer, batch = made
