@@ -957,6 +957,33 @@ def test_a_step_shows_the_settings_that_its_optimizers_used(made):
     assert texts[1]["settings"]["betas"] == "(0.5, 0.9)"
 
 
+def test_an_optimizer_that_is_no_part_does_not_pass_for_one(made, tmp_path):
+    """Such as one that adapts a copy of the model in each step."""
+    by_hand = []
+    for rate in (0.1, 0.01):
+        torch.manual_seed(0)
+        model, (x, y) = nn.Linear(4, 2), made[2]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        losses = []
+        with everystep.record(model=model, optimizer=optimizer, run=tmp_path / f"{rate}") as recording:
+            for number in recording.steps(range(6)):
+                optimizer.param_groups[0]["lr"] = rate if number >= 3 else 0.1
+                fast = [each.detach().clone().requires_grad_() for each in model.parameters()]
+                inner = torch.optim.SGD(fast, lr=0.05, momentum=0.5)
+                descend(inner, nn.functional.mse_loss(nn.functional.linear(x, *fast), y))
+                loss = descend(inner, nn.functional.mse_loss(nn.functional.linear(x, *fast), y))
+                for parameter, other in zip(model.parameters(), fast, strict=True):
+                    parameter.grad = other.grad
+                optimizer.step()
+                recording.log(loss=loss)
+                losses.append(loss.detach())
+        by_hand.append([loss.item() for loss in losses])
+    run = everystep.open(tmp_path / "0.1")
+    assert run[5].hyperparameters == {"lr": 0.1}
+    fork = run.fork(3, lr=0.01, run=tmp_path / "fork", progress=False)
+    assert fork.losses["loss"].to_list() == by_hand[1]
+
+
 @pytest.mark.parametrize("first", [1, 4])
 def test_a_setting_of_torch_that_the_loop_changes_is_recorded_or_reported(made, first, capsys):
     model, optimizer, batch = made
