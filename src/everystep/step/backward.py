@@ -212,6 +212,8 @@ class BackwardPasses:
     def _run_graph(self, graph: Graph, outputs: Any, args: Any, kwargs: Any) -> Any:
         """Run a pass that a path can hold: unwatched if its operations are known."""
         cursor, begin = self._cursor, len(self._cursor.numbers)
+        if cursor.exposed:
+            cursor.check_exposed()
         if not self._begins(graph):
             return run_engine(outputs, *args, **kwargs)
         entry = cursor.at

@@ -396,10 +396,12 @@ def _get_data(tensor: Tensor) -> Tensor:
 def _noted(read: Callable[..., Any]) -> Callable[..., Any]:
     """Return a method of tensors that reports that it gives the memory of one to Python."""
 
+    may_write = read.__name__ != "tolist"
+
     @wraps(read)
     def noted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         if (watch := _watch()) is not None and not watch.is_paused:
-            watch.reads(tensor)
+            watch.reads(tensor, may_write=may_write)
         # everystep's own code writes into nothing that it reads.
         elif not str(sys._getframe(1).f_globals.get("__name__")).startswith("everystep."):
             _expose(tensor)

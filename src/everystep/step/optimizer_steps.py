@@ -75,6 +75,8 @@ class OptimizerSteps:
         if call is None or not self._may_be_one(call):
             step.uses("optimizer begins", name, gradients())
             return
+        if step.exposed:
+            step.check_exposed(call.tensors)
         what = "optimizer", call.operator, name, call.keys, call.layout
         step.happens(*what, tensors=call.tensors, marked=lambda: as_gradients(gradients()))
         # A followed step uses the same tensors as one that was checked.
