@@ -301,6 +301,7 @@ def test_what_numpy_writes_between_two_operations_of_a_step_is_kept(what, tmp_pa
                 loss.backward()
                 for micro in range(3) if what == "buffer" else ():
                     array[:] = rows[number, micro]
+                    x.mul_(2.0)
                     functional.mse_loss(model(x), y).backward()
                 if what == "state" and number % 2:
                     model[0].bias.grad.numpy()[:] = 0.1

@@ -621,7 +621,11 @@ class Cursor(UnderWay):
         self.happens(*READ_UNSEEN, tensors=[tensor])
         if may_write and is_plain(tensor) and tensor.nbytes <= MOST_BYTES:
             with torch._C._DisableTorchDispatch(), torch.no_grad():
-                self.expose(tensor.detach(), tensor.clone())
+                self.tensors.catch_up(self.at)
+                number = self.tensors.number(tensor)
+                # What no operation has read yet is kept by content once one does.
+                if number is None or not self.is_unread(number):
+                    self.expose(tensor.detach(), tensor.clone())
 
 
 def _push_again(modes: Sequence[Any]) -> None:

@@ -212,6 +212,8 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
                         text = f"NumPy, or other code that torch does not show, changes {what}"
                         self.unseen[text] = self.unseen.get(text, 0) + 1
                         changed.append(tensor)
+                    elif is_shared:  # an operation has changed it
+                        self.expose(tensor, tensor.clone())
             if changed:
                 self.note_unseen(changed, ())
 
@@ -547,6 +549,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         """
         if self.exposed:  # later steps read the state
             self.check_exposed(state.values())
+            self.exposed = {}
         with torch._C._DisableTorchDispatch():
             ending = self.at.ending if self.is_remembered else None
             if ending is not None and self._ends_as(ending, state, versions, loss):
@@ -562,7 +565,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
                     self.paths.was_followed()
                 self.is_followed = False
                 ending = self._write(state, versions, loss)
-        self._origins, self.exposed = ending.origins, {}
+        self._origins = ending.origins
         # Only an ending that later steps may reach shows how the next step begins.
         self.ending = ending if ending is self.at.ending else None
         self.numbers = self.numbers.copy()  # the list itself belongs to the recording
