@@ -109,6 +109,19 @@ def a_filled_mask():
 
 
 @case
+def a_filled_part():
+    """The node of the operation is within that of the view."""
+    model = network()
+
+    def loss(x):
+        out = model(x)
+        out[..., 1:].masked_fill_(x[..., 1:] > 0.3, out.mean())
+        return (out * x).logsumexp(-1).mean()
+
+    return usual(model, loss)
+
+
+@case
 def an_operation_that_fails_and_is_tried_in_another_way():
     model = network()
 
@@ -264,6 +277,45 @@ def test_allocated_memory_that_no_operation_writes_is_kept_as_a_step_reads_it(tm
     assert run.losses["loss"].to_list() == [step.loss for step in run]
     kinds = [[*inputs_of(row.inputs, "a step").given] for row in run.repeats(1, 9)]
     assert all(sum(name.startswith("input/") for name in names) == 3 for names in kinds), kinds
+
+
+@pytest.mark.parametrize("what", ["buffer", "targets", "result", "state"])
+def test_what_numpy_writes_between_two_operations_of_a_step_is_kept(what, tmp_path, capsys):
+    """Micro-batches in one array, targets that are smoothed late, a result, and what a step leaves."""
+    rows = np.random.default_rng(0).random((6, 3, 5, 8), np.float32)
+
+    def body(record):
+        model, array = network(), np.zeros((5, 8), np.float32)
+        optimizer, x = torch.optim.SGD(model.parameters(), lr=0.1), torch.from_numpy(array)
+        data, losses = [(torch.from_numpy(each[0].copy()), torch.randn(5, 8)) for each in rows], []
+        with record(model=model, optimizer=optimizer) as recording:
+            for number, (given, y) in enumerate(recording.steps(data)):
+                optimizer.zero_grad()
+                out, aim = model(given), y
+                if what == "targets":
+                    y.numpy()[::2] *= 0.5
+                if what == "result":
+                    aim = out.detach() * 2
+                    aim.numpy()[:2] = array[:2]
+                loss = functional.mse_loss(out, aim)
+                loss.backward()
+                for micro in range(3) if what == "buffer" else ():
+                    array[:] = rows[number, micro]
+                    x.mul_(2.0)
+                    functional.mse_loss(model(x), y).backward()
+                if what == "state" and number % 2:
+                    model[0].bias.grad.numpy()[:] = 0.1
+                optimizer.step()
+                if what == "state" and number % 3:
+                    model[2].bias.detach().numpy()[:] += 0.1
+                losses.append(loss.item())
+                recording.log(loss=loss)
+        return losses, model.state_dict()
+
+    run, (losses, _) = as_alone(tmp_path / "run", body)
+    assert [step.loss for step in run] == losses and all(step.is_exact for step in run)
+    said = "NumPy, or other code that torch does not show, changes"
+    assert f"{said} {'the batch' if what == 'targets' else 'a tensor'}" in capsys.readouterr().err
 
 
 def test_what_numpy_makes_of_a_batch_is_kept_as_the_step_reads_it(capsys):

@@ -98,6 +98,25 @@ def test_a_dict_is_logged_as_its_items(tmp_path):
     assert logs(tmp_path / "one", True).equals(logs(tmp_path / "two", False))
 
 
+def test_a_fork_logs_what_the_loop_has_logged(tmp_path):
+    """One is changed later in the step, and one is logged again as a number of Python's."""
+    model, state = nn.Linear(3, 1), {"total": torch.zeros(())}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with everystep.record(
+        model=model, optimizer=optimizer, state=state, run=tmp_path / "run"
+    ) as recording:
+        for x in recording.steps(torch.randn(4, 5, 3)):
+            loss = descend(optimizer, model(x).square().mean())
+            state["total"].add_(loss.detach())
+            recording.log(loss=loss, total=state["total"], again=loss, twice=loss * 2)
+            state["total"].zero_()
+            recording.log(again=7.0)
+    run = recording.run
+    fork = run.fork(0, lr=0.1, run=tmp_path / "fork", progress=False)
+    assert fork.measured("twice") == run.measured("twice")
+    assert {"total", "again"}.isdisjoint(fork.measurement_names)
+
+
 def test_a_recording_without_a_loss_says_so(tmp_path, capfd):
     with everystep.record(model=nn.Linear(3, 1), run=tmp_path / "run") as recording:
         for _ in recording.steps(range(3)):

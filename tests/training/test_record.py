@@ -601,11 +601,11 @@ def test_what_inference_mode_has_made_may_change_between_steps(made):
     assert recording.run.verify(processes=1, progress=False).is_exact
 
 
-def write_by_numpy(weight):
-    weight.detach().numpy()[0, 0] = 0.5
+def write_by_numpy(weight, array):
+    array[0, 0] = 0.5
 
 
-def write_in_a_thread(weight):
+def write_in_a_thread(weight, array):
     thread = threading.Thread(target=lambda: weight.data.fill_(0.5))
     thread.start()
     thread.join()
@@ -616,11 +616,12 @@ def test_hidden_writes_are_found_by_the_next_digest_where_there_is_no_loss(
     made, write, everystep_command
 ):
     model, optimizer, batch = made
+    array = model[0].weight.detach().numpy()
     with everystep.record(model=model, optimizer=optimizer, snapshot_budget=1) as recording:
         for number, each in enumerate(recording.steps([batch] * 150), start=1):
             take(model, optimizer, each)
             if number == 80:
-                write(model[0].weight)
+                write(model[0].weight, array)
     run = recording.run
     found = run.verify(processes=1, progress=False)
     assert not found.is_exact
@@ -653,6 +654,16 @@ def test_gradients_are_shown_where_the_loop_itself_updates_and_drops_them(made, 
             assert torch.equal(gradients[name], expected)
     assert recording.run.verify(progress=False).is_exact
     assert recording.run.why(7, "gradients['2.bias'][1]").number.value == found[6][3][1].item()
+
+
+def test_a_loss_that_is_not_a_number_is_read_from_an_operation(made):
+    model, optimizer, batch = made
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        for number, each in enumerate(recording.steps([batch] * 6)):
+            loss = take(model, optimizer, each) * (math.nan if number > 2 else 1)
+            recording.log(loss=loss.item())
+    found = recording.run.verify(progress=False)
+    assert (found.is_exact, found.computed_losses) == (True, 6)
 
 
 @pytest.mark.parametrize("is_mixed", [False, True])
@@ -796,6 +807,18 @@ def test_what_changes_in_a_pause_or_between_steps_is_kept(every, is_paused, monk
     for step, expected in before.items():
         opened = {**run[step].parameters, **run[step].buffers}
         assert {n: bits(t) for n, t in opened.items()} == {n: bits(t) for n, t in expected.items()}
+
+
+def test_what_numpy_writes_in_a_pause_is_kept(made):
+    model, optimizer, batch = made
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        for number, each in enumerate(recording.steps([batch] * 6)):
+            with recording.paused():
+                assert model[0].bias.detach().numpy().shape
+                if number % 3 == 1:
+                    model[0].weight.detach().numpy()[0] *= 0.9
+            recording.log(loss=take(model, optimizer, each))
+    assert recording.run.verify(processes=1, progress=False).is_exact
 
 
 @pytest.fixture(scope="module")
@@ -942,6 +965,33 @@ def test_a_step_shows_the_settings_that_its_optimizers_used(made):
     texts = [each["optimizer"] for each in recording.run[4].data()["segments"] if each["optimizer"]]
     assert texts[0]["settings"] == {"lr": "0.1", "momentum": "0.5", "weight_decay": "0.25"}
     assert texts[1]["settings"]["betas"] == "(0.5, 0.9)"
+
+
+def test_an_optimizer_that_is_no_part_does_not_pass_for_one(made, tmp_path):
+    """Such as one that adapts a copy of the model in each step."""
+    by_hand = []
+    for rate in (0.1, 0.01):
+        torch.manual_seed(0)
+        model, (x, y) = nn.Linear(4, 2), made[2]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        losses = []
+        with everystep.record(model=model, optimizer=optimizer, run=tmp_path / f"{rate}") as recording:
+            for number in recording.steps(range(6)):
+                optimizer.param_groups[0]["lr"] = rate if number >= 3 else 0.1
+                fast = [each.detach().clone().requires_grad_() for each in model.parameters()]
+                inner = torch.optim.SGD(fast, lr=0.05, momentum=0.5)
+                descend(inner, nn.functional.mse_loss(nn.functional.linear(x, *fast), y))
+                loss = descend(inner, nn.functional.mse_loss(nn.functional.linear(x, *fast), y))
+                for parameter, other in zip(model.parameters(), fast, strict=True):
+                    parameter.grad = other.grad
+                optimizer.step()
+                recording.log(loss=loss)
+                losses.append(loss.detach())
+        by_hand.append([loss.item() for loss in losses])
+    run = everystep.open(tmp_path / "0.1")
+    assert run[5].hyperparameters == {"lr": 0.1}
+    fork = run.fork(3, lr=0.01, run=tmp_path / "fork", progress=False)
+    assert fork.losses["loss"].to_list() == by_hand[1]
 
 
 @pytest.mark.parametrize("first", [1, 4])

@@ -250,6 +250,37 @@ def test_an_output_is_shown_as_it_was_when_its_module_returned(tmp_path):
         assert [*largest.values()] == [max(map(max, output)) for output in each]
 
 
+def test_modules_that_come_and_go_have_their_outputs(tmp_path):
+    """What a step makes may get the id of a module that is gone."""
+    model = nn.ModuleDict({"body": nn.Linear(4, 6), "aux": nn.Linear(4, 6), "head": nn.Linear(6, 2)})
+    optimizer, outputs = torch.optim.SGD(model.parameters(), lr=1e-5), []
+    with everystep.record(model=model, optimizer=optimizer, run=tmp_path / "run") as recording:
+        for number, x in enumerate(torch.randn(6, 3, 4)):
+            if number == 2:
+                del model["aux"]
+            if number == 4:
+                model["head"], model["more"] = nn.Linear(6, 2), nn.Linear(2, 2)
+                optimizer.param_groups[0]["params"] = [*model.parameters()]
+            with recording.step(x):
+                losses = [nn.MSELoss() for _ in range(20)]
+                hidden = model["body"](x) + (model["aux"](x) if "aux" in model else 0)
+                out = model["head"](hidden)
+                out = model["more"](out) if "more" in model else out
+                outputs.append(out.detach().clone())
+                total = sum(loss(out * place, out.detach()) for place, loss in enumerate(losses))
+                recording.log(loss=descend(optimizer, total))
+    steps = [*recording.run]
+    later = {"body", "head", "more"}
+    assert [{*step.activations} for step in steps] == [{"body", "aux", "head"}] * 2 + [
+        *[{"body", "head"}] * 2,
+        *[later] * 2,
+    ]
+    for step, out in zip(steps, outputs, strict=True):
+        assert torch.equal(step.activations["more" if "more" in step.activations else "head"], out)
+    assert {seen.operation.module for seen in steps[5].operations if seen.operation.module} == later
+    assert recording.run.diff(recording.run).is_same
+
+
 def test_a_compiled_module_that_is_called_is_refused(tmp_path):
     model = network()
     compiled = torch.compile(model, backend="eager")

@@ -35,6 +35,9 @@ if torch.__version__ < "2.13":  # compared as versions; tested with 2.9
     _OTHER_KINDS.add("CumprodBackward0")
 #: The same, where the gradients have a graph of their own (`create_graph`).
 _OTHER_WITH_GRAPH = {"CumprodBackward0", "LinalgDetBackward0"}
+#: The node of an operation in place on a view, which hides its own, and the operations that matter.
+_OF_VIEW = "CopySlices"
+_OTHER_IN_PLACE = {torch.ops.aten.masked_fill_.Tensor, torch.ops.aten.cumprod_.default}
 #: Why a pass is not watched.
 _OTHER_BITS = (
     "the gradient of prod, cumprod or det, or of the value of masked_fill, is not bit-identical when it "
@@ -63,13 +66,15 @@ class Graph(NamedTuple):
 
     key: its nodes and edges, and the settings of the pass, None if its operations may depend on anything
     else; leaves: the tensors with gradients that it adds to; given: other tensors that it starts from;
-    is_other: whether torch computes different bits if the pass is watched.
+    is_other: whether torch computes different bits if the pass is watched; writes_into_views: whether
+    the nodes of some operations are hidden.
     """
 
     key: Any
     leaves: list[Tensor]
     given: tuple[Tensor | None, ...]
     is_other: bool
+    writes_into_views: bool
 
 
 def graph_of(outputs: Any, args: Any, kwargs: Any, since: int, known_handles: int) -> Graph:
@@ -129,7 +134,8 @@ def graph_of(outputs: Any, args: Any, kwargs: Any, since: int, known_handles: in
         casts = [torch.is_autocast_enabled(k) and torch.get_autocast_dtype(k) for k in kinds()]
     settings = retain, accumulates, *casts, len(outputs), len(gradients)
     key = (tuple(classes), tuple(edges), settings) if is_sure else None
-    return Graph(key, leaves, (*outputs, *gradients, *(inputs or ())), is_other)
+    writes_into_views = any(kind.__name__ == _OF_VIEW for kind in classes)
+    return Graph(key, leaves, (*outputs, *gradients, *(inputs or ())), is_other, writes_into_views)
 
 
 def _is_special(leaf: Tensor) -> bool:
@@ -192,15 +198,22 @@ class BackwardPasses:
         runs_python = not is_sure or cursor.paths.have_hooks(graph.leaves)
         if not runs_python:
             self._handles = handles()  # looking for hooks has registered some
-        if graph.is_other:
+        if graph.is_other or (graph.writes_into_views and self._has_written_others()):
             return self._run_by_content(graph.leaves, outputs, args, kwargs, runs_python)
         if runs_python or not cursor.is_remembered:
             return run_engine(outputs, *args, **kwargs)
         return self._run_graph(graph, outputs, args, kwargs)
 
+    def _has_written_others(self) -> bool:
+        """Return whether the step has run an operation in place with bits that depend on the watch."""
+        seen = (entry.operation for entry in self._cursor.at.from_root())
+        return any(each is not None and each.operator in _OTHER_IN_PLACE for each in seen)
+
     def _run_graph(self, graph: Graph, outputs: Any, args: Any, kwargs: Any) -> Any:
         """Run a pass that a path can hold: unwatched if its operations are known."""
         cursor, begin = self._cursor, len(self._cursor.numbers)
+        if cursor.exposed:
+            cursor.check_exposed()
         if not self._begins(graph):
             return run_engine(outputs, *args, **kwargs)
         entry = cursor.at

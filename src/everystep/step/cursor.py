@@ -45,7 +45,7 @@ from everystep.step.known_paths import KnownPaths
 from everystep.step.met_tensors import MET, NEW, UnseenError, held, is_plain, leaf_tokens
 from everystep.step.mode_formulas import of_mode
 from everystep.step.optimizer_steps import OptimizerSteps
-from everystep.step.outside_tensors import OutsideTensors
+from everystep.step.outside_tensors import MOST_BYTES, OutsideTensors
 from everystep.step.path import READ_UNSEEN, Entry, SeenOperation
 from everystep.step.under_way import UnderWay
 from everystep.step.versions import version_of
@@ -85,11 +85,9 @@ class Cursor(UnderWay):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # Until the first operation reads the batch, NumPy may change it. A view reads nothing.
-        if self.unread_batch and known_operator(func).how != "pass":
-            given = leaves([*args, *(kwargs or {}).values()])
-            if any(id(t._base if t._is_view() else t) in self.unread_batch for t in given):
-                self.check_batch()
+        # Until an operation reads it, NumPy may change memory. A view reads nothing.
+        if self.exposed and known_operator(func).how != "pass":
+            self.check_exposed(leaves([*args, *(kwargs or {}).values()]))
         at, expected = self.at, self.at.next
         # A call that the path expects needs no questions about its kind: this runs at every call.
         is_new = expected is None or expected.func is not func
@@ -557,9 +555,13 @@ class Cursor(UnderWay):
                 self.note_unseen(now, (), [memory for _, memory in known])
         return bool(known)
 
-    def resume(self) -> None:
-        """End a pause; read what ranks have exchanged in it, which all have begun by now."""
+    def resume(self, written: Iterable[Tensor]) -> None:
+        """End a pause; read what ranks have exchanged in it, which all have begun by now.
+
+        written: tensors that it has changed where torch does not show it.
+        """
         self.is_paused = False
+        self._written_aside(written)
         exchanged, self.exchanged = self.exchanged, []
         if exchanged:
             finish_calls()
@@ -603,8 +605,8 @@ class Cursor(UnderWay):
         if number is None or tensors.place(tensor.untyped_storage()) != tensors.known[number].origin:
             tensors.drop(tensor)
 
-    def reads(self, tensor: Tensor) -> None:
-        """Note that Python reads the numbers of a tensor from its memory."""
+    def reads(self, tensor: Tensor, *, may_write: bool) -> None:
+        """Note that Python reads the numbers of a tensor from its memory, or gets the memory itself."""
         # Its own code reads tensors, too, but not while it watches: torch suspends it in its handler.
         depth = torch._C._len_torch_dispatch_stack()
         is_watching = any(torch._C._get_dispatch_stack_at(place) is self for place in range(depth))
@@ -617,6 +619,13 @@ class Cursor(UnderWay):
                 if not self.is_on_known(tensor):  # data from outside that no operation has used yet
                     return
         self.happens(*READ_UNSEEN, tensors=[tensor])
+        if may_write and is_plain(tensor) and tensor.nbytes <= MOST_BYTES:
+            with torch._C._DisableTorchDispatch(), torch.no_grad():
+                self.tensors.catch_up(self.at)
+                number = self.tensors.number(tensor)
+                # What no operation has read yet is kept by content once one does.
+                if number is None or not self.is_unread(number):
+                    self.expose(tensor.detach(), tensor.clone())
 
 
 def _push_again(modes: Sequence[Any]) -> None:

@@ -126,21 +126,12 @@ class Follower:
     is_computed: while a batch is drawn, whether a module that is trained has run, else None.
 
     Args:
-        modules: paths of modules, by id.
-        optimizers: names of optimizers, by id; they are the module of what they do.
         is_torchs: returns whether the step of an optimizer runs only torch's code, and a closure first.
     """
 
     listener: Listener
 
-    def __init__(
-        self,
-        modules: Mapping[int, str],
-        optimizers: Mapping[int, str | None],
-        is_torchs: Callable[[torch.optim.Optimizer], bool],
-    ) -> None:
-        self.modules = modules
-        self._optimizers = optimizers
+    def __init__(self, is_torchs: Callable[[torch.optim.Optimizer], bool]) -> None:
         self.is_torchs = is_torchs
         self.watch: Any = None
         self.is_computed: bool | None = None
@@ -155,9 +146,20 @@ class Follower:
         self.where: tuple[Any, ...] = ()
         self._phase: Phase | None = None
 
-    def begin(self, listener: Listener) -> None:
-        """Begin to follow, and to report to a listener, which is not held after `finish`."""
-        self.listener = listener
+    def begin(
+        self,
+        listener: Listener,
+        modules: Callable[[], Mapping[int, str]],
+        name_of: Callable[[torch.optim.Optimizer], str | None],
+    ) -> None:
+        """Begin to follow, and to report to a listener; none of these is held after `finish`.
+
+        Args:
+            listener: that.
+            modules: returns the paths of modules, by id.
+            name_of: returns the name of an optimizer, which is the module of what it does.
+        """
+        self.listener, self.modules, self.name_of = listener, modules, name_of
         with _lock:
             _followers[self._thread] = (*_followers.get(self._thread, ()), self)
             if not _hooks:
@@ -179,7 +181,7 @@ class Follower:
             if not _followers:
                 while _hooks:
                     _hooks.pop().remove()
-        del self.listener
+        del self.listener, self.modules, self.name_of
 
     def step_begins(self) -> None:
         """Begin another step: nothing runs."""
@@ -250,7 +252,7 @@ class Follower:
                     self.listener.exposes(buffer)
         # A module that is not a part, such as a loss, belongs to the module around it.
         around = self._open[-1] if self._open else None
-        path = self.modules.get(id(module), around)
+        path = self.modules().get(id(module), around)
         self._open.append(path)
         if path is not around:
             self._moved()
@@ -268,7 +270,7 @@ class Follower:
         watch = self.watch
         is_seen = path and watch is not None and not watch.is_paused
         # Within a backward pass, checkpointed modules run again: their output was noted in the forward.
-        if is_seen and id(module) in self.modules and torch._C._current_autograd_node() is None:
+        if is_seen and id(module) in self.modules() and torch._C._current_autograd_node() is None:
             given = list(output.values()) if isinstance(output, dict) else output
             watch.module_done(path, [given] if type(given) is Tensor else leaves(given))
 
@@ -277,7 +279,7 @@ class Follower:
         # The file tells code of the optimizer from that of its closure, see `place`.
         step = inspect.unwrap(type(optimizer).step) if has_arguments else None
         file = getattr(getattr(step, "__code__", None), "co_filename", None)
-        self._updating.append((self._optimizers.get(id(optimizer)), file))
+        self._updating.append((self.name_of(optimizer), file))
         self._moved()
         self.listener.optimizer_begins(optimizer, has_arguments)
 
@@ -394,10 +396,12 @@ def _get_data(tensor: Tensor) -> Tensor:
 def _noted(read: Callable[..., Any]) -> Callable[..., Any]:
     """Return a method of tensors that reports that it gives the memory of one to Python."""
 
+    may_write = read.__name__ != "tolist"
+
     @wraps(read)
     def noted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if (watch := _watch()) is not None:
-            watch.reads(tensor)
+        if (watch := _watch()) is not None and not watch.is_paused:
+            watch.reads(tensor, may_write=may_write)
         # everystep's own code writes into nothing that it reads.
         elif not str(sys._getframe(1).f_globals.get("__name__")).startswith("everystep."):
             _expose(tensor)

@@ -55,25 +55,28 @@ class OptimizerSteps:
         self,
         optimizer: torch.optim.Optimizer,
         name: str | None,
-        has_arguments: bool,
         gradients: Gradients,
+        *,
+        may_be_one: bool,
     ) -> None:
         """Note that an optimizer starts a step.
 
         Args:
             optimizer: the optimizer.
             name: of the optimizer.
-            has_arguments: whether it gets a closure or another argument.
             gradients: returns those of its parameters, by name.
+            may_be_one: whether it is a part, and gets no closure or another argument.
         """
         step = self._step
         self.recover()
         # `_pop_mode` below takes the innermost mode, which must be this step.
-        is_ours = _get_current_dispatch_mode() is step and not has_arguments
-        call = step.paths.calls.of(optimizer) if is_ours else None
+        is_ours = _get_current_dispatch_mode() is step
+        call = step.paths.calls.of(optimizer) if may_be_one and is_ours else None
         if call is None or not self._may_be_one(call):
             step.uses("optimizer begins", name, gradients())
             return
+        if step.exposed:
+            step.check_exposed(call.tensors)
         what = "optimizer", call.operator, name, call.keys, call.layout
         step.happens(*what, tensors=call.tensors, marked=lambda: as_gradients(gradients()))
         # A followed step uses the same tensors as one that was checked.

@@ -64,6 +64,7 @@ class Parts:
         self.optimizers = {
             name: part for name, part in named.items() if isinstance(part, torch.optim.Optimizer)
         }
+        self._optimizer_names = {id(part): name for name, part in self.optimizers.items()}
         modules_and_optimizers = self.modules.keys() | self.optimizers.keys()
         self._others = {n: part for n, part in named.items() if n not in modules_and_optimizers}
         models, seen = set[str](), set[int]()
@@ -114,21 +115,32 @@ class Parts:
             name += "_"
         return f"{name}."
 
-    def module_paths(self) -> dict[int, str]:
-        """Return the path of each module of a model, by its id."""
-        found: dict[int, str] = {}
-        for name, module in self.modules.items():
-            if name in self.apart:
-                continue
-            prefix = self.prefix(name)
-            for path, inner in module.named_modules():
-                found.setdefault(id(inner), f"{prefix}{path}".rstrip("."))
-        return found
+    def module_paths(self) -> Mapping[int, str]:
+        """Return the path of each module of a model, by its id, as the parts were last looked up."""
+        return (self._layout or self._known_layout()).paths
 
-    def optimizer_names(self) -> dict[int, str | None]:
-        """Return the name of each optimizer, by its id; None if there is only one."""
-        alone = len(self.optimizers) == 1
-        return {id(part): None if alone else name for name, part in self.optimizers.items()}
+    def _inner_modules(self) -> tuple[list[nn.Module], dict[int, str]]:
+        """Return all modules, and the paths of those of models, by their ids."""
+        inner, paths = list[nn.Module](), dict[int, str]()
+        for name, module in self.modules.items():
+            prefix = self.prefix(name)
+            for path, each in module.named_modules():
+                inner.append(each)
+                if name not in self.apart:
+                    paths.setdefault(id(each), f"{prefix}{path}".rstrip("."))
+        return inner, paths
+
+    def owner_of(self, optimizer: torch.optim.Optimizer) -> str | None:
+        """Return the part that an optimizer is, or that lets it take its steps; None: there is none."""
+        if (name := self._optimizer_names.get(id(optimizer))) is not None:
+            return name
+        groups = {*map(id, optimizer.param_groups)}  # which both have
+        others = ((n, map(id, part.param_groups)) for n, part in self.optimizers.items())
+        return next((name for name, own in others if not groups.isdisjoint(own)), None)
+
+    def name_of(self, optimizer: torch.optim.Optimizer) -> str | None:
+        """Return the name that the operations of an optimizer have; None where only one is a part."""
+        return None if len(self.optimizers) == 1 else self.owner_of(optimizer)
 
     def parameter_names(self) -> dict[Tensor, str]:
         """Return each parameter of modules and optimizers with its name."""
@@ -139,7 +151,7 @@ class Parts:
         if self._layout is None or not self._layout.holds():
             names = self._names_of_parameters()
             tensors = self._of_modules_and_optimizers(names)
-            self._layout = _Layout(names, tensors, self.modules, self.optimizers)
+            self._layout = _Layout(names, tensors, *self._inner_modules(), self.optimizers)
         return self._layout
 
     def _names_of_parameters(self) -> dict[Tensor, str]:
@@ -275,24 +287,27 @@ class _Layout:
     """Where the tensors of modules and optimizers are.
 
     names: of all parameters; ids: the same, by their ids; taken: the names alone; tensors: by name,
-    gradients left out; gradient_names: of each parameter.
+    gradients left out; gradient_names: of each parameter; paths: of modules, by their ids.
     """
 
     def __init__(
         self,
         names: dict[Tensor, str],
         tensors: dict[str, Tensor],
-        modules: Mapping[str, nn.Module],
+        modules: list[nn.Module],
+        paths: Mapping[int, str],
         optimizers: Mapping[str, torch.optim.Optimizer],
     ) -> None:
         self.names = names
         self.ids = _ids_of(names)
         self.taken = frozenset(names.values())
+        self.paths = paths
         self.tensors = tensors
         self.gradient_names = [(parameter, f"gradient/{name}") for parameter, name in names.items()]
         # Compared by identity: to look up all names again at each step would take ten times as long.
-        inner = [m for module in modules.values() for m in module.modules()]
-        tables = [vars(m)[kind] for m in inner for kind in ("_parameters", "_buffers", "_modules")]
+        #: They are held, since a new module may get the id of one that is gone.
+        self._modules = modules
+        tables = [vars(m)[kind] for m in modules for kind in ("_parameters", "_buffers", "_modules")]
         #: They show what is in the tables now.
         self._views = [view for table in tables for view in (table.keys(), table.values())]
         self._optimizers = [*optimizers.values()]

@@ -348,7 +348,7 @@ class PathWriter:
         before: dict[str, int] = {}
         gradients: dict[str, int] = {}
         activations: dict[str, tuple[tuple[int, ...], int]] = {}
-        logged: dict[str, int] = {}
+        logged: dict[str, tuple[int, int]] = {}
         operations: list[SeenOperation] = []
         lines: list[Calls] = []
         written: set[int] = set()
@@ -365,6 +365,8 @@ class PathWriter:
                 lines.append(entry.lines)
                 operations.append(self._renumbered(entry.operation))
                 written.update(operations[-1].writes)
+            if entry.key[0] == "logged":  # the last of that name counts
+                logged.pop(entry.key[1], None)
             for mark in entry.marks:
                 numbers = tuple(map(self._number, mark.numbers))
                 storage = self._storages[self._tensors[numbers[0]].storage]
@@ -378,7 +380,7 @@ class PathWriter:
                     if mark.name not in gradients or entry.key[0] == "backward ends":
                         gradients[mark.name] = numbers[0]
                 elif mark.kind == "logged":
-                    logged[mark.name] = numbers[0]
+                    logged[mark.name] = numbers[0], len(operations)
                 elif mark.kind == "output" or (
                     mark.kind == "last output" and mark.name not in activations
                 ):
@@ -387,6 +389,12 @@ class PathWriter:
                     activations[mark.name] = numbers, len(operations)
         after = {name: self._number(met) for name, met in state.items()}
         loss_number = None if loss is None else self._number(loss)
+        # A program has them at the end of a step, when the tensor may have another value.
+        kept = {
+            name: number
+            for name, (number, place) in logged.items()
+            if not any(self._tensors[number].storage in each.writes for each in operations[place:])
+        }
         self._cut_batch(named.values())
         return Path(
             operations=tuple(operations),
@@ -398,7 +406,7 @@ class PathWriter:
             gradients=tuple(gradients.items()),
             loss=loss_number,
             activations=tuple((name, *given) for name, given in activations.items()),
-            logged=tuple(logged.items()),
+            logged=tuple(kept.items()),
             read_unseen=read_unseen,
             read_batch=tuple(sorted(read_batch)),
             lines=tuple(lines),

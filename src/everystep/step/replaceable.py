@@ -114,7 +114,7 @@ def check_optimizers(
         name = type(optimizer).__name__
         if id(optimizer) not in steps:
             raise NotReplaceableError(
-                f"{name} is not one of torch's own optimizers, or other code has changed it"
+                f"{name} is not one of torch's own optimizers, is no part, or was changed by other code"
             )
         if sum(each is optimizer for each in optimizers) > 1:
             raise NotReplaceableError(f"{name} steps twice")

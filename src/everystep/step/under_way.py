@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
-from itertools import chain
 from operator import call, is_
 from types import MappingProxyType
 from typing import Any
@@ -20,7 +19,8 @@ from torch import Tensor
 from everystep.device import drawing_state
 from everystep.errors import UsageError
 from everystep.ops.operators import OperatorMode
-from everystep.program.number_slots import READ
+from everystep.program.memory import whole_memory
+from everystep.program.number_slots import READ, read_difference
 from everystep.step.calling_code import Calls, calls_here, is_in_backward, named_here
 from everystep.step.follow import Follower
 from everystep.step.gradient_copies import GradientCopies
@@ -103,9 +103,9 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         self.outside = outside
         self.tensors = paths.tensors
         self.brought: dict[int, Brought] = {}
-        #: Of the batch, until an operation reads it: the numbers of its tensors, and copies, by the id
-        #: of what they are views of.
-        self.unread_batch: dict[int, list[tuple[int, Tensor]]] = {}
+        #: Memory that NumPy may change before an operation reads it, by its `_cdata`: tensors on it,
+        #: copies, and the points at which these were made.
+        self.exposed: dict[int, list[tuple[Tensor, Tensor, Entry]]] = {}
         #: The calls that cut data out of tensors, by the memory of their results.
         self.gathered: dict[int, tuple[Any, Sequence[Any]]] = {}
         self.written_outside: dict[int, str] = {}
@@ -174,19 +174,47 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
                     self.tensors.meet(tensor, "batch", is_named=True)
                 names = zip(plain, numbers, strict=True)
                 self.add(key, marks=[Mark("batch", name, (number,)) for name, number in names])
-            for (name, tensor), number in zip(plain.items(), numbers, strict=True):
-                # By what it is a view of: an operation may read the same memory through another view.
-                if name in copies and tensor.is_cpu:
-                    base = id(tensor._base if tensor._is_view() else tensor)
-                    self.unread_batch.setdefault(base, []).append((number, copies[name]))
+            for name, tensor in plain.items():
+                if name in copies:
+                    self.expose(tensor.detach(), copies[name])
 
-    def check_batch(self) -> None:
-        """Keep what NumPy has changed of the batch since the step began: no operation shows that."""
-        batch, self.unread_batch = [*chain(*self.unread_batch.values())], {}
-        alive = [(tensor, copy) for n, copy in batch if (tensor := self.tensors.met[n]()) is not None]
-        if changed := [tensor for tensor, copy in alive if not same_bits(tensor, copy)]:
-            self.unseen["NumPy, or other code that torch does not show, changes the batch"] = 1
-            with torch._C._DisableTorchDispatch():
+    def expose(self, tensor: Tensor, copy: Tensor) -> None:
+        """Note memory of the CPU that NumPy may change before an operation reads it."""
+        if tensor.is_cpu:
+            place = tensor.untyped_storage()._cdata
+            self.exposed.setdefault(place, []).append((tensor, copy, self.at))
+
+    def check_exposed(self, read: Iterable[Tensor] | None = None) -> None:
+        """Keep what NumPy has changed before an operation reads it: no operation shows that.
+
+        read: by the operation; None: anything.
+        """
+        plain = (each for each in read or () if is_plain(each, may_be_conjugated=True))
+        places = {each.untyped_storage()._cdata for each in plain}
+        if read is not None and places.isdisjoint(self.exposed):
+            return
+        with torch._C._DisableTorchDispatch():
+            self.tensors.catch_up(self.at)
+            changed: list[Tensor] = []
+            for place, known in [*self.exposed.items()]:
+                storage = known[0][0].untyped_storage()
+                # What torch alone has cannot change between two operations: NumPy had it before.
+                is_shared = not storage.resizable()
+                if is_shared and read is not None and place not in places:
+                    continue
+                other = [(tensor, since) for tensor, copy, since in known if not same_bits(tensor, copy)]
+                if other or not is_shared:
+                    del self.exposed[place]
+                origin = self.tensors.place(storage)
+                for tensor, since in other:
+                    if origin is not None and not self._is_written_since(origin, since):
+                        what = "the batch" if self.tensors.known[origin].kind == "batch" else "a tensor"
+                        text = f"NumPy, or other code that torch does not show, changes {what}"
+                        self.unseen[text] = self.unseen.get(text, 0) + 1
+                        changed.append(tensor)
+                    elif is_shared:  # an operation has changed it
+                        self.expose(tensor, tensor.clone())
+            if changed:
                 self.note_unseen(changed, ())
 
     def module_done(self, path: str, outputs: list[Tensor]) -> None:
@@ -198,9 +226,10 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
             *("module", path, has_gradients), tensors=outputs, marked=lambda: [(kind, path, outputs)]
         )
 
-    def logged(self, name: str, tensor: Tensor) -> None:
-        """Note that a number besides the loss was logged."""
-        self.happens(*("logged", name), tensors=[tensor], marked=lambda: [("logged", name, [tensor])])
+    def logged(self, name: str, tensor: Tensor | None) -> None:
+        """Note that a number besides the loss was logged; None: one that Python has."""
+        found = [] if tensor is None else [("logged", name, [tensor])]
+        self.happens(*("logged", name), tensors=[tensor], marked=lambda: found)
 
     def uses(self, kind: str, name: str | None, gradients: Mapping[str, Tensor]) -> None:
         """Note which gradients an optimizer uses that is watched, or a backward pass leaves.
@@ -340,6 +369,9 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
             read = (tensor, [base]) if tensor.is_contiguous() else None
         else:
             content = outside.of(tensor)
+            if not tensor.untyped_storage().resizable():
+                with torch._C._DisableTorchDispatch():
+                    self.expose(whole_memory(tensor), content)
             call = self.gathered.get(tensor.untyped_storage()._cdata)
             read = None if call is None else places_read(*call)
         cut = None if read is None else outside.cut(*read, content.nbytes)
@@ -515,6 +547,9 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
             state, versions: afterwards.
             loss: what was logged as the loss: a tensor, or a number that Python has read from one.
         """
+        if self.exposed:  # later steps read the state
+            self.check_exposed(state.values())
+            self.exposed = {}
         with torch._C._DisableTorchDispatch():
             ending = self.at.ending if self.is_remembered else None
             if ending is not None and self._ends_as(ending, state, versions, loss):
@@ -610,7 +645,9 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         """Return the tensor from which Python read what was logged as the loss, by number, and where."""
         for entry in reversed(self.at.from_root()):
             seen = entry.operation
-            if seen and str(seen.operator) == READ and self.numbers[seen.numbers[0]] == loss:
+            if seen is None or str(seen.operator) != READ:
+                continue
+            if not read_difference(self.numbers[seen.numbers[0]], loss):
                 return int(seen.arguments[0][1:]), entry
         return None, None
 
@@ -634,7 +671,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
             return _UNKNOWN if number is None and path.loss is not None else ("tensor", number)
         if loss is None or path.loss is None:
             return None
-        found = [place for place in reads if self.numbers[place] == loss]
+        found = [place for place in reads if not read_difference(self.numbers[place], loss)]
         return ("read", found[-1]) if found else None
 
     def _changes(self, versions: Versions, bound: tuple[Any, ...]) -> tuple[int | None, ...]:

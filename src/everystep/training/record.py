@@ -424,9 +424,11 @@ class Recording(Generic[R]):
             return
         with self._aside(values.values()):
             for name, value in values.items():
+                tensor = value if isinstance(value, Tensor) else None
+                # A number of Python's is of no interest to the step, unless it takes a tensor's place.
+                if name != "loss" and (tensor is not None or name in step.logged):
+                    step.watch.logged(name, tensor)
                 step.logged[name] = _number(name, value)
-                if name != "loss" and isinstance(value, Tensor):
-                    step.watch.logged(name, value)
         if "loss" in values:
             step.has_loss(values["loss"])
 

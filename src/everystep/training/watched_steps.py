@@ -147,9 +147,7 @@ class WatchedSteps:
         self._is_changed = False
         #: How the last step ended, unless its state has changed since.
         self._ending: Ending | None = None
-        self._optimizer_names = parts.optimizer_names()
-        is_torchs = self._paths.calls.is_torchs
-        self.follower = Follower(parts.module_paths(), self._optimizer_names, is_torchs)
+        self.follower = Follower(self._paths.calls.is_torchs)
         self._follows = False
 
     @property
@@ -160,7 +158,7 @@ class WatchedSteps:
     def follow(self) -> None:
         """Follow modules and optimizers, until `finish`."""
         if not self._follows:
-            self.follower.begin(self)
+            self.follower.begin(self, self.parts.module_paths, self.parts.name_of)
             self._follows = True
 
     def finish(self) -> None:
@@ -442,6 +440,9 @@ class WatchedSteps:
     def _written_unseen(self, state: Mapping[str, Tensor]) -> list[str]:
         """Return the names of tensors that code between two steps has written into without a count."""
         self.finish_calls(lambda: state)
+        return self._written_since_exposed(state)
+
+    def _written_since_exposed(self, state: Mapping[str, Tensor]) -> list[str]:
         exposed = [(name, digest) for name, digest in self._exposed.items() if name in state]
         return [name for name, digest in exposed if digest_of(state[name]) != digest]
 
@@ -474,10 +475,15 @@ class WatchedSteps:
             yield
             return
         watch.is_paused = True
+        before, self._exposed, self._lying = self._exposed, {}, {}
         try:
             yield
         finally:
-            watch.resume()
+            with torch._C._DisableTorchDispatch():
+                state = self.parts.state() if self._exposed else {}
+                written = [state[name] for name in self._written_since_exposed(state)]
+            self._exposed, self._lying = before, {}
+            watch.resume(written)
 
     def _watch(self) -> Cursor | None:
         """Return what watches the step in progress, None if nothing does."""
@@ -490,23 +496,23 @@ class WatchedSteps:
             self.around.optimizer_begins(optimizer)
         if (watch := self._watch()) is not None:
             assert self.under_way is not None
-            name = self._optimizer_names.get(id(optimizer))
             if self.gradient_copies is not None:
                 self.gradient_copies.optimizer_begins(self.parts.gradients(optimizer))
             with torch._C._DisableTorchDispatch():
                 # The rates that the update uses: a scheduler may set others before the step ends.
                 self.under_way.rates |= self.parts.rates(optimizer)
-                gradients = self._gradients_of(optimizer)
-                watch.optimizers.begins(optimizer, name, has_arguments, gradients)
+                # A program could not name another one, and its settings are not those of a part.
+                is_part = self.parts.owner_of(optimizer) is not None
+                given = self.parts.name_of(optimizer), self._gradients_of(optimizer)
+                watch.optimizers.begins(optimizer, *given, may_be_one=is_part and not has_arguments)
 
     def optimizer_ends(self, optimizer: torch.optim.Optimizer) -> None:
         """Note that an optimizer is done with its step."""
         if (watch := self._watch()) is not None:
-            name = self._optimizer_names.get(id(optimizer))
             if self.gradient_copies is not None:
                 self.gradient_copies.optimizer_ends()
             with torch._C._DisableTorchDispatch():
-                watch.optimizers.ends(name, self._gradients_of(optimizer))
+                watch.optimizers.ends(self.parts.name_of(optimizer), self._gradients_of(optimizer))
 
     def _gradients_of(self, optimizer: torch.optim.Optimizer) -> Any:
         return lambda: self.parts.gradients(optimizer)
