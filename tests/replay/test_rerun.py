@@ -199,6 +199,21 @@ def test_what_no_replay_has_is_not_blamed_on_the_place(small, tmp_path):
     assert any("from step 4 on" in each for each in opened.diff(opened, thorough=True).problems)
 
 
+def test_what_code_carries_from_step_to_step_is_taken_from_the_recording(tmp_path):
+    torch.manual_seed(0)
+    means = [torch.zeros(1)]
+
+    def loss_of(model, x):
+        out = model(x)
+        means.append(0.9 * means[-1] + 0.1 * out.detach().mean(0))
+        return (out - means[-2] - 1).square().mean()
+
+    run = looped(nn.Linear(3, 1), torch.randn(4, 5, 3), loss_of, run=tmp_path / "loop")
+    found = run.rerun(precision="float64", progress=False)
+    (note,) = found.problems
+    assert "a tensor that is in no part and no batch (input), which your code may compute" in note
+
+
 def test_a_step_function_of_rounding_is_found_beyond_rounding(chapter_run):
     found = chapter_run.rerun(precision="bfloat16", progress=False)
     # A ReLU with an input near 0 is on in one precision, and off in the other.

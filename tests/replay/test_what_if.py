@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from copy import deepcopy
 from functools import partial
 
 import numpy as np
@@ -144,6 +145,42 @@ def rows_of(step):
 def targets():
     _, _, y, _ = made()
     return [{3: 0, 9: 2}.get(row, target) for row, target in enumerate(y.tolist())]
+
+
+class Heavier:
+    """A loss that grows with each call, which no state shows."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, out, y):
+        self.calls += 1
+        return nn.functional.cross_entropy(out, y) * self.calls
+
+
+@pytest.mark.parametrize("make", [Heavier, lambda: Heavier().__call__], ids=["object", "method"])
+def test_what_a_loss_keeps_does_not_go_on_from_training_to_training(tmp_path, make):
+    model, x, y, optimizer = made()
+    run = trained_by(model, (x, y), loss=make(), optimizer=optimizer, steps=4, run=tmp_path / "run")
+    model, *_, optimizer = made()
+    opened = everystep.open(run.directory, model=model, loss=make(), optimizer=optimizer)
+    with pytest.raises(
+        RunError, match=r"cannot be replayed again, bit for bit.* keeps something that no"
+    ):
+        opened.what_if(0, without_rows=[2, 7], each=True, progress=False, processes=1)
+
+
+def test_objects_that_hold_what_no_state_has_make_no_fork(tmp_path):
+    model, x, y, optimizer = made()
+    parts = {"loss": Heavier(), "optimizer": optimizer}
+    run = trained_by(model, (x, y), **parts, steps=4, run=tmp_path / "run")
+    with pytest.raises(RunError, match=r"the loss of step 1 differs .* pass them as they were before"):
+        run.fork(0, lr=0.1, run=tmp_path / "fork", progress=False)
+    assert not (tmp_path / "fork").exists()
+    model, *_, optimizer = made()
+    parts = {"model": model, "loss": Heavier(), "optimizer": optimizer}
+    fork = everystep.open(run.directory).fork(0, **parts, run=tmp_path / "fork", progress=False)
+    assert fork.losses["loss"].equals(run.losses["loss"])
 
 
 def test_a_fork_without_the_rows_of_a_batch_before_it_resumes_without_them(tmp_path):
@@ -467,6 +504,16 @@ def with_other_updates(record=None, rate=0.1, at=0, kind="both"):
                     other.weight.data = other.weight * (1 - 0.5 * optimizer.param_groups[0]["lr"])
                 if kind == "scaled noise":
                     other.bias += torch.ones(1) * optimizer.param_groups[0]["lr"] ** 0.5
+                least = 0.5 * optimizer.param_groups[0]["lr"]
+                if kind == "shrinkage":
+                    shrunk = torch.relu(other.weight.abs() - least)
+                    other.weight.copy_(other.weight.sign() * shrunk)
+                if kind == "shrinkage by torch":
+                    other.weight.data = nn.functional.softshrink(other.weight, least)
+                if kind == "decay by a tensor":
+                    other.weight.mul_(torch.tensor(1 - least))
+                if kind == "decay by a power":
+                    other.weight.mul_(torch.full((), -least).exp())
                 other.weight.clamp_(-3, 3)
                 for mean, own in zip(average.parameters(), other.parameters(), strict=True):
                     mean.lerp_(own, 0.1)
@@ -484,7 +531,9 @@ def with_other_updates(record=None, rate=0.1, at=0, kind="both"):
         # The code may compute the number from the rate.
         *[("decay", "other.weight"), ("noise", "other.bias")],
         *[("decay by itself", "other.weight"), ("decay to another", "other.weight")],
-        ("scaled noise", "other.bias"),
+        *[("scaled noise", "other.bias"), ("shrinkage", "other.weight")],
+        *[("shrinkage by torch", "other.weight"), ("decay by a tensor", "other.weight")],
+        ("decay by a power", "other.weight"),
     ],
 )
 def test_what_is_updated_by_hand_has_no_known_rate(tmp_path, kind, names):
@@ -501,6 +550,93 @@ def test_what_else_changes_the_parameters_of_an_optimizer_stays(tmp_path, kind):
     with_other_updates(tmp_path / "run", kind=kind)
     fork = everystep.open(tmp_path / "run").fork(2, lr=0.5, run=tmp_path / "fork", progress=False)
     assert fork.losses["loss"].to_list() == with_other_updates(rate=0.5, at=2, kind=kind)
+
+
+def test_an_optimizer_with_a_rate_that_is_a_tensor_among_others_has_no_known_rate(tmp_path):
+    one, other = nn.Linear(3, 2), nn.Linear(2, 1)
+    rates = {"params": one.parameters()}, {"params": other.parameters(), "lr": torch.tensor(0.1)}
+    model = nn.Sequential(one, other)
+    optimizer = lambda _: torch.optim.SGD(rates, lr=0.1)  # noqa: E731
+    run = looped(model, torch.ones(3, 4, 3), lambda m, x: m(x).square().mean(), optimizer=optimizer)
+    with pytest.raises(RunError, match="has no learning rate that its programs know as a number"):
+        run.what_if(1, lr=0.5, progress=False)
+
+
+def kept_outside(record=None, rate=0.1, at=0, kind="state", target=None):
+    """The losses of a loop that carries something from step to step in no part."""
+    torch.manual_seed(0)
+    model, kept, losses = nn.Linear(4, 3), None, []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batches = [(x, torch.arange(5) % 3) for x in torch.randn(8, 5, 4)]
+    recording = everystep.record(run=record, model=model, optimizer=optimizer) if record else None
+    with recording or nullcontext():
+        for step, (x, y) in enumerate(recording.steps(batches) if recording else batches):
+            if step >= at:
+                optimizer.param_groups[0]["lr"] = rate
+            if step == at and target is not None:
+                y = y.clone()
+                y[1] = target
+            out = model(x)
+            loss = nn.functional.cross_entropy(out, y)
+            if kept is not None:
+                loss = loss + (out - (kept(x) if kind == "teacher" else kept)).square().mean()
+            if kind == "teacher" and step == 4:
+                kept = deepcopy(model).requires_grad_(False)
+            if kind == "state":  # begins with each fourth batch
+                kept = None if step % 4 == 3 else out.detach() * 0.5
+            losses.append(descend(optimizer, loss).detach())
+            if recording:
+                recording.log(loss=loss)
+    return [float(each) for each in losses]
+
+
+@pytest.mark.parametrize(("kind", "at", "until"), [("state", 4, 6), ("teacher", 3, 7), ("state", 0, 2)])
+@pytest.mark.parametrize("change", [{"lr": 0.9}, {"relabel": {1: 2}}])
+def test_what_code_may_compute_from_other_parameters_is_refused(tmp_path, kind, at, until, change):
+    recorded = kept_outside(tmp_path / "run", kind=kind)
+    run = everystep.open(tmp_path / "run")
+    by_hand = kept_outside(
+        rate=change.get("lr", 0.1), at=at, kind=kind, target=change.get("relabel", {}).get(1)
+    )
+    assert recorded[:at] == by_hand[:at] and recorded[at + 1] != by_hand[at + 1]
+    with pytest.raises(RunError, match=r"that (no step before has read|is in no batch) \(input"):
+        run.what_if(at, until, **change, progress=False)
+    # Before the first step that reads it, nothing is kept.
+    (case,) = run.what_if(at, at + 1, **change, progress=False).cases
+    assert list(case.losses) == by_hand[at : at + 1]
+
+
+def drawing(record=None, rate=0.1, at=0, is_shuffled=False):
+    """The losses of a loop that draws as many random numbers as its numbers need."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, losses = torch.randn(24, 4), []
+    recording = everystep.record(run=record, model=model, optimizer=optimizer) if record else None
+
+    def batches():
+        for _ in range(2):
+            yield from x[torch.randperm(24) if is_shuffled else torch.arange(24)].split(8)
+
+    with recording or nullcontext():
+        for step, rows in enumerate(recording.steps(batches()) if recording else batches()):
+            optimizer.param_groups[0]["lr"] = rate if step >= at else 0.1
+            drawn = torch._standard_gamma(model(rows).exp())
+            loss = nn.functional.dropout(drawn, 0.2).square().mean()
+            losses.append(descend(optimizer, loss).detach())
+            if recording:
+                recording.log(loss=loss)
+    return [float(each) for each in losses]
+
+
+@pytest.mark.parametrize("is_shuffled", [False, True])
+def test_draws_after_steps_that_draw_more_or_fewer_numbers_may_differ(tmp_path, is_shuffled):
+    recorded = drawing(tmp_path / "run", is_shuffled=is_shuffled)
+    (case,) = everystep.open(tmp_path / "run").what_if(1, lr=0.3, progress=False).cases
+    by_hand = drawing(rate=0.3, at=1, is_shuffled=is_shuffled)
+    assert list(case.losses[:2]) == by_hand[1:3] != recorded[1:3]
+    assert (list(case.losses) == by_hand[1:]) != is_shuffled
+    assert case.differs_from == (4 if is_shuffled else None)  # the order of the second epoch
 
 
 def test_a_backward_pass_by_hand_has_no_known_rate(tmp_path):

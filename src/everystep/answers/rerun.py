@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from everystep.answers.diff import BEFORE, in_lockstep
 from everystep.answers.operations import OperationDifference, StepPair
@@ -25,7 +26,7 @@ from everystep.recording.keep import kept_text
 from everystep.recording.recorded_run import RecordedRun
 from everystep.replay.parallel import Replayed, Span, Visitor, replay_span, spans
 from everystep.replay.processes import Opener
-from everystep.replay.recorded_steps import read_program
+from everystep.replay.recorded_steps import RecordedSteps, read_program
 from everystep.replay.run_replay import Replay
 from everystep.replay.shown import Shown
 from everystep.step.state import State
@@ -181,7 +182,7 @@ def rerun(
         residue=next((each for each in found if each.is_residue and not each.follows), None),
         farthest=_farthest(numbers),
         others={each.name: np.array(each.losses_between(first, last)) for each in others},
-        problems=tuple(dict.fromkeys([*_notes(opener), *opener.problems])),
+        problems=tuple(dict.fromkeys([*_notes(opener, range(first, last + 1)), *opener.problems])),
     )
 
 
@@ -268,12 +269,21 @@ def _reads_numbers(program: Program) -> bool:
     return any(program.tensors[name].storage not in known for name in read)
 
 
-def _notes(opener: Opener) -> Iterator[str]:
+def _notes(opener: Opener, steps: range) -> Iterator[str]:
     """Yield what a rerun takes from the recording instead of computing, and if a replay here differs."""
-    run = opener.run
-    programs = (read_program(run, number) for number in run.stretches[-1].facts.programs)
+    run, stretch = opener.run, opener.run.stretches[-1]
+    programs = (read_program(run, number) for number in stretch.facts.programs)
     if any(_reads_numbers(program) for program in programs):
         yield ("Python read numbers from tensors; the repeated steps use the recorded numbers")
+    if (name := RecordedSteps(run, stretch, None).brought_later(steps)) is not None:
+        yield (
+            f"steps after the first read a tensor that is in no part and no batch ({name}), which your "
+            "code may compute; the repeated steps use the recorded ones"
+        )
+    if stretch.facts.loop is not None and stretch.facts.loop.has_computed_batches:
+        yield "a model in training computes the batches; the repeated steps use the recorded ones"
+    if any(each.class_name == ReduceLROnPlateau.__name__ for each in stretch.facts.schedulers.values()):
+        yield "the learning rates follow losses; the repeated steps use the recorded ones"
     if run.facts.not_kept:
         yield f"{kept_text(run.facts, run.newest_step())}; the last of these in a row are repeated"
     if run.change_files():

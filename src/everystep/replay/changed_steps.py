@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -16,24 +16,28 @@ from everystep.ops.operators import draws_random_numbers
 from everystep.program.number_slots import slots_of
 from everystep.program.optimizer_operator import OptimizerOperator
 from everystep.program.step_program import Program
-from everystep.recording.contents import Given, Inputs, inputs_of
+from everystep.recording.contents import Inputs
 from everystep.recording.database import Repeat
 from everystep.recording.input_writer import Taken
 from everystep.recording.recorded_run import RecordedRun, Stretch
 from everystep.replay.opened_step import of_kind
 from everystep.replay.recorded_batches import batches_of
-from everystep.replay.recorded_steps import NotReplayedError, ProgramKey, RecordedSteps, described
+from everystep.replay.recorded_steps import INPUT, NotReplayedError, ProgramKey, RecordedSteps
 from everystep.training.job import relabelled_rows
 
 __all__ = ["ChangedSteps", "FurtherSteps"]
 
 #: The target of a batch with several tensors of one number per row.
 _TARGETS = ("y", "label", "labels", "target", "targets")
-_BATCH, _INPUT = "batch/", "input/"
+_BATCH = "batch/"
 _WHAT = "the other targets"
 #: With a number, they scale or move a parameter, or make what moves it: code may compute the number of a
 #: decay, noise or a shrinkage from the rate. A bound, or a number that replaces others, is not one.
-_SCALING = {"mul", "div", "add", "sub", "lerp", "addcmul", "addcdiv"}
+_SCALING = {"mul", "div", "add", "sub", "lerp", "addcmul", "addcdiv", "pow", "softshrink"}
+#: They make tensors of a number.
+_FILLING = {"full", "full_like", "fill", "scalar_tensor", "new_full"}
+#: How many random numbers they draw depends on what they are given.
+_DRAWING_BY_NUMBERS = {"poisson", "binomial", "_standard_gamma", "_sample_dirichlet"}
 
 
 # What changes what, e.g. with other targets of rows 3 and 8:
@@ -81,14 +85,19 @@ class ChangedSteps(RecordedSteps):
         #: Whether a batch has one of the rows, by the inputs of its step.
         self._has: dict[bytes | None, bool] = {}
         self.targets: dict[int, tuple[float, float]] = {}
+        programs = self._first_of(steps)
+        drawing = (step for key, step in programs.items() if step and self._draws_by_numbers(key))
+        #: The first step that may draw more or fewer random numbers than recorded.
+        self._draws_other_from = min(drawing, default=math.inf)
         if lr is not None:
-            self._check_rates(steps)
+            self._check_rates(programs, steps)
         if steps is None:
             return
+        if relabelled:
+            self._check_not_from_targets(steps)
+        self._check_not_from_parameters(steps)
         if not relabelled:
-            self._check_not_from_parameters(steps)
             return
-        self._check_not_from_targets(steps)
         if rule is not None:
             self.rule = relabelled_rows(rule, relabelled, _WHAT)
             y, places = rule.y, {row: int(rule.batches.places([row])[0]) for row in relabelled}
@@ -110,6 +119,12 @@ class ChangedSteps(RecordedSteps):
         program = self.program_of(row).program
         if program.left_out:
             return f"Python read {program.left_out:,} of its values that no program computes"
+        is_drawn = any(name.startswith("generator/") for name in self.given(row).given)
+        if is_drawn and number > self._draws_other_from:
+            return (
+                "your code draws random numbers between steps, and how many these draw depends on their "
+                f"numbers since step {self._draws_other_from}"
+            )
         spec = program.tensors.get(self._name)
         is_relabelled = bool(self.targets) and (self.rule is not None or self._has.get(row.inputs))
         if is_relabelled and spec is not None and spec.storage in program.read_batch:
@@ -200,16 +215,24 @@ class ChangedSteps(RecordedSteps):
         self._changed = [(rows[place], target) for place, target in relabelled.items()]
         return y
 
-    def _check_rates(self, steps: range | None) -> None:
-        """Check that the programs of the steps know the learning rate of all that these train."""
-        of_rules = map(ProgramKey, self.facts.programs) if steps is None else ()
-        first: dict[ProgramKey, int | None] = dict.fromkeys(of_rules)
-        for row in () if steps is None else map(self.row, steps):
+    def _first_of(self, steps: range | None) -> dict[ProgramKey, int | None]:
+        """Return the first step of each program of the steps; None: of any steps by rules."""
+        if steps is None:
+            return dict.fromkeys(map(ProgramKey, self.facts.programs))
+        first: dict[ProgramKey, int | None] = {}
+        for row in map(self.row, steps):
             if row.program is not None:
                 # Which operations there are does not depend on the sizes.
                 first.setdefault(self.key_of(row)._replace(sizes=None), row.step)
+        return first
+
+    def _draws_by_numbers(self, key: ProgramKey) -> bool:
+        return any(each.name in _DRAWING_BY_NUMBERS for each in self.program(*key).program.operations)
+
+    def _check_rates(self, programs: Mapping[ProgramKey, int | None], steps: range | None) -> None:
+        """Check that programs know the learning rate of all that the steps train."""
         has_rate, where, end, of = False, self.run.name, "", ""
-        for key, step in first.items():
+        for key, step in programs.items():
             by_optimizers, by_others = _updated(self.program(*key).program)
             has_rate |= bool(by_optimizers)
             if by_others:
@@ -227,63 +250,36 @@ class ChangedSteps(RecordedSteps):
 
     def _check_not_from_parameters(self, steps: range) -> None:
         """Check that the steps read nothing that code may have computed from the parameters."""
-        read = {name: each for name, each in self._read_by(steps, _INPUT).items() if len(each) > 1}
-        if not read:
-            return
-        # What steps before these have read, too, is data; and so is what was cut out of the same data.
-        before = {
-            number
-            for row in self.run.repeats(1, steps[0] - 1)
-            for each in inputs_of(row.inputs, described(self.run, row.step)).given.values()
-            for number in each.numbers()
-        }
-        asked = {number for of in read.values() for each in of for number in each.numbers()}
-        index = self.run.located(before | asked)
-
-        def contents(number: int) -> set[bytes | int]:
-            """Return the digest of a piece, and that of the data it was cut out of."""
-            row = index.of(number)
-            numbers = (number,) if row is None or row.source is None else (number, row.source)
-            rows = ((each, index.of(each)) for each in numbers)
-            return {each if r is None else r.digests_from(each, each + 1)[0] for each, r in rows}
-
-        data = {content for number in before for content in contents(number)}
-        changing = [
-            name
-            for name, given in read.items()
-            if any(data.isdisjoint(contents(n)) for each in given for n in each.numbers())
-        ]
-        if changing:
+        if (name := self.brought_later(steps)) is not None:
             raise RunError(
-                f"the steps of {self.run.name} read a tensor that is in no part and no batch, and "
-                f"differs from step to step ({changing[0]}): your code may compute it from the "
-                "parameters; change the rate in a fork that your code makes, or pass the object that "
-                "holds it to everystep.record(...)"
+                f"the steps of {self.run.name} after step {steps[0]} read a tensor that is in no part "
+                f"and no batch, and that no step before has read ({name}): your code may compute it "
+                "from the parameters; make the change in a fork that your code makes, or pass the "
+                "object that holds it to everystep.record(...)"
             )
 
     def _check_not_from_targets(self, steps: range) -> None:
         """Check that the steps read nothing that code may have made from the targets."""
-        # One batch for all steps leaves nothing to compare: what is the same might still be made from
-        # it.
-        read, batches = (self._read_by(steps, kind) for kind in (_INPUT, _BATCH))
-        is_alone = all(len(each) == 1 for each in batches.values())
-        is_alone &= self.rule is None or self.rule.is_fixed
-        # What is the same with several batches was not made from one; NumPy is not seen.
-        unsure = [name for name, each in read.items() if is_alone or len(each) > 1]
+        batches: dict[Any, tuple[str, set[Any]]] = {}
+        known = set[Any]()
+        for row in map(self.row, (max(1, steps[0] - 1), *steps)):
+            given = self.given(row).given.items()
+            of = tuple(each.content for name, each in given if name.startswith(_BATCH))
+            # By a rule, the row in the database has no batch; one batch for all steps is the same one.
+            batch = of if self.rule is None or self.rule.is_fixed else row.step
+            for name, each in given:
+                if name.startswith(INPUT):
+                    batches.setdefault(each.content, (name, set()))[1].add(batch)
+            if row.step < steps[0]:  # what was there before is not made from other targets
+                known = {*batches}
+        # What several batches come with was not made from one of them; NumPy is not seen.
+        unsure = [name for key, (name, of) in batches.items() if len(of) == 1 and key not in known]
         if unsure:
             raise RunError(
-                f"the steps of {self.run.name} read a tensor that is in no batch ({unsure[0]}): your "
-                "code may make it from the targets, as with NumPy; change the targets in a fork instead"
+                f"the steps of {self.run.name} read a tensor that is in no batch "
+                f"({unsure[0].removeprefix(INPUT)}): your code may make it from the targets, as with "
+                "NumPy, or in the step before; change the targets in a fork instead"
             )
-
-    def _read_by(self, steps: range, kind: str) -> dict[str, Collection[Given]]:
-        """Return the inputs of a kind that steps, and the step before them, read, by name: each once."""
-        read: dict[str, dict[Any, Given]] = {}
-        for row in map(self.row, (max(1, steps[0] - 1), *steps)):
-            for name, each in self.given(row).given.items():
-                if name.startswith(kind):
-                    read.setdefault(name.removeprefix(kind), {})[each.content] = each
-        return {name: found.values() for name, found in read.items()}
 
 
 class FurtherSteps(ChangedSteps):
@@ -374,11 +370,13 @@ def _updated(program: Program) -> tuple[set[str], set[str]]:
     following = program.storages_of(gradients | {*program.gradients.values()})
     by_optimizers, by_updates, by_gradients, by_numbers = set[str](), set[str](), set[str](), set[str]()
     state = own | program.storages_of({*program.state_names, *program.ends.values()})
+    inputs = {n for n in program.tensors if program.storage_of(n).kind == "input"}
     for operation in program.operations:
         changed = program.storages_of(operation.changed())
         is_whole = isinstance(operation.resolved, OptimizerOperator)
         # A rate that is a tensor is not a number of the step: it is part of the state.
-        if is_whole and any(slot.name == "lr" for slot in slots_of(operation)):
+        rates = sum(slot.name == "lr" for slot in slots_of(operation)) if is_whole else 0
+        if rates and rates == len(operation.keywords["lr"]):
             by_optimizers |= changed
         elif operation.phase == "update":
             by_updates |= changed
@@ -387,10 +385,15 @@ def _updated(program: Program) -> tuple[set[str], set[str]]:
             following |= changed - own
         else:
             kind = operation.name.removeprefix("_foreach_").rstrip("_")  # in place or on a list, too
+            read = [*operation.reads()]
             # `weight -= decay * weight` has its number in a product that the step makes for that.
-            made = (by_numbers - state) & program.storages_of(operation.reads())
-            if (kind in _SCALING and slots_of(operation)) or (kind in ("add", "sub", "copy") and made):
+            made = not (by_numbers - state).isdisjoint(program.storages_of(read))
+            # A number may be a tensor: `weight *= torch.tensor(1 - decay)`.
+            numbers = [n for n in read if n in inputs and not math.prod(program.tensors[n].shape) > 1]
+            if made or (kind in _SCALING and (numbers or slots_of(operation))):
                 by_numbers |= changed
+            elif numbers or (kind in _FILLING and slots_of(operation)):
+                by_numbers |= changed - own
 
     def of(changed: set[str]) -> set[str]:
         return {name for name, storages in trained.items() if storages & changed}

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from contextlib import suppress
 from hashlib import sha256
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -38,6 +38,7 @@ from everystep.recording.recorded_run import RecordedRun, Stretch
 from everystep.replay.opened_step import of_kind
 
 __all__ = [
+    "INPUT",
     "NotReplayedError",
     "ProgramKey",
     "RecordedSteps",
@@ -46,6 +47,8 @@ __all__ = [
     "read_program",
 ]
 
+#: Prefix of the names of what a step has from outside.
+INPUT = "input/"
 #: Rows of the database, and losses, to read at once.
 BLOCK = 256
 #: Steps to look ahead: to bind their program, and to read their inputs at once.
@@ -265,6 +268,44 @@ class RecordedSteps:
             # By the bytes in the database: steps with the same inputs decode them once.
             self._given[row.inputs] = inputs_of(row.inputs, described(self.run, row.step))
         return self._given[row.inputs]
+
+    def brought_later(self, steps: range) -> str | None:
+        """Return the name of a tensor from outside that a step after the first one is the first to read.
+
+        None if there is none. Data from outside is read before, or is cut out of a tensor that was: what
+        is new may follow from what the steps have done.
+        """
+
+        def read_in(rows: Iterable[Repeat]) -> dict[Any, tuple[str, Given]]:
+            pairs = (pair for row in rows for pair in self.given(row).given.items())
+            return {each.content: (name, each) for name, each in pairs if name.startswith(INPUT)}
+
+        known = read_in([self.row(steps[0])])
+        new = {n: each for n, each in read_in(map(self.row, steps[1:])).items() if n not in known}
+        if not new:
+            return None
+        earlier = {
+            number
+            for row in self.run.repeats(1, steps[0])
+            for each in self.given(row).given.values()
+            for number in each.numbers()
+        }
+        asked = {number for _, each in new.values() for number in each.numbers()}
+        index = self.run.located(earlier | asked)
+
+        def contents(number: int) -> set[bytes | int]:
+            """Return the digest of a piece, and that of the data that it was cut out of."""
+            row = index.of(number)
+            numbers = (number,) if row is None or row.source is None else (number, row.source)
+            rows = ((each, index.of(each)) for each in numbers)
+            return {each if r is None else r.digests_from(each, each + 1)[0] for each, r in rows}
+
+        data = {content for number in earlier for content in contents(number)}
+        names = (
+            n for n, each in new.values() if any(data.isdisjoint(contents(k)) for k in each.numbers())
+        )
+        found = next(names, None)
+        return None if found is None else found.removeprefix(INPUT)
 
     def inputs(self, row: Repeat) -> dict[str, Tensor]:
         """Return the inputs of a step by `batch/name` and `input/name`, on the CPU: the caller's own."""

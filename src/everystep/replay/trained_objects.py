@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -81,17 +82,37 @@ def state_to_continue(replay: Replay, number: int, objects: Objects | None) -> S
     engine = stretch.facts.engine
     turn = None if engine is None else engine.eager_from
     is_shared = stretch.facts.ranks is not None  # Python would need all ranks to repeat the steps
-    if is_shared or turn is None or turn > number or number in run.snapshots:
+    if is_shared or turn is None or turn > number + 1:
+        return replay.state(number)
+    known = objects or Objects()
+    # What a function or a Dataset keeps would go on with another call.
+    has_next = not isinstance(known.loss, FunctionType) and not stretch.facts.data.lazy
+    has_next &= stretch.first <= number + 1 <= (stretch.last or run.newest_step())
+    is_stored = turn > number or number in run.snapshots
+    if is_stored and not has_next:
         return replay.state(number)
     # A replay of steps that Python took restores tensors only; for everything else that objects hold (a
     # counter, a scheduler's rate), Python repeats the steps since the last snapshot.
     # The state that a stretch begins with has the objects of the stretch, not of the one before.
     begin = run.state_near(number, after=stretch.first - 2) or replay.state(stretch.first - 1)
+    begin = replay.state(number) if is_stored else begin
     with replay.in_force(number):
-        stepper = Living(run, stretch, objects or Objects(), begin, "eager")
+        stepper = Living(run, stretch, known, begin, "eager")
         losses = stepper.run(number)
         replay.compare(begin.step + 1, losses)
-        return stepper.capture()
+        state = begin if is_stored else stepper.capture()
+        # Their next step shows whether they hold what no state has, such as a count of calls.
+        if (
+            replay.diverged_at is None
+            and has_next
+            and replay.compare(number + 1, stepper.run(number + 1))
+        ):
+            raise RunError(
+                f"the objects that trained {run.name} do not continue it: from state {number} on, the "
+                f"loss of step {number + 1} differs from the recording, as they hold something that no "
+                "state has; pass them as they were before training: model=..., loss=..., optimizer=..."
+            )
+        return state
 
 
 @contextmanager

@@ -126,12 +126,7 @@ def what_if(
     trained = opener.state(at), until, question, objects
     # Without a change first: a training that differs from its recording shows nothing of a change.
     (recorded,) = opener.call(train, [None], *trained)
-    losses = run.losses_between(at + 1, until)
-    if not all(map(same_number, recorded.losses, losses)):
-        raise RunError(
-            f"steps {at + 1:,} to {until:,} of {run.name} cannot be replayed bit for bit, so trainings "
-            f"{change} cannot be compared with them; run everystep verify for details"
-        )
+    _check_recorded(run, (at, until), recorded)
     on_progress(until - at)
     others: list[Case] = []
     groups = [(cases[first : first + GROUP], *trained) for first in range(0, len(cases), GROUP)]
@@ -171,7 +166,25 @@ def _train_without(
         for rows in cases:
             training.begin(batches.without_rows(rows, at + 1, until) if rows else batches)
             found.append(Case(rows or (), *_outcome(run, question, (at, until), training)))
+        engine = stretch.facts.engine
+        if (engine is None or engine.eager_from is not None) and cases != [None]:
+            # What a function keeps outside of the parts would go on from training to training.
+            training.begin(batches)
+            again = Case((), *_outcome(run, question, (at, until), training))
+            _check_recorded(run, (at, until), again, "again, ")
     return found
+
+
+def _check_recorded(run: RecordedRun, states: tuple[int, int], found: Case, how: str = "") -> None:
+    """Check that a training without a change is the recorded one. how: it was taken."""
+    at, until = states
+    if not all(map(same_number, found.losses, run.losses_between(at + 1, until))):
+        kept = "the model or the loss keeps something that no state has; " if how else ""
+        raise RunError(
+            f"steps {at + 1:,} to {until:,} of {run.name} cannot be replayed {how}bit for bit, so a "
+            "training with a change cannot be compared with them; "
+            f"{kept}run everystep verify for details"
+        )
 
 
 def _train_alone(
