@@ -8,6 +8,7 @@ import re
 import time
 import warnings
 from collections import defaultdict
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -106,6 +107,18 @@ def test_a_loop_that_has_ended_is_trained_for_more_epochs(whole, tmp_path):
     assert first == lines[:3]
     assert more == lines[-len(more) :] and len(more) <= 4
     assert everystep.open(tmp_path / "run").table_frame().equals(table)
+
+
+@pytest.mark.parametrize("stop", [("step", 20), ("step", 33)])
+def test_a_loop_that_ends_before_its_run_says_so(stop, tmp_path, capfd):
+    with pytest.raises(StopError):
+        train(tmp_path / "run", 6, stop)
+    train(tmp_path / "run", 3)
+    said = capfd.readouterr().err
+    ended = "the loop ended after step 18, and the run has 20: the parts are not as after its last step"
+    assert ended in said if stop[1] == 20 else "and the run has 33: the parts are not" in said
+    train(tmp_path / "run", 6)
+    assert "and the run has" not in capfd.readouterr().err
 
 
 def test_an_early_stop_is_the_same_when_the_loop_is_resumed(tmp_path):
@@ -463,6 +476,62 @@ def test_a_loop_continues_between_epochs_as_the_code_before_them_left_it(of, tmp
         trained(tmp_path / "run", 2)
     # By force, nothing is repeated and compared: it continues with the state between two epochs.
     assert trained(tmp_path / "run", 3, force=True).equals(whole)
+
+
+class Warming(nn.Module):
+    """A model that becomes another after some passes."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.2), nn.Linear(4, 1))
+        self.is_warm, self.passes = False, 0
+
+    def forward(self, x):
+        self.passes += self.training
+        self.is_warm |= self.passes > 9
+        return self.layers(x) / (1 + self.is_warm)
+
+
+@pytest.mark.parametrize("every", [1, 2, 1000])
+@pytest.mark.parametrize("stop", [("step", 3), ("step", 10), ("validation", 1)])
+@pytest.mark.parametrize("is_ordered", [True, False])
+def test_a_cell_of_a_notebook_that_was_interrupted_continues_with_its_objects(
+    is_ordered, stop, every, tmp_path, monkeypatch
+):
+    take_snapshots_every(monkeypatch, every)
+
+    def trained(directory, stop):
+        torch.manual_seed(0)
+        model, ordered = Warming(), Ordered()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        order = {"shuffle": True, "generator": torch.Generator().manual_seed(1)}
+        order = {"sampler": ordered} if is_ordered else order
+        loader = DataLoader(torch.arange(24.0).view(8, 3) / 9, batch_size=2, **order)
+
+        def cell(stop):
+            with everystep.record(
+                run=directory, resume=True, model=model, optimizer=optimizer
+            ) as recording:
+                for epoch in recording.epochs(4):
+                    model.train()
+                    ordered.epoch = epoch
+                    for x in recording.steps(loader):
+                        optimizer.param_groups[0]["lr"] = 0.1 / (1 + recording.step_count)
+                        recording.log(loss=descend(optimizer, model(x).square().mean()))
+                        if stop == ("step", recording.step_count):
+                            raise KeyboardInterrupt
+                    model.eval()
+                    if stop == ("validation", epoch):
+                        raise KeyboardInterrupt
+
+        with suppress(KeyboardInterrupt):
+            cell(stop)
+        if stop is not None:
+            cell(None)
+        return everystep.open(directory).table_frame(), model.passes
+
+    (table, passes), (other, count) = trained(tmp_path / "whole", None), trained(tmp_path / "run", stop)
+    assert other.equals(table) and passes == count
 
 
 def test_a_loop_that_ends_at_once_by_force_says_so(capsys):

@@ -58,9 +58,10 @@ def train(directory, keep, killed_after=None, diverges_at=None, **options):
     return recording.run
 
 
-def train_killed(place, keep, step):
+def train_killed(place, keep, step, **options):
     """Train in a process that is killed after a step; return what is there of its run."""
-    process = multiprocessing.get_context("fork").Process(target=train, args=(place, keep, step))
+    given = (place, keep, step), options
+    process = multiprocessing.get_context("fork").Process(None, train, None, *given)
     process.start()
     process.join()
     assert process.exitcode == 9
@@ -151,6 +152,21 @@ def test_a_resumed_loop_may_keep_others_from_there_on(whole, tmp_path):
     assert run.facts.kept(STEPS) == [(1, 25), (30, 35)]
     assert all(run[step].is_exact for step in (1, 25, 30, 35))
     assert run.verify(processes=1, progress=False).is_exact
+
+
+def test_a_budget_gives_up_batches_and_not_what_a_resume_needs(whole, tmp_path):
+    budget = {"batch_budget": 5000}
+    assert train_killed(tmp_path / "run", None, 25, **budget).facts.batches_lost_to
+    assert train_killed(tmp_path / "run", None, 43, **budget).facts.batches_lost_to > 25
+    run = train(tmp_path / "run", None, **budget)
+    assert run.losses.equals(whole.losses) and run.measurements.equals(whole.measurements)
+
+
+def test_a_resume_begins_at_the_second_newest_snapshot_whatever_fits(whole, tmp_path, capfd):
+    train_killed(tmp_path / "run", None, 25, snapshot_budget=0)
+    assert everystep.open(tmp_path / "run").snapshots == [0, 20, 24]
+    run = train(tmp_path / "run", None, snapshot_budget=0)
+    assert run.losses.equals(whole.losses) and "continues after step 20" in capfd.readouterr().err
 
 
 def test_steps_of_a_function_are_kept_too_and_a_model_needs_no_keep(tmp_path):
@@ -248,4 +264,5 @@ def test_a_budget_for_fewer_than_two_snapshots_is_announced(monkeypatch, capsys)
     looped(nn.Linear(1000, 2), batches, sum_of, optimizer=None, snapshot_budget=9000)
     said = capsys.readouterr().err
     assert "a step between them opens by a replay of all before it; to change that, pass" in said
+    assert "only the first and the two newest snapshots stay" in said
     assert "a larger snapshot_budget" in said

@@ -361,6 +361,23 @@ def test_of_two_threads_that_begin_at_once_one_records(tmp_path):
     assert len(run) == 3 and run.verify(progress=False).is_exact
 
 
+def test_steps_that_another_thread_reads_ahead_are_refused(made):
+    model, optimizer, batch = made
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        steps, raised = iter(recording.steps([batch] * 3)), []
+
+        def ahead():
+            try:
+                next(steps)
+            except everystep.UsageError as error:
+                raised.append(str(error))
+
+        thread = threading.Thread(target=ahead)
+        thread.start()
+        thread.join()
+        assert "recording.steps(ahead(loader))" in raised[0]
+
+
 def test_a_loader_that_is_empty_or_raises(made, capsys):
     model, optimizer, batch = made
     with everystep.record(model=model) as recording:
@@ -448,6 +465,35 @@ def test_gradients_that_wait_for_a_later_step_are_in_the_snapshots_between(tmp_p
     shutil.rmtree(tmp_path / "run")
     left(until=4)
     assert left(resume=True) == expected
+
+
+@pytest.mark.parametrize("uses", ["steps", "reads"])
+def test_gradients_that_code_after_an_epoch_uses_are_in_the_snapshot(uses, tmp_path, monkeypatch):
+    take_snapshots_every(monkeypatch, 1)
+
+    def left(directory, stop=None):
+        torch.manual_seed(0)
+        model, batches = nn.Linear(3, 1), torch.randn(5, 4, 3).unbind()
+        optimizer, scale = torch.optim.SGD(model.parameters(), lr=0.1), {"is": 1.0}
+        with everystep.record(
+            run=directory, resume=True, model=model, optimizer=optimizer, scale=scale
+        ) as recording:
+            for _ in recording.epochs(3):
+                for x in recording.steps(batches):
+                    if recording.step_count == stop:
+                        break
+                    recording.log(loss=descend(optimizer, model(x).square().mean() * scale["is"]))
+                if recording.step_count == stop:
+                    break
+                if uses == "steps":
+                    optimizer.step()
+                else:
+                    scale["is"] = 1 / (1 + float(model.weight.grad.norm()))
+        return recording.run.losses
+
+    whole = left(tmp_path / "whole")
+    left(tmp_path / "run", 6)
+    assert left(tmp_path / "run").equals(whole)
 
 
 @pytest.mark.parametrize("read", [torch.norm, lambda gradient: sum(map(abs, gradient.tolist()[0]))])
@@ -613,11 +659,12 @@ def write_in_a_thread(weight, array):
 
 @pytest.mark.parametrize("write", [write_by_numpy, write_in_a_thread])
 def test_hidden_writes_are_found_by_the_next_digest_where_there_is_no_loss(
-    made, write, everystep_command
+    made, write, everystep_command, monkeypatch
 ):
+    take_snapshots_every(monkeypatch, 1000)  # a state after 128 would have what was written
     model, optimizer, batch = made
     array = model[0].weight.detach().numpy()
-    with everystep.record(model=model, optimizer=optimizer, snapshot_budget=1) as recording:
+    with everystep.record(model=model, optimizer=optimizer) as recording:
         for number, each in enumerate(recording.steps([batch] * 150), start=1):
             take(model, optimizer, each)
             if number == 80:

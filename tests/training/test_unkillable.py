@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import everystep
 from everystep.recording import recorder
 from everystep.training.loop_writer import LoopWriter
+from everystep.training.watched_steps import WatchedSteps
 from everystep.views.progress import Silent
 
 ROOT = Path(__file__).parents[2]
@@ -162,6 +163,33 @@ def test_a_signal_while_a_step_is_recorded_waits_until_it_is(monkeypatch, kind, 
     assert again.losses.equals(whole.losses) and again.verify(progress=False).is_exact
 
 
+@pytest.mark.parametrize("moment", ["__init__", "begin", "close", "finish"])
+def test_ctrl_c_as_a_recording_begins_or_ends_leaves_a_closed_run(moment, monkeypatch):
+    happens, calls = getattr(WatchedSteps, moment), []
+
+    def interrupted(self, *arguments):
+        calls.append(1)
+        if len(calls) == (12 if moment == "close" else 1):
+            signal.raise_signal(signal.SIGINT)
+        return happens(self, *arguments)
+
+    def by_next(resume=False):
+        model = nn.Linear(2, 2)
+        with everystep.record(run="./run", resume=resume, model=model) as recording:
+            batches = recording.steps(torch.ones(12, 1, 2))
+            for _ in range(12 - recording.step_count):
+                recording.log(loss=model(next(batches)).sum())
+        return recording.run
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WatchedSteps, moment, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            by_next()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert everystep.open("run").status in ("stopped", "finished")
+    assert len(by_next(resume=True)) == 12
+
+
 def test_ctrl_c_while_a_run_is_closed_waits_until_it_is(monkeypatch):
     close = LoopWriter.finish
 
@@ -185,6 +213,15 @@ def test_ctrl_c_in_the_body_of_a_loop_ends_it_at_once():
                 signal.raise_signal(signal.SIGINT)
     run = everystep.open("run")
     assert (run.status, len(run)) == ("stopped", 3)
+
+
+def test_a_loop_that_leaves_by_exit_has_not_finished():
+    with pytest.raises(SystemExit), everystep.record(model=nn.Linear(2, 2), run="./run") as recording:
+        for step in recording.steps(range(5)):
+            if step == 3:
+                sys.exit("diverged")
+    run = everystep.open("run")
+    assert (run.status, run.facts.reason, len(run)) == ("stopped", "by SystemExit: diverged", 3)
 
 
 def test_a_step_function_that_is_stopped_keeps_its_last_state():

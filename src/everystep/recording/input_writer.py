@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
@@ -67,7 +67,7 @@ class BatchFile:
     """A file of batches: its bytes, the step at which it was begun (0 if unknown), and its uses.
 
     newest_step: the last that needs it to open, 0 for none; draws: the first and the last with draws in
-    it, noted only where steps are given up.
+    it.
     """
 
     size: int = 0
@@ -93,6 +93,7 @@ class Repeats:
         recorded: the newest step that the run has.
         keep: which steps are kept, None for all.
         is_kept: returns whether a step is kept; of others, only draws are written.
+        resumed: returns ranges of steps; a resume needs their draws, which no budget gives up.
 
     lost_to: the last step that needs dropped inputs; files: of batches, by number; recent: the bytes of
     new contents of the newest steps.
@@ -105,6 +106,7 @@ class Repeats:
         recorded: int,
         keep: Keep | None = None,
         is_kept: Callable[[int], bool] = lambda step: True,
+        resumed: Callable[[], Sequence[tuple[int, int]]] | None = None,
     ) -> None:
         self.lost_to, self._bytes = database.facts().batches_lost_to or 0, 0
         self.recent: deque[int] = deque(maxlen=RECENT)
@@ -113,6 +115,7 @@ class Repeats:
         self._recorded = recorded
         self._keep = keep
         self._is_kept = is_kept
+        self._resumed = resumed
         #: The files that are being written: of draws, which may have to stay longer, and of the others.
         self._open: dict[bool, tuple[int, BinaryIO]] = {}
         self.files: dict[int, BatchFile] = {}
@@ -128,17 +131,22 @@ class Repeats:
         self._packed = b""
         for row in database.all_contents():
             self._know(row)
-            # Without `keep`, which step needs a file last is seldom looked up: that reads all steps.
-            newest_step = recorded if keep is None else 0
-            file = self.files.setdefault(row.file, BatchFile(newest_step=newest_step))
+            file = self.files.setdefault(row.file, BatchFile())
             file.size = max(file.size, row.place + row.size * (row.end - row.number))
         self._newest = max(self.files, default=0)
         self._next = self._spans.rows[-1].end if self._spans.rows else 1
         self._forget_lost()
-        # Only the steps show the last uses of files, by which `keep` gives them up, and the numbers of
-        # lost pieces: none is given again, or what a step needs would seem to be there, and altered.
-        is_read = keep is not None or self.lost_to > 0
-        for repeat in database.repeats(1) if is_read else ():
+        # Of a new run, all uses are noted; otherwise they are looked up once a file is to be given up.
+        self._has_uses = not self.files
+        # Lost pieces have numbers, too: none is given again, or what a step needs would seem to be
+        # there, and altered.
+        if keep is not None or self.lost_to > 0:
+            self._look_up_uses()
+
+    def _look_up_uses(self) -> None:
+        """Note which steps use the files of before, and the numbers of lost pieces; reads all steps."""
+        self._has_uses = True
+        for repeat in self._database.repeats(1):
             for name, each in inputs_of(repeat.inputs, f"step {repeat.step}").given.items():
                 self._next = max([self._next, *(first + size for first, size in each.runs)])
                 self._use(repeat.last, name, self._files_of(each.numbers()))
@@ -177,8 +185,9 @@ class Repeats:
         new = compare(found)
         if not new:  # only the first new step changes the run: until then, nothing is given up
             return
+        spared = {self._newest, *(number for number, _ in self._open.values())}
         self._close_files(rows[-1].step)
-        old = self.oldest(self._budget, spared=self._newest)  # the steps just taken need that file
+        old = self.oldest(self._budget, spared)  # the steps just taken need those files
         lost_to = max([self.lost_to, *(self.files[number].newest_step for number in old)])
         with self._database.removing(self.drop(old)):
             self._database.enter(self._rows)
@@ -215,24 +224,29 @@ class Repeats:
         return [n for n, file in self._closed_files().items() if not self._is_needed(file, resumed)]
 
     def _is_needed(self, file: BatchFile, resumed: Sequence[tuple[int, int]]) -> bool:
-        first, last = file.draws
-        # Workers that stay from epoch to epoch were started with the first draw.
-        if first == 1 or any(begin <= last and first <= end for begin, end in resumed if last):
-            return True
-        return file.newest_step > 0 and self._is_kept(file.newest_step)
+        is_kept = file.newest_step > 0 and self._is_kept(file.newest_step)
+        return is_kept or _has_draws_of(file, resumed)
 
     def _closed_files(self) -> dict[int, BatchFile]:
         written = {number for number, _ in self._open.values()}
         return {number: file for number, file in self.files.items() if number not in written}
 
-    def oldest(self, budget: float, spared: int = 0) -> list[int]:
-        """Return the complete files to give up to stay within a budget. spared: a file that stays."""
-        closed = {n: file for n, file in self._closed_files().items() if n != spared}
-        has_only_draws = {n: file.draws > (0, 0) and not file.newest_step for n, file in closed.items()}
-        found, left = [], self.size
+    def oldest(self, budget: float, spared: Collection[int] = ()) -> list[int]:
+        """Return the complete files to give up to stay within a budget. spared: files that stay."""
+        found, left = list[int](), self.size
+        if left <= budget:
+            return found
+        if not self._has_uses:
+            self._look_up_uses()
+        resumed = None if self._resumed is None else self._resumed()
+        closed = {
+            number: file
+            for number, file in self._closed_files().items()
+            if number not in spared and not (resumed is not None and _has_draws_of(file, resumed))
+        }
         # A batch that comes again is stored once, so later steps may need its file, too: the files that
-        # no step has needed for longest go first, and draws, of a resume, last.
-        for number in sorted(closed, key=lambda n: (has_only_draws[n], closed[n].newest_step, n)):
+        # no step has needed for longest go first.
+        for number in sorted(closed, key=lambda n: (max(closed[n].newest_step, closed[n].draws[1]), n)):
             if left <= budget:
                 break
             found.append(number)
@@ -275,7 +289,7 @@ class Repeats:
             self._use(step, name, known[2])
             return known[1]
         given, digests, pieces = pieces_of(tensor)
-        is_draw = self._is_draw(name)
+        is_draw = name.startswith(DRAW)
         may_be_old = is_draw or self._keep is None
         new = dict(zip(digests, pieces, strict=True))
         for digest in new.keys() & self._known.keys():
@@ -347,16 +361,14 @@ class Repeats:
         are_old = newest is not None and any(step - file.begun > newest for file in known)
         return len(known) == len(files) and not are_old
 
-    def _is_draw(self, name: str) -> bool:
-        return self._keep is not None and name.startswith(DRAW)
-
     def _use(self, step: int, name: str, files: set[int]) -> None:
         """Note that a step has an input in files."""
         for file in map(self.files.__getitem__, files):
-            if self._is_draw(name):
-                file.draws = file.draws[0] or step, step
+            if name.startswith(DRAW):
+                first, last = file.draws
+                file.draws = min(first or step, step), max(last, step)
             else:
-                file.newest_step = step
+                file.newest_step = max(file.newest_step, step)
 
     def _write(
         self,
@@ -394,3 +406,10 @@ class Repeats:
         spans = (each for each in kept.rows if each.source is None or of(each.source) is not None)
         self._spans = PieceIndex(spans)
         self._known = {d: n for d, n in self._known.items() if self._spans.of(n) is not None}
+
+
+def _has_draws_of(file: BatchFile, resumed: Sequence[tuple[int, int]]) -> bool:
+    """Return whether a file has draws of steps in some ranges, or of the first step."""
+    first, last = file.draws
+    # Workers that stay from epoch to epoch were started with the first draw.
+    return first == 1 or any(begin <= last and first <= end for begin, end in resumed if last)

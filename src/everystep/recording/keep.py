@@ -169,9 +169,9 @@ class Outlook(NamedTuple):
                 f"({size_text(self.batch_budget)}), and their steps do not open"
             )
             cures.append("a larger batch_budget")
-        if 2 * self.state > self.snapshot_budget:
+        if 3 * self.state > self.snapshot_budget:
             text += (
-                "; only the first and the newest snapshot stay, and a step between them opens by a "
+                "; only the first and the two newest snapshots stay, and a step between them opens by a "
                 "replay of all before it"
             )
             cures.append("a larger snapshot_budget")
@@ -193,9 +193,9 @@ class Outlook(NamedTuple):
         return found
 
     def _snapshots(self, ahead: Ahead) -> float:
-        """Return what snapshots will take: within the budget, but at least the first and the newest."""
+        """Return what snapshots will take: within the budget, but at least the first and two newest."""
         steps = ahead.total if ahead.total is not None else self.steps + (ahead.alike or self.steps)
         if self.keep is not None and self.keep.newest is not None:
             steps = min(steps, self.keep.newest)
-        count = 2 + steps / self.interval if self.interval else 2
-        return max(2 * self.state, min(count * self.state, self.snapshot_budget))
+        count = 3 + steps / self.interval if self.interval else 3
+        return max(3 * self.state, min(count * self.state, self.snapshot_budget))

@@ -11,7 +11,6 @@ from everystep.errors import RecordingError
 from everystep.recording.database import FILE_NAME, reading
 from everystep.recording.files import batch_file, state_folder
 from everystep.recording.input_writer import Repeats
-from everystep.recording.keep import Keep
 from everystep.recording.lock import adding
 from everystep.recording.snapshots import SnapshotPlan
 
@@ -47,10 +46,9 @@ def pruning_of(directory: Path, snapshots: int | None, batches: int | None) -> P
     """
     with reading(directory / FILE_NAME) as database:
         facts, newest = database.facts(), database.newest_step()
-        # Looking for what needs each file reads all steps.
-        repeats = Repeats(database, math.inf, newest, None if batches is None else Keep("all steps"))
+        repeats = Repeats(database, math.inf, newest)
         kept = {row.step: row.size for row in database.snapshots()}
-    files = repeats.oldest(math.inf if batches is None else batches)
+        files = repeats.oldest(math.inf if batches is None else batches)
     lost = max((repeats.files[number].newest_step for number in files), default=0)
     lost, whole = max(lost, repeats.lost_to), sum(kept.values())
     # Interval 1: `thin` doubles it from there until the rest fits.

@@ -158,10 +158,13 @@ class Recorder:
                     self._resume(facts)
                 else:
                     self._begin(facts, parent, at, beginning)
+                trained = self._database.facts().trained
+                if trained is not None and trained.loop is not None:
+                    self.plan.newest = 2  # a resume of a loop begins with the second newest
                 # By their rows: one without its file keeps its number.
                 programs = [Path(row.name).stem for row in self._database.files(f"{PROGRAMS}/*.json")]
                 self.program_count = max((int(each) for each in programs if each.isdecimal()), default=0)
-                given = batch_budget, self._last_step, keep, self._is_kept
+                given = batch_budget, self._last_step, keep, self._is_kept, self._resumed
                 self._repeats = Repeats(self._database, *given)
                 self.plan.lost_to = self._repeats.lost_to
                 closing.callback(self._repeats.close)
@@ -441,21 +444,27 @@ class Recorder:
             self._not_kept = keep.without(self._not_kept, last)
             self._pin()
         states = self.plan.thin()
-        for row in self._database.snapshots():
-            # Those from before a resume are not noted yet.
-            if row.step in self.plan.kept.keys() - self._call_begins:
-                with suppress(RunError):
-                    self._note_call(read_snapshot(self._home.here, row))
-        # A resume draws again from where the call of `steps` began that the snapshot is in.
-        resumed = [(self._call_begins.get(step, 1), step) for step in self.plan.kept]
-        # The next snapshot may lie in the current call of `steps`: a resume from it needs these draws.
-        resumed.append((max(self.plan.kept) + 1, MOST_STEPS))
+        resumed = self._resumed()
         known = self._database.changes().items()
         changes = [file for step, file in known if not self._is_kept(step + 1)]
         batches = self._repeats.drop(self._repeats.unneeded(resumed))
         with self._database.removing([*map(state_folder, states), *batches, *changes]):
             self._repeats.forget(self._not_kept, resumed)
             self._database.write_facts({"not_kept": self._not_kept})
+
+    def _resumed(self) -> list[tuple[int, int]]:
+        """Return the ranges of steps with draws that a resume may need."""
+        # One begins with one of the two newest states; those of kept steps are for forks.
+        states = self.plan.kept if self._keep is not None else sorted(self.plan.kept)[-2:]
+        for row in self._database.snapshots():
+            # Those from before a resume are not noted yet.
+            if row.step in states and row.step not in self._call_begins:
+                with suppress(RunError):
+                    self._note_call(read_snapshot(self._home.here, row))
+        # A resume draws again from where the call of `steps` began that the snapshot is in.
+        resumed = [(self._call_begins.get(step, 1), step) for step in states]
+        # The next snapshot may lie in the current call of `steps`: a resume from it needs these draws.
+        return [*resumed, (max(states, default=0) + 1, MOST_STEPS)]
 
     def drain(self) -> None:
         """Wait until everything so far is on disk.

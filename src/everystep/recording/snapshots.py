@@ -43,6 +43,8 @@ REST = "rest.safetensors"
 DEFAULT_BUDGET = 512_000_000
 #: A jump to any step should cost at most about this many seconds of replay.
 REPLAY_SECONDS = 0.08
+#: A resume should repeat at most about this many seconds between two snapshots.
+RESUME_SECONDS = 300.0
 #: Snapshots may take this share of the training's time, in the training thread and outside of it.
 TIME_SHARE = 0.03
 #: States from this size on are large: the time to write their bytes matters.
@@ -211,11 +213,12 @@ class SnapshotPlan:
     Snapshots are at multiples of the interval, a power of two, so that any two runs share the steps of
     the sparser one. The interval starts where a jump costs up to `REPLAY_SECONDS`, or more if snapshots
     would cost more than `TIME_SHARE` of the training, and doubles whenever the budget is full, up to
-    `longest`. State 0, the newest, and those in `pinned` are always kept.
+    `longest`. State 0, the newest, and those in `pinned` are always kept. Those between are taken, too,
+    at multiples of `longest_taken`, and kept as long as they are among the newest.
 
     lost_to: the last step that needs lost batches: the first state from there on is always kept, since
-    steps open from it; is_kept: returns whether a step is kept: of the states before others, only the
-    two newest stay, with which a resume begins.
+    steps open from it; newest: how many of the newest are always kept; is_kept: returns whether a step
+    is kept: of the states before others, only the two newest stay, with which a resume begins.
     """
 
     budget: float
@@ -225,6 +228,8 @@ class SnapshotPlan:
     lost_to: int = 0
     longest: float = math.inf
     least: int = 1
+    newest: int = 1
+    longest_taken: float = math.inf
     is_kept: Callable[[int], bool] = lambda step: True
 
     def choose_interval(self, step_seconds: float, snapshot_seconds: float) -> None:
@@ -237,10 +242,18 @@ class SnapshotPlan:
             self.interval *= 2
         while self.interval * seconds * TIME_SHARE < snapshot_seconds:
             self.interval *= 2
+        self.longest_taken = max(1, 2 ** int(math.log2(max(1.0, RESUME_SECONDS / seconds))))
+        while self.longest_taken * seconds * TIME_SHARE < snapshot_seconds:
+            self.longest_taken *= 2
+
+    @property
+    def taken(self) -> int | None:
+        """The number of steps from one snapshot to the next, if it is chosen."""
+        return None if self.interval is None else int(min(self.interval, self.longest_taken))
 
     def is_due(self, step: int) -> bool:
         """Return whether the state after `step` should be kept."""
-        return self.interval is not None and step % self.interval == 0
+        return self.taken is not None and step % self.taken == 0
 
     def add(self, step: int, size: int) -> list[int]:
         """Add a snapshot of `size` bytes; return the steps of those to delete for it."""
@@ -250,6 +263,13 @@ class SnapshotPlan:
     def thin(self) -> list[int]:
         """Return the steps of snapshots to delete to keep within the budget, and forget them."""
         given_up = self._take_out_between()
+        always = self._always()
+        # If these are too large, no interval would let others stay.
+        if self.longest == math.inf and sum(self.kept[each] for each in always) > self.budget:
+            others = self.kept.keys() - always
+            for step in others:
+                del self.kept[step]
+            return [*given_up, *others]
         # Only while a snapshot may go: the interval would double without end.
         while (
             sum(self.kept.values()) > self.budget
@@ -263,7 +283,8 @@ class SnapshotPlan:
     def _always(self) -> set[int]:
         """Return the states that are always kept."""
         behind = min((step for step in self.kept if step >= self.lost_to), default=0)
-        return {*self.pinned, behind, max(self.kept)}
+        always = {*self.pinned, behind, *sorted(self.kept)[-self.newest :]}
+        return always & self.kept.keys()
 
     def _take_out_between(self) -> list[int]:
         """Remove snapshots off the interval, except those that are always kept."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from everystep.device import generator_of, set_generator_of
-from everystep.errors import RunError
+from everystep.errors import RunError, UsageError
 
 __all__ = ["Generators", "different", "generator_states", "generators_preserved"]
 
@@ -75,8 +75,18 @@ class Generators:
             np.random.set_state(self.numpy)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the states as tensors, by name."""
+        """Return the states as tensors, by name.
+
+        Raises:
+            UsageError: NumPy's is of another kind than its default.
+        """
         _, words, gauss = self.python
+        if isinstance(self.numpy, dict):
+            name = self.numpy["bit_generator"]
+            raise UsageError(
+                f"NumPy's global generator is {name} (np.random.set_bit_generator), and a run holds the "
+                "state of MT19937, its default; use a generator of your own, np.random.Generator"
+            )
         _, keys, position, has_gauss, cached = self.numpy
         found = {
             "torch": self.torch_cpu,

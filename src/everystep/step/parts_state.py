@@ -7,9 +7,11 @@ is read again, and must be the same: what only the user's code could make again 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import chain
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -38,12 +40,16 @@ from everystep.step.own_state import (
 from everystep.step.parts import Parts
 from everystep.step.state import OWN, State, copy_of, same_bits
 
-__all__ = ["PartsState", "Rest"]
+__all__ = ["AtFirst", "PartsState", "Rest"]
 
 #: Names in a message about what cannot be restored.
 MOST_NAMED = 5
 #: Attributes of every module, which are written in another way, or are hooks.
 _OF_MODULES = frozenset(vars(nn.Module()))
+
+
+#: A module, and its attributes as a training began, by path and name.
+AtFirst = tuple[weakref.ref[nn.Module], dict[tuple[str, str], Encoded]]
 
 
 class Rest(NamedTuple):
@@ -59,21 +65,26 @@ class Rest(NamedTuple):
 class PartsState:
     """Takes snapshots of parts, and restores them.
 
-    parts: as they are when the training begins; layouts: of their gradients, if several processes train.
+    parts: as they are when the training begins; before: `at_first` of a recording in this process, which
+    these parts continue; layouts: of their gradients, if several processes train; at_first: the modules,
+    and copies of their attributes: what differs from these is in a snapshot.
     """
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, before: Mapping[str, AtFirst] = MappingProxyType({})) -> None:
         self.parts = parts
         self.layouts = GradientLayouts(parts)
         #: The classes of what no state holds, by part; and of the objects that there were at first.
         self.lost: dict[str, set[str]] = {name: set() for name in parts.named}
         self._objects_at_first: dict[str, Mapping[str, str]] = {}
         live = parts.state()
-        # Copies of the attributes, and shapes of the buffers: what differs from them is in a snapshot.
-        self._at_first = {
-            name: {place: each.copy() for place, each in self._attributes(name, live).items()}
-            for name in parts.modules
-        }
+        self.at_first: dict[str, AtFirst] = {}
+        for name, module in parts.modules.items():
+            known = before.get(name)
+            if known is None or known[0]() is not module:
+                found = {place: each.copy() for place, each in self._attributes(name, live).items()}
+                known = weakref.ref(module), found
+            self.at_first[name] = known
+        # The same of the shapes of buffers.
         self._buffers_at_first = _buffers(live)
 
     def rest(self, live: Mapping[str, Tensor] | None = None) -> Rest:
@@ -88,7 +99,7 @@ class PartsState:
         others = {id(part) for part in parts.named.values()}
         for name, part in parts.named.items():
             if isinstance(part, nn.Module):
-                first, attributes = self._at_first[name], dict[str, dict[str, Any]]()
+                first, attributes = self.at_first[name][1], dict[str, dict[str, Any]]()
                 for (path, attribute), now in self._attributes(name, live).items():
                     known = first.get((path, attribute))
                     if now.objects != (known.objects if known is not None else {}):
@@ -302,7 +313,7 @@ class PartsState:
     ) -> None:
         """Set the attributes of a module; those that are not in a snapshot are as at first."""
         modules, names = dict(self.parts.modules[part].named_modules()), self.parts.parameter_names()
-        now, first = self._attributes(part, shared), self._at_first[part]
+        now, first = self._attributes(part, shared), self.at_first[part][1]
         wanted = {(path, n): Encoded(data) for path in later for n, data in later[path].items()}
         for (path, attribute), each in (first | wanted).items():
             known = now.get((path, attribute))

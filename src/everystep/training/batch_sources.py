@@ -38,10 +38,11 @@ class Changed(NamedTuple):
 
 
 class _AttributeThen(NamedTuple):
-    """An attribute at one time: a digest, and the classes of what only the user's code makes."""
+    """An attribute at one time: a digest, the classes of what only the user's code makes, and a copy."""
 
     digest: str
     fixed: Mapping[str, str]
+    copy: Encoded = Encoded(None)
 
 
 _Found = tuple[Encoded, _AttributeThen]
@@ -54,7 +55,7 @@ class BatchSources:
     """
 
     def __init__(self) -> None:
-        self._first: dict[int, tuple[weakref.ref[Any], dict[str, _AttributeThen]]] = {}
+        self._first: dict[int, tuple[weakref.ref[Any], str, dict[str, _AttributeThen]]] = {}
         #: Long lists of targets or paths as they were found last, and what that gave, by place.
         self._lists: dict[str, tuple[list[Any], _Found]] = {}
 
@@ -63,15 +64,25 @@ class BatchSources:
         for name, source in _with_state(batches).items():
             known = self._first.get(id(source))
             if known is None or known[0]() is not source:
-                noted = {key: each for key, _, each in self._attributes(name, source, batches)}
+                found = self._attributes(name, source, batches)
+                noted = {key: now._replace(copy=each.copy()) for key, each, now in found}
                 with suppress(TypeError):  # a class without weak references
-                    self._first[id(source)] = weakref.ref(source), noted
+                    self._first[id(source)] = weakref.ref(source), name, noted
+
+    def reset(self) -> None:
+        """Bring the objects to what they were as they were noted: as in a new process."""
+        for reference, name, first in self._first.values():
+            source = reference()
+            for key, (_, _, copy) in first.items() if source is not None else ():
+                with suppress(LookupError, TypeError, ValueError, AttributeError):
+                    own = vars(source)
+                    own[key] = decoded(own.get(key), _place(name, key), copy.tensors, copy.data)
 
     def changed(self, batches: Any, prefix: str) -> Changed:
         """Return copies of what has changed since the objects were noted. prefix: of their names."""
         tensors, held = dict[str, Tensor](), dict[str, dict[str, Any]]()
         for name, source in _with_state(batches).items():
-            reference, first = self._first.get(id(source), (None, {}))
+            reference, _, first = self._first.get(id(source), (None, name, {}))
             if reference is None or reference() is not source:
                 continue
             for key, found, now in self._attributes(name, source, batches):

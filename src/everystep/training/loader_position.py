@@ -114,7 +114,7 @@ class LoaderPosition:
     used them, and they had changed since the previous draw; before: those before a draw that is of no
     step so far; left: the call that the loop has left by `break` after a step; is_still: whether only
     Python and torch have run between the last two batches; has_skipped: whether batches of this call,
-    or epochs, were skipped just before.
+    or epochs, were skipped just before; noted: what batches are drawn from.
     """
 
     def __init__(self, device: torch.device, reached: Callable[[], None]) -> None:
@@ -137,7 +137,7 @@ class LoaderPosition:
         #: Where a resumed training continues between two epochs, until it draws a batch.
         self._between: Recorded | None = None
         self._loader: Any = None
-        self._sources = BatchSources()
+        self.noted = BatchSources()
         self._begun = Changed()
         self._at_first: dict[str, Any] = {}
         self._reached = reached
@@ -166,7 +166,7 @@ class LoaderPosition:
         """Whether a batch that is of no step has changed what it was drawn from, besides generators."""
         loader = self._loader
         return bool(self.before) and (
-            _has_state(loader) or bool(self._sources.changed(loader, _DRAWN).held)
+            _has_state(loader) or bool(self.noted.changed(loader, _DRAWN).held)
         )
 
     def settings(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -194,8 +194,8 @@ class LoaderPosition:
                 tensors, place["loader"] = dict(found.tensors), found.data
             return tensors, {"place": place}
         # Between two epochs, the next call begins with what the objects have now.
-        begun = self._sources.changed(self._loader, _BEGUN) if self._is_between else self._begun
-        drawn = begun if self._is_between else self._sources.changed(self._loader, _DRAWN)
+        begun = self.noted.changed(self._loader, _BEGUN) if self._is_between else self._begun
+        drawn = begun if self._is_between else self.noted.changed(self._loader, _DRAWN)
         if begun.held:
             tensors |= begun.tensors
             place["begun"] = begun.held
@@ -268,21 +268,21 @@ class LoaderPosition:
             self._start_workers(batches, goal)
             return
         own = None if _has_state(batches) else batches
-        self._sources.note(own)
+        self.noted.note(own)
         if goal is not None and goal.has_workers:
             self._start_workers(batches, goal)
         # Before the iterator is made, which starts workers that stay.
         self._has_workers = getattr(batches, "_iterator", None) is not None
         if (begun := goal or self._between) is not None:
             changed = Changed(begun.tensors, begun.begun)
-            self._sources.restore(own, _BEGUN, changed, but_set=self._between is not None)
+            self.noted.restore(own, _BEGUN, changed, but_set=self._between is not None)
         self._between = None
-        self._begun = self._sources.changed(own, _BEGUN)
+        self._begun = self.noted.changed(own, _BEGUN)
         iterator = self._skipped(batches, goal) if goal is not None and goal.taken else None
         self.has_skipped = iterator is not None
         # After the batches before were skipped, which may have changed the objects again.
         if goal is not None and (goal.taken or goal.is_over):
-            self._sources.restore(own, _DRAWN, Changed(goal.tensors, goal.drawn))
+            self.noted.restore(own, _DRAWN, Changed(goal.tensors, goal.drawn))
             self._reached()
         self.goal = None
         self._is_over = goal is not None and goal.is_over

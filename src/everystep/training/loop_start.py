@@ -8,21 +8,22 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from everystep.errors import RunError, say
 from everystep.recording.contents import given_of, inputs_of
-from everystep.recording.facts import Facts, ForkFacts
+from everystep.recording.facts import Facts, ForkFacts, TrainingFacts
 from everystep.recording.keep import Keep
 from everystep.recording.recorded_run import RecordedRun, stretch_at
 from everystep.recording.recorder import Recorder
 from everystep.step.parts import Parts
-from everystep.step.parts_state import PartsState
+from everystep.step.parts_state import AtFirst, PartsState
 from everystep.step.state import State
 from everystep.training.agreement import Agreement, run_to_continue, run_to_fork
 from everystep.training.batch import unnested
+from everystep.training.batch_sources import BatchSources
 from everystep.training.description import facts_of_loop
 from everystep.training.loader_position import Drawn, LoaderPosition, Recorded
 from everystep.training.loop_writer import LoopWriter
@@ -36,6 +37,22 @@ from everystep.training.resumed import (
 from everystep.training.writer import now
 
 __all__ = ["LoopStart"]
+
+
+class _Ended(NamedTuple):
+    """The recording that ended last in this process, which a notebook may continue with its objects.
+
+    run: its directory; left: the facts of its parts at the end; at_first: see `PartsState`; noted: what
+    batches were drawn from.
+    """
+
+    run: Path
+    left: TrainingFacts
+    at_first: Mapping[str, AtFirst]
+    noted: BatchSources
+
+
+_ended: list[_Ended] = []
 
 
 @dataclass(frozen=True)
@@ -88,6 +105,12 @@ class LoopStart:
         recorder = Recorder(directory, facts, self.snapshot_budget, **self._kept)
         recorder.snapshot(beginning)
         return LoopWriter(recorder, 0, facts, whole, place, self.advanced)
+
+    def note_end(self, run: Path, writer: LoopWriter, place: LoaderPosition) -> None:
+        """Note how a recording has left its parts. run: its directory."""
+        _ended[:] = [
+            _Ended(run.resolve(), facts_of_loop(writer.parts), writer.whole.at_first, place.noted)
+        ]
 
     def _about(self, parts: Parts) -> dict[str, Any]:
         """Return what must be equal on all ranks."""
@@ -158,10 +181,15 @@ class LoopStart:
         # processes has other batches, so nothing can be compared.
         is_accepted = (self.is_accepted and not is_new) or run.others is not None
         with agreement.together():  # nothing is written before all ranks know that they can continue
-            whole, before = PartsState(parts), run.facts
+            last = next((each for each in _ended if each.run == run.directory.resolve()), None)
+            if last is not None:
+                last.noted.reset()
+            whole = PartsState(parts, {} if last is None else last.at_first)
+            before = run.facts
             _check_is_loop(run, "resume it with everystep resume")
-            trained = facts_of_loop(parts)
-            changed = accepted_changes(run, trained, is_accepted=self.is_accepted and not is_new)
+            trained, is_forced = facts_of_loop(parts), self.is_accepted and not is_new
+            left = None if last is None else last.left
+            changed = accepted_changes(run, trained, is_accepted=is_forced, left=left)
             # Steps that not all ranks have are taken again, and none of them is kept of one rank alone.
             recorded = run.newest_step() if run.common_steps is None else run.common_steps
             problems: list[str] = []
@@ -288,7 +316,7 @@ def _drawn(run: RecordedRun, step: int) -> Drawn:
     if any(tensor is None for tensor in generators.values()):
         raise RunError(
             f"{run.name} cannot find its place in the batches: what those up to step {step} were drawn "
-            "with was dropped to stay within batch_budget; use a loader with a state_dict, such as "
+            "with was given up (everystep prune); use a loader with a state_dict, such as "
             "torchdata's StatefulDataLoader"
         )
     # Digests, so that the batches themselves need not be in the run any more.

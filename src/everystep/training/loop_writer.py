@@ -59,7 +59,7 @@ class LoopWriter(RunWriter):
         earlier: Facts | None = None,
     ) -> None:
         super().__init__(recorder, start, facts, say, advanced, earlier)
-        self._whole = whole
+        self.whole = whole
         self.parts = whole.parts
         self._place = place
         self.function: Callable[[], EngineFacts] | None = None
@@ -70,6 +70,8 @@ class LoopWriter(RunWriter):
         self.has_loss = any(each.loop is not None and each.loop.has_loss for each in before)
         self._loss_dtype = earlier.loss_dtype if earlier is not None and self.has_loss else "float64"
         self._pending: State | None = None
+        #: Whether code between the last two steps has changed the state.
+        self._is_changed = False
         #: The last step, if it lacks a loss: an exception that left it may take it back.
         self._lacking = 0
         #: As code after the last step began, if it has.
@@ -84,12 +86,14 @@ class LoopWriter(RunWriter):
     def settle(self) -> None:
         """Bring the parts of a resumed loop to the state that it continues from again."""
         assert self.beginning is not None
-        self._whole.restore(self.beginning)
+        self.whole.restore(self.beginning)
         self.watched.note_versions()
 
     def note_changes(self, state: dict[str, Tensor]) -> None:
         """Store changes of the loop since the last step, outside of any. state: the current one."""
-        if (changed := self.watched.note_changes(self.step, state)) is not None:
+        changed = self.watched.note_changes(self.step, state)
+        self._is_changed = changed is not None
+        if changed is not None:
             kind, _, name = changed.partition("/")
             what = f"the gradient of {name}" if kind == "gradient" else name
             self.watched.notices.changed_between(self.step, what)
@@ -107,15 +111,18 @@ class LoopWriter(RunWriter):
         self._note_logged(step, path)
         self._note_numerics()
         self.timed(step.started, self.parts.state)
-        # Only this step shows which pending gradients the snapshot before it does not need.
-        self._keep_pending(self.watched.dropped_gradients())
+        # Only this step shows which pending gradients the snapshot before it does not need. Code before
+        # the first batch of a call of `steps`, or that changes the state, may have used them.
+        taken = self._place.taken
+        is_next = taken > 1 or not (taken or self._is_changed)
+        self._keep_pending(self.watched.dropped_gradients() if is_next else ())
         self._compare_with_later(None)
         if self.is_snapshot_due():
             self._pending = self.waiting_for(self._snapshot)
         self.flush_if_due()
         # After 8, 16, 32, ... steps, until the recorder knows enough to make one.
-        taken = self.step - self.start
-        if taken >= RECENT and not taken & (taken - 1) and not self.recorder.is_estimated:
+        count = self.step - self.start
+        if count >= RECENT and not count & (count - 1) and not self.recorder.is_estimated:
             self.flush()
             # After the flush, since it is made from what has been written.
             self.recorder.estimate(self._place.ahead(self.step))
@@ -166,21 +173,21 @@ class LoopWriter(RunWriter):
 
     def _here(self) -> _Here:
         tensors, place = self._place.settings()
-        rest = self._whole.rest()
+        rest = self.whole.rest()
         self._note_unkept()
         # A batch that no step has may have been drawn, and is drawn again.
         drawn = self._place.generators_before()
         return _Here(rest._replace(tensors=rest.tensors | drawn | tensors), place)
 
     def _note_unkept(self) -> None:
-        for part, lost in self._whole.lost.items():
+        for part, lost in self.whole.lost.items():
             if lost:
                 self.watched.notices.unkept(part, sorted(lost))
 
     def _snapshot(self, at_rest: _Here | None = None) -> State:
         """Return the current state, with the place in the batches. at_rest: of the same step."""
         here = self._here() if at_rest is None else at_rest
-        state = self._whole.snapshot(self.step, rest=here.rest)
+        state = self.whole.snapshot(self.step, rest=here.rest)
         return replace(state, settings=state.settings | here.place)
 
     def _note_numerics(self) -> None:

@@ -25,6 +25,7 @@ from everystep.signature import checked
 from everystep.step.calling_code import users_frame
 from everystep.step.cursor import Cursor
 from everystep.step.parts import Parts, check_parts, with_inner
+from everystep.training.agreement import ranks_here
 from everystep.training.batch import PutTensors, unnested
 from everystep.training.conditions import LoopConditions
 from everystep.training.interrupt import REASONS, Interrupt
@@ -89,6 +90,7 @@ class Recording(Generic[R]):
         self._put = PutTensors()
         self._was_count_read = False
         self._is_writing = False
+        self._thread = 0
         # Ctrl-C ends a step at once, as in any loop, unless it is being written; SIGTERM waits.
         self._interrupt = Interrupt(
             self._terminated, lambda number: number == signal.SIGTERM or self._is_writing
@@ -156,14 +158,26 @@ class Recording(Generic[R]):
         before = () if earlier is None else earlier.measurement_names
         self._measured = {*before, *self._parts.rates(), *self._conditions.mark}
         check_measurement_names(self._measured)
-        self._writer = writer = self._start.begin(self._parts, self._place)
-        # A condition may read `previous.loss` in the first step of a resumed loop.
-        for loss in earlier.losses_between(writer.step, writer.step) if earlier is not None else ():
-            self._conditions.note_loss(loss)
-        writer.watched.gradient_copies = self._conditions.gradient_copies
-        writer.watched.follow()
+        self._thread = threading.get_ident()
         self._interrupt.__enter__()
-        _recording.append(self)
+        # A signal waits until the run can be closed; not for other ranks, which may take long.
+        self._is_writing = ranks_here() is None
+        try:
+            self._writer = writer = self._start.begin(self._parts, self._place)
+            # A condition may read `previous.loss` in the first step of a resumed loop.
+            for loss in earlier.losses_between(writer.step, writer.step) if earlier is not None else ():
+                self._conditions.note_loss(loss)
+            writer.watched.gradient_copies = self._conditions.gradient_copies
+            writer.watched.follow()
+            _recording.append(self)
+        finally:
+            self._is_writing = False
+            if not self.is_open:
+                self._interrupt.__exit__()
+        if self._interrupt:
+            error = KeyboardInterrupt() if self._interrupt.is_by_user else SystemExit(_TERMINATED)
+            self.__exit__(type(error), error, None)
+            raise error
 
     def __exit__(
         self,
@@ -183,9 +197,12 @@ class Recording(Generic[R]):
             # `steps` took the exception for a `break`, which Python shows in the same way.
             elif error is not None and self._left_at == writer.step:
                 writer.take_back()
-        finally:
-            writer.watched.finish()
-            _recording.remove(self)
+        except BaseException as problem:  # the run is closed in any case
+            error = problem if error is None else error
+            self.drop_step()
+        self._is_writing = True  # and a signal waits for that
+        writer.watched.finish()
+        _recording.remove(self)
         if not writer.step and error is None:
             say(
                 "no step was recorded: there was no batch, or nothing marks the steps; iterate over "
@@ -208,8 +225,13 @@ class Recording(Generic[R]):
         at = None if self._start.fork is None else self._start.fork[1]
         if at is not None and error is None and reason is None and writer.step < at:
             error = RunError(f"the loop ends after step {writer.step}, before the fork at step {at}")
+        recorded = writer.recorder.recorded
+        if error is None and reason is None and writer.step < recorded:
+            say(
+                f"the loop ended after step {writer.step:,}, and the run has {recorded:,}: the parts "
+                "are not as after its last step; let the loop take at least as many steps"
+            )
         is_failed = error is not None
-        self._is_writing = True
         try:
             # A loop that does not leave by itself is ended with an error.
             is_left = self._is_stopping and isinstance(error, UsageError)
@@ -223,6 +245,7 @@ class Recording(Generic[R]):
             self._interrupt.__exit__()
             self._place.let_go()
             directory = self._directory = writer.recorder.directory
+            self._start.note_end(directory, writer, self._place)
             # What holds the recording, such as a trainer that is a part, would form a cycle with it.
             self._writer, self._parts, self._conditions = None, Parts({}), LoopConditions((), ())
             with suppress(RunError):  # a fork without a step of its own is removed
@@ -490,6 +513,12 @@ class Recording(Generic[R]):
     def _begin_step(self, batch: Any, *, is_still: bool) -> None:
         """Begin a step. is_still: no code of the user's has run since the last one."""
         writer = self.writer
+        # What one thread computes is not seen in another, and the losses would be those of other steps.
+        if threading.get_ident() != self._thread:
+            raise UsageError(
+                "a step begins in another thread than the recording, which would not see what it "
+                "computes; what reads ahead belongs inside: recording.steps(ahead(loader))"
+            )
         if writer.watched.under_way is not None:
             raise UsageError("a step is already in progress; a recording has one loop at a time")
         if self._is_stopping:
@@ -630,6 +659,8 @@ def _status(error: BaseException | None, stopped: str | None) -> tuple[str, str 
         return "stopped", REASONS[signal.SIGINT]
     if isinstance(error, Exception):
         return "failed", str(error).strip() or type(error).__name__
+    if error is not None and stopped is None:  # such as that of `sys.exit`
+        stopped = f"by {type(error).__name__}: {error}".rstrip(": ")
     return ("finished", None) if stopped is None else ("stopped", stopped)
 
 

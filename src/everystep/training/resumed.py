@@ -25,11 +25,17 @@ _MOST_SHOWN = 200
 
 
 def accepted_changes(
-    run: RecordedRun, now: TrainingFacts, *, is_accepted: bool, left_out: tuple[str, ...] = ()
+    run: RecordedRun,
+    now: TrainingFacts,
+    *,
+    is_accepted: bool,
+    left_out: tuple[str, ...] = (),
+    left: TrainingFacts | None = None,
 ) -> tuple[str, ...]:
     """Return what changed, as `name: before | now`: settings, versions, numerics, processes.
 
-    left_out: prefixes of the names of settings that do not count.
+    left_out: prefixes of the names of settings that do not count; left: how the training itself has left
+    the objects, if it ran in this process: what is still so, the user has not changed.
 
     Raises:
         RunError: they are not accepted, or the state restores them; another number of processes does not
@@ -37,6 +43,9 @@ def accepted_changes(
     """
     before = run.facts.training
     settings = settings_that_differ(before, now, of_own_classes=False)
+    if left is not None:
+        by_user = {each.listed for each in settings_that_differ(left, now, of_own_classes=False)}
+        settings = [each for each in settings if each.listed in by_user]
     found = {each.listed: each.values for each in settings if not each.listed.startswith(left_out)}
     for name in sorted(before.versions.keys() | now.versions.keys()):
         versions = before.versions.get(name), now.versions.get(name)

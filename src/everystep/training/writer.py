@@ -160,7 +160,7 @@ class RunWriter(Unwritten):
         # A resumed training is compared with its newest recorded state.
         stops = [last, *([recorder.recorded] if step < recorder.recorded else [])]
         stops.append(step + max(1, int(STRETCH_SECONDS / self.step_seconds)))
-        stops += [(step // each + 1) * each for each in (every, recorder.plan.interval) if each]
+        stops += [(step // each + 1) * each for each in (every, recorder.plan.taken) if each]
         return min(stops)
 
     def is_snapshot_due(self) -> bool:
