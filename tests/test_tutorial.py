@@ -98,5 +98,6 @@ def test_the_python_of_the_readme_and_of_the_reference_runs(page, before, count,
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert len(blocks) == count
     code = "\n".join([before, *blocks]).replace("range(8)", 'range(1), "steps": 2')  # of a sweep
+    code = code.replace("steps=500", "steps=150").replace('"epochs": 5', '"epochs": 1')
     (tmp_path / "page.py").write_text(code, encoding="utf-8")
     runpy.run_path("page.py", run_name="__main__")

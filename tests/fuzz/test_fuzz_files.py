@@ -12,13 +12,13 @@ from tests.fuzz.tables import TABLES, read_and_compare
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@settings(derandomize=True, max_examples=200)
+@settings(derandomize=True, max_examples=80)
 @given(table=TABLES)
 def test_a_random_table(table, tmp_path_factory):
     read_and_compare(table, tmp_path_factory.getbasetemp())
 
 
-@settings(derandomize=True, max_examples=100)
+@settings(derandomize=True, max_examples=50)
 @given(experiment=EXPERIMENTS)
 def test_an_experiment_with_random_mistakes(experiment, tmp_path_factory):
     load_and_compare(experiment, tmp_path_factory.getbasetemp())
@@ -32,7 +32,7 @@ def recorded(tmp_path_factory):
     return run, expected, folder
 
 
-@settings(derandomize=True, max_examples=30)
+@settings(derandomize=True, max_examples=15)
 @given(alterations=ALTERATIONS)
 def test_a_run_with_several_things_altered(alterations, recorded):
     alter_and_look(alterations, *recorded)

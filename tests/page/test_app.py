@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 import pytest
 import torch
+from tests.page.serving import Application
 
 import everystep
 from everystep.numerics import Numerics
@@ -30,7 +31,7 @@ def chapter_run(shelf):
     return run
 
 
-def test_everything_about_a_run(chapter_run, page):
+def test_everything_about_a_run(chapter_run, page, shelf):
     about = page.json("/api/runs/chapter")
     json.dumps(about, allow_nan=False)
     assert (about["name"], about["status"], about["ending"]) == ("chapter", "finished", None)
@@ -54,6 +55,12 @@ def test_everything_about_a_run(chapter_run, page):
     assert about["settings"]["steps"] == 50
     assert about["snapshots"] == chapter_run.snapshots
     assert about["measurements"] == []
+    assert about["directory"] == "chapter"  # as commands name it; of another shelf, by its path
+    shelf.rename("other")
+    assert (
+        Application(Path("other").absolute()).json("/api/runs/chapter")["directory"] == "other/chapter"
+    )
+    Path("other").rename(shelf)
     child = page.json("/api/runs/child")
     assert (child["parent"], child["forks"]) == (["chapter", 20], [])
     assert child["settings"]["optimizer.lr"] == 2e-4

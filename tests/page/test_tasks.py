@@ -93,17 +93,19 @@ def of(run, what):
     return f"/api/runs/{run.replace('<', '%3C').replace(' ', '%20')}/{what}"
 
 
-def test_a_measurement_and_where_all_is_finite(runs):
+def test_questions_about_a_run(runs):
     async def use(client, _):
         measured = await outcome(client, of("other", "measure"), expression="loss / 2", name="half")
-        return measured, await outcome(client, of("other", "first-nonfinite"))
+        others = [await outcome(client, of("other", what)) for what in ("first-nonfinite", "verify")]
+        return measured, *others
 
-    measured, finite = asked_of(runs, use)
+    measured, finite, verified = asked_of(runs, use)
     run = everystep.open(runs / "other")
     assert measured["result"]["values"] == 60 and measured["result"]["name"] == "half"
     assert run.measured("half")[7] == run.losses["loss"][6] / 2
     assert measured["progress"] == {"done": 60, "total": 60, "what": "measuring"}
     assert "of all operations are finite" in finite["result"]["text"]
+    assert "replays bit for bit" in verified["result"]["text"]
 
 
 def test_a_comparison(runs):

@@ -15,7 +15,7 @@ import everystep
 from everystep.recording.prune import prune, pruning_of
 
 
-def _trained(run, text, steps=150, change=None, noise=0, **options):
+def _trained(run, text, steps=60, change=None, noise=0, **options):
     """Record a loop that trains on windows of a text, drawn within each step; return its losses.
 
     change: changes the text before a step; noise: how many numbers from NumPy each step uses, too.
@@ -58,8 +58,8 @@ def recorded(tmp_path_factory):
 def test_steps_cost_the_places_of_their_windows_once_these_cost_as_much_as_the_text(recorded, text):
     windows = 2 * 12 * 32 * text.itemsize
     places = 2 * 12 * 4
-    assert _size(recorded) < 2 * (text.nbytes + windows) + 150 * places + 20_000
-    assert _size(recorded) < 150 * windows / 4
+    assert _size(recorded) < 2 * (text.nbytes + windows) + 60 * places + 20_000
+    assert _size(recorded) < 60 * windows / 1.5
     assert recorded.verify(processes=1, progress=False).is_exact
     assert recorded.facts.training.loop.programs <= 2
     assert recorded.damage is None
@@ -67,11 +67,11 @@ def test_steps_cost_the_places_of_their_windows_once_these_cost_as_much_as_the_t
 
 def test_a_fork_with_another_text_has_the_steps_of_both(recorded, text, tmp_path):
     def change(t):
-        if t == 100:
+        if t == 40:
             text.copy_(torch.arange(10_000) % 50)
 
-    fork, losses = _trained(tmp_path / "fork", text, change=change, fork=recorded.directory, at=100)
-    assert len(fork.losses) == 150 and fork[75].is_exact and fork[145].is_exact
+    fork, losses = _trained(tmp_path / "fork", text, change=change, fork=recorded.directory, at=40)
+    assert len(fork.losses) == 60 and fork[35].is_exact and fork[55].is_exact
     assert losses[-1] == fork.losses["loss"][-1]
 
 
@@ -79,27 +79,27 @@ def test_a_text_that_changes_is_kept_by_content(text, tmp_path):
     def change(t):
         if t % 3 == 0:
             text.numpy()[:] = np.roll(text.numpy(), 7)  # torch does not see it
-        if t == 100:
+        if t == 40:
             text.fill_(1)
 
     run, losses = _trained(tmp_path / "run", text, change=change)
     assert run.verify(processes=1, progress=False).is_exact
-    assert [run[step].loss for step in (40, 75, 149)] == [losses[s - 1] for s in (40, 75, 149)]
+    assert [run[step].loss for step in (16, 35, 59)] == [losses[s - 1] for s in (16, 35, 59)]
 
 
 def test_the_text_stays_while_newer_steps_need_it(text, tmp_path, monkeypatch):
     take_snapshots_every(monkeypatch, 10)
-    run, _ = _trained(tmp_path / "run", text, noise=2000, batch_budget=750_000)
+    run, _ = _trained(tmp_path / "run", text, noise=2000, batch_budget=400_000)
     lost = run.facts.batches_lost_to
-    assert 0 < lost < 145 and _size(run) < 850_000
-    assert run[150].is_exact
+    assert 0 < lost < 55 and _size(run) < 500_000
+    assert run[60].is_exact
     # Pruned, the run has the places of the newest steps, but no text.
     newest = max((run.directory / "batches").iterdir(), key=lambda path: int(path.stem))
     prune(run.directory, pruning_of(run.directory, None, batches=newest.stat().st_size))
     assert [*newest.parent.iterdir()] == [newest]
     assert run.damage is None and not run.doctor().findings
-    kept, _ = _trained(tmp_path / "kept", text, keep="last 50 steps")
-    assert kept.verify(processes=1, progress=False).is_exact and kept[125].is_exact
+    kept, _ = _trained(tmp_path / "kept", text, keep="last 20 steps")
+    assert kept.verify(processes=1, progress=False).is_exact and kept[50].is_exact
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_places_that_were_altered_are_reported(recorded, text, tmp_path, change)
     place = shutil.copytree(recorded.directory, tmp_path / "run")
     sql(place, change)
     with pytest.raises(everystep.RunError, match=r"changed|dropped"):
-        everystep.open(place)[149]
+        everystep.open(place)[59]
 
 
 def _direct(t, data, model):

@@ -59,6 +59,7 @@ def test_a_run_as_it_was_recorded_is_not_called_damaged(recorded, everystep_comm
     assert (code, err) == (0, "") and len(out.splitlines()) == 21
 
 
+@pytest.mark.sweep(every=3)
 def test_altered_numbers_are_said_by_each_command(altered, everystep_command, tmp_path):
     for command in (
         ("losses", altered),

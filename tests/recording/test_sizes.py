@@ -80,9 +80,19 @@ def _by_hand(make, batches, rates):
     return losses
 
 
-@pytest.mark.parametrize("make, batches", [(Attending, _texts), (Passing, _graphs)])
-def test_steps_that_differ_in_sizes_share_a_program(make, batches, tmp_path):
-    run = _recorded(make, batches, tmp_path / "run")
+KINDS = {"texts": (Attending, _texts), "graphs": (Passing, _graphs)}
+
+
+@pytest.fixture(scope="module")
+def run_of(tmp_path_factory):
+    """Runs by their kinds, which no test may change."""
+    place = tmp_path_factory.mktemp("sizes")
+    return {kind: _recorded(*given, place / kind) for kind, given in KINDS.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_that_differ_in_sizes_share_a_program(kind, run_of):
+    (make, batches), run = KINDS[kind], run_of[kind]
     assert run.losses["loss"].to_list() == _by_hand(make, batches, [0.05] * STEPS)
     # The first step has no gradients before it, and makes the state of the optimizer.
     assert len([*(run.directory / "programs").iterdir()]) == 2
@@ -94,29 +104,26 @@ def test_steps_that_differ_in_sizes_share_a_program(make, batches, tmp_path):
     assert any(len(tensor) == len(parts[next(iter(parts))]) for tensor in parts.values())
 
 
-def test_a_fork_by_programs_has_the_sizes_of_each_step(tmp_path):
-    run = _recorded(Passing, _graphs, tmp_path / "run")
-    fork = run.fork(10, lr=0.01, progress=False)
+def test_a_fork_by_programs_has_the_sizes_of_each_step(run_of, tmp_path):
+    fork = run_of["graphs"].fork(10, lr=0.01, run=tmp_path / "fork", progress=False)
     assert fork.losses["loss"].to_list() == _by_hand(Passing, _graphs, [0.05] * 10 + [0.01] * 14)
     assert fork.verify(progress=False, processes=1).is_exact
     assert len([*(fork.directory / "programs").iterdir()]) == 2
 
 
-def test_a_rerun_in_double_precision_has_the_sizes_of_each_step(tmp_path):
-    run = _recorded(Attending, _texts, tmp_path / "run")
+def test_a_rerun_in_double_precision_has_the_sizes_of_each_step(run_of):
+    run = run_of["texts"]
     found = run.rerun(precision="float64", progress=False)
     assert found.losses.tolist() == pytest.approx(run.losses["loss"].to_list(), rel=1e-4)
 
 
-def test_runs_with_other_sizes_differ_where_the_sizes_do(tmp_path):
+def test_runs_with_other_sizes_differ_where_the_sizes_do(run_of, tmp_path):
     def shorter():
         texts = _texts()
         texts[7] = texts[7][:, :-1].contiguous()
         return texts
 
-    one = _recorded(Attending, _texts, tmp_path / "one")
-    two = _recorded(Attending, shorter, tmp_path / "two")
-    difference = one.diff(two)
+    difference = run_of["texts"].diff(_recorded(Attending, shorter, tmp_path / "two"))
     assert difference.loss.step == 8 and "x (4, 4) int64 | (4, 3) int64" in repr(difference)
 
 
@@ -146,24 +153,26 @@ def _orders():
     generator = np.random.default_rng(1)
     return [
         (torch.randn(3, 6), [int(n) for n in generator.permutation(9)[: generator.integers(4, 9)]])
-        for _ in range(100)
+        for _ in range(40)
     ]
 
 
-def test_steps_of_which_no_two_are_alike_are_within_the_budget_of_batches(tmp_path):
+def test_steps_of_which_no_two_are_alike_are_within_the_budget_of_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr("everystep.training.watched_steps.MOST_FILES", 24)
     run = _recorded(Wandering, _orders, tmp_path / "run")
-    assert run.losses["loss"].to_list() == _by_hand(Wandering, _orders, [0.05] * 100)
-    assert len([*(run.directory / "programs").iterdir()]) == 64
+    assert run.losses["loss"].to_list() == _by_hand(Wandering, _orders, [0.05] * 40)
+    assert len([*(run.directory / "programs").iterdir()]) == 24
     opened = everystep.open(run.directory)
     assert opened.verify(progress=False, processes=1).is_exact
-    assert all(opened[step].is_exact for step in (1, 64, 65, 100)) and opened.damage is None
-    fork = run.fork(70, lr=0.01, progress=False)
-    assert fork.losses["loss"].to_list() == _by_hand(Wandering, _orders, [0.05] * 70 + [0.01] * 30)
-    assert everystep.open(fork.directory)[90].is_exact
+    assert all(opened[step].is_exact for step in (1, 24, 25, 40)) and opened.damage is None
+    fork = run.fork(28, lr=0.01, progress=False)
+    assert fork.losses["loss"].to_list() == _by_hand(Wandering, _orders, [0.05] * 28 + [0.01] * 12)
+    assert everystep.open(fork.directory)[36].is_exact
 
 
-def _program():
-    run = _recorded(Passing, _graphs)
+@pytest.fixture
+def program(run_of):
+    run = run_of["graphs"]
     return Program.from_json((run.directory / "programs" / "2.json").read_text())
 
 
@@ -180,14 +189,12 @@ def _program():
         lambda sizes: packed_sizes([0] * len(sizes), sizes),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(alter):
-    program = _program()
+def test_sizes_that_do_not_fit_are_refused(alter, program):
     with pytest.raises(ProgramError, match="the sizes of the step do not fit its program"):
         resized(program, alter(sizes_of(program)), b"altered")
 
 
-def test_the_sizes_of_a_program_give_the_program():
-    program = _program()
+def test_the_sizes_of_a_program_give_the_program(program):
     sizes = sizes_of(program)
     assert resized(program, packed_sizes(sizes, sizes), b"its own") == program
 

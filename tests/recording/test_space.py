@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 import sqlite3
+import subprocess
 from contextlib import closing
 
 import pytest
@@ -32,13 +33,24 @@ def sum_of(model, x):
     return model(x).sum()
 
 
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """Two runs and a fork, which no test may change."""
+    place = tmp_path_factory.mktemp("space") / "runs"
+    with pytest.MonkeyPatch.context() as patch:
+        take_snapshots_every(patch, 4)
+        first = everystep.train_experiment("two-layer", {"steps": 20}, run=place / "first")
+        first.fork(5, run=place / "fork")
+        batches = [torch.randn(50, 300) for _ in range(3)]
+        looped(nn.Linear(300, 300), batches, sum_of, run=place / "large", optimizer=None)
+    return place
+
+
 @pytest.fixture
-def runs(tmp_path, monkeypatch):
-    """Two runs and a fork in runs/, the working directory being that of all."""
+def runs(recorded, tmp_path, monkeypatch):
+    """A copy of them in runs/, with hard links as they were, the working directory being that of all."""
     take_snapshots_every(monkeypatch, 4)
-    everystep.train_experiment("two-layer", {"steps": 20}, run="runs/first").fork(5, run="runs/fork")
-    batches = [torch.randn(50, 300) for _ in range(3)]
-    looped(nn.Linear(300, 300), batches, sum_of, run="runs/large", optimizer=None)
+    subprocess.run(["cp", "-a", recorded, tmp_path / "runs"], check=True)
     return tmp_path / "runs"
 
 

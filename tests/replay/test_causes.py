@@ -246,6 +246,7 @@ def evaluated(number, model):
             model(torch.ones(3, 4))
 
 
+@pytest.mark.sweep(every=2)
 @pytest.mark.parametrize(
     ("after", "cause"),
     [

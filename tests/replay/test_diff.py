@@ -539,7 +539,7 @@ def test_the_memory_of_a_kernel_is_not_compared_nor_shown(everystep_command):
     assert content["tensors"][unset].keys() == {"shape", "dtype", "unset"}
     code, _, err = everystep_command("why", "runs/one", 1, f"#{layer}.4[5]")
     assert code == 2 and f"result 4 of operation #{layer} is memory of the kernel" in err
-    code, out, _ = everystep_command("rerun", "runs/one", "--threads", 2)
+    code, out, _ = everystep_command("rerun", "runs/one", "--mkl", "COMPATIBLE")
     assert code == 0 and "all results are within" in out
     code, _, err = everystep_command("rerun", "runs/one", "--precision", "float64")
     assert code == 2 and "computes in float32 only" in err and "mkldnn.enabled = False" in err

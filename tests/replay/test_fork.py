@@ -209,6 +209,7 @@ def test_a_fork_with_its_own_objects_has_the_bits_of_a_loop_whose_rules_change(c
     assert "steps" in changed or not fork.losses["loss"].equals(parent.losses["loss"])
 
 
+@pytest.mark.sweep(every=3)
 @pytest.mark.parametrize(
     ("new", "change"),
     [
@@ -560,6 +561,7 @@ def tuned(record, steps=24, rate=None, at=0):
     return recording, [value.detach() for value in model.state_dict().values()]
 
 
+@pytest.mark.sweep(every=2)
 @pytest.mark.parametrize("at", [0, 13, 24])
 def test_a_fork_of_a_loop_that_changes_nothing_has_the_parents_bits(at, capfd):
     _, by_hand = tuned(unrecorded, 28)
@@ -736,6 +738,7 @@ def test_a_different_rate_that_a_scheduler_would_end_is_refused(schedule):
     assert not Path("runs/sequential-1-fork-1").exists()
 
 
+@pytest.mark.sweep(every=2)
 @pytest.mark.parametrize(
     ("name", "setting"), [("Adam", "amsgrad"), ("RMSprop", "centered"), ("RMSprop", "momentum")]
 )

@@ -64,6 +64,7 @@ def test_a_right_backward_pass_by_hand_matches_at_all_steps(by_autograd, tmp_pat
     assert found.to_text().endswith(f"step {STEPS} matches")
 
 
+@pytest.mark.sweep(every=3)
 @pytest.mark.parametrize(
     ("mistake", "missing", "operator", "since"),
     [
@@ -215,6 +216,7 @@ def in_single(tmp_path_factory):
     return rounded(tmp_path_factory.mktemp("precision") / "single")
 
 
+@pytest.mark.sweep(every=2)
 @pytest.mark.parametrize(
     "how",
     [

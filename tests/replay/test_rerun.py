@@ -119,13 +119,14 @@ def recorded(optimizer, x, y, model, place):
     return recording.run
 
 
+@pytest.mark.sweep(every=2)
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        *(("AdamW", {"fused": True}), ("AdamW", {"foreach": False})),  # which reads its counter
-        *(("NAdam", {"foreach": False}), ("NAdam", {"foreach": True}), ("Adafactor", {})),
+        *(("AdamW", {"fused": True}), ("NAdam", {"foreach": False})),
+        *(("NAdam", {"foreach": True}), ("AdamW", {"foreach": False})),  # which reads its counter
+        *(("Adam", {"lr": torch.tensor(0.01)}), ("Adafactor", {})),
         *(("ASGD", {"foreach": False, "t0": 3}), ("ASGD", {"foreach": True, "t0": 3})),
-        ("Adam", {"lr": torch.tensor(0.01)}),
     ],
 )
 def test_a_recorded_loop_is_taken_in_another_precision(small, tmp_path, name, options):

@@ -527,17 +527,18 @@ class OwnLoader:
             yield rows, rows[:, :1]
 
 
+@pytest.mark.sweep(every=2)
 @pytest.mark.parametrize(
     "make",
     [
+        OwnLoader,
         lambda: DataLoader(Drawing(), batch_size=5, shuffle=True),
         lambda: DataLoader(Subset(Drawing(), [*range(9)]), batch_size=2),
-        lambda: DataLoader(DrawingInTurn(), batch_size=5),
         lambda: DataLoader(tensors(), batch_sampler=Shuffling()),
         lambda: DataLoader(tensors(), batch_sampler=Shuffling(), num_workers=1, persistent_workers=True),
-        OwnLoader,
+        lambda: DataLoader(DrawingInTurn(), batch_size=5),
     ],
-    ids=["dataset", "subset", "iterable", "batches", "workers", "loader"],
+    ids=["loader", "dataset", "subset", "batches", "workers", "iterable"],
 )
 def test_what_samplers_and_data_sets_carry_goes_on(make, dying, capsys):
     """Deaths in two epochs, the last one at the end of an epoch of some loaders."""

@@ -566,6 +566,7 @@ def test_a_constant_gradient_is_of_no_known_row(model, batch, loss, tmp_path):
 _PROTOTYPES = torch.tensor([[0.0, 1.0, 4.0], [2.0, 3.0, 9.0]])
 
 
+@pytest.mark.sweep(every=3)
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize(
     ("model", "joined"),

@@ -65,7 +65,7 @@ def run(tmp_path_factory):
 
 
 def test_processes_find_what_one_finds(tmp_path, monkeypatch):
-    """Two processes, which need the memory that a replay takes, answer all questions."""
+    """A process, which needs the memory that a replay takes, answers all questions of two."""
     take_snapshots_every(monkeypatch, 4)
     run = trained(tmp_path / "run", dropout=0.5)
     rows = {"without_rows": range(12), "each": True, "progress": False}
@@ -73,7 +73,7 @@ def test_processes_find_what_one_finds(tmp_path, monkeypatch):
     monkeypatch.setattr(what_if, "GROUP", 3)
     alone = run.what_if(4, 11, **rows, processes=1), run.measure(**size, name="alone", processes=1)
     asked, threads = [], run.facts.training.numerics.threads
-    with pool(2, threads, run.facts.training.numerics.environment()) as known:
+    with pool(1, threads, run.facts.training.numerics.environment()) as known:
         monkeypatch.setattr(
             processes, "pool", lambda *given: asked.append(given[:2]) or nullcontext(known)
         )
@@ -219,7 +219,7 @@ def test_it_ranks_by_an_expression(tmp_path, run):
 
 
 def test_an_experiment_is_trained_again_from_the_command_line(everystep_command):
-    everystep_command("train", "digits", "--steps", 8, "--set", "batch_size=12", "--run", "./run", "-q")
+    everystep_command("train", "wine", "--steps", 8, "--set", "batch_size=12", "--run", "./run", "-q")
     rows = everystep.open("run")[6].batch.rows.tolist()
     arguments = ["what-if", "run", "--at", 4, "--until", 8]
     code, out, _ = everystep_command(*arguments, "--without-rows-of", 6, "--each", "--json")

@@ -70,15 +70,15 @@ def snapshots_at_every_step(monkeypatch):
 def test_a_check_that_fails_takes_back_what_was_not_verified(
     evaluate_every, capfd, snapshots_at_every_step, failing_check
 ):
-    expected, losses, states, validation = states_by_hand(100)
-    failing_check(64)
+    expected, losses, states, validation = states_by_hand(40)
+    failing_check(32)
     made = new_training()
     options = {} if evaluate_every is None else {"validation": (made.x, made.y)}
-    run = by_train(made, steps=100, evaluate_every=evaluate_every, **options)
-    assert_eager(run, capfd, 33, "its program gives different bits")
+    run = by_train(made, steps=40, evaluate_every=evaluate_every, **options)
+    assert_eager(run, capfd, 17, "its program gives different bits")
     engine = run.facts.training.engine
-    assert engine.reason.endswith("at step 64")
-    assert engine.verified_to == 32
+    assert engine.reason.endswith("at step 32")
+    assert engine.verified_to == 16
     assert (run.status, run.losses["loss"].to_list()) == ("finished", losses)
     assert contents(made) == contents(expected)
     assert len(run.snapshots) > 10
@@ -86,7 +86,7 @@ def test_a_check_that_fails_takes_back_what_was_not_verified(
         assert {n: bits(t) for n, t in run.parameters(step).items()} == states[step]
     if evaluate_every is not None:
         measured = run.measurements.filter(run.measurements["name"] == "validation_loss")
-        steps = [step for step in range(1, 101) if step % evaluate_every == 0 or step == 100]
+        steps = [step for step in range(1, 41) if step % evaluate_every == 0 or step == 40]
         assert measured["step"].to_list() == steps
         assert measured["value"].to_list() == [torch.tensor(validation[s - 1]).item() for s in steps]
 
@@ -103,16 +103,16 @@ def test_a_check_that_fails_takes_back_what_was_not_verified(
 def test_a_scheduler_goes_back_too(scheduler, seconds, failing_check, monkeypatch):
     monkeypatch.setattr(writer, "FLUSH_SECONDS", seconds)
     monkeypatch.setattr(writer, "STRETCH_SECONDS", seconds)
-    expected, losses, _, _ = states_by_hand(100, optimizer=descent, scheduler=scheduler)
-    failing_check(64)
+    expected, losses, _, _ = states_by_hand(40, optimizer=descent, scheduler=scheduler)
+    failing_check(32)
     made = new_training(optimizer=descent, scheduler=scheduler)
-    run = by_train(made, steps=100)
-    assert run.facts.training.engine.eager_from == 33
-    assert run.losses["step"].to_list() == [*range(1, 101)]
+    run = by_train(made, steps=40)
+    assert run.facts.training.engine.eager_from == 17
+    assert run.losses["step"].to_list() == [*range(1, 41)]
     assert run.losses["loss"].to_list() == losses
     assert contents(made) == contents(expected)
     if scheduler.func is lr_scheduler.StepLR:
-        rates = {step: 0.05 * 0.5 ** (step // 10) for step in (1, *range(11, 101, 10))}
+        rates = {step: 0.05 * 0.5 ** (step // 10) for step in (1, *range(11, 41, 10))}
         assert run.measured("lr") == rates
 
 

@@ -101,6 +101,7 @@ def test_a_long_run_is_thinned_without_losing_a_spike(run_of):
     assert {1, 12_345, 50_000} <= set(plot.data["step"])
 
 
+@pytest.mark.sweep(every=4)
 @pytest.mark.parametrize(
     ("losses", "log"),
     [
@@ -122,6 +123,7 @@ def test_a_name_is_drawn_as_it_is(run_of, tmp_path):
     ET.parse(tmp_path / "loss.svg")
 
 
+@pytest.mark.sweep(every=2)
 @pytest.mark.parametrize(
     ("suffix", "start"),
     [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF"), (".PNG", b"\x89PNG")],

@@ -545,7 +545,8 @@ def _other_gradients(live: Mapping[str, Tensor], leaves: Iterable[Tensor]) -> di
     They are sparse, or those of tensors that are not `leaves`, as `Parts` has them.
     """
     held = {id(t) for name, t in live.items() if name.startswith("gradient/")}
-    named = {id(leaf) for leaf in leaves}  # the state has their dense gradients, or the next step drops them
+    # The state has their dense gradients, or the next step drops them.
+    named = {id(leaf) for leaf in leaves}
     found: dict[str, Tensor] = {}
     for name, tensor in live.items():
         gradient = None if has_graph(tensor) or id(tensor) in held else tensor.grad

@@ -114,7 +114,8 @@ def train(recorded):
         yield start
 
 
-SIZE = {"width": 1280, "height": 900}
+#: What moves on the page would take the processor from what it shows.
+OPTIONS = {"viewport": {"width": 1280, "height": 900}, "reduced_motion": "reduce"}
 
 
 class Window:
@@ -122,7 +123,7 @@ class Window:
 
     def __init__(self, browser, **options):
         self.said = []
-        self.context = browser.new_context(**{"viewport": SIZE} | options)
+        self.context = browser.new_context(**OPTIONS | options)
         self.context.set_default_timeout(1000 * PATIENCE)
         self.context.on("console", self.hear_console)
         self.context.on("weberror", lambda one: self.hear(str(one.error)))
@@ -241,16 +242,14 @@ def visit(windows, copied, train):
     """Go to a place of the shared server; the console must have no unexpected messages."""
     with contextlib.ExitStack() as stack:
 
-        def visit(
-            path, *, viewport=SIZE, color_scheme="light", reduced_motion="null", expected=(), **options
-        ):
+        def visit(path, *, viewport=OPTIONS["viewport"], color_scheme="light", expected=(), **options):
             window = windows(**options)
             stack.callback(window.check, expected)
             page = window.page
             stack.callback(page.evaluate, GO, "/compare")
             page.mouse.move(0, 0)
             page.set_viewport_size(viewport)
-            page.emulate_media(color_scheme=color_scheme, reduced_motion=reduced_motion)
+            page.emulate_media(color_scheme=color_scheme)
             page.evaluate(GO, path)
             return page
 

@@ -113,7 +113,7 @@ def expect_everybody_can_read_it(page, wait=lambda: None):
     page.set_viewport_size(usual)
     wait()
     expect_axe_finds_nothing_serious(page)
-    page.emulate_media(color_scheme="dark", reduced_motion="reduce")
+    page.emulate_media(color_scheme="dark")
     wait()
     expect_axe_finds_nothing_serious(page, rules=["color-contrast"])
 

@@ -3,12 +3,13 @@
 import math
 import re
 import shutil
+from functools import partial
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from filelock import FileLock
 from playwright.sync_api import expect
-from tests.page.browser.conftest import start_view
+from tests.page.browser.conftest import GO, Window, start_view
 from tests.page.browser.places import plot, row
 from tests.page.serving import remove, written
 
@@ -34,6 +35,24 @@ def listed(chromium, tmp_path_factory):
     served.stop()
 
 
+@pytest.fixture(scope="module")
+def window(listed, browser):
+    """A window with the list of these runs, which stays open."""
+    window = Window(browser)
+    window.page.goto(listed.address)
+    yield window
+    window.close()
+
+
+@pytest.fixture
+def listing(window):
+    """The list of these runs."""
+    window.page.evaluate(GO, "/")
+    expect(window.page.locator("tbody tr")).to_have_count(7)
+    yield window.page
+    window.check(())
+
+
 def names(page):
     return page.locator("tbody tr").evaluate_all("rows => rows.map(row => row.dataset.name)")
 
@@ -55,8 +74,8 @@ def test_all_runs_lead_to_one_and_the_token_leaves_the_address(visit):
     expect(row(page, "chapter")).to_be_visible()
 
 
-def test_how_each_run_stands_is_said(listed, open_page):
-    page = open_page(listed.address)
+def test_how_each_run_stands_is_said(listing):
+    page = listing
     for name, status in (("failed", "failed"), ("killed", "killed"), ("empty", "stopped")):
         expect(row(page, name).locator(".state")).to_have_text(status)
     expect(row(page, "nan")).to_contain_text("nan")
@@ -65,8 +84,8 @@ def test_how_each_run_stands_is_said(listed, open_page):
     expect(row(page, "broken").get_by_role("link")).to_have_count(0)
 
 
-def test_runs_are_sorted_whatever_is_missing(listed, open_page):
-    page = open_page(listed.address)
+def test_runs_are_sorted_whatever_is_missing(listing):
+    page = listing
     heading = page.get_by_role("columnheader", name="last loss")
     heading.get_by_role("button").click()
     expect(heading).to_have_attribute("aria-sort", "ascending")
@@ -104,16 +123,16 @@ def test_the_server_declares_the_columns(listed, open_page):
     assert kinds == [*VALUE_KINDS] and {each.kind for each in LISTED} <= VALUE_KINDS.keys()
 
 
-def test_the_address_says_how_runs_are_sorted(listed, open_page):
-    page = open_page(listed.address)
+def test_the_address_says_how_runs_are_sorted(listing):
+    page = listing
     page.get_by_role("columnheader", name="last loss").get_by_role("button").click()
     expect(page).to_have_url(re.compile(r"/\?sort=last_loss&direction=ascending$"))
     order = names(page)
-    other = open_page(f"{listed.address}&sort=last_loss&direction=ascending")
-    expect(other.locator("tbody tr")).to_have_count(7)
-    assert names(other) == order
-    strange = open_page(f"{listed.address}&sort=nothing&direction=upwards")
-    heading = strange.get_by_role("columnheader", name="started")
+    page.reload()
+    expect(page.locator("tbody tr")).to_have_count(7)
+    assert names(page) == order
+    page.goto(page.url.replace("last_loss", "nothing").replace("ascending", "upwards"))
+    heading = page.get_by_role("columnheader", name="started")
     expect(heading).to_have_attribute("aria-sort", "descending")
 
 
@@ -168,8 +187,8 @@ def test_runs_that_are_each_others_parents_by_name_are_listed(visit):
     assert sorted(shown) == ["a", "b", "c"]
 
 
-def test_runs_are_searched_by_name_and_status(listed, open_page):
-    page = open_page(listed.address)
+def test_runs_are_searched_by_name_and_status(listing):
+    page = listing
     search = page.get_by_role("searchbox", name="search the runs")
     search.fill("RUN-")
     expect(page.locator("tbody tr")).to_have_count(2)
@@ -224,10 +243,12 @@ def test_the_overlay_says_where_a_run_explodes_and_leads_there(visit, recorded):
     assert re.search(rf"/runs/diverged\?step={step}&overlay=chapter$", page.url)
 
 
-def test_settings_that_differ_look_different(visit, train):
+def test_settings_that_differ_look_different(visit, recorded, request):
     seeds = 1234567890, 1234567891
     for seed in seeds:
-        assert train(f"of-{seed}", "--steps", 1, "--seed", seed).wait() == 0
+        run = recorded / f"of-{seed}"
+        request.addfinalizer(partial(remove, run))
+        everystep.train_experiment("two-layer", {"steps": 1, "seed": seed}, run=run, progress=False)
     page = visit(f"/overlay?run=of-{seeds[0]}&run=of-{seeds[1]}")
     for seed in seeds:
         expect(page.get_by_role("cell", name=str(seed), exact=True)).to_be_visible()

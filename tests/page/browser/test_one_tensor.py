@@ -2,7 +2,6 @@
 
 import io
 import re
-import shutil
 from math import isfinite
 
 import numpy as np
@@ -11,11 +10,12 @@ import torch
 from playwright.sync_api import expect
 from tests.page.browser.places import (
     across,
-    at,
     expect_another_picture,
     expect_step,
     part,
     picture,
+    plot,
+    row,
     unfold,
     value,
 )
@@ -207,6 +207,7 @@ def test_the_histogram_counts_each_number(tensor, recorded):
     assert float(bars.evaluate(heights)) > before
 
 
+@pytest.mark.sweep(every=2)
 @pytest.mark.parametrize(
     ("phase", "name", "python"),
     [
@@ -229,18 +230,20 @@ def test_a_tensor_is_taken_along_as_python_and_as_a_file(visit, recorded, phase,
     assert torch.equal(torch.from_numpy(np.load(io.BytesIO(content))), expected)
 
 
-def test_the_line_of_python_opens_the_run_that_is_shown(view, recorded, tmp_path, open_page):
-    # One of the same name in runs/ is what Python would open by the name alone.
-    for place, name in (("runs", "fork"), ("other", "chapter")):
-        shutil.copytree(recorded / name, tmp_path / place / "chapter")
-    page = open_page(
-        at(view("other"), "/runs/chapter?step=200"), permissions=["clipboard-read", "clipboard-write"]
-    )
-    expect_step(page, 200)
+def test_the_line_of_python_opens_the_run_that_is_shown(visit):
+    """The name alone would open one in runs/."""
+    page = visit("/", permissions=["clipboard-read", "clipboard-write"])
+    elsewhere = {"directory": "other/chapter"}
+    page.route("**/api/runs/chapter", lambda route: route.fulfill(json=route.fetch().json() | elsewhere))
+    row(page, "chapter").get_by_role("link", name="chapter", exact=True).click()
+    plot(page)
+    page.keyboard.press("Home")
+    expect_step(page, 1)
+    page.unroute("**/api/runs/chapter")
     panel = unfold(part(page, "Backward"), "2.weight.grad").locator(".panel")
     panel.get_by_role("button", name="Copy as Python").click()
     copied = page.evaluate("navigator.clipboard.readText()")
-    assert copied == 'everystep.open("other/chapter")[200].gradients["2.weight"]'
+    assert copied == 'everystep.open("other/chapter")[1].gradients["2.weight"]'
 
 
 def test_the_number_that_is_pointed_at_is_copied(visit, recorded):

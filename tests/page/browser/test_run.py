@@ -163,8 +163,8 @@ def test_play_goes_through_the_run_and_stops(visit):
     expect_step(page, 480)
 
 
-def test_two_tabs_walk_by_themselves(shared, open_page):
-    one = open_page(at(shared, "/runs/chapter?step=137"))
+def test_two_tabs_walk_by_themselves(visit):
+    one = visit("/runs/chapter?step=137")
     expect_step(one, 137)
     other = one.context.new_page()
     other.goto(one.url)
@@ -174,6 +174,7 @@ def test_two_tabs_walk_by_themselves(shared, open_page):
         other.keyboard.press("ArrowLeft")
     expect_step(one, 142)
     expect_step(other, 132)
+    other.close()
 
 
 @pytest.mark.parametrize(
@@ -253,6 +254,7 @@ def test_no_replay_is_announced_for_a_run_without_steps(copied, visit):
     page.unroute_all()
 
 
+@pytest.mark.sweep
 def test_a_dialog_stays_open_while_the_run_plays_behind_it(visit):
     page = visit("/runs/chapter?step=1")
     expect_step(page, 1)

@@ -210,6 +210,7 @@ def test_an_address_opens_the_pass_of_its_operation(show):
     expect(part(page, "Backward, pass 3")).to_be_in_viewport()
 
 
+@pytest.mark.sweep
 def test_everybody_can_read_it_on_a_small_screen(show):
     page = show("accumulated", 2, viewport={"width": 360, "height": 780}, color_scheme="dark")
     expect_no_sideways_scrolling(page)

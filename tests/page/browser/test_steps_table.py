@@ -2,9 +2,11 @@
 
 import math
 import re
+from contextlib import ExitStack
 
 import pytest
 from playwright.sync_api import expect
+from tests.page.browser.conftest import Window
 from tests.page.browser.places import changed, expect_axe_finds_nothing_serious, expect_step, part, rows
 from tests.sealing import seal
 
@@ -39,16 +41,35 @@ def written(recorded, tmp_path_factory):
     return written
 
 
+@pytest.fixture(scope="module")
+def offline(browser):
+    """Windows without a network that stay open from report to report, by their options."""
+    opened = {}
+
+    def window(**options):
+        key = repr(sorted(options.items()))
+        return opened.get(key) or opened.setdefault(key, Window(browser, offline=True, **options))
+
+    yield window
+    for each in opened.values():
+        each.close()
+
+
 @pytest.fixture
-def saved(written, open_page):
+def saved(written, offline):
     """Open the report of a run, at a step if there is one to look at."""
+    with ExitStack() as stack:
 
-    def open_report(run, at="", **context):
-        page = open_page(written(run).as_uri() + at, offline=True, **context)
-        expect(rows(page).first).to_be_visible()
-        return page
+        def open_report(run, at="", **options):
+            window = offline(**options)
+            stack.callback(window.check, ())
+            window.page.emulate_media(media="screen")
+            window.page.goto("about:blank")  # another step alone would not load it again
+            window.page.goto(written(run).as_uri() + at)
+            expect(rows(window.page).first).to_be_visible()
+            return window.page
 
-    return open_report
+        yield open_report
 
 
 @pytest.fixture(params=["on_page", "saved"])
@@ -277,8 +298,9 @@ def test_a_row_a_point_and_the_address_go_to_a_step(saved, recorded):
     expect(linked.locator(".saved-plot .at-step")).to_have_text(re.compile("^137 · "))
 
 
-def test_a_step_that_a_report_does_not_have_shows_no_loss(saved):
-    page = saved("chapter")
+def test_a_step_that_a_report_does_not_have_shows_no_loss(written, open_page):
+    page = open_page(written("chapter").as_uri(), offline=True)
+    expect(rows(page).first).to_be_visible()
     page.clock.install()
     page.evaluate("location.hash = 'step=501'")
     page.clock.run_for(1000)  # after which it would have looked for the loss
@@ -313,6 +335,7 @@ def test_measurements_have_buttons_and_axes_of_their_own_which_everybody_can_rea
     expect_axe_finds_nothing_serious(page)
 
 
+@pytest.mark.sweep
 def test_the_losses_of_other_ranks_share_the_axis_of_the_loss(copied, saved):
     run = copied("chapter")
     with changed(run) as database:

@@ -22,9 +22,14 @@ def hostile(recorded):
     remove(run)
 
 
-def test_names_and_texts_from_runs_are_text(hostile, shared, open_page):
-    page = open_page(at(shared, "/"))
-    page.on("dialog", lambda dialog: pytest.fail(dialog.message))
+def test_names_and_texts_from_runs_are_text(hostile, visit):
+    page, shown = visit("/"), []
+
+    def dismiss(dialog):
+        shown.append(dialog.message)
+        dialog.dismiss()
+
+    page.on("dialog", dismiss)
     row(page, hostile).get_by_role("link", name=hostile).click()
     expect(page.locator("h1")).to_have_text(hostile)
     said = page.locator(".banner p").first
@@ -40,7 +45,8 @@ def test_names_and_texts_from_runs_are_text(hostile, shared, open_page):
         page.get_by_role("button", name=name, exact=True).click()
         expect(page.get_by_role("dialog")).to_be_visible()
         page.keyboard.press("Escape")
-    assert page.locator("img").count() == 0
+    assert page.locator("img").count() == 0 and not shown
+    page.remove_listener("dialog", dismiss)
 
 
 def test_through_a_forwarded_port_the_printed_address_works(shared, open_page):

@@ -249,6 +249,7 @@ def test_a_saved_view_shows_the_images_and_slices_that_it_holds(tmp_path, open_p
     expect(picture).to_have_attribute("width", "67")  # one slice of the three
 
 
+@pytest.mark.sweep
 def test_a_saved_view_is_for_everybody(saved, open_page):
     page = open_page(
         saved.as_uri(), color_scheme="dark", viewport={"width": 360, "height": 740}, bypass_csp=True

@@ -71,6 +71,7 @@ def test_rows_are_ranked_when_asked_for_and_the_address_says_how(visit, ranked, 
     expect_rows(page, ranked(8, "loss")[:10])
 
 
+@pytest.mark.sweep
 def test_a_link_ranks_them_on_a_phone_too(visit, ranked):
     phone = {"width": 390, "height": 844}
     page = visit("/runs/digits?step=7&open=rows+by+gradient", viewport=phone, color_scheme="dark")
@@ -118,6 +119,7 @@ def cases(page):
     return page.get_by_role("dialog").get_by_role("row")
 
 
+@pytest.mark.sweep
 def test_each_row_is_left_out_in_turn(ask, recorded):
     page = ask(23)
     field(page, "compare at step").fill("24")
