@@ -556,8 +556,12 @@ def test_an_optimizer_with_a_rate_that_is_a_tensor_among_others_has_no_known_rat
     one, other = nn.Linear(3, 2), nn.Linear(2, 1)
     rates = {"params": one.parameters()}, {"params": other.parameters(), "lr": torch.tensor(0.1)}
     model = nn.Sequential(one, other)
-    optimizer = lambda _: torch.optim.SGD(rates, lr=0.1)  # noqa: E731
-    run = looped(model, torch.ones(3, 4, 3), lambda m, x: m(x).square().mean(), optimizer=optimizer)
+    run = looped(
+        model,
+        torch.ones(3, 4, 3),
+        lambda m, x: m(x).square().mean(),
+        optimizer=lambda _: torch.optim.SGD(rates, lr=0.1),
+    )
     with pytest.raises(RunError, match="has no learning rate that its programs know as a number"):
         run.what_if(1, lr=0.5, progress=False)
 

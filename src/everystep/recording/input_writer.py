@@ -136,7 +136,7 @@ class Repeats:
         self._newest = max(self.files, default=0)
         self._next = self._spans.rows[-1].end if self._spans.rows else 1
         self._forget_lost()
-        # Of a new run, all uses are noted; otherwise they are looked up once a file is to be given up.
+        # Of a new run, all uses are noted; of another, they are looked up once a file is to be given up.
         self._has_uses = not self.files
         # Lost pieces have numbers, too: none is given again, or what a step needs would seem to be
         # there, and altered.

@@ -85,7 +85,7 @@ def state_to_continue(replay: Replay, number: int, objects: Objects | None) -> S
     if is_shared or turn is None or turn > number + 1:
         return replay.state(number)
     known = objects or Objects()
-    # What a function or a Dataset keeps would go on with another call.
+    # Another call would change what a function or a Dataset keeps.
     has_next = not isinstance(known.loss, FunctionType) and not stretch.facts.data.lazy
     has_next &= stretch.first <= number + 1 <= (stretch.last or run.newest_step())
     is_stored = turn > number or number in run.snapshots

@@ -168,7 +168,7 @@ def _train_without(
             found.append(Case(rows or (), *_outcome(run, question, (at, until), training)))
         engine = stretch.facts.engine
         if (engine is None or engine.eager_from is not None) and cases != [None]:
-            # What a function keeps outside of the parts would go on from training to training.
+            # What a function keeps outside of the parts would pass from training to training.
             training.begin(batches)
             again = Case((), *_outcome(run, question, (at, until), training))
             _check_recorded(run, (at, until), again, "again, ")

@@ -82,7 +82,7 @@ def test_dark_mode_is_dark_and_follows_a_change(visit):
 
 
 def test_nothing_moves_for_those_whom_motion_disturbs(visit):
-    page = visit("/runs/digits?step=7&operation=0")  # whose wish each window has
+    page = visit("/runs/digits?step=7&operation=0")  # each window asks for reduced motion
     expect(page.locator("[data-number='0'] canvas[role=img]").first).to_be_visible()
     page.keyboard.press("ArrowRight")
     moving = """[...document.querySelectorAll("*")].filter((each) => {

@@ -186,8 +186,8 @@ def test_every_row_with_a_tensor_has_a_picture_of_it(chapter):
     part(page, "Backward").scroll_into_view_if_needed()
     pictures = part(page, "Backward").locator(".thumbnail canvas:not([width='1'])")
     expect(pictures.first).to_be_visible()
-    box, beside = pictures.first.bounding_box(), part(page, "Backward").bounding_box()
-    assert box["x"] + box["width"] <= beside["x"] + beside["width"]
+    box, next_to = pictures.first.bounding_box(), part(page, "Backward").bounding_box()
+    assert box["x"] + box["width"] <= next_to["x"] + next_to["width"]
 
 
 def test_how_the_page_looks_is_remembered(visit):

@@ -233,8 +233,8 @@ def test_a_tensor_is_taken_along_as_python_and_as_a_file(visit, recorded, phase,
 def test_the_line_of_python_opens_the_run_that_is_shown(visit):
     """The name alone would open one in runs/."""
     page = visit("/", permissions=["clipboard-read", "clipboard-write"])
-    elsewhere = {"directory": "other/chapter"}
-    page.route("**/api/runs/chapter", lambda route: route.fulfill(json=route.fetch().json() | elsewhere))
+    moved = {"directory": "other/chapter"}
+    page.route("**/api/runs/chapter", lambda route: route.fulfill(json=route.fetch().json() | moved))
     row(page, "chapter").get_by_role("link", name="chapter", exact=True).click()
     plot(page)
     page.keyboard.press("Home")
