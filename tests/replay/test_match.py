@@ -170,6 +170,74 @@ def test_other_weights_at_the_beginning_are_said_to_be_missing(by_autograd, tmp_
         by_autograd.match("other")
 
 
+def by_optimizer(directory, make, *, seed=0, module=nn.Tanh, prepare=None):
+    """A network of two layers with an optimizer; prepare: called for the parameters before each update."""
+    torch.manual_seed(seed)
+    x, y = torch.randn(64, 10), torch.randn(64, 4)
+    model = nn.Sequential(nn.Linear(10, 16), module(), nn.Linear(16, 4))
+    optimizer = make(model.parameters())
+    with everystep.record(run=directory, model=model, optimizer=optimizer) as recording:
+        for rows, targets in recording.steps([(x, y)] * STEPS):
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(model(rows), targets)
+            loss.backward()
+            if prepare is not None:
+                prepare([*model.parameters()])
+            optimizer.step()
+            recording.log(loss=loss)
+    return recording.run
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "is_same"),
+    [
+        (torch.optim.Adam, torch.optim.AdamW, False),  # a weight decay of 0.01
+        (partial(torch.optim.SGD, weight_decay=1e-4), torch.optim.SGD, False),
+        (partial(torch.optim.Adam, eps=1e-8), partial(torch.optim.Adam, eps=1e-7), False),
+        (torch.optim.Adam, partial(torch.optim.Adam, foreach=True), True),
+        (torch.optim.Adam, partial(torch.optim.Adam, fused=True), True),
+        (torch.optim.Adam, partial(torch.optim.AdamW, weight_decay=0.0), True),
+        (
+            partial(torch.optim.SGD, momentum=0.9),
+            partial(torch.optim.SGD, momentum=0.9, foreach=True),
+            True,
+        ),
+    ],
+)
+def test_what_single_precision_hides_is_compared_in_double(tmp_path, one, other, is_same):
+    one, other = (partial(each, lr=1e-3) for each in (one, other))
+    runs = [by_optimizer(tmp_path / name, each) for name, each in (("one", one), ("other", other))]
+    for found in (runs[0].match(runs[1]), runs[1].match(runs[0])):
+        assert (found.is_match, found.step) == (is_same, STEPS if is_same else 1)
+        assert found.is_double and found.precisions == ("float32", "float32")
+        assert "in double precision, from the same state: both compute in float32" in found.to_text()
+
+
+def clipped_by_numbers(parameters):
+    """Clips gradients by numbers that Python reads in single precision."""
+    norm = math.sqrt(sum(each.grad.square().sum().item() for each in parameters))
+    for each in parameters:
+        each.grad.mul_(min(1.0, 0.1 / (norm + 1e-6)))
+
+
+def test_numbers_that_python_reads_are_rounded_as_recorded(tmp_path):
+    make = partial(torch.optim.SGD, lr=0.1)
+    clip = partial(nn.utils.clip_grad_norm_, max_norm=0.1)
+    one = by_optimizer(tmp_path / "one", make, prepare=clip)
+    other = by_optimizer(tmp_path / "other", make, prepare=clipped_by_numbers)
+    assert one.match(other).is_match and other.match(one).is_match
+    found = one.match(by_optimizer(tmp_path / "third", make, prepare=partial(clip, max_norm=0.1001)))
+    assert (found.is_match, found.step) == (False, 1)
+
+
+def test_what_double_precision_cannot_decide_is_said(tmp_path):
+    runs = [rounded(tmp_path / name, noise=True) for name in ("one", "other")]
+    found = runs[0].match(runs[1])
+    assert found.is_match and not found.is_double
+    assert "draws different random numbers in float64" in found.problem
+    assert "in float32 only, not in double precision: aten." in found.to_text()
+
+
 class Renamed(nn.Module):
     """The layers of a sequence by other names, in another order."""
 

@@ -5,8 +5,9 @@ shapes of the same numbers, and with different intermediate results. So a tensor
 all tensors of the other. A result that the other does not have is suspect if nothing computed from it is
 found there either: else it is only a different intermediate result.
 
-If one of them rounds more, as in bfloat16, rounding hides mistakes. Then both programs take the step in
-double precision, from the same state.
+Rounding hides mistakes: a weight decay may change an update by less than single precision keeps of it.
+So what matches as computed is computed again, by both programs in double precision and from the same
+state. If one of them rounds more, as in bfloat16, only this comparison counts.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor
 from everystep.answers.rounding import relative_difference, tolerance
 from everystep.errors import ProgramError, RunError
 from everystep.ops.operators import draws_random_numbers
+from everystep.program.number_slots import READ
 from everystep.program.observed import Observed
 from everystep.program.precision import Precision
 from everystep.replay.opened_step import Step
@@ -36,9 +38,12 @@ from everystep.step.state import State
 __all__ = ["Match", "Suspect", "match"]
 
 
-#: How far apart numbers are by rounding, if both programs compute in double precision: numbers that
-#: Python computed in single precision, such as a factor, are the same in both.
-ROUNDING_IN_DOUBLE = 1e-7
+#: How far apart numbers are by rounding, if both programs compute in double precision: constants of the
+#: programs were rounded to single precision.
+_ROUNDING_IN_DOUBLE = 1e-7
+#: The same, if Python read numbers of the step, such as a norm: they are as recorded, with the rounding
+#: of what they were computed from.
+_ROUNDING_OF_READ = 1e-6
 
 
 # Which results are suspect, e.g. where both programs have the same forward pass, A fuses bias and
@@ -66,18 +71,21 @@ class Suspect(NamedTuple):
 class Match(Shown):
     """How a step of two runs matches, up to rounding.
 
-    step: its number; losses: in both, as recorded; precisions: the coarsest that each computes in, if
-    these differ: both steps are then compared in double precision, from the tensors of the first run
-    where the second has one of that name and shape; rounding: how far apart numbers are by rounding,
-    relative to the largest; begin: the tensors that the first run has before the step (state and batch)
-    and the second does not; end: the gradients and the state after the step that are only in the first,
-    in order; found, of: how many of these there are; suspects: the first suspect result in each run.
+    step: its number; losses: in both, as recorded; precisions: the coarsest that each computes in;
+    is_double: whether both steps were compared in double precision, from the state of the first run, as
+    they are where all matches as computed, or where the precisions differ; problem: why a match could
+    not be compared in this way, or None; rounding: how far apart numbers are by rounding, relative to
+    the largest; begin: the tensors that the first run has before the step (state and batch) and the
+    second does not; end: the gradients and the state after the step that are only in the first, in
+    order; found, of: how many of these there are; suspects: the first suspect result in each run.
     """
 
     names: tuple[str, str]
     step: int
     losses: tuple[float, float]
-    precisions: tuple[str, str] | None
+    precisions: tuple[str, str]
+    is_double: bool
+    problem: str | None
     rounding: float
     begin: tuple[str, ...]
     end: tuple[str, ...]
@@ -114,36 +122,70 @@ def match(one: Opener, other: Opener, step: int | None = None) -> Match:
 
 
 def _match(one: Opener, other: Opener, number: int) -> Match:
+    """Compare a step as computed, and in double precision where that cannot decide."""
     steps = one.step(number), other.step(number)
-    losses = steps[0].loss, steps[1].loss
     coarsest = _coarsest(steps[0]), _coarsest(steps[1])
-    limit = tolerance(*(t.dtype for step in steps for t in step.parameters.values()))
-    before, precisions = [*_before(steps[0])], None
+    before = [*_before(steps[0])]
     if coarsest[0] != coarsest[1]:
-        one_name, other_name = (str(dtype).removeprefix("torch.") for dtype in coarsest)
-        precisions, limit = (one_name, other_name), tolerance(*coarsest)
+        limit = tolerance(*coarsest)
         # At later steps, rounding has led to different states, so both steps start from the same one.
         before = [(n, t) for n, t in before if number == 1 or n.startswith("batch")]
+    else:
+        limit = tolerance(*(t.dtype for step in steps for t in step.parameters.values()))
     others = _Values(steps[1], limit)
-    begin = tuple(name for name, tensor in before if not others.has(tensor))
-    if precisions is not None:
-        # After `begin`, which compares what the two programs were really given.
-        steps, limit = _in_double(one, other, number, limit), ROUNDING_IN_DOUBLE
-    values = [_Values(step, limit) for step in steps]
-    ends = [*_after(steps[0])]
-    end = tuple(name for name, tensor, before in ends if not values[1].has(tensor, before))
-    return Match(
+    found = Match(
         names=(one.run.name, other.run.name),
         step=number,
-        losses=losses,
-        precisions=precisions,
+        losses=(steps[0].loss, steps[1].loss),
+        precisions=(_name_of(coarsest[0]), _name_of(coarsest[1])),
+        is_double=False,
+        problem=None,
         rounding=limit,
-        begin=begin,
-        end=end,
-        found=len(ends) - len(end),
-        of=len(ends),
-        suspects=(values[0].suspect(values[1]), values[1].suspect(values[0])),
+        begin=tuple(name for name, tensor in before if not others.has(tensor)),
+        end=(),
+        found=0,
+        of=0,
+        suspects=(None, None),
     )
+    if coarsest[0] == coarsest[1]:
+        found = _with_ends(found, steps, change=math.sqrt(limit))
+        if not found.is_match or limit <= _ROUNDING_IN_DOUBLE:
+            return found
+        if not all(others.nearest(tensor)[1] == 0 for tensor in steps[0].batch.tensors.values()):
+            return replace(found, problem="the batches are the same only up to rounding")
+    try:
+        in_double = _in_double(one, other, found)
+    except ProgramError as error:
+        if coarsest[0] == coarsest[1]:
+            return replace(found, problem=str(error))
+        raise RunError(
+            f"{one.run.name} and {other.run.name} compute in different precisions, so step {number} "
+            f"would be compared in double precision, which is not possible: {error}"
+        ) from None
+    limit = _ROUNDING_OF_READ if any(map(_reads_numbers, steps)) else _ROUNDING_IN_DOUBLE
+    return _with_ends(replace(found, is_double=True, rounding=limit), in_double, change=10 * limit)
+
+
+def _with_ends(found: Match, steps: tuple[Step, Step], change: float) -> Match:
+    """Return an answer with what the second step lacks, and the suspects.
+
+    change: how far apart the changes of a tensor are by rounding, relative to their norm.
+    """
+    values = [_Values(step, found.rounding, change) for step in steps]
+    ends = [*_after(steps[0])]
+    end = tuple(name for name, tensor, before in ends if not values[1].has(tensor, before))
+    suspects = values[0].suspect(values[1]), values[1].suspect(values[0])
+    return replace(found, end=end, found=len(ends) - len(end), of=len(ends), suspects=suspects)
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _reads_numbers(step: Step) -> bool:
+    """Return whether Python read numbers of a step other than the loss."""
+    reads = (seen for seen in step.operations if seen.operation.operator == READ)
+    return any(step.places.loss not in seen.read for seen in reads)
 
 
 def _coarsest(step: Step) -> torch.dtype:
@@ -154,25 +196,40 @@ def _coarsest(step: Step) -> torch.dtype:
     return max(found, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
 
-def _in_double(one: Opener, other: Opener, number: int, limit: float) -> tuple[Step, Step]:
+def _in_double(one: Opener, other: Opener, found: Match) -> tuple[Step, Step]:
     """Return a step of two runs in double precision, both from the state of the first.
 
-    limit: how far apart numbers are by rounding, as the runs compute.
+    Raises:
+        ProgramError: one of the programs has no double precision.
     """
-    first, own = one.state(number - 1), other.state(number - 1)
-    names = _counterparts(other.state(0), one.state(0), limit)
-    second = replace(
-        own,
-        parameters=_shared(own.parameters, first.parameters, names),
-        rest=_shared(own.rest, first.rest, names),
-    )
-    try:
-        return one.call(_step_in_double, first), other.call(_step_in_double, second)
-    except ProgramError as error:
-        raise RunError(
-            f"{one.run.name} and {other.run.name} compute in different precisions, so step {number} "
-            f"would be compared in double precision, which is not possible: {error}"
-        ) from None
+    first, own = one.state(found.step - 1), other.state(found.step - 1)
+    if found.precisions[0] == found.precisions[1]:
+        there = {**first.parameters, **first.rest}
+        parameters = {n: _closest(n, t, there, found.rounding) for n, t in own.parameters.items()}
+        rest = {n: _closest(n, t, there, found.rounding) for n, t in own.rest.items()}
+    else:
+        names = _counterparts(other.state(0), one.state(0), found.rounding)
+        parameters = _shared(own.parameters, first.parameters, names)
+        rest = _shared(own.rest, first.rest, names)
+    second = replace(own, parameters=parameters, rest=rest)
+    return one.call(_step_in_double, first), other.call(_step_in_double, second)
+
+
+def _closest(name: str, tensor: Tensor, others: Mapping[str, Tensor], limit: float) -> Tensor:
+    """Return the tensor of another state that is this one up to rounding; this one if there is none.
+
+    name: what it is called there, if the same.
+    """
+    if not tensor.is_floating_point():
+        return tensor
+    named = [others[name]] if name in others else []
+    for candidates in (named, others.values()):
+        alike = (t for t in candidates if t.dtype == tensor.dtype and t.numel() == tensor.numel())
+        views = [view for each in alike for view in _views(each, tensor)]
+        closest = min(views, key=lambda view: relative_difference(tensor, view), default=None)
+        if closest is not None and relative_difference(tensor, closest) <= limit:
+            return closest.clone(memory_format=torch.contiguous_format)
+    return tensor
 
 
 def _counterparts(own: State, first: State, limit: float) -> dict[str, str]:
@@ -228,7 +285,7 @@ def _after(step: Step) -> Iterator[tuple[str, Tensor, Tensor | None]]:
 class _Values:
     """All tensors of a step, for look-up by values."""
 
-    def __init__(self, step: Step, limit: float) -> None:
+    def __init__(self, step: Step, limit: float, change: float = 0.0) -> None:
         self._operations = step.operations
         self._storage = {name: spec.storage for name, spec in step.places.tensors.items()}
         self._kinds = {name: storage.kind for name, storage in step.places.storages.items()}
@@ -239,7 +296,7 @@ class _Values:
             if tensor.numel() == 1 and not name.startswith(("parameter/", "buffer/", "gradient/"))
         ]
         self._counters = self._places([*counters, *filter(None, map(step.places.ends.get, counters))])
-        self._limit = limit
+        self._limit, self._change = limit, change
         self._changed = [(step.state[n], tensor) for n, tensor in step.end.items() if n in step.state]
         #: Only tensors with as many numbers can be equal, whatever their shapes.
         self._by_size: dict[int, list[tuple[int | None, Tensor]]] = defaultdict(list)
@@ -270,7 +327,7 @@ class _Values:
         """Return whether two changes are the same: tensors before and after one, and the other."""
         old, new, own, changed = (tensor.flatten().double() for tensor in tensors)
         # An optimizer may enlarge what rounding does to single gradients: the sum of all counts.
-        allowed = math.sqrt(self._limit) * (new - old).norm()
+        allowed = self._change * (new - old).norm()
         allowed += 4 * torch.finfo(tensors[1].dtype).eps * new.norm()
         return not bool((new - old - (changed - own)).norm() > allowed)
 

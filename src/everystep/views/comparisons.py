@@ -266,9 +266,13 @@ def match_text(found: Match) -> str:
     """Return the tensors of the first run's step that the second lacks, and the suspects, in lines."""
     one, other = found.names
     compared = ""
-    if found.precisions is not None:
+    if found.is_double:
         text = " and ".join(map("{} computes in {}".format, found.names, found.precisions))
+        if found.precisions[0] == found.precisions[1]:
+            text = f"both compute in {found.precisions[0]}"
         compared = f"in double precision, from the same state: {text}"
+    elif found.problem is not None:
+        compared = f"in {found.precisions[0]} only, not in double precision: {found.problem}"
     has = f"{other} has {found.found} of the {found.of} gradients, parameters and buffers of {one}"
     lines = [
         ("runs", f"{one}\n{other}"),
