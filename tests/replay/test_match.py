@@ -171,7 +171,7 @@ def test_other_weights_at_the_beginning_are_said_to_be_missing(by_autograd, tmp_
 
 
 def by_optimizer(directory, make, *, seed=0, module=nn.Tanh, prepare=None):
-    """A network of two layers with an optimizer; prepare: called for the parameters before each update."""
+    """A network of two layers; prepare: called for the parameters before each update."""
     torch.manual_seed(seed)
     x, y = torch.randn(64, 10), torch.randn(64, 4)
     model = nn.Sequential(nn.Linear(10, 16), module(), nn.Linear(16, 4))

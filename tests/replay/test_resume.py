@@ -9,6 +9,7 @@ import math
 import re
 import shutil
 from collections import Counter, defaultdict, deque
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -557,6 +558,80 @@ def test_what_samplers_and_data_sets_carry_goes_on(make, dying, capsys):
     assert_resumes(body, 8, 15)
     named = capsys.readouterr().err
     assert not any(f"{name}." in named for name in ("loader", "_sampler", "_data"))
+
+
+def alternating(*loaders):
+    return lambda epoch: loaders[epoch % len(loaders)]
+
+
+def made_anew(generator):
+    def loader(epoch):
+        data = Subset(tensors(), range(epoch, 20))
+        return DataLoader(data, batch_size=5, shuffle=True, generator=generator)
+
+    return loader
+
+
+def in_turns(*seeds, kind=DataLoader):
+    """Loaders with generators of their own; kind: of the first."""
+    kinds = [kind, *[DataLoader] * (len(seeds) - 1)]
+    return alternating(
+        *(
+            each(tensors(), batch_size=6, shuffle=True, generator=torch.Generator().manual_seed(seed))
+            for each, seed in zip(kinds, seeds, strict=True)
+        )
+    )
+
+
+def by_turns(record, make, is_changed_between=False):
+    """A loop with a loader for each epoch, of which something may follow."""
+    model, loader = nn.Linear(6, 1), make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with record(model=model, optimizer=optimizer) as recording:
+        for epoch in recording.epochs(6):
+            for x, y in recording.steps(loader(epoch)):
+                recording.log(loss=descend(optimizer, functional.mse_loss(model(x), y)))
+            if is_changed_between and epoch < 5:
+                with torch.no_grad():
+                    model.bias.mul_(0.5)
+    return [*model.parameters()]
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: made_anew(torch.Generator().manual_seed(3)),
+        lambda: in_turns(3, 5),
+        lambda: in_turns(3, kind=StatefulDataLoader),
+        lambda: in_turns(3, 5, kind=StatefulDataLoader),
+        lambda: alternating(DataLoader(tensors(), batch_sampler=Shuffling()), OwnLoader()),
+    ],
+    ids=["anew", "two", "a state", "one of two with a state", "by attributes"],
+)
+@pytest.mark.parametrize("is_changed_between", [True, False])
+def test_each_epoch_has_a_loader_of_its_own(make, is_changed_between, dying):
+    """Deaths in an epoch of each loader, the last one twice in the same epoch."""
+    assert_resumes(partial(by_turns, make=make, is_changed_between=is_changed_between), 5, 8, 13, 14, 17)
+
+
+def test_loaders_that_are_alike_at_first(dying):
+    assert_resumes(partial(by_turns, make=partial(in_turns, 3, 3)), 5, 8, 13, 14, 17)
+    # In the fifth epoch, the first of three has drawn two, and the third one.
+    with pytest.raises(RunError, match=r"alike at first.*different seeds"):
+        by_loop(partial(by_turns, make=partial(in_turns, 3, 3, 3)), [18, 20], "runs/three")
+
+
+def test_a_loader_in_another_order_is_refused_in_the_middle_of_an_epoch(dying):
+    with pytest.raises(Killed):
+        by_turns(lambda **parts: Mortal(everystep.record(run="./run", **parts), 7), partial(in_turns, 3))
+    for seed in (4, 3):
+        refused = pytest.raises(RunError, match=r"the batch of step \d is not the recorded one")
+        with refused if seed == 4 else nullcontext():
+            by_turns(
+                lambda **parts: everystep.record(run="./run", resume=True, **parts),
+                partial(in_turns, seed),
+            )
 
 
 @resumes(10)

@@ -38,6 +38,8 @@ __all__ = ["Drawn", "Epoch", "LoaderPosition", "Recorded", "is_quiet", "known_le
 LOADER = "own/loader"
 #: The same of what batches are drawn from, as a call of `steps` began, and since.
 _BEGUN, _DRAWN = "own/begun/", "own/drawn/"
+#: The same of what other batches were drawn from, which the loop has left.
+_ASIDE = "own/aside/"
 #: Iterating over them runs none of the user's code, and draws no random numbers.
 _WITHOUT_CODE = (list, tuple, range)
 _SAMPLERS = (SequentialSampler, RandomSampler, WeightedRandomSampler)
@@ -76,9 +78,9 @@ class Recorded(BaseModel):
     None if it has none; tensors: those of the state on disk; at_first: the random generators of state 0;
     epoch: the epoch, None if the loop does not use `epochs`; has_workers: whether the call began with
     workers of an earlier one; begun, drawn: what had changed in the objects that batches are drawn
-    from as the call began, and since; is_over: whether the loop takes no more of the call; size: how
-    many batches the call had, if another number of processes continues, with other batches each: they
-    continue at the same share of them.
+    from as the call began, and since; aside: what had changed in those that the loop had left for
+    others; is_over: whether the loop takes no more of the call; size: how many batches the call had, if
+    another number of processes continues, with other batches each: they continue at the same share.
 
     Raises:
         ValueError: a snapshot has no such place.
@@ -97,6 +99,7 @@ class Recorded(BaseModel):
     has_workers: bool = False
     begun: dict[str, dict[str, Any]] = {}
     drawn: dict[str, dict[str, Any]] = {}
+    aside: list[tuple[str, str, str, dict[str, Any]]] = []
     is_over: bool = False
     size: PositiveInt | None = None
 
@@ -134,8 +137,6 @@ class LoaderPosition:
         #: Whether a loop over `epochs` is under way.
         self._is_within = False
         self._has_workers = False
-        #: Where a resumed training continues between two epochs, until it draws a batch.
-        self._between: Recorded | None = None
         self._loader: Any = None
         self.noted = BatchSources()
         self._begun = Changed()
@@ -173,9 +174,13 @@ class LoaderPosition:
         """Return the current place, as a state has it: tensors, and plain data."""
         if self._call < 0 and self._epoch is None:
             return {}, {}
-        tensors: dict[str, Tensor] = {}
         call, taken = (self._call + 1, 0) if self._is_between else (self._call, self.taken)
         place: dict[str, Any] = {"call": call, "taken": taken}
+        if self._is_between:  # as the objects are now; the next call may be of others
+            self._set_aside()
+        tensors, aside = self.noted.aside(_ASIDE)
+        if aside:
+            place["aside"] = aside
         if self._epoch is not None:
             place["epoch"] = [*self._epoch]
         if self._is_between:
@@ -188,14 +193,15 @@ class LoaderPosition:
             place["is_over"] = True
         if not self._is_between and size:
             place["size"] = size
-        if _has_state(self._loader):
-            if not self._is_between:
-                found = encoded(self._loader.state_dict(), LOADER)
-                tensors, place["loader"] = dict(found.tensors), found.data
+        if self._is_between:
             return tensors, {"place": place}
-        # Between two epochs, the next call begins with what the objects have now.
-        begun = self.noted.changed(self._loader, _BEGUN) if self._is_between else self._begun
-        drawn = begun if self._is_between else self.noted.changed(self._loader, _DRAWN)
+        # A state of its own leaves out what the loader itself draws from its generator.
+        has_state = _has_state(self._loader)
+        if has_state:
+            found = encoded(self._loader.state_dict(), LOADER)
+            tensors, place["loader"] = {**tensors, **found.tensors}, found.data
+        begun = self._begun
+        drawn = self.noted.changed(self._loader, _DRAWN, generators_only=has_state)
         if begun.held:
             tensors |= begun.tensors
             place["begun"] = begun.held
@@ -203,6 +209,12 @@ class LoaderPosition:
             tensors |= drawn.tensors
             place["drawn"] = drawn.held
         return tensors, {"place": place}
+
+    def go_to(self, goal: Recorded | None) -> None:
+        """Go to the place of a recorded training before the next batch."""
+        self.goal = goal
+        if goal is not None:
+            self.noted.expect(_ASIDE, goal.tensors, goal.aside)
 
     def let_go(self) -> None:
         """Forget the loader: Python ends the workers of one that is in a cycle 5 seconds late."""
@@ -251,7 +263,7 @@ class LoaderPosition:
         self._epoch = Epoch(self._loop, number, self._call + 1)
         self._is_between, self.before = True, {}
         if is_reached:
-            self._between, self.goal = self.goal, None
+            self.goal = None
             self._reached()
 
     def draw(self, batches: Iterable[Any]) -> Iterator[Any]:
@@ -261,6 +273,11 @@ class LoaderPosition:
             RunError: the batches are not those of the recording.
         """
         self._call += 1
+        if self._loader is not batches:
+            self._set_aside()
+        self.noted.note(batches)
+        is_current = self.goal is not None and self.goal.call == self._call
+        self.noted.take_back(batches, is_current=is_current)
         self.taken, self._loader = 0, batches
         self._is_between = self._is_over = False
         goal = self.goal
@@ -268,21 +285,18 @@ class LoaderPosition:
             self._start_workers(batches, goal)
             return
         own = None if _has_state(batches) else batches
-        self.noted.note(own)
         if goal is not None and goal.has_workers:
             self._start_workers(batches, goal)
         # Before the iterator is made, which starts workers that stay.
         self._has_workers = getattr(batches, "_iterator", None) is not None
-        if (begun := goal or self._between) is not None:
-            changed = Changed(begun.tensors, begun.begun)
-            self.noted.restore(own, _BEGUN, changed, but_set=self._between is not None)
-        self._between = None
+        if goal is not None:
+            self.noted.restore(own, _BEGUN, Changed(goal.tensors, goal.begun))
         self._begun = self.noted.changed(own, _BEGUN)
         iterator = self._skipped(batches, goal) if goal is not None and goal.taken else None
         self.has_skipped = iterator is not None
         # After the batches before were skipped, which may have changed the objects again.
         if goal is not None and (goal.taken or goal.is_over):
-            self.noted.restore(own, _DRAWN, Changed(goal.tensors, goal.drawn))
+            self.noted.restore(batches, _DRAWN, Changed(goal.tensors, goal.drawn))
             self._reached()
         self.goal = None
         self._is_over = goal is not None and goal.is_over
@@ -314,6 +328,10 @@ class LoaderPosition:
             self.taken += 1
             yield batch
             self.has_skipped = False
+
+    def _set_aside(self) -> None:
+        if self._loader is not None:
+            self.noted.set_aside(self._loader, generators_only=_has_state(self._loader))
 
     def leave(self, *, is_untouched: bool) -> None:
         """Note that the loop leaves the current call by `break`.
@@ -357,12 +375,17 @@ class LoaderPosition:
         # The first draw has no generators of its own where it used those of state 0.
         self._restore({**(goal.at_first if goal.call == 0 else {}), **draw.generators})
         iterator: Any = iter(batches)
-        by_sampler = is_indexed(batches)
+        by_sampler, is_same_share = is_indexed(batches), goal.size is not None
         for place in range(self.taken):
-            if place and not by_sampler and goal.size is None:
+            # Of torch's own classes, the last batch shows whether all came in the recorded order.
+            is_compared = not is_same_share and (
+                not by_sampler or (place == self.taken - 1 and is_quiet(batches))
+            )
+            if place and is_compared:
                 # Between the batches, the loop drew from the same generators.
                 draw = goal.draw_of(first + place)
-                self._restore(draw.generators)
+                if not by_sampler:
+                    self._restore(draw.generators)
             # What torch's iterator itself takes from the sampler; without the rows of the data set.
             try:
                 batch = iterator._next_index() if by_sampler else next(iterator)
@@ -371,7 +394,9 @@ class LoaderPosition:
                     f"the batches end after {place:,}, but the recording has {goal.taken:,} of them "
                     "here; pass the loader of the recorded training"
                 ) from None
-            if not by_sampler and goal.size is None and not draw.matches(batch):
+            if by_sampler and is_compared:
+                batch = iterator._dataset_fetcher.fetch(batch)
+            if is_compared and not draw.matches(batch):
                 raise RunError(
                     f"the batch of step {first + place:,} is not the recorded one, so the place "
                     "of the training cannot be found; pass the same data in the same order, from the "

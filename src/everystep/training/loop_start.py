@@ -259,7 +259,7 @@ class LoopStart:
         rates = {name: rate for name, step, rate in noted if step <= state.step}
         if trained.ranks is None or not trained.ranks.rank:
             _say_where(run, state.step, recorded, goal, is_new=is_new)
-        place.goal = goal
+        place.go_to(goal)
         resuming = {"at": state.step, "is_resumed": True} | self._kept
         recorder = Recorder(run.directory, facts, self.snapshot_budget, **resuming)
         writer = LoopWriter(recorder, state.step, facts, whole, place, self.advanced, before)
