@@ -510,6 +510,8 @@ def with_other_updates(record=None, rate=0.1, at=0, kind="both"):
                     other.weight.copy_(other.weight.sign() * shrunk)
                 if kind == "shrinkage by torch":
                     other.weight.data = nn.functional.softshrink(other.weight, least)
+                if kind == "threshold":
+                    other.weight[other.weight.abs() < least] = 0.0
                 if kind == "decay by a tensor":
                     other.weight.mul_(torch.tensor(1 - least))
                 if kind == "decay by a power":
@@ -533,7 +535,7 @@ def with_other_updates(record=None, rate=0.1, at=0, kind="both"):
         *[("decay by itself", "other.weight"), ("decay to another", "other.weight")],
         *[("scaled noise", "other.bias"), ("shrinkage", "other.weight")],
         *[("shrinkage by torch", "other.weight"), ("decay by a tensor", "other.weight")],
-        ("decay by a power", "other.weight"),
+        *[("decay by a power", "other.weight"), ("threshold", "other.weight")],
     ],
 )
 def test_what_is_updated_by_hand_has_no_known_rate(tmp_path, kind, names):

@@ -33,9 +33,15 @@ _BATCH = "batch/"
 _WHAT = "the other targets"
 #: With a number, they scale or move a parameter, or make what moves it: code may compute the number of a
 #: decay, noise or a shrinkage from the rate. A bound, or a number that replaces others, is not one.
-_SCALING = {"mul", "div", "add", "sub", "lerp", "addcmul", "addcdiv", "pow", "softshrink"}
-#: They make tensors of a number.
-_FILLING = {"full", "full_like", "fill", "scalar_tensor", "new_full"}
+_SCALING = {
+    *("mul", "div", "add", "sub", "lerp", "addcmul", "addcdiv", "pow"),
+    *("softshrink", "hardshrink", "threshold"),
+}
+#: They make tensors of a number, or masks.
+_MAKING = {
+    *("full", "full_like", "fill", "scalar_tensor", "new_full"),
+    *("lt", "le", "gt", "ge", "eq", "ne"),
+}
 #: How many random numbers they draw depends on what they are given.
 _DRAWING_BY_NUMBERS = {"poisson", "binomial", "_standard_gamma", "_sample_dirichlet"}
 
@@ -392,7 +398,7 @@ def _updated(program: Program) -> tuple[set[str], set[str]]:
             numbers = [n for n in read if n in inputs and not math.prod(program.tensors[n].shape) > 1]
             if made or (kind in _SCALING and (numbers or slots_of(operation))):
                 by_numbers |= changed
-            elif numbers or (kind in _FILLING and slots_of(operation)):
+            elif numbers or (kind in _MAKING and slots_of(operation)):
                 by_numbers |= changed - own
 
     def of(changed: set[str]) -> set[str]:
