@@ -66,6 +66,10 @@ settings.register_profile("everystep", deadline=None, max_examples=50)
 settings.load_profile("everystep")
 
 
+#: How many modules there were when they were last left out of such searches.
+FROZEN = {"modules": len(sys.modules)}
+
+
 def pytest_addoption(parser):
     parser.addoption("--sweep", action="store_true", help="run every case of every table of tests")
 
@@ -90,6 +94,15 @@ def pytest_collection_modifyitems(config, items):
 def pytest_collection_finish():
     gc.freeze()
     gc.enable()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def what_was_imported_stays():
+    """Let no search of all objects, for garbage or for an `enumerate`, look at what tests have imported."""
+    if len(sys.modules) > FROZEN["modules"] + 100:
+        FROZEN["modules"] = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture

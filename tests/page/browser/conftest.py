@@ -19,7 +19,13 @@ import pytest
 from tests.page.browser.places import at
 from tests.page.serving import PATIENCE, remove
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+NAMES = (
+    "chromium-headless-shell",
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "google-chrome-stable",
+)
 #: A browser that looks for nothing outside this machine.
 FLAGS = [
     "--no-sandbox",
