@@ -34,6 +34,7 @@ QUESTIONS = {
 }
 
 
+@pytest.mark.sweep(every=3)
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_questions_have_the_same_answers(run, name):
     expected = QUESTIONS[name](everystep.open(run.directory))

@@ -398,6 +398,7 @@ OPTIMIZERS = [
 ]
 
 
+@pytest.mark.sweep(every=3)
 @pytest.mark.parametrize(("name", "settings"), OPTIMIZERS, ids=str)
 def test_each_formula_of_an_optimizer_gives_the_number(
     name, settings, small, tmp_path, everystep_command

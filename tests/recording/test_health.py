@@ -91,6 +91,7 @@ def test_altered_losses_are_said_in_python(altered):
     assert not run.verify(progress=False).is_exact
 
 
+@pytest.mark.sweep(every=2)
 def test_what_is_written_later_does_not_make_altered_numbers_recorded_ones(altered, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DamageWarning)

@@ -17,6 +17,7 @@ from everystep.recording.recorded_run import RecordedRun
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.sweep
 def test_readers_beside_a_writer_see_no_torn_run():
     code = "from benchmarks.torture.readers import readers; print(readers(2, 300))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

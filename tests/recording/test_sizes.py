@@ -111,6 +111,7 @@ def test_a_fork_by_programs_has_the_sizes_of_each_step(run_of, tmp_path):
     assert len([*(fork.directory / "programs").iterdir()]) == 2
 
 
+@pytest.mark.sweep
 def test_a_rerun_in_double_precision_has_the_sizes_of_each_step(run_of):
     run = run_of["texts"]
     found = run.rerun(precision="float64", progress=False)

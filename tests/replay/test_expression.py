@@ -180,6 +180,7 @@ UNARY = (
 )
 
 
+@pytest.mark.sweep(every=4)
 @pytest.mark.parametrize("name", UNARY)
 @given(x=st.floats(width=32) | st.sampled_from([0.0, -0.0, 1.0, -1.0, 3e38]))
 def test_a_plain_number_is_what_a_tensor_of_one_element_would_be(name, x):

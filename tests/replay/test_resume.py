@@ -597,6 +597,7 @@ def by_turns(record, make, is_changed_between=False):
     return [*model.parameters()]
 
 
+@pytest.mark.sweep(every=3)
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
 @pytest.mark.parametrize(
     "make",

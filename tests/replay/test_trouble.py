@@ -186,6 +186,7 @@ def test_a_run_of_other_numerics_is_replayed_in_a_process_that_has_them_and_in_a
     assert run[19].is_exact
 
 
+@pytest.mark.sweep
 def test_tensors_of_rare_dtypes_come_from_a_process_with_other_numerics(other_numerics):
     run = everystep.open(other_numerics / "odd")
     step = run[2]

@@ -526,6 +526,7 @@ def with_other_updates(record=None, rate=0.1, at=0, kind="both"):
     return losses
 
 
+@pytest.mark.sweep(every=3)
 @pytest.mark.parametrize(
     ("kind", "names"),
     [
@@ -596,6 +597,7 @@ def kept_outside(record=None, rate=0.1, at=0, kind="state", target=None):
     return [float(each) for each in losses]
 
 
+@pytest.mark.sweep(every=2)
 @pytest.mark.parametrize(("kind", "at", "until"), [("state", 4, 6), ("teacher", 3, 7), ("state", 0, 2)])
 @pytest.mark.parametrize("change", [{"lr": 0.9}, {"relabel": {1: 2}}])
 def test_what_code_may_compute_from_other_parameters_is_refused(tmp_path, kind, at, until, change):

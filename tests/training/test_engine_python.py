@@ -128,6 +128,7 @@ HOOKS = {
 }
 
 
+@pytest.mark.sweep(every=3)
 @pytest.mark.parametrize("hook", HOOKS)
 def test_hooks_are_called_at_every_step(hook, capfd):
     calls = []
@@ -159,6 +160,7 @@ def wrapped(function):
     return wraps(function)(lambda *given, **named: counted(*given, **named))
 
 
+@pytest.mark.sweep(every=3)
 @pytest.mark.parametrize("wrap", [EveryTenth, wrapped, lambda f: partial(EveryTenth(f))])
 @pytest.mark.parametrize(
     ("place", "name"), [(functional, "relu"), (functional, "linear"), (torch, "tanh")]

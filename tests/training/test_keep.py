@@ -227,6 +227,7 @@ class Batches:
         yield from (torch.randn(250, 1000) if self.are_new else self.first for _ in range(self.count))
 
 
+@pytest.mark.sweep(every=2)
 @pytest.mark.parametrize(
     ("batches", "epochs", "options", "message"),
     [

@@ -82,6 +82,7 @@ class Leading:
         self.settings = SimpleNamespace(batch=self, rate=0.1)
 
 
+@pytest.mark.sweep(every=2)
 @pytest.mark.parametrize(
     ("kind", "names"),
     [
