@@ -98,7 +98,7 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True, scope="module")
 def what_was_imported_stays():
-    """Let no search of all objects, for garbage or for an `enumerate`, look at what tests have imported."""
+    """Let searches of all objects, for garbage or an `enumerate`, leave out what tests have imported."""
     if len(sys.modules) > FROZEN["modules"] + 100:
         FROZEN["modules"] = len(sys.modules)
         gc.collect()

@@ -25,7 +25,9 @@ __all__ = [
     "LONGEST_VALUE",
     "SPARE_NAME",
     "begin_database",
+    "connect_at_rest",
     "connect_reading",
+    "edition_at_rest",
     "fingerprint",
     "last_written",
 ]
@@ -151,6 +153,40 @@ def connect_reading(path: Path, *, is_whole: bool = True) -> sqlite3.Connection:
     return connection
 
 
+def connect_at_rest(path: Path) -> sqlite3.Connection:
+    """Return a connection to a database that nothing writes: it locks nothing, and makes no files.
+
+    What is read is sound if `edition_at_rest` returns the same before and after.
+
+    Raises:
+        OSError, sqlite3.Error, UnicodeError: it cannot be read.
+        RunError: as `connect_reading`.
+    """
+    _check_size(path)
+    uri = f"{path.resolve().as_uri()}?mode=ro&immutable=1"
+    connection = _restricted(sqlite3.connect(uri, uri=True, isolation_level=None), is_whole=True)
+    try:
+        _check_identity(connection, path)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def edition_at_rest(path: Path) -> tuple[int, ...] | None:
+    """Return a value that changes with a database; None if it may be written now, or just was.
+
+    Raises:
+        RunError: there is no such database.
+    """
+    found = _statuses(path)
+    status = found[""]
+    # Who may write it, or read what is written, has a log. Two changes within a tick have the same time.
+    if len(found) > 1 or abs(time.time_ns() - status.st_mtime_ns) <= _TICK:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
 def fingerprint(directory: Path) -> tuple[int, ...]:
     """Return a value that changes with a run's database: its files' times and sizes.
 
@@ -183,13 +219,13 @@ def _statuses(path: Path) -> dict[str, os.stat_result]:
     """
     found: dict[str, os.stat_result] = {}
     for suffix in ("", *LOGS):
-        file = Path(f"{path}{suffix}")
+        file = f"{path}{suffix}"
         try:
-            status = found[suffix] = file.lstat()
+            status = found[suffix] = os.lstat(file)  # a path of its own takes longer
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
-            raise RunError(f"{str(file)!r:.200} cannot be read: {error.strerror}") from None
+            raise RunError(f"{file!r:.200} cannot be read: {error.strerror}") from None
         if not stat.S_ISREG(status.st_mode):
             raise RunError(f"{file} is a link, or is not a regular file: everystep did not write it")
     if "" not in found:
@@ -225,24 +261,30 @@ def _connect(path: Path, *, has_log: bool, is_whole: bool) -> sqlite3.Connection
     last_error: Exception | None = None
     for connect in (partial(opened, f"{uri}?mode=ro"), other):
         try:
-            connection = connect()
-            connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST_VALUE)
-            # The file may be a stranger's: no functions in its schema, no cells outside of their pages.
-            connection.execute("PRAGMA trusted_schema = OFF")
-            connection.execute("PRAGMA cell_size_check = ON")
-            if not is_whole:  # SQLite reads the pages that are there
-                connection.execute("PRAGMA writable_schema = ON")
-            # Opening reads nothing: only a query shows whether the database can be read.
-            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            return _restricted(connect(), is_whole=is_whole)
         except (OSError, sqlite3.Error, UnicodeError) as error:  # the last of a message with bad bytes
             if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
                 raise RunError(
                     f"{path} is locked by another program; close that program first"
                 ) from None
             last_error = error
-        else:
-            return connection
     raise RunError(f"{path} cannot be read: {last_error}")
+
+
+def _restricted(connection: sqlite3.Connection, *, is_whole: bool) -> sqlite3.Connection:
+    try:
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST_VALUE)
+        # The file may be a stranger's: no functions in its schema, no cells outside of their pages.
+        connection.execute("PRAGMA trusted_schema = OFF")
+        connection.execute("PRAGMA cell_size_check = ON")
+        if not is_whole:  # SQLite reads the pages that are there
+            connection.execute("PRAGMA writable_schema = ON")
+        # Opening reads nothing: only a query shows whether the database can be read.
+        connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 def _with_log(path: Path) -> sqlite3.Connection:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import sqlite3
+import threading
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain, pairwise
 from pathlib import Path
@@ -19,7 +21,9 @@ from everystep.recording.connection import (
     FILE_NAME,
     LONGEST_VALUE,
     begin_database,
+    connect_at_rest,
     connect_reading,
+    edition_at_rest,
 )
 from everystep.recording.facts import Facts, MeasuredFacts, read_facts, rows_of
 from everystep.recording.files import BATCHES, CHANGES, SNAPSHOTS, FileRow, own_path, remove
@@ -33,10 +37,15 @@ __all__ = [
     "Pieces",
     "Repeat",
     "cut",
+    "read_from",
     "reading",
 ]
 
+_Found = TypeVar("_Found")
 
+
+#: How many databases at rest a thread keeps open, those that it has read last.
+_MOST_OPEN = 4
 #: Seconds that a writer waits for another program that has locked the database; writes wait in memory.
 PATIENCE = 60.0
 
@@ -430,3 +439,42 @@ def reading(path: Path) -> Iterator[Database]:
         raise RunError(f"{path.parent} is no longer a run: {path.name} is missing") from None
     finally:
         connection.close()
+
+
+class _AtRest(threading.local):
+    """The databases at rest that this thread has read last, with their editions, by path."""
+
+    def __init__(self) -> None:
+        self.known: OrderedDict[Path, tuple[tuple[int, ...], Database]] = OrderedDict()
+
+    def database(self, path: Path, edition: tuple[int, ...]) -> Database:
+        """Return an open database of an edition."""
+        if path in self.known and self.known[path][0] != edition:
+            self.known.pop(path)[1].connection.close()
+        if path not in self.known:
+            self.known[path] = edition, Database(connect_at_rest(path), path)
+            if len(self.known) > _MOST_OPEN:
+                self.known.popitem(last=False)[1][1].connection.close()
+        self.known.move_to_end(path)
+        return self.known[path][1]
+
+
+_AT_REST = _AtRest()
+
+
+def read_from(path: Path, read: Callable[[Database], _Found]) -> _Found:
+    """Return what a function reads from a run's database, as it is at one moment.
+
+    To open a database takes longer than most reads, so one that nothing writes is kept open.
+
+    Raises:
+        RunError: as `reading`.
+    """
+    if (edition := edition_at_rest(path)) is not None:
+        # Where it fails, or has changed meanwhile, it is read again as one that is written.
+        with suppress(RunError, OSError, sqlite3.Error, UnicodeError):
+            found = read(_AT_REST.database(path, edition))
+            if edition_at_rest(path) == edition:
+                return found
+    with reading(path) as database:
+        return read(database)

@@ -14,7 +14,15 @@ from everystep.errors import DamageWarning, ExperimentError, RunError, UsageErro
 from everystep.recording.blocks import LOSS, block_of, series_of
 from everystep.recording.connection import fingerprint, last_written
 from everystep.recording.contents import Given, StoredPiece, as_tensor, joined, read_pieces
-from everystep.recording.database import FILE_NAME, Database, PieceIndex, Pieces, Repeat, reading
+from everystep.recording.database import (
+    FILE_NAME,
+    Database,
+    PieceIndex,
+    Pieces,
+    Repeat,
+    read_from,
+    reading,
+)
 from everystep.recording.directories import RANKS, is_run, name_of, rank_directory
 from everystep.recording.facts import DataFileFacts, Facts, RanksFacts, TrainingFacts
 from everystep.recording.files import (
@@ -531,5 +539,4 @@ class RecordedRun:
         return {n: None if content is None else as_tensor(each, content) for n, each, content in found}
 
     def _read(self, read: Callable[[Database], _Found]) -> _Found:
-        with reading(self._database_path) as database:
-            return read(database)
+        return read_from(self._database_path, read)
