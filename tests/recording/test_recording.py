@@ -3,6 +3,7 @@ import sqlite3
 import sys
 import threading
 from contextlib import closing
+from copy import deepcopy
 from functools import partial
 
 import pytest
@@ -15,6 +16,7 @@ from tests.sealing import sql
 from torch import nn
 
 import everystep
+from everystep.recording import connection
 from everystep.recording import database as database_module
 from everystep.recording.database import Database, reading
 from everystep.recording.snapshots import SnapshotPlan
@@ -213,3 +215,24 @@ def test_another_program_that_locks_the_database_for_good_ends_the_training(smal
     with pytest.raises(everystep.RecordingError, match="database is locked"):
         train(model, (x, y), loss=locking, run="./run")
     locked[0].close()
+
+
+def test_a_run_that_was_read_at_rest_shows_what_is_written_later(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(connection, "_TICK", 0)
+    run, opened, losses = tmp_path / "run", None, []
+    for steps in (3, 5):
+        model, *data = map(deepcopy, small)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        with everystep.record(run=run, resume=True, model=model, optimizer=optimizer) as recording:
+            for x, y in recording.steps([data] * steps):
+                optimizer.zero_grad()
+                loss = nn.functional.mse_loss(model(x), y)
+                loss.backward()
+                optimizer.step()
+                recording.log(loss=loss)
+        opened = opened or everystep.open(run)
+        for _ in range(2):  # the second is read from the database that the first has opened
+            losses.append(len(opened.losses))
+            assert len(opened) == steps and opened.verify(progress=False).is_exact
+        assert not [*run.glob("run.sqlite-*")]
+    assert losses == [3, 3, 5, 5]

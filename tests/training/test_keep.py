@@ -74,6 +74,7 @@ def whole(tmp_path_factory):
     return train(tmp_path_factory.mktemp("runs") / "whole", None)
 
 
+@pytest.mark.sweep(every=2)
 @pytest.mark.parametrize("keep", [RING, WINDOWS])
 def test_kept_steps_are_as_ever_and_others_are_refused_also_after_a_kill(
     keep, whole, tmp_path, everystep_command

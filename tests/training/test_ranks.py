@@ -407,6 +407,7 @@ def test_another_number_of_processes_continues_a_run(tmp_path, name, stages):
         assert len(run) == 15 + 3 + 3
 
 
+@pytest.mark.sweep
 def test_three_ranks_add_gradients_in_the_same_order_when_they_resume(tmp_path):
     wanted, errors = launched(tmp_path, ["epochs"], 3)
     assert None not in wanted and "cannot keep" not in errors and "not among" not in errors, errors
