@@ -258,6 +258,8 @@ def _kind(line: Why) -> str:
 def _timed(place: Path, steps: int, count: int) -> list[list[str]]:
     """Return the rows of the second table."""
     run = everystep.train_experiment("two-layer", {"steps": steps}, run=place, progress=False)
+    # How far apart they are, which decides how long a replay takes, depends on the disk.
+    print(f"{steps:,} steps, {len(list(run.directory.glob('snapshots/*')))} snapshots")
     opened = everystep.open(run.directory)
     chance = random.Random(0)
     asked(opened[1], chance)  # the process is open, its first step too

@@ -584,7 +584,7 @@ def in_turns(*seeds, kind=DataLoader):
 
 
 def by_turns(record, make, is_changed_between=False):
-    """A loop with a loader for each epoch, of which something may follow."""
+    """A loop with a loader for each epoch; something may follow an epoch."""
     model, loader = nn.Linear(6, 1), make()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with record(model=model, optimizer=optimizer) as recording:
@@ -608,7 +608,7 @@ def by_turns(record, make, is_changed_between=False):
         lambda: in_turns(3, 5, kind=StatefulDataLoader),
         lambda: alternating(DataLoader(tensors(), batch_sampler=Shuffling()), OwnLoader()),
     ],
-    ids=["anew", "two", "a state", "one of two with a state", "by attributes"],
+    ids=["new ones", "two", "a state", "one of two with a state", "by attributes"],
 )
 @pytest.mark.parametrize("is_changed_between", [True, False])
 def test_each_epoch_has_a_loader_of_its_own(make, is_changed_between, dying):

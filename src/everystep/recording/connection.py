@@ -144,13 +144,7 @@ def connect_reading(path: Path, *, is_whole: bool = True) -> sqlite3.Connection:
     has_log = log is not None and log.st_size > 0
     if is_whole and not has_log:  # where it has content, a checkpoint may be under way
         _check_size(path)
-    connection = _connect(path, has_log=has_log, is_whole=is_whole)
-    try:
-        _check_identity(connection, path)
-    except BaseException:
-        connection.close()
-        raise
-    return connection
+    return _identified(_connect(path, has_log=has_log, is_whole=is_whole), path)
 
 
 def connect_at_rest(path: Path) -> sqlite3.Connection:
@@ -164,13 +158,8 @@ def connect_at_rest(path: Path) -> sqlite3.Connection:
     """
     _check_size(path)
     uri = f"{path.resolve().as_uri()}?mode=ro&immutable=1"
-    connection = _restricted(sqlite3.connect(uri, uri=True, isolation_level=None), is_whole=True)
-    try:
-        _check_identity(connection, path)
-    except BaseException:
-        connection.close()
-        raise
-    return connection
+    connection = sqlite3.connect(uri, uri=True, isolation_level=None)
+    return _identified(_restricted(connection, is_whole=True), path)
 
 
 def edition_at_rest(path: Path) -> tuple[int, ...] | None:
@@ -299,6 +288,16 @@ def _with_log(path: Path) -> sqlite3.Connection:
             copied.execute("PRAGMA trusted_schema = OFF")
             copied.backup(found)
     return found
+
+
+def _identified(connection: sqlite3.Connection, path: Path) -> sqlite3.Connection:
+    """Return a connection to a database of everystep's; close it if it is not one."""
+    try:
+        _check_identity(connection, path)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 def _check_identity(connection: sqlite3.Connection, path: Path) -> None:

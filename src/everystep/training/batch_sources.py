@@ -82,7 +82,7 @@ class BatchSources:
 
     def __init__(self) -> None:
         self._first: dict[int, tuple[weakref.ref[Any], str, dict[str, _AttributeThen]]] = {}
-        #: A loop may make its loaders anew in each epoch, with the same generators.
+        #: A loop may make new loaders in each epoch, with the same generators.
         self._generators: dict[tuple[int, str, str], tuple[weakref.ref[Any], _AttributeThen]] = {}
         #: Of batches that a loop has left, and may come back to in a later epoch: each with the id of
         #: its owner, or with 0, -1, ... if it is from a recorded state.
@@ -120,7 +120,10 @@ class BatchSources:
                 value = vars(sources[name])[key]
                 place, own = (name, key, node["first"]), f"{OWN}{_place(name, key)}"
                 owner = weakref.ref(value if isinstance(value, _WITH_REFERENCES) else sources[name])
-                tensors = {n: each for n, each in changed.tensors.items() if n.startswith(own)}
+                # Of the attribute itself, and of what is in it: `.state.0`.
+                tensors = {
+                    n: t for n, t in changed.tensors.items() if n == own or n.startswith(f"{own}.")
+                }
                 self._aside[place, id(owner())] = _Aside(node, tensors, owner)
 
     def take_back(self, batches: Any, *, is_current: bool) -> None:
@@ -155,7 +158,7 @@ class BatchSources:
 
     def aside(self, prefix: str) -> tuple[dict[str, Tensor], list[list[Any]]]:
         """Return what is set aside, as a state has it. prefix: of the names of its tensors."""
-        # What is gone does not come again: a loop that makes such an object anew has it as at first.
+        # What is gone does not come again: a loop that makes a new one has it as at first.
         found = [
             (f"{prefix}{'/'.join(place)}/{each.node.get('digest')}/", place, each)
             for (place, _), each in self._aside.items()
