@@ -195,7 +195,7 @@ def _names_of_functions() -> tuple[tuple[str, ...], ...]:
     return tuple(
         tuple(
             name
-            for name, value in vars(place).items()
+            for name, value in vars(place).copy().items()
             if name not in OF_WATCHES
             and (isinstance(value, kinds) or (place is torch.Tensor and callable(value)))
         )
@@ -207,7 +207,7 @@ def reason_against_functions() -> str | None:
     """Return which function in torch's own modules was replaced, or None."""
     # torch's functions call each other by name: that of attention calls `linear` and `dropout`.
     for place in _PLACES:
-        for name, value in vars(place).items():
+        for name, value in vars(place).copy().items():  # other threads may import what adds to it
             # Others of torch are not called by layers; Lightning replaces `torch.compile`.
             if place is torch and not hasattr(torch._C._VariableFunctions, name):
                 continue
