@@ -256,6 +256,32 @@ def test_a_process_that_dies_is_an_answer(runs):
     assert killed.name == "error" and "exit code -9" in killed.content["error"]
 
 
+def test_a_process_that_has_answered_answers_again(runs, monkeypatch):
+    begun, begin = [], tasks_module.Child.begin
+
+    async def counted(module):
+        begun.append(await begin(module))
+        return begun[-1]
+
+    async def use(client, tasks):
+        run = of("other", "when")
+        first = await outcome(client, run, condition="loss < 10000")
+        again = await outcome(client, run, condition="loss > 10000")
+        wrong = await outcome(client, run, condition="lss > 10000")
+        assert len(begun) == 1
+        after = await outcome(client, run, condition="loss < 10000")
+        assert len(begun) == 2
+        begun[-1].kill_now()  # while it waits
+        await begun[-1].kill()
+        return first, again, wrong, after, await outcome(client, run, condition="loss > 10000")
+
+    monkeypatch.setattr(tasks_module.Child, "begin", counted)
+    first, again, wrong, after, last = asked_of(runs, use, Tasks)
+    assert first["result"] == after["result"] != again["result"] == last["result"]
+    assert "did you mean loss" in wrong["error"]["error"]
+    assert len(begun) == 3 and not any(each.is_alive for each in begun)
+
+
 def test_a_question_that_is_being_answered_is_not_asked_twice(runs):
     async def use(client, tasks):
         asked = {"task": "verify", "run": str(runs / "other")}

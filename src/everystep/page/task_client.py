@@ -53,8 +53,11 @@ class Task:
         self._is_stopped = False
         self.is_over = False
 
-    async def follow(self) -> None:
-        """Send the process its request, and keep its messages until it ends."""
+    async def follow(self) -> Child | None:
+        """Send the process its request, and keep its messages until the last.
+
+        Returns the process if it can run another task: it has answered, and was not interrupted.
+        """
         await self._process.ask(self.asked)
         try:
             while True:
@@ -63,6 +66,8 @@ class Task:
                     self._is_ready = True
                 else:
                     self._keep(event, content)
+                if event == "result" and not self._is_stopped:
+                    return self._process
         except Ended as ended:
             # Killed, or out of memory: the process could not report it itself.
             if not self._said.keys() & {"result", "error"}:
@@ -75,6 +80,7 @@ class Task:
         finally:
             self.is_over = True
             self._tell()
+        return None
 
     async def events(self, after: int = 0, silence: float | None = None) -> AsyncIterator[Event | None]:
         """Yield the messages after number `after`, and later ones as they come, to the end.
@@ -101,7 +107,7 @@ class Task:
 
     async def stop(self) -> None:
         """Stop it; its results so far are kept."""
-        if self._is_stopped or not self._process.is_alive:
+        if self._is_stopped or self.is_over:
             return
         self._is_stopped = True
         if not self._is_ready:  # it has not begun yet, and would not end in good order
@@ -114,7 +120,7 @@ class Task:
     @property
     def is_active(self) -> bool:
         """Whether it is running, has not answered yet, and was not stopped."""
-        # After its answer, a process needs a moment to end.
+        # After an error, a process needs a moment to end.
         return not (self.is_over or self._is_stopped or self._said.keys() & {"result", "error"})
 
     @property
@@ -124,8 +130,9 @@ class Task:
         return None if begun is None or self.is_over else begun.content["run"]
 
     async def kill(self) -> None:
-        """End it at once."""
-        await self._process.kill()
+        """End it at once, unless it is over."""
+        if not self.is_over:
+            await self._process.kill()
 
     def _keep(self, name: str, content: dict[str, Any]) -> None:
         newest = max((event.number for event in self._said.values()), default=0)
@@ -143,6 +150,8 @@ class Tasks:
     def __init__(self) -> None:
         self._tasks: dict[str, tuple[Task, asyncio.Task[None]]] = {}
         self._beginning = asyncio.Lock()
+        #: One that has answered: the next task need not wait for torch to be imported.
+        self._spare: Child | None = None
 
     async def begin(self, asked: dict[str, Any]) -> str:
         """Start a task; returns its id. A question that is being answered is not asked twice.
@@ -159,13 +168,23 @@ class Tasks:
             if running >= MOST_AT_ONCE:
                 raise Busy(f"{running} tasks are running already; wait for one to end, or cancel it")
             id = secrets.token_urlsafe(9)
-            task = Task(await Child.begin("everystep.page.task_process"), asked)
-            self._tasks[id] = task, asyncio.create_task(task.follow())
+            process, self._spare = self._spare, None
+            if process is None or not process.is_alive:
+                process = await Child.begin("everystep.page.task_process")
+            task = Task(process, asked)
+            self._tasks[id] = task, asyncio.create_task(self._follow(task))
         # A page that was asleep may still ask for the result of one of the last.
         over = [known for known, (each, _) in self._tasks.items() if each.is_over]
         for known in over[:-REMEMBERED]:
             del self._tasks[known]
         return id
+
+    async def _follow(self, task: Task) -> None:
+        process = await task.follow()
+        if process is not None:
+            process, self._spare = self._spare, process
+        if process is not None:  # one is enough
+            await process.kill()
 
     def find(self, id: str) -> Task | None:
         """Return the task with that id, if there is one."""
@@ -185,3 +204,5 @@ class Tasks:
         for task, _ in self._tasks.values():
             await task.kill()
         await asyncio.gather(*following, return_exceptions=True)
+        if self._spare is not None:
+            await self._spare.kill()

@@ -1,7 +1,8 @@
 """A task, in its own process: measure, when, verify, compare, fork, what if or rerun.
 
-It reads one request and sends messages: `ready`, `progress`, `begun`, and at the end `result` or
-`error`. After `ready`, SIGINT stops it, and its results so far are kept.
+It reads a request and sends messages: `ready`, `progress`, `begun`, and at the end `result` or `error`.
+After `ready`, SIGINT stops it, and its results so far are kept. After a result it waits for the next
+request, since importing torch takes longer than many answers; after an error it ends.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +77,14 @@ class Voice(Speaker):
         self.progress(self._done, self._total, self._what)
 
 
-def do(request: dict[str, Any], voice: Voice) -> None:
-    """Run a task, and send its `result`, or its `error` as text."""
+def do(request: dict[str, Any], voice: Voice) -> bool:
+    """Run a task, and send its `result`, or its `error` as text; return whether it has a result."""
     try:
         # The server may interrupt from here on; before, an interrupt could leave no message.
         voice.say("ready", {})
         answer = _TASKS[request["task"]]
         voice.say("result", plain_data(answer(Run(request["run"]), request["asked"], voice)))
+        return True
     except EverystepError as error:
         voice.say("error", {"error": memory_message(error) or str(error)})
     except KeyboardInterrupt as stopped:
@@ -89,10 +92,11 @@ def do(request: dict[str, Any], voice: Voice) -> None:
     except Exception as error:
         message = memory_message(error) or f"{type(error).__name__}: {error}".strip()
         voice.say("error", {"error": message})
+    return False
 
 
 def main() -> None:
-    """Run the task that stdin describes."""
+    """Run the tasks that stdin describes, one after the other."""
     sys.unraisablehook = _not_lost
     # The server has ended, however that happened: nobody waits for the answer.
     end_with_stdin(in_order=True)
@@ -100,7 +104,9 @@ def main() -> None:
     limit_memory()
     numerics.prepare()
     voice = Voice.begin()
-    do(json.loads(sys.stdin.buffer.readline()), voice)
+    with suppress(KeyboardInterrupt):  # the server has ended while this process waited
+        while (request := sys.stdin.buffer.readline()) and do(json.loads(request), voice):
+            pass
 
 
 def _not_lost(lost: sys.UnraisableHookArgs) -> None:
