@@ -53,9 +53,9 @@ def _ended(reference: Reference, number: signal.Signals, instant: float) -> Resu
     is_loop = training.part == "own loop" and number == signal.SIGINT  # ends within a step
     if found["status"] != "stopped" or not (found["newest"] == found["steps"] or is_loop):
         result.failures.append(f"after {number.name} the run is not closed: {found}")
-    is_right = (
-        ended.signal == number if number == signal.SIGTERM else "KeyboardInterrupt" in str(ended.error)
-    )
+    # What `train` raises at Ctrl-C is a KeyboardInterrupt of its own.
+    is_interrupted = str(ended.error).startswith(("KeyboardInterrupt", "StoppedByUser"))
+    is_right = ended.signal == number if number == signal.SIGTERM else is_interrupted
     if not (is_right or found["steps"] == trial.steps):
         result.failures.append(f"{number.name} ended the process otherwise: {ended}")
     if not result.failures and training is not STEP_FUNCTION:

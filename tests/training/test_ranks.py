@@ -36,18 +36,22 @@ pytestmark = [
 
 ROOT = Path(__file__).parents[2]
 TRAINED = [
-    *("plain", "dropout", "batch_norm", "buckets", "views_of_buckets", "unused_parameters", "product"),
-    *("accumulated", "by_hand", "read", "local_steps", "many_collectives", "lists", "uneven", "epochs"),
     *(
-        "forked",
-        "trained_model",
-        "trained_step",
-        "stale",
-        "sparse",
-        "federated",
-        "functional",
-        "received",
+        "plain",
+        "dropout",
+        "buckets",
+        "unused_parameters",
+        "accumulated",
+        "by_hand",
+        "read",
+        "local_steps",
     ),
+    *("many_collectives", "uneven", "epochs", "forked", "trained_model", "sparse", "received"),
+]
+#: These are trained in `make sweep` alone.
+SWEPT = [
+    *("batch_norm", "views_of_buckets", "product", "lists", "trained_step", "stale", "federated"),
+    "functional",
 ]
 REFUSED = {
     "other_parts": r"parts is \['network'\] on rank 0, and \['model'\] on rank 1",
@@ -110,19 +114,30 @@ def test_torchrun_starts_them(tmp_path, nodes):
     assert (len(run.ranks), run.verify().is_exact) == (2 * nodes, True)
 
 
-def train_all(directory):
-    names = [*TRAINED, "other_row", "other_weight", "shuffled_mean", "shuffled_sum", "command", "nan"]
+def train_all(directory, *, is_sweep):
+    names = [
+        *TRAINED,
+        *(SWEPT if is_sweep else ()),
+        "other_row",
+        "other_weight",
+        "shuffled_mean",
+        "shuffled_sum",
+        "command",
+        "nan",
+    ]
     (directory / "found.json").write_text(json.dumps(launched(directory, names)))
 
 
 @pytest.fixture(scope="module")
-def trained(made_once):
+def trained(made_once, request):
     """The runs, what each rank found, and stderr."""
-    directory = made_once("ranks", train_all)
+    directory = made_once("ranks", partial(train_all, is_sweep=request.config.getoption("--sweep")))
     return directory / "runs", *json.loads((directory / "found.json").read_text())
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize(
+    "name", [*TRAINED, *(pytest.param(name, marks=pytest.mark.sweep) for name in SWEPT)]
+)
 def test_each_rank_trains_as_without_everystep_and_replays_bit_for_bit(trained, name):
     runs, found, errors = trained
     assert None not in found, errors

@@ -23,7 +23,7 @@ from everystep.views.progress import Silent
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(("what", "each"), [("operations", "500"), ("signals", "15")])
+@pytest.mark.parametrize(("what", "each"), [("operations", "200"), ("signals", "6")])
 def test_death_loses_nothing_and_signals_close_the_run(what, each):
     command = [sys.executable, "-m", "benchmarks.torture", what, "--only", "chapter-whole-batch"]
     done = subprocess.run([*command, "--each", each], cwd=ROOT, capture_output=True, text=True)
