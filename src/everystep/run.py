@@ -780,13 +780,13 @@ def run_of(outcome: Outcome, objects: Objects | None = None) -> Run:
 def run_from_objects(outcome: Outcome, objects: Objects) -> Run:
     """Return the run that a training recorded, with the objects that trained it.
 
-    With their data only if the run does not hold it: a Dataset that is read at every step. A resumed run
-    may hold the rows of its new steps only.
+    With their data only if later steps need it: a Dataset that is read at every step.
 
     Raises:
         StoppedByUser: Ctrl-C stopped the training.
     """
-    is_read = any(stretch.facts.data.lazy for stretch in run_of(outcome).stretches)
+    facts = [stretch.facts.data for stretch in run_of(outcome).stretches]
+    is_read = any(each.lazy or each.of_recorded_steps for each in facts)
     data = objects.data if is_read else None
     return run_of(outcome, replace(objects, data=data, validation=None))
 

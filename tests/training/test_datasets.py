@@ -1,5 +1,8 @@
 """A Dataset: read once where it is torch's own, of tensors, else at every step."""
 
+import os
+import signal
+
 import pytest
 import torch
 from tests.training.by_hand import bits
@@ -7,6 +10,7 @@ from torch import nn
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 import everystep
+from everystep.views.progress import Silent
 
 
 class Rows(Dataset):
@@ -113,6 +117,38 @@ def test_a_run_that_holds_its_rows_since_it_was_resumed_opens_the_steps_before()
         assert run[step].is_exact and bits(run[step].batch.x) == bits(whole[step].batch.x)
     for at in (1, 5):
         assert run.fork(at, progress=False).losses.equals(whole.losses)
+
+
+@pytest.mark.parametrize("kind", [Counted, Drifting])
+def test_what_follows_reads_the_dataset_again_even_if_each_row_was_read_once(kind):
+    """The run holds the rows that it has read: Drifting gives others later."""
+    whole = train(kind(*rows()))
+    one, other = (train(kind(*rows()), steps=4) for _ in range(2))  # an epoch
+    assert one.resume(12, progress=False).losses.equals(whole.losses)
+    assert one.verify().is_exact and one[2].is_exact
+    assert other.fork(2, steps=4, progress=False).losses.equals(whole.losses[:4])  # it is not read
+    assert other.fork(4, steps=12, progress=False).losses.equals(whole.losses)
+
+
+def test_a_stopped_run_that_holds_its_rows_is_resumed_with_the_dataset():
+    class Stopped(Silent):
+        def advance(self, first, losses):
+            if first <= 8 < first + len(losses):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    whole = train(Counted(*rows()), steps=600)
+    with pytest.raises(KeyboardInterrupt):
+        train(Counted(*rows()), steps=600, run="./run", progress=Stopped())
+    run = everystep.open("./run")
+    assert run.status == "stopped" and len(run) < 600
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.Linear(8, 2))
+    given = {"model": model, "loss": nn.MSELoss()}
+    given["optimizer"] = torch.optim.Adam(model.parameters(), lr=0.01)
+    with pytest.raises(everystep.RunError, match=r"pass it: resume\(\.\.\., data=dataset\)"):
+        run.resume(**given, progress=False)
+    assert run.resume(**given, data=Counted(*rows()), progress=False).losses.equals(whole.losses)
+    assert everystep.open("./run").verify().is_exact
 
 
 @pytest.mark.parametrize("kind", [Noisy, Drifting])

@@ -103,6 +103,7 @@ class DataFacts(_Fact):
     """The data: its source and size. An experiment's settings of it are further fields.
 
     x, y: shapes; rows: to train on; lazy: a Dataset was read at every step, and its rows are unknown;
+    of_recorded_steps: it was, and these are the rows that it gave, which may differ in later steps;
     split_seed, dropped: how rows are numbered, see `Numbering`.
     """
 
@@ -116,6 +117,7 @@ class DataFacts(_Fact):
     y: tuple[Whole, ...] | None = None
     validation_rows: Whole | None = None
     lazy: bool = False
+    of_recorded_steps: bool = False
     split_seed: Whole | None = None
     dropped: tuple[Whole, ...] = ()
 

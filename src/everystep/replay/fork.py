@@ -34,6 +34,7 @@ from everystep.replay.trained_objects import (
     job_to_continue,
     objects_from,
     state_to_continue,
+    with_rows_of,
 )
 from everystep.replay.without_objects import (
     by_own_code,
@@ -241,8 +242,7 @@ def fork(
         return _fork_experiment(asked, opener, progress), None
     objects, is_own = objects_from(given, known)
     if objects is not None:
-        is_new = not is_own or given.scheduler is not None
-        return _fork_objects(asked, objects, is_own, is_new, opener, progress), objects
+        return _fork_objects(asked, objects, given, is_own, opener, progress), objects
     others = set(asked.changed) - {"lr", "steps"}
     check_alone(run, asked.stretch, "fork(..., ", "only lr and steps can change" if others else None)
     return _fork_alone(asked, progress), None
@@ -350,26 +350,28 @@ def _fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome
 def _fork_objects(
     asked: Fork,
     objects: Objects,
+    given: Objects,
     is_own: bool,
-    has_new_scheduler: bool,
     opener: Opener,
     progress: Progress,
 ) -> Outcome:
     """Train the objects in place, or copies of those that trained the run itself (`is_own`).
 
-    The settings of an optimizer that is not the run's own apply. A scheduler continues from the
-    parent's, unless it is a new one (`has_new_scheduler`) with other settings.
+    given: those among them that were passed. The settings of an optimizer that is not the run's own
+    apply. A scheduler continues from the parent's, unless it is a new one with other settings.
     """
     objects.check_complete()
     facts = asked.stretch.facts
     settings = dict(asked.settings)
     lr = settings.pop("lr", None)
     iteration = check_iteration(**(iteration_of(facts, asked.run.facts.steps) | settings))
+    last = iteration.steps or (iteration.epochs or 0) * facts.batches.steps_per_epoch
+    objects = with_rows_of(asked.run, facts, objects, given, last)
     state = asked.state(opener, objects)
     own = objects.copied() if is_own else objects
     seed = settings.get("seed", facts.batches.seed)
     with job_to_continue(own, asked.run, facts, iteration, "fork(..., ", seed, progress) as job:
-        is_known = not has_new_scheduler or job.facts.schedulers == facts.schedulers
+        is_known = (is_own and given.scheduler is None) or job.facts.schedulers == facts.schedulers
         known = {each.class_name for each in facts.schedulers.values()} if is_known else set()
         goes_on = type(own.scheduler).__name__ in known
         training = job.training

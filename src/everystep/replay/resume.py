@@ -19,7 +19,12 @@ from everystep.recording.snapshots import DEFAULT_BUDGET
 from everystep.replay.changed_steps import FurtherSteps
 from everystep.replay.recorded_batches import stored_data
 from everystep.replay.recorded_columns import changed_settings
-from everystep.replay.trained_objects import iteration_of, job_to_continue, objects_from
+from everystep.replay.trained_objects import (
+    iteration_of,
+    job_to_continue,
+    objects_from,
+    with_rows_of,
+)
 from everystep.replay.without_objects import check_alone, continue_alone, facts_alone
 from everystep.step.generators import generators_preserved
 from everystep.step.parts_state import PartsState
@@ -29,7 +34,7 @@ from everystep.training.from_experiment import experiment_job, of_torch_alone
 from everystep.training.job import Job, Outcome, Progress, StartingPoint
 from everystep.training.loop import run_job
 from everystep.training.model_step import training_parts
-from everystep.training.objects import Objects, is_dataset
+from everystep.training.objects import Objects
 from everystep.training.resumed import (
     accepted_changes,
     check_rules,
@@ -176,11 +181,7 @@ def resume(
         return resume_experiment(asked, progress), None
     objects, is_own = objects_from(given, known)
     if objects is not None:
-        file = run.facts.training.data_file
-        has_rows = given.data is None and file is not None and file.stored
-        # Steps before may need a Dataset that those that follow do not.
-        is_needless = has_rows and is_dataset(objects.data)
-        trained = replace(objects, data=None) if is_needless else objects
+        trained = with_rows_of(run, run.facts.training, objects, given, asked.last)
         return resume_objects(asked, trained, is_own, progress), objects
     run.check_alone("continue it without the objects that trained it")
     stretch = run.stretches[-1]
@@ -272,11 +273,14 @@ def resume_objects(
     # Without a seed, it began with the caller's generator, as it does again.
     with job_to_continue(objects, run, facts, in_order, "resume(..., ", facts.seed, progress) as job:
         job = job.with_facts(seed=facts.seed)
+        left_out: tuple[str, ...] = ("optimizer", "scheduler") if is_own else ()
         if is_stored:
             job = job.with_facts(data=facts.data)
-        else:
+        elif job.data is not None:
             _check_same_data(job, facts)
-        return asked.train(job, progress, ("optimizer", "scheduler") if is_own else ())
+        elif facts.data.of_recorded_steps:  # of a Dataset, its rows are known once they have been read
+            left_out += ("data.x", "data.y", "data.lazy", "data.of_recorded_steps")
+        return asked.train(job, progress, left_out)
 
 
 def _restore_objects(run: RecordedRun, objects: Objects) -> None:

@@ -38,7 +38,7 @@ from everystep.training.from_experiment import experiment_job
 from everystep.training.from_objects import objects_job
 from everystep.training.job import Job, Progress
 from everystep.training.model_step import Training
-from everystep.training.objects import Objects
+from everystep.training.objects import Objects, is_dataset
 from everystep.training.stepper import Engine, Stepper
 from everystep.training.writer import Unwritten
 
@@ -48,6 +48,7 @@ __all__ = [
     "job_to_continue",
     "objects_from",
     "state_to_continue",
+    "with_rows_of",
 ]
 
 
@@ -70,6 +71,24 @@ def objects_from(given: Objects, known: Objects | None) -> tuple[Objects | None,
     names += ["scheduler_every"] * (given.scheduler is not None)
     others = {name: each for name, each in vars(given).items() if name in names and each is not None}
     return replace(objects, **others), is_own
+
+
+def with_rows_of(
+    run: RecordedRun, facts: TrainingFacts, objects: Objects, given: Objects, last: int
+) -> Objects:
+    """Return objects without their Dataset, if the run holds the rows of all steps up to `last`.
+
+    given: those that were passed: a Dataset among them is read.
+    """
+    file = facts.data_file
+    has_rows = file is not None and file.stored and not _needs_dataset(run, facts, last)
+    is_needless = has_rows and given.data is None and is_dataset(objects.data)
+    return replace(objects, data=None) if is_needless else objects
+
+
+def _needs_dataset(run: RecordedRun, facts: TrainingFacts, last: int) -> bool:
+    """Return whether steps up to `last` need rows that a Dataset gives, and that may be other ones."""
+    return facts.data.of_recorded_steps and last > run.newest_step()
 
 
 def state_to_continue(replay: Replay, number: int, objects: Objects | None) -> State:
@@ -130,14 +149,21 @@ def job_to_continue(
     call: the beginning of the user's call; seed: of torch's generator, None to leave it as it is.
 
     Raises:
-        RunError: the run does not hold its data.
+        RunError: the run does not hold its data, or a Dataset may give further steps other rows.
         ExperimentError: an object is invalid; lists every error.
     """
     device = select(facts.device)
     if objects.data is None:
+        last = iteration.steps or (iteration.epochs or 0) * facts.batches.steps_per_epoch
+        if _needs_dataset(run, facts, last):
+            raise RunError(
+                f"{run.name} was trained on a Dataset that everystep read at every step, and holds only "
+                f"the rows of its recorded steps; pass it: {call}data=dataset)"
+            )
         stored = stored_data(run, facts)
         if stored is None:
-            raise RunError(f"the data of {run.name} is not in the run; pass it: {call}data=(x, y))")
+            data = "dataset" if facts.data.lazy else "(x, y)"
+            raise RunError(f"the data of {run.name} is not in the run; pass it: {call}data={data})")
         validation = stored.validation if objects.validation is None else objects.validation
         objects = replace(objects, data=(stored.x, stored.y), validation=validation)
     trained = replace(objects, dataset_limit=DEFAULT_DATASET_LIMIT)

@@ -214,8 +214,7 @@ class _ModelWriter(RunWriter):
             if job.data.sources:
                 recorder.facts({"data_file": job.facts.data_file})
                 return
-            of_fork = f"data-{job.origin.at + 1}.safetensors"
-            recorder.data(job.data.tensors(), of_fork if job.origin.fork else DATA_FILE)
+            recorder.data(job.data.tensors(), self._data_file)
 
     def _advance(self, stepper: Stepper) -> bool:
         """Run steps up to the next with something to do; return False if a failed check went back."""
@@ -232,10 +231,16 @@ class _ModelWriter(RunWriter):
         batch = self.job.training.batch
         if isinstance(batch, DatasetBatches) and (rows := batch.rows()) is not None:
             named = dict(zip("xy", rows, strict=True))
-            self.recorder.data(named)
-            shapes = {name: tuple(part.shape) for name, part in named.items()}
-            data = self.job.facts.data.model_copy(update={"lazy": False} | shapes)
-            self.recorder.facts({"data": data})
+            self.recorder.data(named, self._data_file)
+            found: dict[str, Any] = {name: tuple(part.shape) for name, part in named.items()}
+            found |= {"lazy": False, "of_recorded_steps": True}
+            self.recorder.facts({"data": self.job.facts.data.model_copy(update=found)})
+
+    @property
+    def _data_file(self) -> str:
+        """The name of the file of these steps: those before them may have another."""
+        at = self.job.origin.at
+        return f"data-{at + 1}.safetensors" if at or self.job.origin.fork else DATA_FILE
 
     def engine(self) -> dict[str, Any]:
         """Return which programs there are, how far they are verified, and what is eager, and why."""
