@@ -12,12 +12,13 @@ from benchmarks.torture.children import ask, run
 from benchmarks.torture.trainings import STEP_FUNCTION
 from benchmarks.torture.trial import Reference, Result, Trial
 from everystep.recording.database import FILE_NAME
+from everystep.recording.files import state_folder
 from everystep.run import Run
 
 __all__ = ["signals"]
 
-#: Seconds after the first step that was reported.
-INSTANTS = (0.0, 0.15)
+#: Seconds after state 0 was written.
+INSTANTS = (0.0, 0.05)
 
 
 def signals(references: Sequence[Reference]) -> list[Callable[[], Result]]:
@@ -35,13 +36,13 @@ def signals(references: Sequence[Reference]) -> list[Callable[[], Result]]:
 def _ended(reference: Reference, number: signal.Signals, instant: float) -> Result:
     """Send a signal to a training; look whether its run is closed; let it finish."""
     trial = Trial(reference)
-    training, result, lines = trial.training, trial.result, trial.folder / "lines"
+    training, result = trial.training, trial.result
     ended = run(
         lambda file: training.go(trial.place, reference.prepared, trial.steps, file),
         trial.folder,
         instant,
         number,
-        lambda: lines.exists() and lines.stat().st_size > 0,
+        (trial.place / state_folder(0)).exists,  # before, there is no run to close
     )
     found = ask(lambda: _closed(trial.place), trial.folder)
     if "error" in found or ended.has_hung:

