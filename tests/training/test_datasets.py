@@ -61,12 +61,16 @@ def rows():
     return torch.randn(20, 4), torch.randn(20, 2)
 
 
-def train(data, *, steps=12, model=None, **options):
+def made(model=None):
     torch.manual_seed(0)
     model = model or nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.Linear(8, 2))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    options = {"batch_size": 6, "progress": False, "threads": 1} | options
-    return everystep.train(model, data, loss=nn.MSELoss(), optimizer=optimizer, steps=steps, **options)
+    return {"model": model, "loss": nn.MSELoss(), "optimizer": optimizer}
+
+
+def train(data, *, steps=12, model=None, **options):
+    options = {"batch_size": 6, "progress": False, "threads": 1} | made(model) | options
+    return everystep.train(options.pop("model"), data, steps=steps, **options)
 
 
 def datasets_of(x, y):
@@ -128,6 +132,8 @@ def test_what_follows_reads_the_dataset_again_even_if_each_row_was_read_once(kin
     assert one.verify().is_exact and one[2].is_exact
     assert other.fork(2, steps=4, progress=False).losses.equals(whole.losses[:4])  # it is not read
     assert other.fork(4, steps=12, progress=False).losses.equals(whole.losses)
+    with pytest.raises(everystep.RunError, match=r"pass it: fork\(\.\.\., data=dataset\)"):
+        everystep.open(other.directory).fork(2, batch_size=20, progress=False, **made())
 
 
 def test_a_stopped_run_that_holds_its_rows_is_resumed_with_the_dataset():
@@ -141,13 +147,9 @@ def test_a_stopped_run_that_holds_its_rows_is_resumed_with_the_dataset():
         train(Counted(*rows()), steps=600, run="./run", progress=Stopped())
     run = everystep.open("./run")
     assert run.status == "stopped" and len(run) < 600
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.Linear(8, 2))
-    given = {"model": model, "loss": nn.MSELoss()}
-    given["optimizer"] = torch.optim.Adam(model.parameters(), lr=0.01)
     with pytest.raises(everystep.RunError, match=r"pass it: resume\(\.\.\., data=dataset\)"):
-        run.resume(**given, progress=False)
-    assert run.resume(**given, data=Counted(*rows()), progress=False).losses.equals(whole.losses)
+        run.resume(**made(), progress=False)
+    assert run.resume(**made(), data=Counted(*rows()), progress=False).losses.equals(whole.losses)
     assert everystep.open("./run").verify().is_exact
 
 

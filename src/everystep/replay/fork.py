@@ -365,8 +365,9 @@ def _fork_objects(
     settings = dict(asked.settings)
     lr = settings.pop("lr", None)
     iteration = check_iteration(**(iteration_of(facts, asked.run.facts.steps) | settings))
-    last = iteration.steps or (iteration.epochs or 0) * facts.batches.steps_per_epoch
-    objects = with_rows_of(asked.run, facts, objects, given, last)
+    # A Dataset may give other rows to batches other than the recorded ones.
+    last = math.inf if settings.keys() & {"epochs", "batch_size", "drop_last", "seed"} else asked.last
+    objects = with_rows_of(asked.run, facts, objects, given, last, "fork(..., ")
     state = asked.state(opener, objects)
     own = objects.copied() if is_own else objects
     seed = settings.get("seed", facts.batches.seed)

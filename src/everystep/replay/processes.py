@@ -235,11 +235,7 @@ is_ending = Event()
 #: Types of numbers that torch pickles, but cannot read again, and one of their size that it can.
 _SENT_AS = {
     **{torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64},
-    **{
-        dtype: torch.uint8
-        for dtype in vars(torch).copy().values()
-        if str(dtype).startswith("torch.float8")
-    },
+    **{dtype: torch.uint8 for dtype in vars(torch).values() if str(dtype).startswith("torch.float8")},
 }
 
 

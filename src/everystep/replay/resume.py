@@ -181,7 +181,7 @@ def resume(
         return resume_experiment(asked, progress), None
     objects, is_own = objects_from(given, known)
     if objects is not None:
-        trained = with_rows_of(run, run.facts.training, objects, given, asked.last)
+        trained = with_rows_of(run, run.facts.training, objects, given, asked.last, "resume(..., ")
         return resume_objects(asked, trained, is_own, progress), objects
     run.check_alone("continue it without the objects that trained it")
     stretch = run.stretches[-1]

@@ -74,21 +74,24 @@ def objects_from(given: Objects, known: Objects | None) -> tuple[Objects | None,
 
 
 def with_rows_of(
-    run: RecordedRun, facts: TrainingFacts, objects: Objects, given: Objects, last: int
+    run: RecordedRun, facts: TrainingFacts, objects: Objects, given: Objects, last: float, call: str
 ) -> Objects:
     """Return objects without their Dataset, if the run holds the rows of all steps up to `last`.
 
-    given: those that were passed: a Dataset among them is read.
+    given: those that were passed: a Dataset among them is read; call: the beginning of the user's call.
+
+    Raises:
+        RunError: the run holds those of the recorded steps only, and there is no Dataset.
     """
-    file = facts.data_file
-    has_rows = file is not None and file.stored and not _needs_dataset(run, facts, last)
+    file, is_longer = facts.data_file, facts.data.of_recorded_steps and last > run.newest_step()
+    if is_longer and objects.data is None:
+        raise RunError(
+            f"{run.name} was trained on a Dataset that everystep read at every step, and holds only the "
+            f"rows of its recorded steps; pass it: {call}data=dataset)"
+        )
+    has_rows = file is not None and file.stored and not is_longer
     is_needless = has_rows and given.data is None and is_dataset(objects.data)
     return replace(objects, data=None) if is_needless else objects
-
-
-def _needs_dataset(run: RecordedRun, facts: TrainingFacts, last: int) -> bool:
-    """Return whether steps up to `last` need rows that a Dataset gives, and that may be other ones."""
-    return facts.data.of_recorded_steps and last > run.newest_step()
 
 
 def state_to_continue(replay: Replay, number: int, objects: Objects | None) -> State:
@@ -149,17 +152,11 @@ def job_to_continue(
     call: the beginning of the user's call; seed: of torch's generator, None to leave it as it is.
 
     Raises:
-        RunError: the run does not hold its data, or a Dataset may give further steps other rows.
+        RunError: the run does not hold its data.
         ExperimentError: an object is invalid; lists every error.
     """
     device = select(facts.device)
     if objects.data is None:
-        last = iteration.steps or (iteration.epochs or 0) * facts.batches.steps_per_epoch
-        if _needs_dataset(run, facts, last):
-            raise RunError(
-                f"{run.name} was trained on a Dataset that everystep read at every step, and holds only "
-                f"the rows of its recorded steps; pass it: {call}data=dataset)"
-            )
         stored = stored_data(run, facts)
         if stored is None:
             data = "dataset" if facts.data.lazy else "(x, y)"
