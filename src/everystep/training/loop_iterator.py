@@ -103,7 +103,7 @@ class LoopIterator(Iterator[Any]):
             UsageError: it begins with another number, or something else around it begins again.
         """
         # An `enumerate` shows its number only as it is pickled: (enumerate, (iterator, number)).
-        counting = self._counting()
+        counting = None if self._is_alone else self._counting()
         number = None if counting is None else int(counting.__reduce__()[1][1])
         if counting is None or number in resumed:
             return
