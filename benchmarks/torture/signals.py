@@ -42,7 +42,7 @@ def _ended(reference: Reference, number: signal.Signals, instant: float) -> Resu
         trial.folder,
         instant,
         number,
-        (trial.place / state_folder(0)).exists,  # before, there is no run to close
+        (trial.place / state_folder(0)).exists,  # an earlier one finds nothing to close
     )
     found = ask(lambda: _closed(trial.place), trial.folder)
     if "error" in found or ended.has_hung:

@@ -12,7 +12,8 @@ from tests.page.serving import PATIENCE
 import everystep
 from everystep.page import task_client as tasks_module
 from everystep.page.app import application
-from everystep.page.task_client import Event, Tasks
+from everystep.page.child_process import Ended
+from everystep.page.task_client import Event, Task, Tasks
 from everystep.page.task_process import Voice, do
 
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -280,6 +281,41 @@ def test_a_process_that_has_answered_answers_again(runs, monkeypatch):
     assert first["result"] == after["result"] != again["result"] == last["result"]
     assert "did you mean loss" in wrong["error"]["error"]
     assert len(begun) == 3 and not any(each.is_alive for each in begun)
+
+
+def test_a_process_that_answers_although_it_was_stopped_is_not_used_again():
+    class Deaf:
+        """It has not heard the interrupt."""
+
+        is_killed = False
+        said = [("ready", {}, b""), ("result", {}, b"")]  # noqa: RUF012
+
+        async def ask(self, request):
+            pass
+
+        async def hear(self):
+            if self.is_killed:
+                raise Ended("has ended")
+            if len(self.said) == 1:
+                await task.stop()
+            return self.said.pop(0)
+
+        def interrupt(self):
+            pass
+
+        def kill_now(self):
+            self.is_killed = True
+
+        async def kill(self):
+            self.is_killed = True
+
+    async def follow():
+        return await task.follow(), [event.name async for event in task.events()]
+
+    process = Deaf()
+    task = Task(process, {})
+    assert asyncio.run(follow()) == (None, ["result"])
+    assert process.is_killed
 
 
 def test_a_question_that_is_being_answered_is_not_asked_twice(runs):

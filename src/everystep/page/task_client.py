@@ -66,8 +66,11 @@ class Task:
                     self._is_ready = True
                 else:
                     self._keep(event, content)
-                if event == "result" and not self._is_stopped:
-                    return self._process
+                if event == "result":
+                    if not self._is_stopped:
+                        return self._process
+                    # The answer came before the interrupt, or in spite of it.
+                    await self._process.kill()
         except Ended as ended:
             # Killed, or out of memory: the process could not report it itself.
             if not self._said.keys() & {"result", "error"}:

@@ -81,7 +81,7 @@ def with_rows_of(
     given: those that were passed: a Dataset among them is read; call: the beginning of the user's call.
 
     Raises:
-        RunError: the run holds those of the recorded steps only, and there is no Dataset.
+        RunError: the run holds those of the recorded steps only, and a Dataset is missing.
     """
     file, is_longer = facts.data_file, facts.data.of_recorded_steps and last > run.newest_step()
     if is_longer and objects.data is None:
