@@ -56,7 +56,7 @@ class Task:
     async def follow(self) -> Child | None:
         """Send the process its request, and keep its messages until the last.
 
-        Returns the process if it can run another task: it has answered, and was not interrupted.
+        Returns the process if it waits for another task, and was not interrupted.
         """
         await self._process.ask(self.asked)
         try:
@@ -64,12 +64,11 @@ class Task:
                 event, content, _ = await self._process.hear()
                 if event == "ready":
                     self._is_ready = True
-                else:
+                elif event != "waiting":
                     self._keep(event, content)
-                if event == "result":
-                    if not self._is_stopped:
-                        return self._process
-                    # The answer came before the interrupt, or in spite of it.
+                elif not self._is_stopped:
+                    return self._process
+                else:  # the answer came before the interrupt, or in spite of it
                     await self._process.kill()
         except Ended as ended:
             # Killed, or out of memory: the process could not report it itself.
@@ -123,7 +122,7 @@ class Task:
     @property
     def is_active(self) -> bool:
         """Whether it is running, has not answered yet, and was not stopped."""
-        # After an error, a process needs a moment to end.
+        # After its answer, a process needs a moment to wait again, or to end.
         return not (self.is_over or self._is_stopped or self._said.keys() & {"result", "error"})
 
     @property

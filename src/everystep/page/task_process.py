@@ -1,8 +1,9 @@
 """A task, in its own process: measure, when, verify, compare, fork, what if or rerun.
 
 It reads a request and sends messages: `ready`, `progress`, `begun`, and at the end `result` or `error`.
-After `ready`, SIGINT stops it, and its results so far are kept. After a result it waits for the next
-request, since importing torch takes longer than many answers; after an error it ends.
+After `ready`, SIGINT stops it, and its results so far are kept. Then it sends `waiting` and waits for the
+next request, since importing torch takes longer than many answers; but it ends after an interrupt, and
+after an error that is not an answer.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ _POINTS = 20_000
 #   ready     {}                                                   from here on, SIGINT stops it in order
 #   progress  {"done": 120, "total": 500, "what": "steps"}         ten times a second at most
 #   result    {"values": 500, "text": "...", ...}                  or error {"error": "..."}
+#   waiting   {}                                                   it can run another task
 class Voice(Speaker):
     """Reports progress to the server; called with the number of steps just completed."""
 
@@ -78,7 +80,7 @@ class Voice(Speaker):
 
 
 def do(request: dict[str, Any], voice: Voice) -> bool:
-    """Run a task, and send its `result`, or its `error` as text; return whether it has a result."""
+    """Run a task, and send its `result`, or its `error` as text; return whether it was answered."""
     try:
         # The server may interrupt from here on; before, an interrupt could leave no message.
         voice.say("ready", {})
@@ -86,7 +88,9 @@ def do(request: dict[str, Any], voice: Voice) -> bool:
         voice.say("result", plain_data(answer(Run(request["run"]), request["asked"], voice)))
         return True
     except EverystepError as error:
-        voice.say("error", {"error": memory_message(error) or str(error)})
+        memory = memory_message(error)
+        voice.say("error", {"error": memory or str(error)})
+        return memory is None
     except KeyboardInterrupt as stopped:
         voice.say("error", {"error": str(stopped) or "stopped", "cancelled": True})
     except Exception as error:
@@ -106,7 +110,7 @@ def main() -> None:
     voice = Voice.begin()
     with suppress(KeyboardInterrupt):  # the server has ended while this process waited
         while (request := sys.stdin.buffer.readline()) and do(json.loads(request), voice):
-            pass
+            voice.say("waiting", {})
 
 
 def _not_lost(lost: sys.UnraisableHookArgs) -> None:
