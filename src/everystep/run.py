@@ -593,7 +593,7 @@ class Run(RecordedRun):
         objects = model, loss, optimizer, data, scheduler, scheduler_every, validation, metrics
         given = Objects(*objects)
         outcome, trained = fork(asked, given, self._objects, self._opener, progress_of(progress))
-        return run_of(outcome, trained and replace(trained, validation=None))
+        return run_of(outcome) if trained is None else run_from_objects(outcome, trained)
 
     @checked
     def resume(
@@ -780,15 +780,15 @@ def run_of(outcome: Outcome, objects: Objects | None = None) -> Run:
 def run_from_objects(outcome: Outcome, objects: Objects) -> Run:
     """Return the run that a training recorded, with the objects that trained it.
 
-    With their data only if later steps need it: a Dataset that is read at every step.
+    With their data and validation rows only if later steps need them: those of a Dataset that is read at
+    every step.
 
     Raises:
         StoppedByUser: Ctrl-C stopped the training.
     """
     facts = [stretch.facts.data for stretch in run_of(outcome).stretches]
-    is_read = any(each.lazy or each.of_recorded_steps for each in facts)
-    data = objects.data if is_read else None
-    return run_of(outcome, replace(objects, data=data, validation=None))
+    is_needed = any(each.lazy or each.of_recorded_steps for each in facts)
+    return run_of(outcome, objects if is_needed else replace(objects, data=None, validation=None))
 
 
 def progress_of(wanted: bool | Progress) -> Progress:

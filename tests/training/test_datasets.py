@@ -185,3 +185,26 @@ def test_what_is_read_at_every_step_has_no_rows_for_validation():
         train(Counted(*rows()), validation=0.2)
     run = train(Counted(*rows()), validation=rows(), evaluate_every=6)
     assert set(run.measurements["name"]) == {"validation_loss", "validation_r2"}
+
+
+@pytest.mark.parametrize("data", [Noisy(*rows()), rows()], ids=["Dataset", "tensors"])
+def test_validation_continues_in_a_resume_and_a_fork(data):
+    """With the rows of the run, where it holds them; from the objects that trained it, where it does not."""
+    measuring = {"validation": rows(), "evaluate_every": 3}
+    whole = train(data, **measuring)
+    resumed, parent = (train(data, steps=6, **measuring) for _ in range(2))
+    fork = parent.fork(3, steps=12, data=data, progress=False)
+    assert fork.measured("validation_loss") == whole.measured("validation_loss")
+    resumed = resumed.resume(9, progress=False)
+    if isinstance(data, tuple):
+        resumed = everystep.open(resumed.directory)
+        resumed = resumed.resume(12, **made(), data=data, progress=False)
+    else:
+        again = everystep.open(resumed.directory)
+        with pytest.raises(everystep.RunError, match=r"pass them: resume\(\.\.\., validation=\(x, y\)\)"):
+            again.resume(12, **made(), data=data, progress=False)
+        with pytest.raises(everystep.RunError, match="data=dataset"):
+            again.resume(12, **made(), progress=False)
+        resumed = resumed.resume(12, progress=False)
+    assert resumed.losses.equals(whole.losses)
+    assert resumed.measured("validation_loss") == whole.measured("validation_loss")

@@ -334,6 +334,14 @@ class TrainingFacts(_Fact):
         return file
 
     @property
+    def has_validation(self) -> bool:
+        """Whether rows that were not trained on were measured."""
+        if self.data.lazy or self.data.of_recorded_steps:
+            # Those of a Dataset come with the objects: nothing else could be measured.
+            return self.evaluate_every is not None
+        return self.data.validation_rows is not None
+
+    @property
     def processes(self) -> int:
         """How many processes trained together."""
         return 1 if self.ranks is None else self.ranks.count

@@ -85,9 +85,10 @@ def with_rows_of(
     """
     file, is_longer = facts.data_file, facts.data.of_recorded_steps and last > run.newest_step()
     if is_longer and objects.data is None:
+        validation = ", validation=(x, y)" * (facts.has_validation and objects.validation is None)
         raise RunError(
             f"{run.name} was trained on a Dataset that everystep read at every step, and holds only the "
-            f"rows of its recorded steps; pass it: {call}data=dataset)"
+            f"rows of its recorded steps; pass it: {call}data=dataset{validation})"
         )
     has_rows = file is not None and file.stored and not is_longer
     is_needless = has_rows and given.data is None and is_dataset(objects.data)
@@ -147,22 +148,30 @@ def job_to_continue(
     seed: int | None,
     progress: Progress,
 ) -> Iterator[Job]:
-    """Yield the job of objects, with the run's data if they have none; compute as a training meanwhile.
+    """Yield the job of objects, with the run's rows where they have none; compute as a training meanwhile.
 
     call: the beginning of the user's call; seed: of torch's generator, None to leave it as it is.
 
     Raises:
-        RunError: the run does not hold its data.
+        RunError: the run does not hold its data, or its validation rows.
         ExperimentError: an object is invalid; lists every error.
     """
     device = select(facts.device)
-    if objects.data is None:
+    lacks_validation = objects.validation is None and facts.has_validation
+    if objects.data is None or lacks_validation:
         stored = stored_data(run, facts)
-        if stored is None:
-            data = "dataset" if facts.data.lazy else "(x, y)"
-            raise RunError(f"the data of {run.name} is not in the run; pass it: {call}data={data})")
-        validation = stored.validation if objects.validation is None else objects.validation
-        objects = replace(objects, data=(stored.x, stored.y), validation=validation)
+        if objects.data is None:
+            if stored is None:
+                data = "dataset" if facts.data.lazy else "(x, y)"
+                raise RunError(f"the data of {run.name} is not in the run; pass it: {call}data={data})")
+            objects = replace(objects, data=(stored.x, stored.y))
+        if lacks_validation:
+            if stored is None or stored.validation is None:
+                raise RunError(
+                    f"{run.name} measured rows for validation, which are not in the run; pass them: "
+                    f"{call}validation=(x, y))"
+                )
+            objects = replace(objects, validation=stored.validation)
     trained = replace(objects, dataset_limit=DEFAULT_DATASET_LIMIT)
     trained.check()
     numerics.prepare()
