@@ -189,7 +189,7 @@ def test_what_is_read_at_every_step_has_no_rows_for_validation():
 
 @pytest.mark.parametrize("data", [Noisy(*rows()), rows()], ids=["Dataset", "tensors"])
 def test_validation_continues_in_a_resume_and_a_fork(data):
-    """With the rows of the run, where it holds them; from the objects that trained it, where it does not."""
+    """With the rows of the run, or with those of the objects that trained it if it has none."""
     measuring = {"validation": rows(), "evaluate_every": 3}
     whole = train(data, **measuring)
     resumed, parent = (train(data, steps=6, **measuring) for _ in range(2))
@@ -201,7 +201,7 @@ def test_validation_continues_in_a_resume_and_a_fork(data):
         resumed = resumed.resume(12, **made(), data=data, progress=False)
     else:
         again = everystep.open(resumed.directory)
-        with pytest.raises(everystep.RunError, match=r"pass them: resume\(\.\.\., validation=\(x, y\)\)"):
+        with pytest.raises(everystep.RunError, match=r"pass them: resume\(\.\.\., validation="):
             again.resume(12, **made(), data=data, progress=False)
         with pytest.raises(everystep.RunError, match="data=dataset"):
             again.resume(12, **made(), progress=False)

@@ -1,9 +1,9 @@
 """A task, in its own process: measure, when, verify, compare, fork, what if or rerun.
 
 It reads a request and sends messages: `ready`, `progress`, `begun`, and at the end `result` or `error`.
-After `ready`, SIGINT stops it, and its results so far are kept. Then it sends `waiting` and waits for the
-next request, since importing torch takes longer than many answers; but it ends after an interrupt, and
-after an error that is not an answer.
+After `ready`, SIGINT stops it, and its results so far are kept. Then it sends `waiting` and waits for
+the next request, since importing torch takes longer than many answers; but it ends after an interrupt,
+and after an error that is not an answer.
 """
 
 from __future__ import annotations

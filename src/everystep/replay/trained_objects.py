@@ -148,7 +148,7 @@ def job_to_continue(
     seed: int | None,
     progress: Progress,
 ) -> Iterator[Job]:
-    """Yield the job of objects, with the run's rows where they have none; compute as a training meanwhile.
+    """Yield the job of objects, with the run's rows if they have none; compute as a training meanwhile.
 
     call: the beginning of the user's call; seed: of torch's generator, None to leave it as it is.
 
