@@ -3,7 +3,9 @@
 Each case is a loop of somebody else's kind. It is run alone, and recorded.
 """
 
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -338,3 +340,40 @@ def test_what_numpy_makes_of_a_batch_is_kept_as_the_step_reads_it(capsys):
     # The change may depend on the parameters.
     with pytest.raises(everystep.RunError, match="in no part and no batch"):
         run.what_if(3, lr=[0.2], progress=False)
+
+
+def by_record(model, optimizer, x, y):
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        for _ in recording.steps(range(20)):
+            recording.log(loss=descend(optimizer, (model(x) - y).square().mean()))
+
+
+def by_model(model, optimizer, x, y):
+    everystep.train(model, (x, y), loss=nn.MSELoss(), optimizer=optimizer, steps=20, progress=False)
+
+
+def by_function(model, optimizer, x, y):
+    def step(batch):
+        return descend(optimizer, (model(x) - y).square().mean())
+
+    parts = {"model": model, "optimizer": optimizer}
+    everystep.train(step, range(20), parts=parts, steps=20, progress=False)
+
+
+@pytest.mark.parametrize("train", [by_record, by_model, by_function])
+def test_what_was_trained_is_freed_with_the_last_reference_to_it(small, train):
+    """Not when Python next collects garbage: memory of a GPU would be missing until then."""
+    model, x, y = small
+    model = nn.Sequential(*model)  # the fixture keeps its own
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    gc.collect()
+    gc.disable()
+    try:
+        train(model, optimizer, x, y)
+        alive = [
+            weakref.ref(each) for each in (model, optimizer, *optimizer.state[model[0].weight].values())
+        ]
+        del model, optimizer
+        assert [each() for each in alive] == [None] * len(alive)
+    finally:
+        gc.enable()

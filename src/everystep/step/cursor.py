@@ -64,7 +64,7 @@ class Cursor(UnderWay):
     Args:
         paths, device, follower, outside: as `UnderWay` has them.
 
-    optimizers: their steps; run_backward: runs a backward pass, in place of torch's own call.
+    optimizers: their steps.
     """
 
     def __init__(
@@ -72,9 +72,13 @@ class Cursor(UnderWay):
     ) -> None:
         super().__init__(paths, device, follower, outside)
         self.optimizers = OptimizerSteps(self)
-        self.run_backward = BackwardPasses(self).run
+        self._backward = BackwardPasses(self)
         self._depth = 0
         self._stance: Any = None
+
+    def run_backward(self, outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run a backward pass; see `torch.autograd._engine_run_backward`."""
+        return self._backward.run(outputs, *args, **kwargs)
 
     def recover(self) -> None:
         """Watch again if an optimizer's step has raised that ran unwatched."""
@@ -595,6 +599,10 @@ class Cursor(UnderWay):
                 above.append(_pop_mode())
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         _push_again(above)
+        if self._depth == 0:
+            # They refer to this object: without a cycle, each step is freed as soon as it is written.
+            self.optimizers.close()
+            del self._backward
 
     def moved(self, tensor: Tensor) -> None:
         """Forget a tensor that has got other memory."""

@@ -131,6 +131,10 @@ class KnownPaths:
         """Note that a step has followed most of another one."""
         self._unlike = 0
 
+    def let_go(self) -> None:
+        """Refer to no object of the user's: entries refer to this one until garbage is collected."""
+        self.step, self.calls = None, OptimizerCalls()
+
     def make_room(self) -> None:
         """Forget all paths once they take too much memory; the next steps are new ones."""
         if self.size > _MOST_ENTRIES:

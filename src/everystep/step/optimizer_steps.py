@@ -51,6 +51,10 @@ class OptimizerSteps:
         #: An optimizer with a step that runs unwatched, the step, and the versions of the state before.
         self._running: tuple[torch.optim.Optimizer, OptimizerCall, list[int | None]] | None = None
 
+    def close(self) -> None:
+        """Note no further steps."""
+        del self._step
+
     def begins(
         self,
         optimizer: torch.optim.Optimizer,

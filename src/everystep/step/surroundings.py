@@ -59,11 +59,6 @@ class Surroundings:
                     title = f"module {path}" if path else "the model"
                 yield title, module
 
-    def _state(self) -> dict[str, Tensor]:
-        """Return the state of the parts, except gradients."""
-        state = self._parts.state()
-        return {name: tensor for name, tensor in state.items() if not name.startswith("gradient/")}
-
     def reasons(self) -> Iterator[str]:
         """Yield reasons why Python must run at every step, independent of its code."""
         against = _reason_against_process()
@@ -75,7 +70,7 @@ class Surroundings:
                 yield f"{where} has {kind}"
             if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
                 yield f"{where} is a {type(module).__name__}"
-        for name, tensor in self._state().items():
+        for name, tensor in _state_of(self._parts).items():
             path = name.partition("/")[2]
             if tensor._backward_hooks or tensor._post_accumulate_grad_hooks:
                 yield f"{path} has a hook on its gradient"
@@ -99,10 +94,10 @@ class Surroundings:
             classes |= {type(module): None} if is_torchs else {}
         for cls in classes:
             yield from code_of_class(cls)
-        for name, tensor in self._state().items():
+        for name, tensor in _state_of(self._parts).items():
             yield name.partition("/")[2], tensor
         # A program writes into memory, and so into all tensors that share it.
-        yield "the sharing of memory between tensors", partial(self._shared)
+        yield "the sharing of memory between tensors", partial(_shared, self._parts)
         runs_torchs = OptimizerCalls().is_torchs
         for name, optimizer in self._optimizers.items():
             yield f"the code of {name}", partial(runs_torchs, optimizer)
@@ -126,17 +121,23 @@ class Surroundings:
         with torch._C.DisableTorchFunctionSubclass():
             hooked = (
                 name.partition("/")[2]
-                for name, tensor in self._state().items()
+                for name, tensor in _state_of(self._parts).items()
                 if name.startswith("parameter/") and has_hooks_on_node(tensor)
             )
             found = next(hooked, None)
         return None if found is None else f"other code has a hook on the graph node of {found}"
 
-    def _shared(self) -> list[int]:
-        """Return, for each tensor of the state, the first that uses the same memory."""
-        first: dict[int, int] = {}
-        places = (tensor.untyped_storage()._cdata for tensor in self._state().values())
-        return [first.setdefault(place, index) for index, place in enumerate(places)]
+
+def _state_of(parts: Parts) -> dict[str, Tensor]:
+    """Return the state of the parts, except gradients."""
+    return {name: each for name, each in parts.state().items() if not name.startswith("gradient/")}
+
+
+def _shared(parts: Parts) -> list[int]:
+    """Return, for each tensor of the state, the first that uses the same memory."""
+    first: dict[int, int] = {}
+    places = (tensor.untyped_storage()._cdata for tensor in _state_of(parts).values())
+    return [first.setdefault(place, index) for index, place in enumerate(places)]
 
 
 def _parameters_of(optimizer: torch.optim.Optimizer) -> list[Any]:

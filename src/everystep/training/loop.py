@@ -51,6 +51,7 @@ def run_job(job: Job, progress: Progress) -> Outcome:
             reason = training.train(interrupt)
             training.close("finished" if reason is None else "stopped", reason, training.engine())
         finally:
+            training.let_go()
             progress.end()
         place = recorder.directory
         if interrupt and not interrupt.is_by_user:
@@ -185,6 +186,10 @@ class _ModelWriter(RunWriter):
         with suppress(Exception):  # the device or the disk may be what failed
             self.flush()
         super().close_failed(error)
+
+    def let_go(self) -> None:
+        """Refer to the training no more: its memory is free before Python collects garbage."""
+        self._stepper = None  # it refers to this object
 
     def flush(self) -> None:
         """Fetch the losses from the device, which waits for it once; write them and the measurements."""

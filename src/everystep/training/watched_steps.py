@@ -166,6 +166,7 @@ class WatchedSteps:
         if self._follows:
             self.follower.finish()
             self._follows = False
+        self._paths.let_go()
 
     def begin(self, state: dict[str, Tensor]) -> StepUnderWay[Cursor]:
         """Begin to watch a step. state: the live tensors of the parts, which `note_changes` has seen."""
