@@ -29,12 +29,9 @@ class GradientLayouts:
 
     def __init__(self, parts: Parts) -> None:
         names, found = parts.parameter_names(), []
-        # torch does not tell which module adds the gradients of a parameter, and Lightning and Trainer
-        # do not make it a part.
         is_alone = not (distributed.is_available() and distributed.is_initialized())
-        for each in () if is_alone else gc.get_objects():
-            if DistributedDataParallel in type(each).__mro__:  # `isinstance` may run code of a user's
-                found += [(names[p], each) for p in each.parameters() if p in names][:1]
+        for each in () if is_alone else _all_modules():
+            found += [(names[p], each) for p in each.parameters() if p in names][:1]
         self._modules = [module for _, module in sorted(found, key=lambda pair: pair[0])]
         self._known: WeakKeyDictionary[Any, Layout] = WeakKeyDictionary()
 
@@ -77,6 +74,16 @@ class GradientLayouts:
 def is_of_reducer(module: object, attribute: str) -> bool:
     """Return whether an attribute tells what the reducer of this process has done, which is new."""
     return isinstance(module, DistributedDataParallel) and attribute.startswith("_")
+
+
+def _all_modules() -> list[DistributedDataParallel]:
+    """Return all that are in the process."""
+    # torch does not tell which module adds the gradients of a parameter, and Lightning and Trainer do
+    # not make it a part. A list of all objects would stop other threads from making tuples.
+    kinds: list[type] = [DistributedDataParallel]
+    for kind in kinds:
+        kinds += type.__subclasses__(kind)
+    return [each for each in gc.get_referrers(*kinds) if type(each) in kinds]
 
 
 def _keeps_first(module: DistributedDataParallel) -> bool:
