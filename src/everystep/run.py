@@ -592,8 +592,7 @@ class Run(RecordedRun):
         asked = Fork(self, at, wanted, place_of(run), snapshot_budget, without=without, targets=targets)
         objects = model, loss, optimizer, data, scheduler, scheduler_every, validation, metrics
         given = Objects(*objects)
-        outcome, trained = fork(asked, given, self._objects, self._opener, progress_of(progress))
-        return run_of(outcome) if trained is None else run_from_objects(outcome, trained)
+        return run_of(*fork(asked, given, self._objects, self._opener, progress_of(progress)))
 
     @checked
     def resume(
