@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from operator import is_
 from typing import Any, NamedTuple
@@ -59,8 +59,16 @@ class _AttributeThen(NamedTuple):
 _Found = tuple[Encoded, _AttributeThen]
 #: An attribute: the name of its object, its own, and the digest of what it was at first.
 _Attribute = tuple[str, str, str]
-#: Generators that weak references may lead to; NumPy's are attributes of an object that has them.
+#: Generators that are known as objects; NumPy's are attributes of an object that has them.
 _WITH_REFERENCES = (torch.Generator, random.Random)
+
+
+def _reference(each: Any) -> Callable[[], Any]:
+    """Return a weak reference, or what holds the object where that is impossible."""
+    try:
+        return weakref.ref(each)
+    except TypeError:  # a generator of torch 2.9
+        return lambda: each
 
 
 class _Aside(NamedTuple):
@@ -71,7 +79,7 @@ class _Aside(NamedTuple):
 
     node: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
-    owner: weakref.ref[Any] | None = None
+    owner: Callable[[], Any] | None = None
 
 
 class BatchSources:
@@ -83,7 +91,7 @@ class BatchSources:
     def __init__(self) -> None:
         self._first: dict[int, tuple[weakref.ref[Any], str, dict[str, _AttributeThen]]] = {}
         #: A loop may make new loaders in each epoch, with the same generators.
-        self._generators: dict[tuple[int, str, str], tuple[weakref.ref[Any], _AttributeThen]] = {}
+        self._generators: dict[tuple[int, str, str], tuple[Callable[[], Any], _AttributeThen]] = {}
         #: Of batches that a loop has left, and may come back to in a later epoch: each with the id of
         #: its owner, or with 0, -1, ... if it is from a recorded state.
         self._aside: dict[tuple[_Attribute, int], _Aside] = {}
@@ -108,7 +116,7 @@ class BatchSources:
             return now
         place = id(value), name, key
         if place not in self._generators or self._generators[place][0]() is not value:
-            self._generators[place] = weakref.ref(value), now
+            self._generators[place] = _reference(value), now
         return self._generators[place][1]
 
     def set_aside(self, batches: Any, *, generators_only: bool) -> None:
@@ -119,7 +127,7 @@ class BatchSources:
             for key, node in nodes.items():
                 value = vars(sources[name])[key]
                 place, own = (name, key, node["first"]), f"{OWN}{_place(name, key)}"
-                owner = weakref.ref(value if isinstance(value, _WITH_REFERENCES) else sources[name])
+                owner = _reference(value if isinstance(value, _WITH_REFERENCES) else sources[name])
                 # Of the attribute itself, and of what is in it: `.state.0`.
                 tensors = {
                     n: t for n, t in changed.tensors.items() if n == own or n.startswith(f"{own}.")
