@@ -592,7 +592,10 @@ class Run(RecordedRun):
         asked = Fork(self, at, wanted, place_of(run), snapshot_budget, without=without, targets=targets)
         objects = model, loss, optimizer, data, scheduler, scheduler_every, validation, metrics
         given = Objects(*objects)
-        return run_of(*fork(asked, given, self._objects, self._opener, progress_of(progress)))
+        outcome, trained = fork(asked, given, self._objects, self._opener, progress_of(progress))
+        if trained is not None and trained.data is None:  # the fork has its rows, split already
+            trained = replace(trained, validation=None)
+        return run_of(outcome, trained)
 
     @checked
     def resume(

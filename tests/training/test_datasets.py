@@ -136,6 +136,17 @@ def test_what_follows_reads_the_dataset_again_even_if_each_row_was_read_once(kin
         everystep.open(other.directory).fork(2, batch_size=20, progress=False, **made())
 
 
+@pytest.mark.parametrize("kind", [Counted, Drifting])
+def test_what_follows_a_fork_of_recorded_steps_reads_the_dataset(kind):
+    whole, parent = train(kind(*rows())), train(kind(*rows()), steps=4)
+    fork = parent.fork(2, steps=4, progress=False)  # it is not read
+    with pytest.raises(everystep.RunError, match=r"pass it: resume\(\.\.\., data=dataset\)"):
+        everystep.open(fork.directory).resume(12, progress=False, **made())
+    fork = fork.resume(12, progress=False)
+    assert fork.losses.equals(whole.losses)
+    assert fork.verify().is_exact and fork[3].is_exact and fork[12].is_exact
+
+
 def test_a_stopped_run_that_holds_its_rows_is_resumed_with_the_dataset():
     class Stopped(Silent):
         def advance(self, first, losses):
@@ -208,3 +219,18 @@ def test_validation_continues_in_a_resume_and_a_fork(data):
         resumed = resumed.resume(12, progress=False)
     assert resumed.losses.equals(whole.losses)
     assert resumed.measured("validation_loss") == whole.measured("validation_loss")
+
+
+@pytest.mark.parametrize("validation", [0.2, rows()], ids=["a share", "rows"])
+def test_a_fork_may_have_other_validation_rows(validation):
+    parent = train(rows(), steps=6)
+    whole = parent.fork(
+        3, steps=12, validation=validation, settings={"evaluate_every": 3}, progress=False
+    )
+    fork = parent.fork(3, steps=6, validation=validation, settings={"evaluate_every": 3}, progress=False)
+    fork = everystep.open(fork.resume(9, progress=False).directory)
+    again = fork.resume(12, **made(), progress=False)
+    assert again.losses.equals(whole.losses)
+    assert again.measured("validation_loss") == whole.measured("validation_loss")
+    assert whole[5].is_exact and whole.verify().is_exact and again.verify().is_exact
+    assert whole.fork(6, progress=False).losses.equals(whole.losses)

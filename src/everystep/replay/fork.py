@@ -398,7 +398,12 @@ def _fork_objects(
         if sets_rate:
             _set_rate(training, lr)
         job = job.with_facts(optimizers={"optimizer": optimizer_facts(job.training.optimizer)})
-        return asked.train(job, before, own.data is not None, progress)
+        if own.data is None:  # rows of recorded steps stay that
+            of_steps = {"of_recorded_steps": facts.data.of_recorded_steps}
+            job = job.with_facts(data=job.facts.data.model_copy(update=of_steps))
+        # Of other validation rows, or of a share, the file of the parent has nothing.
+        has_new_data = own.data is not None or given.validation is not None
+        return asked.train(job, before, has_new_data, progress)
 
 
 def _check_kept(

@@ -279,7 +279,7 @@ def resume_objects(
         elif job.data is not None:
             _check_same_data(job, facts)
         elif facts.data.of_recorded_steps:  # of a Dataset, its rows are known once they have been read
-            left_out += ("data.x", "data.y", "data.lazy", "data.of_recorded_steps")
+            left_out += ("data.x", "data.y", "data.source", "data.lazy", "data.of_recorded_steps")
         return asked.train(job, progress, left_out)
 
 
