@@ -3,6 +3,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -16,8 +17,9 @@ import everystep
 from everystep.errors import RunError
 from everystep.page import worker
 from everystep.page.child_process import limit_memory
-from everystep.page.worker import KEPT_RUNS, Openers, answers
+from everystep.page.worker import KEPT_RUNS, Interruption, Openers, answers
 from everystep.page.worker_client import Gone, NoAnswer, WorkerClient
+from everystep.program.soundness import note_sound
 
 HOSTILE = "<img src=x onerror=alert(1)> '\"&\N{SNOWMAN}"
 
@@ -155,6 +157,7 @@ def test_a_worker_at_work(directory, trained, tmp_path, monkeypatch):
         worker.interrupt()  # it takes no notice
         assert await desk.ask("content", trained, step=3) == first
         # An answer that no request waits for is stopped, and the worker continues.
+        await desk.ask("report", trained, steps=[1])  # what a report needs is imported
         with pytest.raises(Gone):
             await desk.ask("report", long, steps=list(range(1, 20)), gone=soon)
         assert await desk.ask("content", trained, step=3) == first
@@ -194,6 +197,22 @@ def test_a_worker_at_work(directory, trained, tmp_path, monkeypatch):
     shutil.rmtree(long)
 
 
+def test_an_interrupt_during_an_import_ends_the_worker(tmp_path, monkeypatch):
+    # A module that is interrupted there cannot be imported again: torch's compiler, for one.
+    (tmp_path / "interrupted.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        interruption = Interruption()
+        with pytest.raises(SystemExit, match="130"), interruption:
+            import interrupted  # noqa: F401
+        with pytest.raises(KeyboardInterrupt), interruption:
+            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # between two requests nothing happens
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def slow(run, size=10_000):
     """Let a run's steps compute for long; a product of the largest matrices cannot be interrupted."""
     for path in (run / "programs").iterdir():
@@ -204,7 +223,9 @@ def slow(run, size=10_000):
         fill = more | {"operator": "aten.ones.default", "arguments": [[size, size]]}
         multiply = more | {"operator": "aten.mm.default", "arguments": ["large", "large"]}
         data["operations"] += [fill, *[multiply] * 300]
-        path.write_text(json.dumps(data))
+        text = json.dumps(data).encode()
+        path.write_bytes(text)
+        note_sound(text)  # to check it would import the compiler, and a worker that is importing ends
     seal_files(run)
 
 

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -36,6 +37,9 @@ __all__ = ["Openers", "answers", "main"]
 KEPT_RUNS = 3
 #: Terms of a sum, and rows of each order, that are shown.
 TERMS, MOST_ROWS = 8, 100
+
+#: The file of the functions that import a module, as frames name it.
+_IMPORTING = "<frozen importlib._bootstrap>"
 
 #: The description of an answer's bytes, and the bytes; other answers are sent as JSON.
 Found = tuple[dict[str, Any], bytes]
@@ -92,7 +96,10 @@ class Openers:
 
 
 class Interruption:
-    """SIGINT, by which the server reports that no request waits for the answer."""
+    """SIGINT, by which the server reports that no request waits for the answer.
+
+    Within, it raises KeyboardInterrupt, or SystemExit where a module is being imported.
+    """
 
     def __init__(self) -> None:
         self._is_heard = False
@@ -104,11 +111,17 @@ class Interruption:
     def __exit__(self, *error: object) -> None:
         self._is_heard = False
 
-    def _hear(self, *signal: object) -> None:
+    def _hear(self, number: int, frame: FrameType | None) -> None:
         # Once for each request: a second signal must not interrupt what handles the first.
-        if self._is_heard:
-            self._is_heard = False
-            raise KeyboardInterrupt
+        if not self._is_heard:
+            return
+        self._is_heard = False
+        while frame is not None:
+            if frame.f_code.co_filename == _IMPORTING:
+                # Half a module stays half: all later answers would fail. A new process starts.
+                raise SystemExit(128 + number)
+            frame = frame.f_back
+        raise KeyboardInterrupt
 
 
 def answers(
