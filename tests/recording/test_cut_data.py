@@ -181,7 +181,7 @@ def _picked(t, data, model):
     return model(data[:1800].view(200, 9).index_select(0, at) + at[:, None] / 200).square().mean()
 
 
-@pytest.mark.sweep(every=2)
+@pytest.mark.sweep(every=4)
 @pytest.mark.parametrize(
     "loss_of",
     [_changed_after, _own_generator, _memory, _direct, _growing, _two_of_one, _picked, _whole_too],

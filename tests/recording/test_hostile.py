@@ -38,7 +38,7 @@ def good(tmp_path_factory):
     return directory
 
 
-@pytest.mark.sweep(every=4)
+@pytest.mark.sweep(every=8)
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_each_command_answers_in_words(kind, good, tmp_path, monkeypatch, everystep_command):
     shelf = tmp_path / "shelf"

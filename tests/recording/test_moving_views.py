@@ -138,7 +138,7 @@ LOOPS = {
 }
 
 
-@pytest.mark.sweep(every=2)
+@pytest.mark.sweep(every=4)
 @pytest.mark.parametrize("loss_of", LOOPS)
 def test_all_places_have_a_program(loss_of, tmp_path):
     run = _recorded(tmp_path / "run", loss_of)

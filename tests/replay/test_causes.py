@@ -55,7 +55,7 @@ identical loops
 KINDS = {kind.name: kind for kind in all_kinds()}
 
 
-@pytest.mark.sweep(every=4)
+@pytest.mark.sweep(every=8)
 @pytest.mark.parametrize("name", QUICK)
 def test_step_operation_and_cause_are_those_that_were_planted(name):
     judgement = judged(KINDS[name])

@@ -65,7 +65,7 @@ CASES_OF_FORKS = [
 ]
 
 
-@pytest.mark.sweep(every=2)
+@pytest.mark.sweep(every=4)
 @pytest.mark.parametrize("name", CASES_OF_FORKS)
 def test_a_fork_of_a_run_from_objects_that_changes_nothing_has_the_parents_bits(name):
     made, options = made_case(name, STEPS)
@@ -231,7 +231,7 @@ def test_a_fork_with_new_objects_has_the_bits_of_a_loop_whose_rules_change(new, 
     assert {n: bits(t) for n, t in made.model.state_dict().items()} == expected.states[STEPS]
 
 
-@pytest.mark.sweep(every=2)
+@pytest.mark.sweep(every=4)
 @pytest.mark.parametrize(
     ("experiment", "settings", "change"),
     [

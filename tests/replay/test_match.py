@@ -188,7 +188,7 @@ def by_optimizer(directory, make, *, seed=0, module=nn.Tanh, prepare=None):
     return recording.run
 
 
-@pytest.mark.sweep(every=2)
+@pytest.mark.sweep(every=4)
 @pytest.mark.parametrize(
     ("one", "other", "is_same"),
     [

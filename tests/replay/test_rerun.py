@@ -119,7 +119,7 @@ def recorded(optimizer, x, y, model, place):
     return recording.run
 
 
-@pytest.mark.sweep(every=2)
+@pytest.mark.sweep(every=4)
 @pytest.mark.parametrize(
     ("name", "options"),
     [

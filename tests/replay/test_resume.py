@@ -241,7 +241,7 @@ CASES_OF_OBJECTS = [
 ]
 
 
-@pytest.mark.sweep(every=2)
+@pytest.mark.sweep(every=4)
 @pytest.mark.parametrize("name", CASES_OF_OBJECTS)
 def test_a_run_from_objects_that_was_killed_ends_in_the_bits_of_one_that_was_not(name, dying):
     made, options = made_case(name, STEPS)
@@ -465,7 +465,7 @@ def weighted(dataset, *, shuffle, **options):
     return DataLoader(dataset, sampler=WeightedRandomSampler(torch.arange(23.0), 23), **options)
 
 
-@pytest.mark.sweep(every=2)
+@pytest.mark.sweep(every=4)
 @pytest.mark.parametrize(
     ("make", "options"),
     [
@@ -528,7 +528,7 @@ class OwnLoader:
             yield rows, rows[:, :1]
 
 
-@pytest.mark.sweep(every=2)
+@pytest.mark.sweep(every=4)
 @pytest.mark.parametrize(
     "make",
     [
@@ -597,7 +597,7 @@ def by_turns(record, make, is_changed_between=False):
     return [*model.parameters()]
 
 
-@pytest.mark.sweep(every=3)
+@pytest.mark.sweep(every=6)
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
 @pytest.mark.parametrize(
     "make",

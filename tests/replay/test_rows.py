@@ -240,7 +240,7 @@ def _agree(found, expected):
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.sweep(every=2)
+@pytest.mark.sweep(every=4)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_rows_are_the_gradients_of_single_rows(name, tmp_path):
     torch.manual_seed(0)

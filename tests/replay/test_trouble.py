@@ -162,6 +162,7 @@ def other_numerics(tmp_path_factory):
     return place / "runs"
 
 
+@pytest.mark.sweep
 def test_a_run_of_other_numerics_is_replayed_in_a_process_that_has_them_and_in_another_if_that_dies(
     other_numerics,
 ):

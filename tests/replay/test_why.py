@@ -22,7 +22,7 @@ from everystep.answers.why import Why
 from everystep.recording.texts import shortest
 
 
-@pytest.mark.sweep(every=2)
+@pytest.mark.sweep(every=4)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_each_line_is_what_it_says_computed_by_hand(name, tmp_path):
     torch.manual_seed(0)

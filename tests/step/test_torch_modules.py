@@ -44,7 +44,7 @@ def test_importing_torchs_list_leaves_the_settings_of_the_process():
     assert settings.default.max_examples == settings.get_profile("everystep").max_examples
 
 
-@pytest.mark.sweep(every=8)
+@pytest.mark.sweep(every=16)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_by_program_it_has_the_bits_of_a_loop_written_by_hand(case, make_trainee, stepper_of):
     model, x, y, loss = case.make()

@@ -22,7 +22,7 @@ def recorded(name, directory, **conditions):
     return LOOPS[name](STEPS, lambda **parts: everystep.record(run=directory, **conditions, **parts))
 
 
-@pytest.mark.sweep(every=4)
+@pytest.mark.sweep(every=8)
 @pytest.mark.parametrize("name", LOOPS)
 def test_conditions_hold_where_when_finds_them_and_change_no_bit(name):
     losses, _ = recorded(name, "runs/plain")

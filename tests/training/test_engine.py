@@ -35,7 +35,7 @@ def test_every_optimizer_of_torch_that_needs_no_closure_is_among_the_cases():
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.sweep(every=4)
+@pytest.mark.sweep(every=8)
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_training_has_the_bits_of_the_loop_and_every_step_comes_back(case, capfd, monkeypatch):

@@ -493,7 +493,7 @@ class Warming(nn.Module):
         return self.layers(x) / (1 + self.is_warm)
 
 
-@pytest.mark.sweep(every=4)
+@pytest.mark.sweep(every=8)
 @pytest.mark.parametrize("every", [1, 2, 1000])
 @pytest.mark.parametrize("stop", [("step", 3), ("step", 10), ("validation", 1)])
 @pytest.mark.parametrize("is_ordered", [True, False])
@@ -559,7 +559,7 @@ class Chunked(Sampler):
             yield from random.sample(range(begin, begin + 8), 8)
 
 
-@pytest.mark.sweep(every=2)
+@pytest.mark.sweep(every=4)
 @pytest.mark.parametrize("every", [1, 1000])
 @pytest.mark.parametrize("where", ["after a step", "before a step", "nowhere"])
 def test_a_loop_that_leaves_its_batches_by_break_leaves_them_when_it_is_resumed(

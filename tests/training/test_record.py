@@ -29,7 +29,7 @@ from everystep.recording.contents import packed
 STEPS = 30
 
 
-@pytest.mark.sweep(every=3)
+@pytest.mark.sweep(every=6)
 @pytest.mark.parametrize("name", LOOPS)
 def test_a_loop_does_the_same_recorded_and_every_step_opens_again(name, tmp_path):
     run, (losses, _) = as_alone(tmp_path / name, partial(LOOPS[name], STEPS))

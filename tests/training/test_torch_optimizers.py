@@ -66,7 +66,7 @@ def assert_as_unrecorded(make, place, change=lambda optimizer, step: None):
     return as_alone(place, lambda record: trained(make, record, change))[0]
 
 
-@pytest.mark.sweep(every=2)
+@pytest.mark.sweep(every=4)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_it_has_the_bits_of_the_loop_and_comes_back(name, tmp_path):
     run = assert_as_unrecorded(OPTIMIZERS[name], tmp_path / "run", set_settings)

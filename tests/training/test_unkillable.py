@@ -24,7 +24,9 @@ from everystep.views.progress import Silent
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(("what", "each"), [("operations", 200), ("signals", 2)])
+@pytest.mark.parametrize(
+    ("what", "each"), [("operations", 200), pytest.param("signals", 2, marks=pytest.mark.sweep)]
+)
 def test_death_loses_nothing_and_signals_close_the_run(what, each):
     command = [sys.executable, "-m", "benchmarks.torture", what, "--only", "chapter-whole-batch"]
     done = subprocess.run([*command, "--each", str(each)], cwd=ROOT, capture_output=True, text=True)
