@@ -310,6 +310,30 @@ def test_a_resumed_run_may_have_other_metrics():
     assert len(more.measured("largest")) == STEPS - 20
 
 
+ROWS = torch.linspace(-1, 1, 40).reshape(8, 5), torch.linspace(0, 1, 8).reshape(8, 1)
+
+
+def train_linear(steps, **validation):
+    torch.manual_seed(3)
+    model, loss = torch.nn.Linear(5, 1), torch.nn.MSELoss()
+    objects = {"model": model, "loss": loss, "optimizer": torch.optim.SGD(model.parameters(), 0.1)}
+    training = {"data": ROWS, "steps": steps, "evaluate_every": 2, "progress": False}
+    return everystep.train(**objects, **training, **validation), objects
+
+
+@pytest.mark.parametrize(("same", "other"), [(0.25, 0.5), (ROWS, (ROWS[0] + 1, ROWS[1]))])
+def test_a_run_is_resumed_with_its_own_validation_rows_or_not_at_all(same, other):
+    whole, _ = train_linear(8, validation=same)
+    begun, _ = train_linear(4, validation=same)
+    _, objects = train_linear(1)
+    with pytest.raises(RunError, match=r"not what .* was trained with|not the data that the run"):
+        begun.resume(8, **objects, validation=other, progress=False)
+    assert len(begun) == 4
+    _, objects = train_linear(1)
+    resumed = everystep.open(begun.directory).resume(8, **objects, validation=same, progress=False)
+    assert_same_run(whole, resumed)
+
+
 def test_other_objects_are_named_before_anything_runs(dying):
     made, options = made_case("Adam", STEPS)
     with pytest.raises(Killed):

@@ -266,8 +266,7 @@ def resume_objects(
         asked.check()
         iteration = check_iteration(**iteration_of(facts, asked.last))
     is_stored = objects.data is None
-    # Its validation rows are no longer among the stored data.
-    objects = replace(objects, validation=None) if is_stored else objects
+    objects = _without_share(objects, run, facts) if is_stored else objects
     # The order of batches follows from this seed, whether torch's generator was reseeded or not.
     in_order = iteration.model_copy(update={"seed": facts.batches.seed})
     # Without a seed, it began with the caller's generator, as it does again.
@@ -276,11 +275,31 @@ def resume_objects(
         left_out: tuple[str, ...] = ("optimizer", "scheduler") if is_own else ()
         if is_stored:
             job = job.with_facts(data=facts.data)
+            if objects.validation is not None and not facts.data.of_recorded_steps:
+                _check_same_data(job, facts, "the validation data")
         elif job.data is not None:
             _check_same_data(job, facts)
         elif facts.data.of_recorded_steps:  # of a Dataset, its rows are known once they have been read
             left_out += ("data.x", "data.y", "data.source", "data.lazy", "data.of_recorded_steps")
         return asked.train(job, progress, left_out)
+
+
+def _without_share(objects: Objects, run: RecordedRun, facts: TrainingFacts) -> Objects:
+    """Return objects without the share of rows to keep out: those that the run holds are split.
+
+    Raises:
+        RunError: another share was kept out.
+    """
+    share, kept_out = objects.validation, facts.data.validation_rows or 0
+    if not isinstance(share, float):
+        return objects
+    count = facts.data.rows + kept_out
+    if round(share * count) != kept_out:
+        raise RunError(
+            f"validation = {share} is not what {run.name} was trained with: {kept_out} of its {count} "
+            "rows are kept out; resume it without validation="
+        )
+    return replace(objects, validation=None)
 
 
 def _restore_objects(run: RecordedRun, objects: Objects) -> None:
@@ -308,7 +327,7 @@ def _check_same_experiment(run: RecordedRun, known: Experiment, given: Experimen
         refuse_changes(run, texts)
 
 
-def _check_same_data(job: Job, facts: TrainingFacts) -> None:
+def _check_same_data(job: Job, facts: TrainingFacts, what: str = "the data") -> None:
     if facts.data_file is None or job.data is None:
         return
-    check_data(job.data.tensors(), facts.data_file, "the data")
+    check_data(job.data.tensors(), facts.data_file, what)
