@@ -52,6 +52,20 @@ def test_what_is_measured_in_hindsight_appears_and_is_overwritten_only_when_aske
     assert run.measured("size")[10] == pytest.approx(run.losses["loss"][9] / 4)
 
 
+def test_what_a_page_still_waits_for_is_given_up_when_the_reader_leaves(ask, copied):
+    form = ask(copied("diverged").name, "Measure")
+    page = form.page
+    about = page.url.replace("/runs/", "/api/runs/")
+    expect(page.get_by_role("columnheader").first).to_be_visible()
+    form.get_by_role("textbox", name="Measure").fill("loss / 2")
+    page.route(about, lambda route: None)  # never answered
+    with page.expect_request(about):
+        press(form, "Measure")
+    with page.expect_event("requestfailed", lambda request: request.url == about):
+        page.get_by_role("link", name="All runs").click()
+    page.unroute(about)
+
+
 def test_a_measuring_that_is_cancelled_keeps_what_is_done(copied, ask):
     run = copied("digits")
     form = ask(run.name, "Measure")

@@ -22,10 +22,10 @@ export function listenToRun(name, after, hears) {
 
 /** Listen to the runs in training; return a function that stops. */
 export function listenToThose(names, extend) {
-  let isEnded = false;
+  const ended = new AbortController();
   let ends = [];
-  Promise.all(names.map((name) => ask(addressOf(name)).catch(() => null))).then((found) => {
-    if (isEnded) return;
+  Promise.all(names.map((name) => ask(addressOf(name), ended).catch(() => null))).then((found) => {
+    if (ended.signal.aborted) return;
     const running = found.filter((about) => about?.status === "running").slice(0, MOST);
     ends = running.map(({ name, steps }) => {
       const hears = { losses: (at, losses) => extend(name, at, losses), state: () => {}, gone: () => {}, server: () => {} };
@@ -33,7 +33,7 @@ export function listenToThose(names, extend) {
     });
   });
   return () => {
-    isEnded = true;
+    ended.abort();
     ends.forEach((end) => end());
   };
 }

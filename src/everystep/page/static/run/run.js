@@ -27,7 +27,7 @@ class RunView {
   #isOwn = false; // we are changing the address ourselves
   #isFollowing = false;
   #isKeepingUp = false;
-  #isClosed = false;
+  #closed = new AbortController();
   #speed = new Speed();
   #questions = null;
 
@@ -75,6 +75,10 @@ class RunView {
     return this.place.step;
   }
 
+  get #isClosed() {
+    return this.#closed.signal.aborted;
+  }
+
   /** Show another place of this run. */
   update(place) {
     const before = this.place;
@@ -101,7 +105,7 @@ class RunView {
   }
 
   close() {
-    this.#isClosed = true;
+    this.#closed.abort();
     this.player.stop();
     this.free();
     this.end();
@@ -220,7 +224,7 @@ class RunView {
   // The server reads other runs some at a time, and forks may be among them.
   async #askForForks(about) {
     if (this.#isClosed || about !== this.about) return;
-    const { forks, unread } = await ask(addressOf(this.name)).catch(() => about);
+    const { forks, unread } = await ask(addressOf(this.name), this.#closed).catch(() => about);
     if (this.#isClosed || about !== this.about) return;
     Object.assign(about, { forks, unread });
     this.#drawFamily();
@@ -288,7 +292,7 @@ class RunView {
   }
 
   async #askAgain() {
-    const about = await ask(addressOf(this.name)).catch(() => null);
+    const about = await ask(addressOf(this.name), this.#closed).catch(() => null);
     if (about === null || this.#isClosed) return;
     this.about = about;
     if (about.status !== "running") this.#isFollowing = false;
