@@ -221,6 +221,19 @@ def test_validation_continues_in_a_resume_and_a_fork(data):
     assert resumed.measured("validation_loss") == whole.measured("validation_loss")
 
 
+@pytest.mark.parametrize("data", [Noisy(*rows()), Counted(*rows())], ids=["other rows", "same rows"])
+def test_a_dataset_is_resumed_with_the_validation_rows_of_the_run(data):
+    whole = train(data, validation=rows(), evaluate_every=3)
+    begun = train(data, steps=6, validation=rows(), evaluate_every=3)
+    x, y = rows()
+    with pytest.raises(everystep.RunError, match=r"(?s)data\.validation_digest: .*--force"):
+        begun.resume(12, **made(), data=data, validation=(x + 1, y), progress=False)
+    assert len(begun.losses) == 6
+    resumed = begun.resume(12, **made(), data=data, validation=rows(), progress=False)
+    assert resumed.measured("validation_loss") == whole.measured("validation_loss")
+    assert "validation" not in str(whole.diff(resumed))
+
+
 @pytest.mark.parametrize("validation", [0.2, rows()], ids=["a share", "rows"])
 def test_a_fork_may_have_other_validation_rows(validation):
     parent = train(rows(), steps=6)

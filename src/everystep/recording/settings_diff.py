@@ -126,7 +126,10 @@ def settings_that_differ(
 
 def _data(facts: TrainingFacts) -> dict[str, Any]:
     """Return the settings of the data; how its rows are numbered follows from them."""
-    return facts.data.model_dump(mode="json", exclude={"split_seed", "dropped"})
+    # The digest of the data covers the rows for validation, but for those next to a Dataset.
+    is_covered = not facts.data.lazy and not facts.data.of_recorded_steps
+    follows = {"split_seed", "dropped"} | ({"validation_digest"} if is_covered else set())
+    return facts.data.model_dump(mode="json", exclude=follows)
 
 
 def _plain(kind: str, one: Any, other: Any) -> list[Setting]:

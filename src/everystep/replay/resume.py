@@ -274,9 +274,10 @@ def resume_objects(
         job = job.with_facts(seed=facts.seed)
         left_out: tuple[str, ...] = ("optimizer", "scheduler") if is_own else ()
         if is_stored:
-            job = job.with_facts(data=facts.data)
+            digest = job.facts.data.validation_digest
             if objects.validation is not None and not facts.data.of_recorded_steps:
                 _check_same_data(job, facts, "the validation data")
+            job = job.with_facts(data=facts.data.model_copy(update={"validation_digest": digest}))
         elif job.data is not None:
             _check_same_data(job, facts)
         elif facts.data.of_recorded_steps:  # of a Dataset, its rows are known once they have been read

@@ -16,6 +16,7 @@ from everystep.errors import DataError, DeviceError
 from everystep.experiment.batches import Batches, RowsOf
 from everystep.experiment.data import Data, Numbering, split_rows
 from everystep.experiment.specification import Iteration
+from everystep.recording.contents import digest_of
 from everystep.training.agreement import ranks_here
 from everystep.training.dataset import DatasetBatches, guards_of, is_of_tensors, length_of, read_rows
 from everystep.training.description import describe
@@ -109,6 +110,10 @@ def job_of(
         batch = batches.of(x, y, is_read=is_read)
         # Without validation rows, metrics are measured on the data itself.
         measured = validation or ((x, y) if objects.metrics else None)
+    if objects.validation and not isinstance(objects.validation, float):
+        # A run of a Dataset does not hold these rows, and its resume must notice others.
+        digests = map(digest_of, _tensors(objects.validation))
+        source = source | {"validation_digest": "".join(digests)}
     is_validation = validation is not None
     evaluation = measured and evaluation_of(objects, measured, is_validation=is_validation)
     training = Training(
