@@ -63,9 +63,10 @@ torture: .venv/installed-dev         ## kills, signals, losses of power, full di
 clean:
 	rm -rf .venv .venv-torch-* .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
+# A new pip: that of an old Python takes twice as long to choose what to install.
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "everystep needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv --upgrade-deps .venv
 
 # pip would compile all that it installs, on one core; Python compiles what it imports.
 .venv/installed: pyproject.toml | .venv/bin/python
@@ -85,6 +86,6 @@ UNUSED := transformers/models|torch/_inductor|torchgen|statsmodels|mypyc?|fontTo
 	@touch $@ .venv/installed
 
 .venv-torch-%/installed: pyproject.toml
-	$(PYTHON) -m venv .venv-torch-$*
+	$(PYTHON) -m venv --upgrade-deps .venv-torch-$*
 	.venv-torch-$*/bin/pip install --quiet --editable ".[dev]" "torch==$*"
 	@touch $@

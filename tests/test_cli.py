@@ -442,6 +442,7 @@ print(run.facts.training.numerics.mkl_cbwr)
 """
 
 
+@pytest.mark.sweep
 def test_numerics_that_come_too_late_are_said_and_are_those_of_replays_and_forks(monkeypatch):
     for name in ("MKL_CBWR", "CUBLAS_WORKSPACE_CONFIG"):
         monkeypatch.delenv(name, raising=False)

@@ -64,6 +64,7 @@ def run(tmp_path_factory):
     return trained(tmp_path_factory.mktemp("what-if") / "run")
 
 
+@pytest.mark.sweep
 def test_processes_find_what_one_finds(tmp_path, monkeypatch):
     """A process, which needs the memory that a replay takes, answers all questions of two."""
     take_snapshots_every(monkeypatch, 4)

@@ -90,6 +90,7 @@ def test_a_run_that_fails_is_reported_and_the_others_continue(everystep_command,
     assert everystep_command("sweep", "two-layer", *options, *values)[0] == 2
 
 
+@pytest.mark.sweep
 def test_runs_of_a_function_go_on_after_kills_and_ctrl_c(monkeypatch):
     """Each in a process of its own; continued in this one, which another run ends by Ctrl-C."""
     settings = {"lr": 0.1, "seed": [1], "what": ["is killed", "stops all"]}

@@ -284,6 +284,7 @@ def test_the_picture_of_a_run_is_that_of_the_one_which_has_its_name_now(
     expect(line).not_to_have_attribute("d", before)
 
 
+@pytest.mark.sweep
 def test_an_empty_directory_says_how_a_run_is_made_and_the_list_follows(view, tmp_path, open_page):
     shelf = tmp_path / "runs"
     shelf.mkdir()

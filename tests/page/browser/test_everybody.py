@@ -39,6 +39,7 @@ def test_nothing_goes_sideways_and_axe_finds_nothing_serious(visit, path):
     expect_everybody_can_read_it(page, lambda: wait_until_drawn(page, path))
 
 
+@pytest.mark.sweep
 def test_axe_finds_nothing_serious_in_dialogs(visit):
     page = visit("/runs/chapter?step=137", bypass_csp=True)
     expect_step(page, 137)

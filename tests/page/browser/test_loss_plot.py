@@ -118,6 +118,7 @@ def test_the_numbers_of_a_log_axis_can_be_read(copied, visit, most, path, height
     page.evaluate("window.writeAsBefore() && null")
 
 
+@pytest.mark.sweep
 def test_many_measurements_leave_the_plot_on_the_first_screen(copied, visit):
     run = copied("chapter")
     names = [f"measured {number:03}" for number in range(150)]

@@ -262,6 +262,7 @@ def test_back_folds_what_was_unfolded(chapter):
 CLIPBOARD = ["clipboard-read", "clipboard-write"]
 
 
+@pytest.mark.sweep
 def test_formula_and_link_of_an_operation_and_the_loss_are_copied(visit, step):
     page = visit("/runs/chapter?step=137", permissions=CLIPBOARD)
     expect_step(page, 137)

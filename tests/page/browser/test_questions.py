@@ -116,6 +116,7 @@ def test_verify_says_that_it_is_as_recorded_bit_for_bit(ask):
     expect(form).to_contain_text("replays bit for bit")
 
 
+@pytest.mark.sweep
 def test_a_run_in_another_precision_lies_over_the_recorded_one(ask, recorded):
     asked = ask("diverged", "Rerun")
     asked.get_by_label("precision").select_option("float64")

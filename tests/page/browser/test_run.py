@@ -32,6 +32,7 @@ def test_what_a_run_is_in_the_chapters_order(visit, recorded):
     expect_step(page, 500)
 
 
+@pytest.mark.sweep
 def test_forks_appear_once_the_other_runs_are_read(visit):
     page = visit("/")
     left = [3, 1]
@@ -354,6 +355,7 @@ def free_port():
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are found in /proc")
+@pytest.mark.sweep
 def test_the_page_goes_on_after_the_server_or_the_process_that_opens_steps_has_ended(
     view, recorded, open_page
 ):

@@ -63,6 +63,7 @@ def test_two_runs_are_compared_down_to_the_operation(visit):
     expect(page).to_have_url(re.compile(r"one=fork&other=chapter$"))
 
 
+@pytest.mark.sweep
 def test_numbers_that_javascript_rounds_are_compared_in_full(recorded, visit, request):
     for name, added in (("one", 1), ("other", 2)):
         request.addfinalizer(lambda name=name: remove(recorded / name))
@@ -209,6 +210,7 @@ def saved(shared, recorded, browser, tmp_path_factory):
     return file
 
 
+@pytest.mark.sweep
 def test_a_saved_view_opens_without_a_server(saved, recorded, open_page):
     page = open_page(saved.as_uri(), offline=True)
     asked = []
