@@ -104,7 +104,7 @@ class DataFacts(_Fact):
 
     x, y: shapes; rows: to train on; lazy: a Dataset was read at every step, and its rows are unknown;
     of_recorded_steps: it was, and these are the rows that it gave, which may differ in later steps;
-    validation_digest: of the x and the y that were passed to be measured (XXH3, 128 bits each);
+    validation_digest: of the x and the y that were given for validation (XXH3, 128 bits each);
     split_seed, dropped: how rows are numbered, see `Numbering`.
     """
 

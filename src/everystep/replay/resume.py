@@ -274,10 +274,13 @@ def resume_objects(
         job = job.with_facts(seed=facts.seed)
         left_out: tuple[str, ...] = ("optimizer", "scheduler") if is_own else ()
         if is_stored:
-            digest = job.facts.data.validation_digest
-            if objects.validation is not None and not facts.data.of_recorded_steps:
+            data = facts.data
+            if data.of_recorded_steps:  # the rows that it holds do not include those for validation
+                digest = job.facts.data.validation_digest
+                data = data.model_copy(update={"validation_digest": digest})
+            elif objects.validation is not None:
                 _check_same_data(job, facts, "the validation data")
-            job = job.with_facts(data=facts.data.model_copy(update={"validation_digest": digest}))
+            job = job.with_facts(data=data)
         elif job.data is not None:
             _check_same_data(job, facts)
         elif facts.data.of_recorded_steps:  # of a Dataset, its rows are known once they have been read
