@@ -199,6 +199,7 @@ def test_runs_that_cannot_be_read_are_named_and_the_others_listed(everystep_comm
     assert "skipped: runs/broken/run.sqlite cannot be read" in err
 
 
+@pytest.mark.sweep
 def test_an_encoding_without_mathematical_signs_is_no_error():
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
     run = everystep.train_experiment("two-layer", {"steps": 3}, run="r\xfcn", progress=False)

@@ -73,6 +73,7 @@ def test_strange_names_and_numbers(run, everystep_command, command, problem):
     assert sorted(Path().iterdir()) == before
 
 
+@pytest.mark.sweep
 @pytest.mark.skipif(shutil.which("setpriv") is None and os.geteuid() == 0, reason="root reads all files")
 def test_what_may_not_be_read_is_named(run):
     """Root gives up the right to read what it may not."""

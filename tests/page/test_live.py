@@ -184,6 +184,7 @@ def test_a_killed_run_that_is_continued_is_running_in_the_list(shelf, monkeypatc
     assert statuses == ["killed", "running"]
 
 
+@pytest.mark.sweep
 def test_a_page_that_is_opened_before_the_first_run_shows_it_as_it_starts(tmp_path):
     shelf, said = tmp_path / "runs", []
 
@@ -210,6 +211,7 @@ def test_a_name_from_outside_is_followed_nowhere(server):
                 assert response.status_code == 404
 
 
+@pytest.mark.sweep
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's /proc")
 def test_nothing_is_done_while_nothing_happens(server):
     run = written(server.directory / "still", [1.0])

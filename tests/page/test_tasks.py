@@ -257,6 +257,7 @@ def test_a_process_that_dies_is_an_answer(runs):
     assert killed.name == "error" and "exit code -9" in killed.content["error"]
 
 
+@pytest.mark.sweep
 def test_a_process_that_has_answered_answers_again(runs, monkeypatch):
     begun, begin = [], tasks_module.Child.begin
 

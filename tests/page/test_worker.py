@@ -139,6 +139,7 @@ async def soon():
     await asyncio.sleep(0.05)
 
 
+@pytest.mark.sweep
 def test_a_worker_at_work(directory, trained, tmp_path, monkeypatch):
     # The directory that the server is started in may be a stranger's.
     for name in ("json", "torch", "everystep"):

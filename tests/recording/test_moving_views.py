@@ -163,6 +163,7 @@ def test_an_opened_step_has_its_own_places(cropped):
     assert len(starts) > 5
 
 
+@pytest.mark.sweep
 def test_a_run_in_float64_has_the_same_places(cropped):
     found = cropped.rerun(precision="float64", progress=False)
     assert found.losses.tolist() == pytest.approx(cropped.losses["loss"].to_list(), rel=1e-4)

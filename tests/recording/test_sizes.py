@@ -118,6 +118,7 @@ def test_a_rerun_in_double_precision_has_the_sizes_of_each_step(run_of):
     assert found.losses.tolist() == pytest.approx(run.losses["loss"].to_list(), rel=1e-4)
 
 
+@pytest.mark.sweep
 def test_runs_with_other_sizes_differ_where_the_sizes_do(run_of, tmp_path):
     def shorter():
         texts = _texts()
@@ -158,6 +159,7 @@ def _orders():
     ]
 
 
+@pytest.mark.sweep
 def test_steps_of_which_no_two_are_alike_are_within_the_budget_of_batches(tmp_path, monkeypatch):
     monkeypatch.setattr("everystep.training.watched_steps.MOST_FILES", 24)
     run = _recorded(Wandering, _orders, tmp_path / "run")

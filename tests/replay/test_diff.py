@@ -511,6 +511,7 @@ def lstm(directory, change=lambda model: None):
     return looped(model, data, loss_of, run=directory)
 
 
+@pytest.mark.sweep
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="LSTMs are not of one kernel here")
 def test_the_memory_of_a_kernel_is_not_compared_nor_shown(everystep_command):
     """An LSTM of oneDNN returns a workspace as its fourth result: bytes, not all of them written."""

@@ -81,6 +81,7 @@ def test_it_names_the_first_operation_with_other_bits(compatible):
     assert json.loads(json.dumps(compatible.data()))["diverges_at"] == 1
 
 
+@pytest.mark.sweep
 def test_the_same_numerics_give_the_same_bits(chapter_run, everystep_command):
     capability = chapter_run.facts.training.numerics.cpu_capability.lower().replace("no avx", "default")
     arguments = ["--capability", capability, "-o", "both.png"]

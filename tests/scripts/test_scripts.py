@@ -50,7 +50,13 @@ class RanScript:
         return ended
 
 
-@pytest.fixture(scope="module", params=sorted(KILLS))
+#: The imports of this one alone take longer than any other script.
+PARAMETERS = [
+    pytest.param(name, marks=pytest.mark.sweep if name in NEEDS else ()) for name in sorted(KILLS)
+]
+
+
+@pytest.fixture(scope="module", params=PARAMETERS)
 def program(request, launcher, tmp_path_factory):
     for name in NEEDS.get(request.param, ()):
         if find_spec(name) is None:

@@ -143,6 +143,7 @@ def test_steps_that_become_alike_are_followed_from_then_on(first, tmp_path, foll
     assert run.verify(progress=False, processes=1).is_exact
 
 
+@pytest.mark.sweep
 def test_after_many_steps_that_all_differ_one_of_eight_is_remembered(tmp_path, followed):
     batches = [torch.randn(length, 1) for length in range(1, 201)]
     model = nn.Linear(1, 1)

@@ -147,6 +147,7 @@ def test_what_follows_a_fork_of_recorded_steps_reads_the_dataset(kind):
     assert fork.verify().is_exact and fork[3].is_exact and fork[12].is_exact
 
 
+@pytest.mark.sweep
 def test_a_stopped_run_that_holds_its_rows_is_resumed_with_the_dataset():
     class Stopped(Silent):
         def advance(self, first, losses):

@@ -351,6 +351,7 @@ def test_what_a_group_of_one_process_writes_outside_of_steps_is_kept(tmp_path):
     ] == [8, 2]
 
 
+@pytest.mark.sweep
 def test_a_state_that_one_rank_cannot_read_is_none_of_any(tmp_path, trained):
     launched(tmp_path, ["epochs"], RECORDED="1", LEAVE="15", SNAPSHOTS="1")
     place = tmp_path / "runs/epochs"
@@ -453,6 +454,7 @@ def test_a_rank_that_cannot_continue_a_run_ends_all(tmp_path):
     assert len(everystep.open(tmp_path / "runs/full")) == 4
 
 
+@pytest.mark.sweep
 def test_programs_take_the_steps_of_all_ranks_at_another_rate(trained, tmp_path):
     at, (run, by_loop) = (
         ranks_loops.FORKED_AT,
@@ -492,6 +494,7 @@ def test_one_process_makes_a_fork_of_a_model(trained, tmp_path):
         fork[3]
 
 
+@pytest.mark.sweep
 def test_commands_resume_an_experiment_with_another_number_of_processes(trained, tmp_path):
     shutil.copytree(trained[0] / "command", tmp_path / "runs/command")
     assert everystep.open(tmp_path / "runs/command").resume(9, progress=False).verify().is_exact

@@ -32,6 +32,7 @@ def wait_until_drawn(page, path):
         expect(page.get_by_role("img", name="image of row")).to_have_count(16)
 
 
+@pytest.mark.sweep(every=2)
 @pytest.mark.parametrize("path", PLACES)
 def test_nothing_goes_sideways_and_axe_finds_nothing_serious(visit, path):
     page = visit(path, bypass_csp=True)

@@ -167,6 +167,7 @@ def test_what_is_unfolded_stays_so_from_step_to_step(chapter, recorded):
     ).to_be_visible()
 
 
+@pytest.mark.sweep
 def test_every_row_with_a_tensor_has_a_picture_of_it(chapter):
     page = chapter()
     for name, count in (("Batch", 2), ("Forward", 3), ("Zero grad", 4), ("Update", 4)):
@@ -190,6 +191,7 @@ def test_every_row_with_a_tensor_has_a_picture_of_it(chapter):
     assert box["x"] + box["width"] <= next_to["x"] + next_to["width"]
 
 
+@pytest.mark.sweep
 def test_how_the_page_looks_is_remembered(visit):
     page = visit("/runs/chapter?step=137")
     expect_step(page, 137)
@@ -214,6 +216,7 @@ def test_how_the_page_looks_is_remembered(visit):
     page.reload()
 
 
+@pytest.mark.sweep
 def test_a_link_shows_the_same_tensors_unfolded(chapter, visit):
     page = chapter()
     page.locator(".layers").get_by_role("button").first.click()

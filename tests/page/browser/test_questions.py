@@ -66,6 +66,7 @@ def test_what_a_page_still_waits_for_is_given_up_when_the_reader_leaves(ask, cop
     page.unroute(about)
 
 
+@pytest.mark.sweep
 def test_a_measuring_that_is_cancelled_keeps_what_is_done(copied, ask):
     run = copied("digits")
     form = ask(run.name, "Measure")

@@ -164,6 +164,7 @@ def test_play_goes_through_the_run_and_stops(visit):
     expect_step(page, 480)
 
 
+@pytest.mark.sweep
 def test_two_tabs_walk_by_themselves(visit):
     one = visit("/runs/chapter?step=137")
     expect_step(one, 137)

@@ -233,6 +233,7 @@ def test_what_names_no_steps_is_said_on_the_page(on_page):
 # In a report.
 
 
+@pytest.mark.sweep
 def test_steps_are_searched_for(saved):
     page = saved("chapter")
     search = page.get_by_role("searchbox", name="steps")

@@ -4,10 +4,12 @@ import os
 import re
 import time
 
+import pytest
 from playwright.sync_api import expect
 from tests.page.browser.places import heading, row
 
 
+@pytest.mark.sweep
 def test_a_training_is_seen_while_it_goes_on(train, visit):
     page = visit("/")
     training = train("live", "wine", "--steps", 10_000_000)

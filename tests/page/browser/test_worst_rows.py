@@ -82,6 +82,7 @@ def test_a_link_ranks_them_on_a_phone_too(visit, ranked):
     expect_axe_finds_nothing_serious(page)
 
 
+@pytest.mark.sweep
 def test_a_server_that_says_no_is_quoted_in_place(visit):
     page = visit("/runs/digits?step=7", expected=["/steps/7/rows"])
     page.route("**/steps/7/rows", lambda route: route.fulfill(status=500, json={"error": "no memory"}))
@@ -140,6 +141,7 @@ def test_each_row_is_left_out_in_turn(ask, recorded):
     press(page, "Close")
 
 
+@pytest.mark.sweep
 def test_a_row_of_the_ranking_is_left_out_by_a_click(ask, recorded):
     page = ask(7, "&open=rows+by+loss")
     run = everystep.open(recorded / "digits")
