@@ -447,6 +447,18 @@ def test_a_penalty_belongs_to_no_row(loop, step_of):
         _agree(step.rows.gradients[name].norms, expected / 5)
 
 
+def test_a_loss_of_sums_over_the_data_alone_is_not_of_rows(tmp_path):
+    weight = torch.tensor(2.0, requires_grad=True)
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    with everystep.record(run=tmp_path / "sums", optimizer=optimizer) as recording:
+        for x in recording.steps([torch.randn(8, 3)]):
+            recording.log(loss=descend(optimizer, (weight * x.mean() - 1) ** 2))
+    rows = recording.run[1].rows
+    assert rows.known == []
+    with pytest.raises(RunError, match="loss of each row of step 1 is unknown: no single row"):
+        _ = rows.loss
+
+
 @pytest.mark.sweep(every=2)
 @pytest.mark.parametrize(
     ("body", "why"),

@@ -139,17 +139,24 @@ def rows_of(step: Step) -> Rows:
     floor = _EPS * max((norm for norm in norms if isfinite(norm)), default=0.0)
 
     def share_of(name: str, tracked: Tracked) -> Share | Reason:
+        if not is_of_rows and tracked.is_shared:
+            return no_rows
         before = step.state.get(f"gradient/{name}")
         # A penalty belongs to no row, so the rest of such a gradient may be anything.
         rests = None if name in followed.penalized else () if before is None else (before,)
         return _share(tracked, count, "the gradient", rounding, floor, rests)
 
-    missing = Reason("the step has no loss that an operation returned")
+    # Sums over the data count as constants: a loss of nothing else is not of rows, nor its gradients.
+    no_rows = Reason("no single row goes into the loss, only sums over the batch, or nothing of it")
+    is_of_rows = followed.loss is None or not followed.loss.is_shared
+    loss: Share | Reason = Reason("the step has no loss that an operation returned")
+    if followed.loss is not None:
+        loss = _share(followed.loss, count, _LOSS, rounding) if is_of_rows else no_rows
     return Rows(
         step.number,
         tuple(numbers),
         step.batch.source if is_known else "",
-        missing if followed.loss is None else _share(followed.loss, count, _LOSS, rounding),
+        loss,
         {n: share_of(n, followed.gradients[n]) for n in step.gradients if n in followed.gradients},
     )
 
