@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 from rich.console import Console
+from tests.descent import descend
 from torch import nn
 
 import everystep
@@ -267,6 +268,22 @@ def test_rows_are_shortened_unless_all_are_asked_for(small, opened):
 
 def formulas(step):
     return [str(line) for line in mathematics(step.operations)]
+
+
+def test_parameters_that_only_an_optimizer_has_are_not_called_as_operations_are(tmp_path):
+    weights = [torch.randn(3, 1, requires_grad=True) for _ in range(2)]
+    one, two = (torch.optim.SGD([weight], lr=0.1) for weight in weights)
+    parts = {"alone": {"optimizer": one}, "both": {"one": one, "two": two}}
+    lines = {}
+    for name, given in parts.items():
+        with everystep.record(run=tmp_path / name, **given) as recording:
+            for x in recording.steps([torch.randn(4, 3)]):
+                for optimizer, weight in zip(given.values(), weights, strict=False):
+                    loss = descend(optimizer, (x @ weight).square().mean())
+                recording.log(loss=loss)
+        lines[name] = formulas(recording.run[1])
+    assert "x · params[0]" in lines["alone"]
+    assert "x · one.params[0]" in lines["both"] and "x · two.params[0]" in lines["both"]
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from everystep.step.expanded import Expanded, Expander
 from everystep.step.generators import Generators
 from everystep.step.hyperparameters import hyperparameters, set_hyperparameter
 from everystep.step.observe import Observation, StepObserver
+from everystep.step.parts import is_of_module
 from everystep.step.state import OWN, State, copy_of, same_bits
 from everystep.training.batch import nested_again
 
@@ -142,7 +143,7 @@ class ReplayStepper:
         def is_of_model(name: str) -> bool:
             kind, _, path = name.partition("/")
             # Layers may have been added during the training; those of `others` are in no state_dict.
-            return kind in ("parameter", "buffer") and "#" not in path and name not in others
+            return kind in ("parameter", "buffer") and is_of_module(path) and name not in others
 
         found = {name.partition("/")[2]: copy for name, copy in copies.items() if is_of_model(name)}
         parameters = {path: found[path] for path in dict.fromkeys((*known, *found)) if path in found}

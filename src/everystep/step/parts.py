@@ -21,12 +21,14 @@ from everystep.step.follow import is_compiled, module_fault
 from everystep.step.kept_values import GENERATORS, HELD, has_graph, is_aside, is_code, is_dense
 from everystep.step.own_state import entries_of, keeps_own_state, registered
 
-__all__ = ["Parts", "check_parts", "with_inner"]
+__all__ = ["Parts", "check_parts", "is_of_module", "with_inner"]
 
 #: Maximum depth of the search for tensors in attributes, dicts and lists of a part.
 _DEPTH = 6
 #: Attributes of torch's optimizers that steps do not depend on, or that have other names.
 _OF_OPTIMIZER = {"param_groups", "state", "defaults"}
+#: In the names of parameters that only an optimizer has; no attribute has a bracket in its name.
+_ONLY_OPTIMIZED = "params["
 _WITH_TENSORS = (Tensor, nn.Module, dict)
 #: Parts with ways of their own to be kept.
 _WHOLE = (nn.Module, torch.optim.Optimizer)
@@ -36,12 +38,18 @@ _WRAPPED = {"accelerate.optimizer": "optimizer", "accelerate.scheduler": "schedu
 
 
 # The names of a state's tensors, by what has them:
-#   parameter/0.weight, parameter/#1     of a module; of an optimizer, where no module has it
+#   parameter/0.weight                   of a module
+#   parameter/params[1]                  the second of an optimizer, where no module has it
 #   buffer/1.running_mean
 #   optimizer/0.weight/exp_avg           of several optimizers: optimizer/opt_g.0.weight/exp_avg
 #   group/0/lr                           a setting of a param group that is a tensor
 #   gradient/0.weight                    a pending gradient
 #   part/state.best                      in any other part, by its path
+
+
+def is_of_module(name: str) -> bool:
+    """Return whether a parameter is of a module, by its name; others are of an optimizer alone."""
+    return _ONLY_OPTIMIZED not in name
 
 
 class Parts:
@@ -162,9 +170,9 @@ class Parts:
                 found.setdefault(parameter, f"{self.prefix(name)}{path}")
         for name, optimizer in self.optimizers.items():
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            own = "" if len(self.optimizers) == 1 else name
+            own = "" if len(self.optimizers) == 1 else f"{name}."
             for place, parameter in enumerate(parameters):
-                found.setdefault(parameter, f"{own}#{place}")
+                found.setdefault(parameter, f"{own}{_ONLY_OPTIMIZED}{place}]")
         return found
 
     def state(self) -> dict[str, Tensor]:

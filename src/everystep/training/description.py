@@ -44,7 +44,7 @@ from everystep.recording.facts import (
 )
 from everystep.step.guards import is_plain
 from everystep.step.optimizer_call import is_torchs_optimizer
-from everystep.step.parts import Parts
+from everystep.step.parts import Parts, is_of_module
 from everystep.step.torchs_own import (
     hooks_of,
     is_torchs_module,
@@ -168,8 +168,7 @@ def facts_of_loop(parts: Parts) -> TrainingFacts:
     modules = {} if parts.main else {"": ModuleFacts(class_name="ModuleDict")}
     for name in sorted(parts.modules, key=lambda name: name != parts.main):  # the model first
         modules |= modules_of(parts.modules[name], parts.prefix(name).rstrip("."))
-    # "#0" is of an optimizer, and in no module.
-    parameters = {p for p, name in parts.parameter_names().items() if "#" not in name}
+    parameters = {p for p, name in parts.parameter_names().items() if is_of_module(name)}
     return TrainingFacts(
         seed=None,
         data=DataFacts(rows=0, source="loop"),
