@@ -312,6 +312,7 @@ def shown_in_terminal(code, *arguments):
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
 
 
+@pytest.mark.sweep
 def test_a_bar_is_shown_in_a_terminal_and_the_compiler_is_not_imported():
     code = (
         "import sys; from everystep.cli import main\n"

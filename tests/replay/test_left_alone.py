@@ -40,6 +40,7 @@ def begin_a_replay(told):
         executor.submit(time.sleep, 10**6).result()
 
 
+@pytest.mark.sweep
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
 def test_what_replays_for_a_process_ends_with_it():
     heard, told = multiprocessing.Pipe(duplex=False)

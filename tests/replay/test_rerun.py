@@ -62,6 +62,7 @@ def by_hand(**environment):
     return [float.fromhex(line) for line in done.stdout.split()]
 
 
+@pytest.mark.sweep
 def test_other_numerics_give_the_losses_of_the_loop_by_hand_there(chapter_run, compatible):
     assert compatible.losses.tolist() == by_hand(MKL_CBWR="COMPATIBLE")
     assert compatible.recorded.tolist() == chapter_run.losses["loss"].to_list()

@@ -397,7 +397,7 @@ def by_step_function(made):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.sweep(every=8)
+@pytest.mark.sweep(every=12)
 @pytest.mark.parametrize(
     ("name", "train"),
     [

@@ -323,6 +323,7 @@ def test_a_click_on_runs_over_each_other_goes_to_the_first(visit, recorded):
     expect(toggle(page, "fork")).to_have_attribute("aria-pressed", "false")
 
 
+@pytest.mark.sweep
 def test_how_the_plot_is_drawn_is_in_the_address(visit):
     page = visit("/runs/chapter?log=0&smooth=-5")  # no weight of an average
     plot(page)
@@ -345,6 +346,7 @@ def test_how_the_plot_is_drawn_is_in_the_address(visit):
     expect(page.get_by_role("button", name="line", exact=True)).to_have_attribute("aria-pressed", "true")
 
 
+@pytest.mark.sweep
 def test_a_loop_that_logs_no_loss_has_neither_points_nor_a_column_of_losses(visit, copied):
     run = copied("chapter")
     with changed(run) as database:

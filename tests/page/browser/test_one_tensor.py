@@ -115,6 +115,7 @@ def test_near_enough_every_number_of_a_large_tensor_is_told(tensor, recorded):
     )
 
 
+@pytest.mark.sweep
 def test_tensors_of_more_dimensions_are_seen_in_slices(tensor, recorded):
     heat, readout, _ = tensor("digits", 7, "Backward", "2.weight.grad")
     numbers = everystep.open(recorded / "digits")[7].gradients["2.weight"]

@@ -20,6 +20,7 @@ def ask(visit):
     return ask
 
 
+@pytest.mark.sweep
 def test_what_is_measured_in_hindsight_appears_and_is_overwritten_only_when_asked(copied, ask):
     run = copied("chapter")
     form = ask(run.name, "Measure")

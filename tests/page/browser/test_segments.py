@@ -158,6 +158,7 @@ def test_a_step_is_its_segments_in_order_each_with_its_model_or_optimizer(show, 
         expect(update.locator(".update-row .relative").first).to_have_text(size)
 
 
+@pytest.mark.sweep
 def test_segment_and_operation_are_in_the_address(show):
     page = show("gan", 3)
     page.get_by_role("navigation", name="phases of the step").get_by_role(

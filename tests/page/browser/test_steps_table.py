@@ -308,6 +308,7 @@ def test_a_step_that_a_report_does_not_have_shows_no_loss(written, open_page):
     expect(page.locator(".saved-plot .readout")).to_have_text(re.compile(r"^step 501\s*$"))
 
 
+@pytest.mark.sweep
 def test_a_long_run_can_be_browsed(copied, saved):
     run = copied("chapter")
     with changed(run) as database:
